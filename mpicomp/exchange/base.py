@@ -1,0 +1,91 @@
+"""HOW messages travel: the protocols that algorithms and the training loop see. No MPI here.
+
+A `World` is what a rank knows of all ranks; it makes an `Exchange` for a graph. Everything in `World` is for
+set-up, diagnostics and evaluation and is not counted in ``bytes_sent``; training traffic goes through `Exchange`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Layout, Payload
+from mpicomp.topology.base import Schedule, Topology
+
+T = TypeVar("T")
+
+
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> dict[int, Payload]:
+        """Return the messages by source rank, ascending: the order of summation is fixed.
+
+        The payloads are valid until the next `Exchange.start`.
+        """
+
+
+class Exchange(Protocol):
+    """Messages between neighbors of a graph; both ends take part in every call (collective on all ranks)."""
+
+    rank: int
+    size: int
+    bytes_sent: int
+    schedule: Schedule
+
+    def start(self, payload: Payload, layout: Layout, topology: Topology) -> Pending:
+        """Send `payload` to this rank's targets in `topology`, and begin to receive from its sources.
+
+        `topology` is ``schedule(step)``; all ranks pass the same one. `payload` may be changed as soon as this
+        returns. One exchange at a time: wait for the last one first.
+
+        Raises:
+            ExchangeError: another exchange is still pending, or the transport failed.
+
+        """
+
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` (n,) over all ranks, in place: an all-reduce, the one operation that is not neighbor-only.
+
+        Counted as ``2 (size - 1) / size`` vectors sent a rank, what a ring all-reduce moves.
+        """
+
+
+class World(Protocol):
+    """All ranks, seen from one of them. Every method is collective on all ranks."""
+
+    rank: int
+    size: int
+    host: str
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    def exchange(self, schedule: Schedule) -> Exchange:
+        """Return the exchange over the edges of `schedule`, whose size must be this world's."""
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the (small, picklable) values of all ranks, by rank."""
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's (small, picklable) value."""
+
+    def broadcast_(self, x: Tensor) -> None:
+        """Overwrite `x` by rank 0's."""
+
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place, in float64 and in the order of ranks; not counted as training traffic."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def abort(self, exit_code: int) -> None:
+        """End all ranks at once."""
+
+
+def check_sources(payloads: dict[int, Payload], expected: Sequence[int]) -> None:
+    """Assert that one message has come from each of `expected`, in that order."""
+    assert list(payloads) == list(expected), (list(payloads), list(expected))
