@@ -1,6 +1,27 @@
 """mpicomp: train one model on many MPI ranks that talk only to their neighbors, in compressed messages.
 
-Importing this package starts no MPI and needs none.
+Importing this package starts no MPI and needs none. Its parts are loaded when they are first named, so that the
+command line answers at once.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpicomp import algorithms, compression, exchange, topology
+    from mpicomp.training.distributed import Distributed, distribute
+
 __version__ = "0.1.0"
+__all__ = ["Distributed", "__version__", "algorithms", "compression", "distribute", "exchange", "topology"]
+
+_FOUND_IN = {"Distributed": "mpicomp.training.distributed", "distribute": "mpicomp.training.distributed"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _FOUND_IN:
+        return getattr(importlib.import_module(_FOUND_IN[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"mpicomp.{name}")
+    raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")

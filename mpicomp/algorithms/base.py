@@ -1,8 +1,9 @@
 """WHEN to compute and when to talk: what an algorithm is, and what it may do with the model of its rank.
 
-An algorithm is a frozen dataclass of hyper-parameters (its compressor is one of them). What changes lives in its
-state, a dataclass of tensors and numbers made by `init` and changed in place by `step`; whatever a restart needs is a
-field of it, so that one generic code stores and restores the state of all algorithms.
+An algorithm is a frozen dataclass of hyper-parameters; its compressor, where it has one, is one of them. What changes
+lives in its state, a dataclass of tensors and numbers made by `Algorithm.init` and changed in place by
+`Algorithm.step`. Whatever a restart needs is a field of that state, so one generic code (`mpicomp.checkpoint.tree`)
+stores and restores the state of every algorithm. No message is in flight between two steps.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Spec
-from mpicomp.compression.identity import Identity
+from mpicomp.compression.base import Spec
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
 
 S = TypeVar("S")
+
+SCRATCH = {"scratch": True}
+"""Metadata of a state's field whose content means nothing between steps and is not stored."""
 
 
 class Local(Protocol):
@@ -27,7 +30,6 @@ class Local(Protocol):
     Attributes:
         x: (n,) the flat parameters; changing them changes the model.
         spec: the tensors of which `x` is made.
-        lr: the learning rate of the current step.
 
     """
 
@@ -48,13 +50,16 @@ class Local(Protocol):
 class Algorithm(ABC, Generic[S]):
     """One method of training on many ranks. Subclasses are frozen dataclasses and final."""
 
-    @property
-    def compressor(self) -> Compressor:
-        """The compressor of what is sent; a field in algorithms that compress."""
-        return Identity()
+    def check(self, schedule: Schedule) -> None:
+        """Raise TopologyError or ConfigError if this algorithm cannot run on `schedule`.
 
-    def check(self, schedule: Schedule) -> None:  # noqa: B027  (most algorithms take any graph)
-        """Raise TopologyError or ConfigError if this algorithm cannot run on `schedule`."""
+        By default every graph will do whose averaging preserves the mean.
+        """
+        if not schedule(0).is_doubly_stochastic:
+            raise TopologyError(
+                f"topology.kind = {schedule.name!r}: the columns of its weights do not sum to one, so {self.name} would "
+                "drift to a weighted mean. Use topology.weights = 'metropolis'."
+            )
 
     @abstractmethod
     def init(self, local: Local, exchange: Exchange) -> S:
@@ -68,38 +73,28 @@ class Algorithm(ABC, Generic[S]):
         """Return numbers of this rank worth a place in the metrics; no communication."""
         return {}
 
+    @property
+    def name(self) -> str:
+        """The class name, for messages."""
+        return type(self).__name__
 
-def require_fixed(name: str, schedule: Schedule) -> Topology:
-    """Return the one graph of `schedule`; raise TopologyError if it varies with time."""
+
+def require_fixed_symmetric(name: str, schedule: Schedule) -> None:
+    """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
     if not isinstance(schedule, Topology):
         raise TopologyError(
-            f"topology.kind = {schedule.name!r} changes from step to step, but algorithm.kind = {name!r} keeps sums over "
-            "a fixed neighborhood. Use a fixed graph, or 'dpsgd' or 'deep_squeeze'."
+            f"topology.kind = {schedule.name!r} changes from step to step, but {name} keeps a sum over a fixed "
+            "neighborhood. Use a fixed graph, or algorithm.kind = 'dpsgd' or 'deep_squeeze'."
         )
-    return schedule
-
-
-def require_doubly_stochastic(name: str, schedule: Schedule) -> None:
-    """Raise TopologyError if averaging over `schedule` would not preserve the mean."""
-    if not schedule(0).is_doubly_stochastic:
+    if not schedule.is_symmetric:
         raise TopologyError(
-            f"topology.kind = {schedule.name!r}: its columns do not sum to one, so algorithm.kind = {name!r} would drift to "
-            "a weighted mean. Use topology.weights = 'metropolis'."
-        )
-
-
-def require_symmetric(name: str, schedule: Schedule) -> None:
-    """Raise TopologyError if `schedule` is directed."""
-    require_doubly_stochastic(name, schedule)
-    if not schedule(0).is_symmetric:
-        raise TopologyError(
-            f"topology.kind = {schedule.name!r} is a directed graph, but algorithm.kind = {name!r} needs symmetric weights. "
-            "Use an undirected graph, or 'dpsgd'."
+            f"topology.kind = {schedule.name!r} has a directed graph or asymmetric weights, but {name} needs symmetric "
+            "ones. Use an undirected graph with topology.weights = 'metropolis', or algorithm.kind = 'dpsgd'."
         )
 
 
 def require_positive(**values: float) -> None:
-    """Raise ConfigError for the first of `values` that is not a finite number above zero."""
+    """Raise ConfigError for the first of `values` (keys of the section ``algorithm``) that is not finite and > 0."""
     for key, value in values.items():
-        if not (0 < value < float("inf")):
-            raise ConfigError(f"{key} = {value} must be a finite number > 0")
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"algorithm.{key} = {value} must be a finite number > 0")

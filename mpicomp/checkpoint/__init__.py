@@ -1,0 +1,1 @@
+"""Storing the state of a run."""

@@ -7,15 +7,20 @@ set-up, diagnostics and evaluation and is not counted in ``bytes_sent``; trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpicomp.compression.base import Layout, Payload
+from mpicomp.errors import TopologyError
 from mpicomp.topology.base import Schedule, Topology
 
 T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """Unwinds a rank of the loopback after another one has failed; no `except Exception` of the user's catches it."""
 
 
 class Pending(Protocol):
@@ -24,7 +29,7 @@ class Pending(Protocol):
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending: the order of summation is fixed.
 
-        The payloads are valid until the next `Exchange.start`.
+        The payloads are views, to be read only, and valid until the next `Exchange.start`.
         """
 
 
@@ -55,7 +60,7 @@ class Exchange(Protocol):
 
 
 class World(Protocol):
-    """All ranks, seen from one of them. Every method is collective on all ranks."""
+    """All ranks, seen from one of them. Every method but `abort` is collective on all ranks."""
 
     rank: int
     size: int
@@ -63,6 +68,8 @@ class World(Protocol):
     local_rank: int
     local_size: int
     device: torch.device
+    notices: tuple[str, ...]
+    """Lines that rank 0 should tell the user, e.g. that there is no GPU."""
 
     def exchange(self, schedule: Schedule) -> Exchange:
         """Return the exchange over the edges of `schedule`, whose size must be this world's."""
@@ -77,15 +84,33 @@ class World(Protocol):
         """Overwrite `x` by rank 0's."""
 
     def mean_(self, x: Tensor) -> None:
-        """Average `x` over all ranks, in place, in float64 and in the order of ranks; not counted as training traffic."""
+        """Average `x` over all ranks, in place, in float64 and by ascending rank; not counted as training traffic."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def abort(self, exit_code: int) -> None:
-        """End all ranks at once."""
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks at once. Not collective: one rank is enough."""
 
 
-def check_sources(payloads: dict[int, Payload], expected: Sequence[int]) -> None:
-    """Assert that one message has come from each of `expected`, in that order."""
-    assert list(payloads) == list(expected), (list(payloads), list(expected))
+def check_schedule(schedule: Schedule, size: int) -> None:
+    """Raise `TopologyError` unless `schedule` is made for `size` ranks."""
+    if schedule.size != size:
+        raise TopologyError(f"topology {schedule.name!r} is made for {schedule.size} ranks, but there are {size}")
+
+
+def all_reduce_nbytes(x: Tensor, size: int) -> int:
+    """Return the bytes that a ring all-reduce of `x` makes each of `size` ranks send."""
+    return 2 * (size - 1) * x.numel() * x.element_size() // size
+
+
+def mean_in_order(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the mean (n,) of the ranks' vectors (n,) in their dtype, summed in float64 by ascending rank.
+
+    Every `World` averages by this function, so that all of them agree bit for bit.
+    """
+    total = vectors[0].to(torch.float64, copy=True)
+    for vector in vectors[1:]:
+        total += vector
+    total /= len(vectors)
+    return total.to(vectors[0].dtype)

@@ -7,6 +7,7 @@ AdaGossip further need ``W`` symmetric (Koloskova et al. 2019, arXiv 1902.00340,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -19,7 +20,8 @@ TOLERANCE = 1e-10
 """How far a sum of weights may be from one."""
 
 
-@dataclass(frozen=True)
+# Equality is identity: comparing the fields would ask an array for its truth.
+@dataclass(frozen=True, eq=False)
 class Topology:
     """A fixed graph: ``topology(step)`` is the graph itself, so it is a `Schedule` as well.
 
@@ -30,7 +32,8 @@ class Topology:
         periods: for each extent, whether that dimension wraps around.
 
     Raises:
-        TopologyError: a matrix that is not square, not finite, negative, or whose rows do not sum to one.
+        TopologyError: a matrix that is not square, not finite, negative, or whose rows do not sum to one; a grid of
+            another size.
 
     """
 
@@ -42,16 +45,16 @@ class Topology:
     def __post_init__(self) -> None:
         mixing = np.array(self.mixing, dtype=np.float64)
         if mixing.ndim != 2 or mixing.shape[0] != mixing.shape[1] or mixing.shape[0] < 1:
-            raise TopologyError(
-                f"topology {self.name!r}: the mixing matrix must be square, not {mixing.shape}"
-            )
+            raise TopologyError(f"topology {self.name!r}: the mixing matrix must be square, not {mixing.shape}")
         if not np.isfinite(mixing).all() or (mixing < 0).any():
             raise TopologyError(f"topology {self.name!r}: weights must be finite and non-negative")
         off = np.abs(mixing.sum(axis=1) - 1)
         if off.max() > TOLERANCE:
             row = int(off.argmax())
+            raise TopologyError(f"topology {self.name!r}: row {row} sums to {mixing[row].sum():.6g} instead of 1")
+        if self.dims is not None and (math.prod(self.dims) != len(mixing) or len(self.dims) != len(self.periods or ())):
             raise TopologyError(
-                f"topology {self.name!r}: row {row} sums to {mixing[row].sum():.6g} instead of 1"
+                f"topology {self.name!r}: dims {self.dims}, periods {self.periods} are no grid of {len(mixing)} ranks"
             )
         mixing.setflags(write=False)
         object.__setattr__(self, "mixing", mixing)

@@ -1,0 +1,135 @@
+"""AdaGossip / AdaG-SGD: CHOCO-SGD with a consensus step per parameter.
+
+A parameter whose gossip error is large suffers more from compression and is averaged with a smaller step, as Adam
+does with gradients. Steps up to r_i are those of CHOCO-SGD.
+
+    y_i = x_i - lr u_i
+    q_i = C(y_i - xhat_i)                            send q_i to every neighbor, receive q_j
+    xhat_i = xhat_i + q_i;  s_i = s_i + sum_j W_ij q_j
+    r_i = s_i - xhat_i                               the gossip error, sum_j W_ij (xhat_j - xhat_i)
+    t = t + 1;  v_i = beta v_i + (1 - beta) r_i * r_i
+    vtilde_i = v_i / (1 - beta^t)                    (bias correction)
+    Gamma_i = min(gamma / (sqrt(vtilde_i) + epsilon), gamma_clip)
+    x_i = y_i + Gamma_i * r_i
+
+gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
+averaged with step 1, the others move by about gamma. The mean over ranks is **not** preserved, because Gamma_i differs
+from rank to rank. Bias correction and clip are those of the authors' code (aparna-aketi/AdaG_SGD); the abstract's
+formula shows neither, and both can be switched off.
+
+``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
+(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): ``u_i = g_i + mu m_i``, and after
+mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``.
+
+Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
+Aketi, Hashemi, Roy 2024, arXiv 2404.05919.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.base import Algorithm, Local, require_fixed_symmetric, require_positive
+from mpicomp.algorithms.choco import ChocoState, compression_error, send_difference, update_copies_
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+from mpicomp.topology.base import Schedule
+
+BLOCK = 2**16
+"""Entries that are mixed at a time, so that the temporaries stay in the cache and need no vector of their own."""
+
+
+@dataclass
+class AdaGossipState(ChocoState):
+    """What a rank keeps beside CHOCO's copies.
+
+    Attributes:
+        v: (n,) running second raw moment of the gossip error.
+        momentum: (n,) the realized displacement per learning rate, or None without quasi-global momentum.
+        t: the number of mixings done.
+
+    """
+
+    v: Tensor
+    momentum: Tensor | None
+    t: int = 0
+
+
+@dataclass(frozen=True)
+class AdaGossip(Algorithm[AdaGossipState]):
+    """AdaG-SGD with any optimizer as the local step.
+
+    Attributes:
+        gamma: consensus step, > 0, in the unit of a parameter.
+        compressor: any contractive compressor.
+        beta: decay of the second moment, in [0, 1).
+        epsilon: added to the root, > 0.
+        bias_correction: whether v is divided by ``1 - beta^t``.
+        gamma_clip: the largest step of an entry; infinity switches the clip off.
+        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+
+    """
+
+    gamma: float
+    compressor: Compressor = Identity()
+    beta: float = 0.999
+    epsilon: float = 1e-8
+    bias_correction: bool = True
+    gamma_clip: float = 1.0
+    quasi_global_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(gamma=self.gamma, epsilon=self.epsilon)
+        for key in ("beta", "quasi_global_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
+        if not self.gamma_clip > 0:
+            raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
+
+    def check(self, schedule: Schedule) -> None:
+        """Need one undirected graph."""
+        require_fixed_symmetric("AdaGossip", schedule)
+
+    def init(self, local: Local, exchange: Exchange) -> AdaGossipState:
+        """Start the public copies at the common initial model, and the moments at zero."""
+        x = local.x
+        return AdaGossipState(
+            x_hat=x.clone(),
+            s=x.clone(),
+            scratch=torch.empty_like(x),
+            compressor=self.compressor.init(local.spec, x.device, exchange.rank),
+            v=torch.zeros_like(x),
+            momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
+        )
+
+    def step(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
+        """Do one step in the order of the module's docstring."""
+        gradient = local.gradient()
+        if state.momentum is not None:
+            gradient.add_(state.momentum, alpha=self.quasi_global_momentum)
+            state.momentum.copy_(local.x)  # x^t, until the displacement is known
+        local.update()
+        own, pending = send_difference(self.compressor, local, state, exchange)
+        update_copies_(self.compressor, local, state, exchange, own, pending)
+        state.t += 1
+        self._mix_(local.x, state)
+        if state.momentum is not None:
+            state.momentum.sub_(local.x).div_(local.lr)
+
+    def _mix_(self, x: Tensor, state: AdaGossipState) -> None:
+        """``v`` and ``x += Gamma * r``, block by block."""
+        correction = 1 - self.beta**state.t if self.bias_correction else 1.0
+        for xs, ss, hats, vs in zip(*(y.split(BLOCK) for y in (x, state.s, state.x_hat, state.v)), strict=True):
+            r = ss - hats
+            vs.mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
+            step = self.gamma / (vs / correction).sqrt_().add_(self.epsilon)
+            xs.addcmul_(r, step.clamp_max_(self.gamma_clip))
+
+    def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
+        """``compression_error``, the relative distance |x - xhat| / |x|."""
+        return {"compression_error": compression_error(local, state)}

@@ -1,0 +1,80 @@
+"""The state of an algorithm as ``{path: tensor or number}``, and back into a state of the same shape.
+
+A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths name its leaves,
+``"compressor/residual"``. Restoring needs a state made by `init`, whose leaves are compared one by one: what does not
+fit is an error that names the path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mpicomp.errors import CheckpointError
+
+Leaf = Tensor | int | float | str | bool
+
+
+def flatten(state: Any) -> dict[str, Leaf]:
+    """Return the leaves of `state` by path; tensors are not copied.
+
+    Raises:
+        CheckpointError: a value that cannot be stored; found when the state is first flattened, not on restart.
+
+    """
+    return {path: getattr(holder, key) if isinstance(key, str) else holder[key] for path, holder, key in _leaves(state)}
+
+
+def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:
+    """Overwrite the leaves of `state` by `stored`: tensors in place, numbers by assignment.
+
+    Raises:
+        CheckpointError: a missing or surplus path, or a tensor of another shape or type.
+
+    """
+    places = {path: (holder, key) for path, holder, key in _leaves(state)}
+    if places.keys() != stored.keys():
+        missing, surplus = sorted(places.keys() - stored.keys()), sorted(stored.keys() - places.keys())
+        raise CheckpointError(f"the stored state is another one: missing {missing}, not expected {surplus}")
+    for path, (holder, key) in places.items():
+        value = stored[path]
+        current = getattr(holder, key) if isinstance(key, str) else holder[key]
+        if isinstance(current, Tensor):
+            if not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
+                raise CheckpointError(f"the stored {path!r} does not fit: {_kind(value)} instead of {_kind(current)}")
+            current.copy_(value)
+        elif type(value) is not type(current):
+            raise CheckpointError(f"the stored {path!r} does not fit: {_kind(value)} instead of {_kind(current)}")
+        elif isinstance(key, str):
+            setattr(holder, key, value)
+        else:
+            holder[key] = value
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any, str | int]]:
+    """Yield ``(path, holder, key)`` for every leaf below `node`, in order."""
+    if node is None:
+        return
+    if dataclasses.is_dataclass(node):
+        children: list[tuple[str | int, Any]] = [
+            (field.name, getattr(node, field.name))
+            for field in dataclasses.fields(node)
+            if not field.metadata.get("scratch")
+        ]
+    elif isinstance(node, list):
+        children = list(enumerate(node))
+    else:
+        raise CheckpointError(f"the state {path!r} is a {type(node).__name__}, which cannot be stored")
+    for key, child in children:
+        below = f"{path}/{key}" if path else str(key)
+        if isinstance(child, Leaf):
+            yield below, node, key
+        else:
+            yield from _leaves(child, below)
+
+
+def _kind(value: Leaf) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,75 @@
+"""Which launcher started this process, and whether it is the one of the MPI library. Pure functions; no MPI.
+
+Started by the mpiexec of another MPI, N processes would each believe to be rank 0 of 1 (Open MPI 5.0.11 under MPICH's
+mpiexec), or die in ``MPI_Init`` with a message about PMI (MPICH 5.0.2 under Open MPI's). Both are told apart here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from mpicomp.errors import ExchangeError
+
+Family = Literal["MPICH", "Open MPI", "unknown"]
+
+_SIZES = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpiexec",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpiexec",
+    "PMI_SIZE": "MPICH's mpiexec (or srun --mpi=pmi2)",
+    "FLUX_JOB_SIZE": "flux run",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+"""Where launchers say how many ranks they started, the most specific first: mpiexec uses srun for its daemons.
+
+``SLURM_NTASKS`` is not among them: it is set in a plain batch script and in an interactive allocation too.
+"""
+
+
+def launched_by(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return the launcher and the number of ranks that it claims, or None for a process started alone."""
+    for variable, name in _SIZES.items():
+        size = environ.get(variable, "")
+        if size.isdigit():
+            return name, int(size)
+    return None
+
+
+def family(version: str) -> Family:
+    """Return the kind of MPI behind `version`, the library's own text or mpi4py's file name for its ABI."""
+    text = version.lower().replace(" ", "")
+    if "openmpi" in text:
+        return "Open MPI"
+    return "MPICH" if any(name in text for name in ("mpich", "intel", "cray", "mvapich")) else "unknown"
+
+
+def check_before_start(library: Family, environ: Mapping[str, str]) -> None:
+    """Raise `ExchangeError` where ``MPI_Init`` of `library` would abort the process for its launcher's sake."""
+    if library == "MPICH" and "OMPI_COMM_WORLD_SIZE" in environ:
+        raise _mismatch(library, *_claim(environ))
+
+
+def check_after_start(library: Family, size: int, environ: Mapping[str, str]) -> None:
+    """Raise `ExchangeError` where the launcher has started several ranks but this process is `size` = 1 of 1."""
+    claim = launched_by(environ)
+    if size == 1 and claim is not None and claim[1] > 1:
+        raise _mismatch(library, *claim)
+
+
+def _claim(environ: Mapping[str, str]) -> tuple[str, int]:
+    claim = launched_by(environ)
+    assert claim is not None
+    return claim
+
+
+def _mismatch(library: Family, launcher: str, claimed: int) -> ExchangeError:
+    own = Path(sys.executable).parent / "mpiexec"
+    remedy = f"start with {own}" if own.exists() else f"start with the mpiexec that belongs to {library}"
+    if "srun" in launcher:
+        remedy += ", or let srun speak its language (see `srun --mpi=list`; Open MPI 5 needs --mpi=pmix)"
+    return ExchangeError(
+        f"wrong launcher: {launcher} started {claimed} processes, but the MPI library in use is {library} and does not "
+        f"understand it, so that each process would run alone. Remedy: {remedy}"
+    )

@@ -1,0 +1,45 @@
+"""The MPI library: importing this module starts MPI.
+
+Raises `ExchangeError` on import where there is no MPI, or the process was started by the launcher of another one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import mpi4py
+
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.launcher import check_after_start, check_before_start, family
+
+
+def _expected_family() -> str:
+    """Return the file name of the extension module that mpi4py will load; its wheels name the MPI in it."""
+    try:
+        spec = importlib.util.find_spec("mpi4py.MPI")
+    except (ImportError, RuntimeError, OSError):
+        return ""
+    return os.path.basename(spec.origin) if spec is not None and spec.origin else ""  # noqa: PTH119
+
+
+check_before_start(family(_expected_family()), os.environ)
+
+# One thread of ours talks to MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
+# The environment variable MPI4PY_RC_THREAD_LEVEL overrules this.
+mpi4py.rc.thread_level = "serialized"
+try:
+    with warnings.catch_warnings():
+        # "suspicious MPI execution environment": check_after_start says it better, and as an error.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    raise ExchangeError(
+        f"mpi4py finds no MPI library ({error}). Load your cluster's MPI module, or install one: "
+        "pip install 'mpicomp[mpich]'"
+    ) from error
+
+check_after_start(family(MPI.Get_library_version()), MPI.COMM_WORLD.Get_size(), os.environ)
+
+__all__ = ["MPI"]

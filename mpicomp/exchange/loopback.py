@@ -1,0 +1,333 @@
+"""N ranks as N threads of one process: for tests, the debugger, a laptop, and the study of many ranks.
+
+Messages are packed into bytes exactly as for MPI, so that layouts, byte counts and results are the same. A message is
+packed once and read in place by all receivers. Waiting threads sleep until they are woken; when all ranks that still
+run wait for each other, or for one that has returned, the run fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Layout, Payload
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_schedule, mean_in_order
+from mpicomp.exchange.placement import core_share, thread_count
+from mpicomp.timing import timed
+from mpicomp.topology.base import Schedule, Topology
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@dataclass
+class _Message:
+    """A packed payload; its buffer goes back to the sender's pool when the last reader has released it."""
+
+    wire: Tensor
+    nbytes: int
+    readers: int
+    pool: list[Tensor]
+
+
+@dataclass
+class _Seat:
+    """What the hub knows of one rank."""
+
+    woken: threading.Condition
+    inbox: defaultdict[int, deque[_Message]] = field(default_factory=lambda: defaultdict(deque))
+    missing: set[int] = field(default_factory=set)
+
+
+class _Round:
+    """One collective operation: the values given so far, and whether all are there."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[Any] = [None] * size
+        self.arrived = 0
+
+
+class _Hub:
+    """Where the threads meet. One lock guards everything; each rank sleeps on a condition of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.error: BaseException | None = None
+        self.failed_rank: int | None = None
+        self._lock = threading.Lock()
+        self._seats = [_Seat(threading.Condition(self._lock)) for _ in range(size)]
+        self._round = _Round(size)
+        self._running = size
+        self._blocked = 0
+
+    def fail(self, error: BaseException, rank: int | None = None) -> None:
+        """Stop all ranks because of `error` on `rank`; the first error wins."""
+        with self._lock:
+            self._fail(error, rank)
+
+    def leave(self) -> None:
+        """Note that a rank has returned."""
+        with self._lock:
+            self._running -= 1
+            self._check_progress()
+
+    def post(self, source: int, targets: Iterable[int], message: _Message) -> None:
+        """Put `message` into the inbox of each of `targets`."""
+        with self._lock:
+            for target in targets:
+                seat = self._seats[target]
+                seat.inbox[source].append(message)
+                if source in seat.missing:
+                    seat.missing.discard(source)
+                    if not seat.missing:
+                        self._blocked -= 1
+                        seat.woken.notify()
+
+    def take(self, rank: int, sources: Sequence[int]) -> list[_Message]:
+        """Return the next message from each of `sources`, when all are there."""
+        with self._lock:
+            seat = self._seats[rank]
+            seat.missing = {source for source in sources if not seat.inbox[source]}
+            if seat.missing:
+                self._sleep(seat, lambda: not seat.missing)
+            self._check_alive()
+            return [seat.inbox[source].popleft() for source in sources]
+
+    def release(self, messages: Iterable[_Message]) -> None:
+        """Give back messages that this rank has read."""
+        with self._lock:
+            for message in messages:
+                message.readers -= 1
+                if message.readers == 0:
+                    message.pool.append(message.wire)
+
+    def gather(self, rank: int, value: T) -> list[T]:
+        """Return the values of all ranks, when all have called this."""
+        with self._lock:
+            self._check_alive()
+            current = self._round
+            current.values[rank] = value
+            current.arrived += 1
+            if current.arrived < self.size:
+                self._sleep(self._seats[rank], lambda: current.arrived == self.size)
+                self._check_alive()
+            else:
+                self._round = _Round(self.size)
+                self._blocked -= self.size - 1
+                for seat in self._seats:
+                    seat.woken.notify()
+            return list(current.values)
+
+    def _sleep(self, seat: _Seat, is_ready: Callable[[], bool]) -> None:
+        self._blocked += 1
+        self._check_progress()
+        while not is_ready() and self.error is None:
+            seat.woken.wait()
+
+    def _check_progress(self) -> None:
+        if self._blocked == self._running > 0:
+            waiting = [rank for rank, seat in enumerate(self._seats) if seat.missing]
+            detail = ", ".join(f"rank {rank} for {sorted(self._seats[rank].missing)}" for rank in waiting[:8])
+            self._fail(
+                ExchangeError(
+                    f"deadlock: {self._running} of {self.size} ranks still run and all of them wait"
+                    + (f" ({detail})" if detail else " for a collective operation")
+                ),
+                None,
+            )
+
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise Stopped
+
+    def _fail(self, error: BaseException, rank: int | None) -> None:
+        if self.error is None:
+            self.error, self.failed_rank = error, rank
+            for seat in self._seats:
+                seat.woken.notify()
+
+
+class _LoopbackPending:
+    """The messages to come for one rank."""
+
+    def __init__(self, exchange: LoopbackExchange, layout: Layout, sources: list[int]) -> None:
+        self._exchange = exchange
+        self._layout = layout
+        self._sources = sources
+
+    @timed("exchange")
+    def wait(self) -> dict[int, Payload]:
+        """Return the messages by source rank, ascending."""
+        messages = self._exchange._take(self._sources)
+        return {
+            source: self._layout.unpack(message.wire[: message.nbytes])
+            for source, message in zip(self._sources, messages, strict=True)
+        }
+
+
+class LoopbackExchange:
+    """The `Exchange` between the threads of one process."""
+
+    def __init__(self, hub: _Hub, rank: int, schedule: Schedule, device: torch.device) -> None:
+        check_schedule(schedule, hub.size)
+        self.rank = rank
+        self.size = hub.size
+        self.schedule = schedule
+        self.bytes_sent = 0
+        self._hub = hub
+        self._device = device
+        self._pool: list[Tensor] = []
+        self._held: list[_Message] = []
+        self._is_pending = False
+
+    @timed("exchange")
+    def start(self, payload: Payload, layout: Layout, topology: Topology) -> _LoopbackPending:
+        """Send `payload` to this rank's targets, and begin to receive from its sources."""
+        if self._is_pending:
+            raise ExchangeError("an exchange is still pending: wait for it before the next one")
+        self._is_pending = True
+        self._hub.release(self._held)
+        self._held = []
+        targets = topology.targets(self.rank)
+        if targets:
+            wire = self._buffer(layout.nbytes)
+            nbytes = layout.pack(payload, wire)
+            self._hub.post(self.rank, targets, _Message(wire, nbytes, len(targets), self._pool))
+            self.bytes_sent += nbytes * len(targets)
+        return _LoopbackPending(self, layout, topology.sources(self.rank))
+
+    @timed("exchange")
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
+        _mean_(self._hub, self.rank, x)
+        self.bytes_sent += all_reduce_nbytes(x, self.size)
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        while self._pool:
+            wire = self._pool.pop()
+            if wire.numel() >= nbytes:
+                return wire
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def _take(self, sources: list[int]) -> list[_Message]:
+        assert self._is_pending, "waited for twice"
+        self._held = self._hub.take(self.rank, sources)
+        self._is_pending = False
+        return self._held
+
+
+class LoopbackWorld:
+    """The `World` of one thread."""
+
+    def __init__(self, hub: _Hub, rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = hub.size
+        self.host = socket.gethostname()
+        self.local_rank = rank
+        self.local_size = hub.size
+        self.device = device
+        self.notices: tuple[str, ...] = ()
+        self._hub = hub
+
+    def exchange(self, schedule: Schedule) -> LoopbackExchange:
+        """Return the exchange over the edges of `schedule`."""
+        return LoopbackExchange(self._hub, self.rank, schedule, self.device)
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank: the objects themselves, not copies."""
+        return self._hub.gather(self.rank, value)
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value: the object itself, not a copy."""
+        return self._hub.gather(self.rank, value)[0]
+
+    def broadcast_(self, x: Tensor) -> None:
+        """Overwrite `x` by rank 0's."""
+        root = self._hub.gather(self.rank, x)[0]
+        if self.rank != 0:
+            x.copy_(root)
+        self.barrier()
+
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place, in float64 and in the order of ranks."""
+        _mean_(self._hub, self.rank, x)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._hub.gather(self.rank, None)
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """Stop all ranks; `run` raises ``SystemExit(exit_code)``."""
+        self._hub.fail(SystemExit(exit_code), self.rank)
+        raise Stopped
+
+
+def _mean_(hub: _Hub, rank: int, x: Tensor) -> None:
+    """Average `x` over all ranks: each rank averages its piece of the vector, and all copy all pieces."""
+    vectors = hub.gather(rank, x.detach().view(-1))
+    pieces = [vector.tensor_split(hub.size)[rank] for vector in vectors]
+    means = hub.gather(rank, mean_in_order(pieces))
+    # Nobody overwrites a vector before all have read it: the second gather is a barrier too.
+    torch.cat(means, out=vectors[rank])
+
+
+def run(
+    size: int,
+    function: Callable[..., R],
+    *args: Any,
+    device: torch.device | str = "cpu",
+) -> list[R]:
+    """Call ``function(world, *args)`` on `size` ranks and return the results, by rank.
+
+    Threads of torch are divided among the ranks as they are under MPI on one machine.
+
+    Raises:
+        ExchangeError: the ranks wait for each other for ever.
+        Exception: what the first rank to fail has raised; it carries a note with the rank. The others are stopped.
+
+    """
+    if size < 1:
+        raise ValueError(f"size = {size}: there must be at least one rank")
+    hub = _Hub(size)
+    results: list[Any] = [None] * size
+    cores = os.sched_getaffinity(0)
+    threads_before = torch.get_num_threads()
+    threads_each = thread_count(core_share(cores, [cores] * size))
+
+    def serve(rank: int) -> None:
+        torch.set_num_threads(threads_each)
+        try:
+            results[rank] = function(LoopbackWorld(hub, rank, torch.device(device)), *args)
+        except Stopped:
+            pass
+        except BaseException as error:
+            hub.fail(error, rank)
+        finally:
+            hub.leave()
+
+    threads = [threading.Thread(target=serve, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        hub.fail(error)
+        raise
+    finally:
+        torch.set_num_threads(threads_before)
+    if hub.error is not None:
+        if hub.failed_rank is not None and size > 1 and sys.version_info >= (3, 11):
+            hub.error.add_note(f"on rank {hub.failed_rank} of {size} (loopback)")
+        raise hub.error
+    return results

@@ -1,0 +1,136 @@
+"""Host buffers between tensors and MPI: packed, reused from step to step, pinned where there is a GPU.
+
+On the CPU a payload is packed straight into the buffer that is sent, and read straight from the buffer that was
+received. On a GPU it is packed on the device and crosses the bus in one copy each way. Buffers grow when a longer
+layout comes by, and never shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Layout, Payload
+
+Bytes = np.ndarray
+
+
+class Staging(Protocol):
+    """The buffers of one exchange."""
+
+    def pack(self, payload: Payload, layout: Layout) -> Bytes:
+        """Return the packed `payload` in host memory, (used bytes,), ready to be sent."""
+
+    def receive(self, count: int, nbytes: int) -> list[Bytes]:
+        """Return `count` host buffers (nbytes,) to receive into; they overwrite those of the last call."""
+
+    def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
+        """Return the payloads in the first buffers given by `receive`, of which ``sizes[i]`` bytes were filled."""
+
+
+def make_staging(device: torch.device) -> Staging:
+    """Return the staging buffers for payloads on `device`."""
+    return CudaStaging(device) if device.type == "cuda" else HostStaging()
+
+
+class _Buffers:
+    """A list of uint8 vectors that grow when needed."""
+
+    def __init__(self, device: torch.device, is_pinned: bool = False) -> None:
+        self._device = device
+        self._is_pinned = is_pinned
+        self._tensors: list[Tensor] = []
+
+    def get(self, index: int, nbytes: int) -> Tensor:
+        """Return the first `nbytes` bytes of buffer `index`."""
+        while len(self._tensors) <= index:
+            self._tensors.append(self._new(nbytes))
+        if self._tensors[index].numel() < nbytes:
+            self._tensors[index] = self._new(nbytes)
+        return self._tensors[index][:nbytes]
+
+    def _new(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned)
+
+
+class HostStaging:
+    """Payloads in host memory."""
+
+    def __init__(self) -> None:
+        self._sent = _Buffers(torch.device("cpu"))
+        self._received = _Buffers(torch.device("cpu"))
+
+    def pack(self, payload: Payload, layout: Layout) -> Bytes:
+        """Pack into the send buffer."""
+        wire = self._sent.get(0, layout.nbytes)
+        return _bytes(wire[: layout.pack(payload, wire)])
+
+    def receive(self, count: int, nbytes: int) -> list[Bytes]:
+        """Return the receive buffers."""
+        return [_bytes(self._received.get(i, nbytes)) for i in range(count)]
+
+    def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
+        """Return views of the receive buffers."""
+        return [layout.unpack(self._received.get(i, nbytes)) for i, nbytes in enumerate(sizes)]
+
+
+class CudaStaging:
+    """Payloads on a GPU, sent from and received in pinned host memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        host = torch.device("cpu")
+        self._device = device
+        self._sent = _Buffers(device)
+        self._sent_host = _Buffers(host, is_pinned=True)
+        self._received = _Buffers(device)
+        self._received_host = _Buffers(host, is_pinned=True)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Blocking events sleep; the default ones would spin on a core that another rank may need.
+        self._is_sent = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._is_received = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def pack(self, payload: Payload, layout: Layout) -> Bytes:
+        """Pack on the device, copy to the host on a side stream, and wait for that copy only."""
+        wire = self._sent.get(0, layout.nbytes)
+        nbytes = layout.pack(payload, wire)
+        host = self._sent_host.get(0, layout.nbytes)[:nbytes]
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            host.copy_(wire[:nbytes], non_blocking=True)
+            self._is_sent.record(self._side)
+        self._is_sent.synchronize()
+        return _bytes(host)
+
+    def receive(self, count: int, nbytes: int) -> list[Bytes]:
+        """Return the pinned receive buffers, once the last messages in them have reached the device."""
+        self._is_received.synchronize()
+        return [_bytes(self._received_host.get(i, nbytes)) for i in range(count)]
+
+    def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
+        """Copy to the device on the current stream, which is where the payloads are read next."""
+        payloads = []
+        for i, nbytes in enumerate(sizes):
+            host = self._received_host.get(i, nbytes)
+            wire = self._received.get(i, nbytes)
+            wire.copy_(host, non_blocking=True)
+            payloads.append(_like(layout.unpack(host), host, wire))
+        self._is_received.record(torch.cuda.current_stream(self._device))
+        return payloads
+
+
+def _like(views: Payload, host: Tensor, wire: Tensor) -> Payload:
+    """Return views of `wire` that lie as `views` lie in `host`: counts are read on the host, without a device sync."""
+    payload = {}
+    for name, view in views.items():
+        begin = view.data_ptr() - host.data_ptr() if view.numel() else 0
+        payload[name] = wire[begin : begin + view.numel() * view.element_size()].view(view.dtype)
+    return payload
+
+
+def _bytes(host: Tensor) -> Bytes:
+    array: Bytes = host.numpy()
+    return array

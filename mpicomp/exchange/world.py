@@ -1,0 +1,163 @@
+"""All ranks of an MPI job, seen from one of them. Importing this module starts MPI (see `library`)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.errors import ConfigError, MpicompError
+from mpicomp.exchange.base import check_schedule, mean_in_order
+from mpicomp.exchange.guard import agree
+from mpicomp.exchange.library import MPI
+from mpicomp.exchange.neighbor import NeighborExchange
+from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, core_share, shared_gpus, thread_count
+from mpicomp.exchange.wait import wait_all
+from mpicomp.topology.base import Schedule
+
+T = TypeVar("T")
+
+_BLOCK = 2**20
+"""Entries averaged or broadcast at a time, which bounds the memory beside the vector."""
+
+
+class MpiWorld:
+    """The `World` of one MPI rank, over a communicator of its own.
+
+    Attributes:
+        comm: the duplicated communicator; messages of other libraries cannot be mistaken for ours.
+        core_share: the cores that fall to this rank; below 1 where ranks outnumber cores.
+        is_polite: whether this rank sleeps while it waits, because others need its core.
+
+    """
+
+    def __init__(self, comm: MPI.Intracomm, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> None:
+        self.comm = comm.Dup()
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        self.host = socket.gethostname()
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.local_rank = node.Get_rank()
+        self.local_size = node.Get_size()
+        cores = os.sched_getaffinity(0)
+        self.core_share = core_share(cores, node.allgather(cores))
+        self.is_polite = self.core_share < 1 - 1e-9
+        node.Free()
+        torch.set_num_threads(thread_count(self.core_share))
+        self.device = self._choose_device(device, allow_shared_gpu)
+        self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
+
+    @classmethod
+    def from_environment(cls, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> MpiWorld:
+        """Return the world of all ranks that the launcher has started; one rank without a launcher.
+
+        Collective on all ranks. Sets torch's threads to this rank's share of the cores, and its CUDA device.
+
+        Raises:
+            ConfigError: a GPU is demanded but not there, or several ranks share one without `allow_shared_gpu`.
+
+        """
+        return cls(MPI.COMM_WORLD, device, allow_shared_gpu)
+
+    def exchange(self, schedule: Schedule) -> NeighborExchange:
+        """Return the exchange over the edges of `schedule`."""
+        check_schedule(schedule, self.size)
+        return NeighborExchange(self, schedule)
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the (small, picklable) values of all ranks, by rank."""
+        mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        sizes = np.empty(self.size, dtype=np.int64)
+        self.wait(self.comm.Iallgather(np.array([mine.size], dtype=np.int64), sizes))
+        everything = np.empty(int(sizes.sum()), dtype=np.uint8)
+        self.wait(self.comm.Iallgatherv(mine, (everything, sizes)))
+        pieces = np.split(everything, np.cumsum(sizes)[:-1])
+        return [pickle.loads(piece.tobytes()) for piece in pieces]
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's (small, picklable) value."""
+        nbytes = np.zeros(1, dtype=np.int64)
+        data = np.frombuffer(pickle.dumps(value), dtype=np.uint8).copy() if self.rank == 0 else np.empty(0, np.uint8)
+        nbytes[0] = data.size
+        self.wait(self.comm.Ibcast(nbytes, root=0))
+        if self.rank != 0:
+            data = np.empty(int(nbytes[0]), dtype=np.uint8)
+        self.wait(self.comm.Ibcast(data, root=0))
+        result: T = value if self.rank == 0 else pickle.loads(data.tobytes())
+        return result
+
+    def broadcast_(self, x: Tensor) -> None:
+        """Overwrite `x` by rank 0's."""
+        for block in torch.split(x.detach().view(-1), _BLOCK):
+            host = block.cpu()
+            self.wait(self.comm.Ibcast(_bytes(host), root=0))
+            if self.rank != 0:
+                block.copy_(host)
+
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place, in float64 and by ascending rank.
+
+        Each rank averages its piece of a block, and all collect all pieces: 2 (size - 1) / size vectors sent a rank.
+        """
+        for block in torch.split(x.detach().view(-1), _BLOCK):
+            host = block.cpu()
+            pieces = host.tensor_split(self.size)
+            counts = np.array([piece.numel() * piece.element_size() for piece in pieces])
+            mine = pieces[self.rank]
+            gathered = torch.empty((self.size, mine.numel()), dtype=x.dtype)
+            self.wait(
+                self.comm.Ialltoallv(
+                    [_bytes(host), counts, MPI.BYTE],
+                    [_bytes(gathered.view(-1)), np.full(self.size, counts[self.rank]), MPI.BYTE],
+                )
+            )
+            mean = mean_in_order(list(gathered))
+            result = torch.empty_like(host)
+            self.wait(self.comm.Iallgatherv(_bytes(mean), [_bytes(result), counts, MPI.BYTE]))
+            block.copy_(result)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.wait(self.comm.Ibarrier())
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End all ranks at once; the launcher ends with `exit_code`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(exit_code)
+        os._exit(exit_code)
+
+    def wait(self, *requests: MPI.Request) -> None:
+        """Wait for `requests`, politely where ranks outnumber cores."""
+        wait_all(requests, is_polite=self.is_polite)
+
+    def _choose_device(self, kind: DeviceKind, allow_shared_gpu: bool) -> torch.device:
+        device, error = torch.device("cpu"), None
+        try:
+            visible = torch.cuda.device_count() if kind != "cpu" else 0
+            device = choose_device(kind, self.local_rank, visible)
+        except MpicompError as failure:
+            error = failure
+        agree(self, error)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        shared = shared_gpus(self.all_gather(uuid))
+        if shared and not allow_shared_gpu:
+            gpu, ranks = next(iter(shared.items()))
+            raise ConfigError(
+                f"ranks {', '.join(map(str, ranks))} would share the GPU {gpu}: start one rank per GPU, or allow it "
+                "(allow_shared_gpu), or run with device = 'cpu'"
+            )
+        return device
+
+
+def _bytes(host: Tensor) -> Any:
+    return host.view(torch.uint8).numpy()

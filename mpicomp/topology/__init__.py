@@ -1,0 +1,103 @@
+"""WHO talks to whom: graphs over ranks and their mixing weights. Needs neither torch nor MPI."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from mpicomp.errors import TopologyError, nearest, unknown_name
+from mpicomp.topology.base import TOLERANCE, Schedule, Topology
+from mpicomp.topology.custom import from_file, from_graph
+from mpicomp.topology.dynamic import OnePeerExponential, RandomMatching
+from mpicomp.topology.spectral import (
+    PeriodicSchedule,
+    best_diffusion_step,
+    beta,
+    check,
+    is_connected,
+    period_product,
+    spectral_gap,
+)
+from mpicomp.topology.static import (
+    chain,
+    complete,
+    dyck,
+    erdos_renyi,
+    exponential,
+    hypercube,
+    random_regular,
+    ring,
+    star,
+    torus,
+)
+
+__all__ = [
+    "TOLERANCE",
+    "TOPOLOGIES",
+    "OnePeerExponential",
+    "PeriodicSchedule",
+    "RandomMatching",
+    "Schedule",
+    "Topology",
+    "best_diffusion_step",
+    "beta",
+    "chain",
+    "check",
+    "complete",
+    "dyck",
+    "erdos_renyi",
+    "exponential",
+    "from_file",
+    "from_graph",
+    "hypercube",
+    "is_connected",
+    "make_topology",
+    "period_product",
+    "random_regular",
+    "ring",
+    "spectral_gap",
+    "star",
+    "torus",
+]
+
+TOPOLOGIES: dict[str, Callable[..., Schedule]] = {
+    "chain": chain,
+    "complete": complete,
+    "dyck": dyck,
+    "erdos_renyi": erdos_renyi,
+    "exponential": exponential,
+    "file": from_file,
+    "hypercube": hypercube,
+    "one_peer_exponential": OnePeerExponential,
+    "random_matching": RandomMatching,
+    "random_regular": random_regular,
+    "ring": ring,
+    "star": star,
+    "torus": torus,
+}
+"""Every topology by its name in the configuration: ``TOPOLOGIES[kind](size, **parameters)``."""
+
+
+def make_topology(kind: str, size: int, **parameters: Any) -> Schedule:
+    """Build the topology `kind` over `size` ranks with parameters from a configuration.
+
+    Raises:
+        ConfigError: a kind that does not exist.
+        TopologyError: a parameter that this kind does not have or lacks, or a graph that does not exist at this size.
+
+    """
+    if kind not in TOPOLOGIES:
+        raise unknown_name("topology.kind", kind, TOPOLOGIES)
+    factory = TOPOLOGIES[kind]
+    known = {name: p for name, p in inspect.signature(factory).parameters.items() if name != "size"}
+    for name in parameters:
+        if name not in known:
+            raise TopologyError(
+                f"topology.{name} is no parameter of topology.kind = {kind!r}.{nearest(name, known)} "
+                f"Known: {', '.join(known) or 'none'}."
+            )
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in parameters:
+            raise TopologyError(f"topology.{name} is missing: topology.kind = {kind!r} needs it")
+    return factory(size, **parameters)

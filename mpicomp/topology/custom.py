@@ -1,0 +1,184 @@
+"""Graphs that the user brings: a networkx graph, or a file of one.
+
+Nodes are the ranks 0 ... size-1. An edge u -> v of a directed graph means that u sends to v. Files by suffix:
+
+- ``.txt``, ``.edges``, ``.edgelist``, ``.csv``: a line per undirected edge, ``u v`` or ``u v weight``, separated by
+  blanks or a comma; ``#`` starts a comment
+- ``.graphml``, ``.gml``: as networkx writes them
+- ``.json``: node-link, ``{"directed": false, "nodes": [{"id": 0}, ...], "edges": [{"source": 0, "target": 1}, ...]}``
+  (``"links"`` is read as well as ``"edges"``)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeAlias
+from xml.etree.ElementTree import ParseError
+
+import networkx as nx
+import numpy as np
+
+from mpicomp.errors import TopologyError, unknown_name
+from mpicomp.topology.arguments import require_bool, require_size
+from mpicomp.topology.base import TOLERANCE, Topology
+from mpicomp.topology.spectral import check
+from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
+
+Graph: TypeAlias = "nx.Graph[Any]"
+
+GIVEN = "given"
+"""The weights that the edges carry, in place of a rule."""
+
+
+def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False, name: str = "graph") -> Topology:
+    """Build the topology of a networkx graph with nodes 0 ... size-1.
+
+    Args:
+        graph: directed or not; parallel edges count once, loops not at all.
+        weights: ``"metropolis"``, ``"uniform"``, or ``"given"``: the edges' attribute ``weight``, with what is left of
+            each row on the diagonal (or the weight of the loop, where there is one).
+        lazy: whether to use ``(I + W) / 2``.
+        name: for messages and results.
+
+    Raises:
+        TopologyError: other nodes, a graph that is not connected, given weights that make no stochastic matrix.
+        ConfigError: a rule for weights that does not exist.
+
+    """
+    if weights not in (*WEIGHTS, GIVEN):
+        raise unknown_name("topology.weights", weights, (*WEIGHTS, GIVEN))
+    nodes = _nodes_by_rank(graph, name)
+    if weights == GIVEN:
+        mixing = _given_weights(graph, nodes, name)
+        if require_bool("topology.lazy", lazy):
+            mixing = lazy_matrix(mixing)
+    else:
+        mixing = mixing_matrix(_adjacency(graph, nodes), weights, lazy)
+    topology = Topology(name, mixing)
+    check(topology)
+    return topology
+
+
+def from_file(size: int, *, path: str | os.PathLike[str], weights: str = "metropolis", lazy: bool = False) -> Topology:
+    """Read a graph of `size` nodes from a file, by its suffix; for the formats see the module.
+
+    Args:
+        size: the number of ranks.
+        path: the file.
+        weights: as in `from_graph`.
+        lazy: as in `from_graph`.
+
+    Raises:
+        TopologyError: a file that is missing or cannot be read, another number of nodes, or what `from_graph` refuses.
+
+    """
+    size = require_size("file", size)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TopologyError(f"topology.path = {path!r} must be the path of a file")
+    graph = _read(Path(path))
+    if len(graph) != size:
+        raise TopologyError(f"topology.path = {os.fspath(path)!r} has {len(graph)} nodes, but there are {size} ranks")
+    return from_graph(graph, weights=weights, lazy=lazy, name=Path(path).stem)
+
+
+def _read(path: Path) -> Graph:
+    if path.suffix not in READERS:
+        raise TopologyError(
+            f"topology.path = {str(path)!r}: the suffix {path.suffix!r} is unknown. Known: {', '.join(READERS)}"
+        )
+    try:
+        return READERS[path.suffix](path)
+    except OSError as error:
+        raise TopologyError(f"topology.path = {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (nx.NetworkXException, ParseError, ValueError, KeyError, TypeError) as error:
+        raise TopologyError(f"topology.path = {str(path)!r} is not a valid {path.suffix} graph: {error}") from error
+
+
+def _read_edge_list(path: Path) -> Graph:
+    graph: Graph = nx.Graph()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        match line.partition("#")[0].replace(",", " ").split():
+            case []:
+                pass
+            case [u, v]:
+                graph.add_edge(u, v)
+            case [u, v, weight]:
+                graph.add_edge(u, v, weight=float(weight))
+            case _:
+                raise ValueError(f"line {number} is not 'u v' or 'u v weight': {line!r}")
+    return graph
+
+
+def _read_node_link(path: Path) -> Graph:
+    # networkx itself reads either "links" or "edges", depending on its version.
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("the file holds no JSON object")
+    graph: Graph = nx.DiGraph() if content.get("directed") else nx.Graph()
+    graph.add_nodes_from(node["id"] for node in content["nodes"])
+    edges = content["edges"] if "edges" in content else content["links"]
+    graph.add_edges_from((edge["source"], edge["target"], edge) for edge in edges)
+    return graph
+
+
+READERS: dict[str, Callable[[Path], Graph]] = {
+    ".txt": _read_edge_list,
+    ".edges": _read_edge_list,
+    ".edgelist": _read_edge_list,
+    ".csv": _read_edge_list,
+    ".graphml": nx.read_graphml,
+    ".gml": nx.read_gml,
+    ".json": _read_node_link,
+}
+"""Every format by its suffix."""
+
+
+def _nodes_by_rank(graph: Graph, name: str) -> list[Any]:
+    """Return the nodes in the order of their ranks; text such as ``"3"`` is read as a number."""
+    try:
+        nodes = {int(str(node)): node for node in graph}
+    except ValueError:
+        nodes = {}
+    if not nodes or sorted(nodes) != list(range(len(graph))):
+        shown = ", ".join(str(node) for node in list(graph)[:8]) or "no node at all"
+        raise TopologyError(
+            f"topology {name!r}: the nodes must be the ranks 0 ... {max(len(graph) - 1, 0)}, not {shown}; "
+            "networkx.convert_node_labels_to_integers renames them"
+        )
+    return [nodes[rank] for rank in range(len(nodes))]
+
+
+def _adjacency(graph: Graph, nodes: list[Any]) -> np.ndarray:
+    """Return the (size, size) bool matrix of who hears whom, without loops."""
+    ranks = {node: rank for rank, node in enumerate(nodes)}
+    adjacency = np.zeros((len(nodes), len(nodes)), dtype=bool)
+    for sender, receiver in graph.edges():
+        adjacency[ranks[receiver], ranks[sender]] = True
+    np.fill_diagonal(adjacency, False)
+    return adjacency if graph.is_directed() else adjacency | adjacency.T
+
+
+def _given_weights(graph: Graph, nodes: list[Any], name: str) -> np.ndarray:
+    """Return the (size, size) matrix of the edges' weights, what is left of each row on the diagonal."""
+    if graph.is_multigraph():
+        raise TopologyError(
+            f"topology.weights = 'given': graph {name!r} has parallel edges, whose weights are ambiguous"
+        )
+    for u, v, data in graph.edges(data=True):
+        if not isinstance(data.get("weight"), Real):
+            raise TopologyError(f"topology.weights = 'given': edge {u} - {v} of graph {name!r} has no weight")
+    # networkx has the sender in the row, a mixing matrix has it in the column.
+    mixing = nx.to_numpy_array(graph, nodelist=nodes).T
+    rest = 1 - mixing.sum(axis=1)
+    without_loop = np.array([not graph.has_edge(node, node) for node in nodes])
+    for rank in np.flatnonzero(without_loop & (rest < -TOLERANCE)):
+        raise TopologyError(
+            f"topology.weights = 'given': the weights of rank {rank} of graph {name!r} sum to {1 - rest[rank]:.6g}, "
+            "more than 1"
+        )
+    mixing[np.diag_indices_from(mixing)] += np.where(without_loop, np.maximum(rest, 0), 0)
+    return mixing

@@ -1,0 +1,170 @@
+"""The drop-in for a training script of one's own: three lines, under its own loader, scheduler and loop.
+
+    gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
+                                compressor=TopK(ratio=0.01))
+    for batch in loader:
+        loss = gossip.step(lambda: loss_fn(model, batch))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpicomp.algorithms.base import Algorithm
+from mpicomp.checkpoint.tree import flatten, restore_
+from mpicomp.compression.base import Compressor
+from mpicomp.errors import ConfigError, DivergenceError, TopologyError
+from mpicomp.exchange.base import World
+from mpicomp.topology.base import Schedule
+from mpicomp.training.flat import FlatModel
+
+
+class Distributed:
+    """A model that is trained together with those of the other ranks; made by `distribute`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: Algorithm[Any],
+        schedule: Schedule,
+        world: World,
+    ) -> None:
+        algorithm.check(schedule)
+        self.world = world
+        self.algorithm = algorithm
+        self.local = FlatModel(model, optimizer)
+        world.broadcast_(self.local.x)
+        for buffer in self.local.buffers():
+            world.broadcast_(buffer)
+        self.exchange = world.exchange(schedule)
+        self.state = algorithm.init(self.local, self.exchange)
+        self.steps = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """The bytes that this rank has sent in training messages."""
+        return self.exchange.bytes_sent
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Do one step of training and return the loss, detached; collective on all ranks.
+
+        `closure` computes the loss of the next batch, a scalar; the backward pass and the optimizer's step are made
+        here.
+
+        Raises:
+            DivergenceError: the loss is not finite; names step and rank.
+
+        """
+        self.local.closure = closure
+        self.algorithm.step(self.local, self.state, self.exchange)
+        if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
+            self.check_finite()
+        self.steps += 1
+        return self.local.loss
+
+    def check_finite(self) -> None:
+        """Raise DivergenceError if the last loss is NaN or infinite."""
+        if not bool(torch.isfinite(self.local.loss)):
+            raise DivergenceError(
+                f"the loss is {self.local.loss.item()} at step {self.steps} on rank {self.world.rank}: "
+                "lower optimizer.lr or algorithm.gamma, or lengthen schedule.warmup"
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Give the model the mean parameters and batch-norm statistics of all ranks, within the block.
+
+        Collective on all ranks; not counted as training traffic. This is the model to evaluate and to keep.
+        """
+        snapshot = self.local.snapshot()
+        self.world.mean_(self.local.x)
+        for buffer in self.local.buffers():
+            self.world.mean_(buffer)
+        try:
+            yield self.local.model
+        finally:
+            self.local.restore_(snapshot)
+
+    def consensus_distance(self) -> float:
+        """Return ``sqrt(mean_i |x_i - xbar|^2)``, the distance of the ranks' models from their mean; collective."""
+        mean = self.local.x.clone()
+        self.world.mean_(mean)
+        return root_mean_square(self.world, float((self.local.x - mean).norm()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank must store, beside model and optimizer, to go on later: tensors and numbers by path."""
+        return {
+            "steps": self.steps,
+            "bytes_sent": self.exchange.bytes_sent,
+            **{f"state/{path}": value for path, value in flatten(self.state).items()},
+        }
+
+    def load_state_dict(self, stored: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave on this rank; model and optimizer are the caller's to load first.
+
+        Raises:
+            CheckpointError: the state of another algorithm, compressor or model.
+
+        """
+        prefix = "state/"
+        restore_(self.state, {p.removeprefix(prefix): v for p, v in stored.items() if p.startswith(prefix)})
+        self.steps = stored["steps"]
+        self.exchange.bytes_sent = stored["bytes_sent"]
+
+
+def root_mean_square(world: World, value: float) -> float:
+    """Return the root of the mean over ranks of `value` squared; collective on all ranks."""
+    values = world.all_gather(value)
+    return float((sum(v * v for v in values) / len(values)) ** 0.5)
+
+
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: Algorithm[Any],
+    topology: Schedule | Callable[[int], Schedule],
+    compressor: Compressor | None = None,
+    world: World | None = None,
+) -> Distributed:
+    """Train `model` together with the other ranks of this MPI job; collective on all ranks.
+
+    Args:
+        model: any module; its trainable parameters become views of one flat buffer. All ranks take rank 0's values.
+        optimizer: any `torch.optim` optimizer over the parameters of `model`; it makes the local step.
+        algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
+        topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
+        compressor: takes the place of ``algorithm.compressor``.
+        world: the ranks; by default those of ``mpiexec``. An uncaught exception then ends all of them.
+
+    Raises:
+        ConfigError: a compressor for an algorithm that sends no compressed message.
+        TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
+
+    """
+    if world is None:
+        from mpicomp.exchange.guard import install_excepthook
+        from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+
+        world = MpiWorld.from_environment()
+        install_excepthook(world)
+    if compressor is not None:
+        algorithm = with_compressor(algorithm, compressor)
+    schedule = topology(world.size) if not hasattr(topology, "union") else topology
+    if schedule.size != world.size:
+        raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
+    return Distributed(model, optimizer, algorithm, schedule, world)
+
+
+def with_compressor(algorithm: Algorithm[Any], compressor: Compressor) -> Algorithm[Any]:
+    """Return `algorithm` with `compressor` for what it sends."""
+    assert dataclasses.is_dataclass(algorithm)
+    if "compressor" not in {field.name for field in dataclasses.fields(algorithm)}:
+        raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
+    return dataclasses.replace(algorithm, compressor=compressor)  # type: ignore[return-value]

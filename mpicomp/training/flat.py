@@ -1,0 +1,97 @@
+"""The model of a rank as one flat vector of parameters and one of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpicomp.compression.base import Spec
+from mpicomp.errors import ConfigError
+from mpicomp.timing import timed
+
+
+class FlatModel:
+    """A `torch.nn.Module` and its optimizer, seen as the flat vectors that algorithms work on (a `Local`).
+
+    Parameters and their gradients become views of two flat buffers, so that no message and no arithmetic of an
+    algorithm goes parameter by parameter. Any `torch.optim` optimizer goes on working on the parameters.
+
+    Attributes:
+        x: (n,) the trainable parameters, in the order of ``model.named_parameters()``.
+        g: (n,) their gradients.
+        spec: names and shapes of the tensors in `x`.
+        closure: computes the loss of the next batch, a scalar with a graph.
+        loss: the loss of the last `gradient`, detached, on the device.
+
+    Raises:
+        ConfigError: a model without trainable parameters, or with trainable parameters of several types.
+
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        types = {(p.dtype, p.device) for _, p in named}
+        if len(types) != 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in types)) or "none"
+            raise ConfigError(f"the model's trainable parameters must be of one type on one device, not: {found}")
+        self.model = model
+        self.optimizer = optimizer
+        self.spec = Spec(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named), types.pop()[0])
+        self.x = torch.cat([p.detach().reshape(-1) for _, p in named])
+        self.g = torch.zeros_like(self.x)
+        self.closure: Callable[[], Tensor] = _no_closure
+        self.loss = torch.full((), torch.nan)
+        self._parameters = [p for _, p in named]
+        self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
+        for p, x, shape in zip(self._parameters, self.spec.split(self.x), self.spec.shapes, strict=True):
+            p.data = x.view(shape)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the optimizer's first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @timed("gradient")
+    def gradient(self) -> Tensor:
+        """Run `closure` and its backward pass; return the flat gradient (n,)."""
+        self.g.zero_()
+        for p, g in zip(self._parameters, self._gradients, strict=True):
+            p.grad = g  # again in each step: zero_grad() of torch.optim drops the views
+        loss = self.closure()
+        torch.autograd.backward(loss)
+        self.loss = loss.detach()
+        return self.g
+
+    @timed("gradient")
+    def update(self) -> None:
+        """Take the optimizer's step."""
+        self.optimizer.step()
+
+    def buffers(self) -> list[Tensor]:
+        """Return the floating-point buffers (batch-norm statistics), which may be averaged; counters may not."""
+        return [b for b in self.model.buffers() if b.is_floating_point()]
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the parameters and buffers, for `restore_`."""
+        return Snapshot(self.x.clone(), [b.clone() for b in self.buffers()])
+
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Overwrite the parameters and buffers by those of `snapshot`."""
+        self.x.copy_(snapshot.x)
+        for buffer, stored in zip(self.buffers(), snapshot.buffers, strict=True):
+            buffer.copy_(stored)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The parameters (n,) and the floating-point buffers of a model."""
+
+    x: Tensor
+    buffers: list[Tensor]
+
+
+def _no_closure() -> Tensor:
+    raise AssertionError("set FlatModel.closure before the first gradient")
