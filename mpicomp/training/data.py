@@ -8,7 +8,6 @@ The folder is ``data.path``, else the environment variable ``MPICOMP_DATA``, els
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable
@@ -20,10 +19,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits, load_svmlight_files
 from torch import Tensor
 
-from mpicomp.errors import ConfigError, DataError, nearest, unknown_name
+from mpicomp.errors import ConfigError, DataError, unknown_name
+from mpicomp.training.arguments import require_known, require_positive
 from mpicomp.training.partition import permutation, philox
 
 Task = Literal["classification", "language"]
@@ -163,6 +162,8 @@ def crop_and_flip(images: Tensor, draw: tuple[int, int, int, int]) -> Tensor:
 
 def digits(folder: Path | None) -> Dataset:
     """8x8 digits that ship with scikit-learn: 1,797 images, every fifth of a class for testing."""
+    from sklearn.datasets import load_digits  # takes as long to import as torch; only two data sets need it
+
     images, labels = load_digits(return_X_y=True)
     train, test = _split(labels, fraction=0.2, seed=0)
     inputs = torch.from_numpy(images.astype(np.uint8)).view(-1, 1, 8, 8)
@@ -276,9 +277,9 @@ def synthetic(
     ``x``, ``A`` (features, classes) and ``e`` are standard normal. A fifth more samples are made for testing, without
     noise in their labels.
     """
-    for key, value, least in (("samples", samples, 1), ("features", features, 1), ("classes", classes, 2)):
-        if value < least:
-            raise ConfigError(f"data.{key} = {value}: must be at least {least}.")
+    require_positive("data", samples=samples, features=features)
+    if classes < 2:
+        raise ConfigError(f"data.classes = {classes}: must be at least 2.")
     if not (math.isfinite(noise) and noise >= 0):
         raise ConfigError(f"data.noise = {noise:g}: must not be negative.")
     generator = np.random.Generator(philox(_SYNTHETIC, data_seed))
@@ -323,13 +324,7 @@ def load(kind: str, path: Path | None = None, **params: object) -> Dataset:
     """
     if kind not in DATASETS:
         raise unknown_name("data.kind", kind, DATASETS)
-    known = list(inspect.signature(DATASETS[kind]).parameters)[1:]
-    for name in params:
-        if name not in known:
-            raise ConfigError(
-                f"data.{name} does not belong to data.kind = {kind!r}.{nearest(name, known)} "
-                f"Known: {', '.join(known) or 'none'}."
-            )
+    require_known("data.kind", kind, DATASETS[kind], params)
     return DATASETS[kind](path, **params)
 
 
@@ -416,16 +411,15 @@ def _read_text(kind: str, path: Path) -> str:
 
 def _windows(kind: str, path: Path, text: str, context: int) -> Dataset:
     """Cut a text into windows of ``context + 1`` characters that overlap by one: each character is predicted once."""
-    if context < 1:
-        raise ConfigError(f"data.context = {context}: must be at least 1.")
+    require_positive("data", context=context)
     characters, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
     if len(characters) > 256:
         raise damaged(kind, path, f"{len(characters)} different characters, at most 256 can be coded")
     tests = len(ids) // 10
     if tests < context + 1:
         raise DataError(
-            f"data.context = {context}: the text {path} has {len(ids)} characters, but its last tenth must hold a window "
-            f"of {context + 1}. Take a longer text or a shorter context."
+            f"data.context = {context}: the text {path} has {len(ids)} characters, but its last tenth must hold a "
+            f"window of {context + 1}. Take a longer text or a shorter context."
         )
     coded = torch.from_numpy(ids.astype(np.uint8))
     inputs = [part.unfold(0, context + 1, context) for part in (coded[:-tests], coded[-tests:])]
@@ -435,6 +429,8 @@ def _windows(kind: str, path: Path, text: str, context: int) -> Dataset:
 
 def _read_libsvm(paths: list[Path]) -> tuple[list[Tensor], list[npt.NDArray[np.float64]]]:
     """Return the dense vectors and the raw labels of each file; all files have the same columns."""
+    from sklearn.datasets import load_svmlight_files  # takes as long to import as torch
+
     try:
         parsed = load_svmlight_files([str(path) for path in paths], dtype=np.float32)
     except (ValueError, OverflowError) as error:

@@ -1,9 +1,9 @@
 """The drop-in for a training script of one's own: three lines, under its own loader, scheduler and loop.
 
-    gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
-                                compressor=TopK(ratio=0.01))
-    for batch in loader:
-        loss = gossip.step(lambda: loss_fn(model, batch))
+gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
+                            compressor=TopK(ratio=0.01))
+for batch in loader:
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mpicomp.errors import DivergenceError
+from mpicomp.algorithms.base import Algorithm
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.timing import take_seconds
+from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
 from mpicomp.training.config import RunConfig
 from mpicomp.training.data import Dataset
 from mpicomp.training.distributed import Distributed, root_mean_square
-from mpicomp.training.metrics import Progress, Record, Result, sent_line
-from mpicomp.training.models import loss_and_correct
-from mpicomp.training.partition import epoch_indices, steps_per_epoch
+from mpicomp.training.metrics import Progress, Record, Result
+from mpicomp.training.models import Score, loss, score
+from mpicomp.training.partition import Indices, epoch_indices, steps_per_epoch
 from mpicomp.training.run_folder import RunFolder
 
 SAMPLED_ENTRIES = 4096
@@ -29,7 +33,10 @@ SAMPLED_ENTRIES = 4096
 
 EVALUATION_BATCH = 500
 
-_load_lock = threading.Lock()
+PARTS = ("gradient", "compress", "exchange", "mix")
+"""Where a step's seconds go; `mix` is what the others leave."""
+
+_loading = threading.Lock()
 
 
 @dataclass
@@ -37,8 +44,9 @@ class _Setup:
     """What a rank has built before training starts."""
 
     dataset: Dataset
-    own: list[np.ndarray]
+    partition: list[Indices]
     schedule: Schedule
+    algorithm: Algorithm[Any]
     model: nn.Module
     optimizer: torch.optim.Optimizer
     per_epoch: int
@@ -88,22 +96,141 @@ def train(config: RunConfig, world: World, folder: RunFolder | None, progress: P
 
 
 class _Meter:
-    """Adds up loss and seconds over the steps from one record to the next; enter it for each step."""
+    """Adds up loss and seconds over the steps; enter it for each step, `take` what came since the last record."""
 
     def __init__(self) -> None:
         self.total_seconds = 0.0
-        self._start = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.loss = torch.zeros(())
+        self.loss: Tensor | float = 0.0
         self._steps = 0
-        self._seconds = 0.0
+        self._seconds: Counter[str] = Counter()
+        self._start = 0.0
 
     def __enter__(self) -> None:
         take_seconds()
         self._start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self._seconds += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        parts = take_seconds()
+        self._seconds.update({**parts, "mix": seconds - sum(parts.values())})
+        self.total_seconds += seconds
         self._steps += 1
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Return the mean loss and the seconds by part since the last call."""
+        taken = float(self.loss) / self._steps, dict(self._seconds)
+        self.loss, self._steps = 0.0, 0
+        self._seconds.clear()
+        return taken
+
+
+def _set_up(config: RunConfig, world: World) -> _Setup:
+    """Check everything, cheapest first, and build what this rank needs; no communication."""
+    schedule, algorithm = config.check(world.size)
+    with _loading:  # ranks that are threads of one process share what `load` has cached
+        dataset = config.data.load()
+    partition = config.data.split(dataset.train_labels, world.size, config.run.seed)
+    per_epoch = steps_per_epoch(len(dataset.train), world.size, config.training.batch_size)
+    steps = config.training.steps or round(per_epoch * (config.training.epochs or 0))
+    model = config.model.build(dataset, config.run.seed).to(world.device)
+    optimizer = config.optimizer.build(model)
+    return _Setup(dataset, partition, schedule, algorithm, model, optimizer, per_epoch, max(1, steps))
+
+
+def _header(config: RunConfig, setup: _Setup, world: World) -> list[str]:
+    """Return what a user should know before the first step."""
+    n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
+    return [
+        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, gap {spectral_gap(setup.schedule):.4f}), "
+        f"messages: {config.compression.kind}, device: {world.device}",
+        f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {steps} steps "
+        f"({steps / setup.per_epoch:.3g} epochs) of {config.training.batch_size} samples a rank",
+    ]
+
+
+def _batches(config: RunConfig, setup: _Setup, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of this rank; they depend on (seed, epoch, rank, step) alone."""
+    size, seed = config.training.batch_size, config.run.seed
+    for step in range(setup.steps):
+        epoch, position = divmod(step, setup.per_epoch)
+        if position == 0:
+            order = epoch_indices(setup.partition, seed, epoch, world.rank, setup.per_epoch, size)
+        chosen = order[position * size : (position + 1) * size]
+        yield setup.dataset.batch("train", chosen, world.device, (seed, epoch, world.rank, position))
+
+
+def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bool) -> Record:
+    """Return the means over ranks since the last record; collective on all ranks."""
+    mean_loss, seconds = meter.take()
+    distance = _sampled_consensus_distance(gossip)
+    rows = gossip.world.all_gather(
+        (mean_loss, gossip.bytes_sent, seconds, gossip.algorithm.diagnostics(gossip.local, gossip.state))
+    )
+    losses, sent, parts, diagnostics = zip(*rows, strict=True)
+    accuracy = _averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
+    return Record(
+        step=gossip.steps,
+        epoch=gossip.steps / setup.per_epoch,
+        loss=fmean(losses),
+        lr=gossip.local.lr,
+        bytes_sent=sum(sent),
+        seconds={part: fmean(p.get(part, 0.0) for p in parts) for part in PARTS},
+        consensus_distance=distance,
+        test_accuracy=accuracy,
+        diagnostics={key: fmean(d[key] for d in diagnostics) for key in diagnostics[0]},
+    )
+
+
+def _sampled_consensus_distance(gossip: Distributed) -> float:
+    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange."""
+    x = gossip.local.x
+    if len(x) > SAMPLED_ENTRIES:
+        generator = torch.Generator().manual_seed(gossip.steps)
+        x = x[torch.randint(len(x), (SAMPLED_ENTRIES,), generator=generator).to(x.device)]
+    mean = x.clone()
+    gossip.world.mean_(mean)
+    scale = (len(gossip.local.x) / len(x)) ** 0.5
+    return root_mean_square(gossip.world, scale * float((x - mean).norm()))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int = 0, size: int = 1) -> Score:
+    """Return the score on every `size`-th test sample, from sample `rank` on."""
+    chosen = np.arange(rank, len(dataset.test), size)
+    total = Score(0.0, 0, 0)
+    model.eval()
+    for start in range(0, len(chosen), EVALUATION_BATCH):
+        inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
+        total = Score(*(a + b for a, b in zip(total, score(model(inputs), targets), strict=True)))
+    model.train()
+    return total
+
+
+def _averaged_accuracy(gossip: Distributed, dataset: Dataset) -> float:
+    """Return the test accuracy of the mean model, each rank testing its part; collective on all ranks."""
+    world = gossip.world
+    with gossip.averaged() as model:
+        parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
+    return sum(part.correct for part in parts) / sum(part.count for part in parts)
+
+
+def _result(config: RunConfig, gossip: Distributed, setup: _Setup, meter: _Meter, last: Record) -> Result:
+    """Return what the whole run came to; collective on all ranks."""
+    world = gossip.world
+    own = evaluate(gossip.local.model, setup.dataset, world.device)
+    assert last.test_accuracy is not None
+    return Result(
+        algorithm=config.algorithm.kind,
+        topology=config.topology.kind,
+        compressor=config.compression.kind,
+        ranks=world.size,
+        steps=gossip.steps,
+        seconds=max(world.all_gather(meter.total_seconds)),
+        train_loss=last.loss,
+        test_accuracy=last.test_accuracy,
+        test_accuracy_local=world.all_gather(own.correct / own.count),
+        bytes_sent=world.all_gather(gossip.bytes_sent),
+        consensus_distance=gossip.consensus_distance(),
+        parameters=gossip.local.spec.numel,
+        spectral_gap=spectral_gap(setup.schedule),
+    )

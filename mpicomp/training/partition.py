@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpicomp.errors import ConfigError, DataError, unknown_name
+from mpicomp.training.arguments import require_known
 
 Indices = npt.NDArray[np.int64]
 
@@ -121,6 +122,7 @@ def partition(
     """
     if kind not in PARTITIONS:
         raise unknown_name("data.partition", kind, PARTITIONS)
+    require_known("data.partition", kind, PARTITIONS[kind], params)
     _require_enough(len(labels), ranks, 1)
     return PARTITIONS[kind](labels, ranks, seed, **params)
 
