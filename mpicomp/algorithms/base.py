@@ -57,8 +57,8 @@ class Algorithm(ABC, Generic[S]):
         """
         if not schedule(0).is_doubly_stochastic:
             raise TopologyError(
-                f"topology.kind = {schedule.name!r}: the columns of its weights do not sum to one, so {self.name} would "
-                "drift to a weighted mean. Use topology.weights = 'metropolis'."
+                f"topology.kind = {schedule.name!r}: the columns of its weights do not sum to one, so {self.name} "
+                "would drift to a weighted mean. Use topology.weights = 'metropolis'."
             )
 
     @abstractmethod

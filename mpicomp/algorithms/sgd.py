@@ -1,6 +1,6 @@
 """Sequential SGD: one rank, no communication. The reference to which the others are compared.
 
-    g = grad F(x);  x = x - lr u(g)          (u: the optimizer's direction)
+g = grad F(x);  x = x - lr u(g)          (u: the optimizer's direction)
 """
 
 from __future__ import annotations

@@ -1,9 +1,77 @@
-"""The command ``mpicomp``: parsing and printing only."""
+"""The command ``mpicomp``: parsing and printing only.
+
+Each command lives in a module of its own, which is imported when the command is called: torch and MPI take seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 import click
 
+from mpicomp.errors import MpicompError
 
-@click.group()
+COMMANDS: dict[str, str] = {
+    "train": "Train the model of a configuration file, on all ranks of mpiexec.",
+    "evaluate": "Test the model of a finished run.",
+    "plot": "Draw loss, accuracy and consensus of one or more runs.",
+    "topology": "Show a graph over ranks: neighbors, weights, spectral gap.",
+    "data": "Show, fetch and check data sets.",
+    "doctor": "Examine MPI, launcher and GPUs, and say what to do.",
+}
+"""Every command with its line of help; ``x`` is ``mpicomp.cli.x:x``."""
+
+_DEBUG = "mpicomp.debug"
+
+
+class _Lazy(click.Group):
+    """A group that imports a command when it is called, and turns our errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"mpicomp.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MpicompError as error:
+            if is_debug(ctx):
+                raise
+            click.echo(f"mpicomp: error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def is_debug(ctx: click.Context) -> bool:
+    """Whether tracebacks are to be shown."""
+    return bool(ctx.meta.get(_DEBUG))
+
+
+def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_DEBUG] = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show the traceback of an error.",
+)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mpicomp")
+@debug_option
 def main() -> None:
     """Train on many MPI ranks that talk only to their neighbors, in compressed messages."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.compression.base import Layout, Payload
-from mpicomp.errors import TopologyError
+from mpicomp.errors import ExchangeError, TopologyError
 from mpicomp.topology.base import Schedule, Topology
 
 T = TypeVar("T")
@@ -97,6 +97,15 @@ def check_schedule(schedule: Schedule, size: int) -> None:
     """Raise `TopologyError` unless `schedule` is made for `size` ranks."""
     if schedule.size != size:
         raise TopologyError(f"topology {schedule.name!r} is made for {schedule.size} ranks, but there are {size}")
+
+
+def check_message(payload: Payload, layout: Layout, nbytes: int, source: int) -> None:
+    """Raise `ExchangeError` unless the `payload` read from a message of `nbytes` bytes is all of it."""
+    if layout.nbytes_of(payload) != nbytes:
+        raise ExchangeError(
+            f"message from rank {source}: {nbytes} bytes, where its layout says {layout.nbytes_of(payload)}; "
+            "all ranks must use the same model and compressor"
+        )
 
 
 def all_reduce_nbytes(x: Tensor, size: int) -> int:

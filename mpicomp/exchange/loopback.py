@@ -1,8 +1,9 @@
 """N ranks as N threads of one process: for tests, the debugger, a laptop, and the study of many ranks.
 
 Messages are packed into bytes exactly as for MPI, so that layouts, byte counts and results are the same. A message is
-packed once and read in place by all receivers. Waiting threads sleep until they are woken; when all ranks that still
-run wait for each other, or for one that has returned, the run fails instead of hanging.
+packed once and read in place by all receivers. No more ranks run at a time than there are cores: ranks take turns when
+they wait for each other, and only then, so they must not wait by other means. When all ranks that are left wait for
+each other, or for one that has returned, the run fails instead of hanging.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_schedule, mean_in_order
+from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_message, check_schedule, mean_in_order
 from mpicomp.exchange.placement import core_share, thread_count
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule, Topology
+
+_Sender = tuple[int, int]
+"""The number of an exchange, in the order in which every rank makes them, and a source rank."""
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -45,29 +49,38 @@ class _Seat:
     """What the hub knows of one rank."""
 
     woken: threading.Condition
-    inbox: defaultdict[int, deque[_Message]] = field(default_factory=lambda: defaultdict(deque))
-    missing: set[int] = field(default_factory=set)
+    may_run: bool = False
+    inbox: defaultdict[_Sender, deque[_Message]] = field(default_factory=lambda: defaultdict(deque))
+    missing: set[_Sender] = field(default_factory=set)
 
 
 class _Round:
-    """One collective operation: the values given so far, and whether all are there."""
+    """One collective operation: the values given so far."""
 
     def __init__(self, size: int) -> None:
         self.values: list[Any] = [None] * size
-        self.arrived = 0
+        self.waiting: list[_Seat] = []
 
 
 class _Hub:
-    """Where the threads meet. One lock guards everything; each rank sleeps on a condition of its own."""
+    """Where the threads meet, and who of them may run.
 
-    def __init__(self, size: int) -> None:
+    One lock guards everything; each rank sleeps on a condition of its own. No more ranks run at a time than there are
+    cores, and a rank that must wait hands its core to the next one that is ready: hundreds of threads that all want
+    Python's interpreter lock would mostly wake each other.
+    """
+
+    def __init__(self, size: int, cores: int) -> None:
         self.size = size
+        self.cores = cores
         self.error: BaseException | None = None
         self.failed_rank: int | None = None
         self._lock = threading.Lock()
         self._seats = [_Seat(threading.Condition(self._lock)) for _ in range(size)]
         self._round = _Round(size)
-        self._running = size
+        self._free_cores = cores
+        self._ready: deque[_Seat] = deque()
+        self._present = size
         self._blocked = 0
 
     def fail(self, error: BaseException, rank: int | None = None) -> None:
@@ -75,36 +88,44 @@ class _Hub:
         with self._lock:
             self._fail(error, rank)
 
+    def enter(self, rank: int) -> None:
+        """Wait for a core to begin on."""
+        with self._lock:
+            seat = self._seats[rank]
+            self._make_ready(seat)
+            self._await_core(seat)
+            self._check_alive()
+
     def leave(self) -> None:
         """Note that a rank has returned."""
         with self._lock:
-            self._running -= 1
+            self._present -= 1
+            self._hand_on_core()
             self._check_progress()
 
-    def post(self, source: int, targets: Iterable[int], message: _Message) -> None:
+    def post(self, sender: _Sender, targets: Iterable[int], message: _Message) -> None:
         """Put `message` into the inbox of each of `targets`."""
         with self._lock:
             for target in targets:
                 seat = self._seats[target]
-                seat.inbox[source].append(message)
-                if source in seat.missing:
-                    seat.missing.discard(source)
+                seat.inbox[sender].append(message)
+                if sender in seat.missing:
+                    seat.missing.discard(sender)
                     if not seat.missing:
-                        self._blocked -= 1
-                        seat.woken.notify()
+                        self._wake(seat)
 
-    def take(self, rank: int, sources: Sequence[int]) -> list[_Message]:
-        """Return the next message from each of `sources`, when all are there."""
+    def take(self, rank: int, senders: Sequence[_Sender]) -> list[_Message]:
+        """Return the next message from each of `senders`, when all are there."""
         with self._lock:
             seat = self._seats[rank]
-            seat.missing = {source for source in sources if not seat.inbox[source]}
+            seat.missing = {sender for sender in senders if not seat.inbox[sender]}
             if seat.missing:
-                self._sleep(seat, lambda: not seat.missing)
+                self._sleep(seat)
             self._check_alive()
-            return [seat.inbox[source].popleft() for source in sources]
+            return [seat.inbox[sender].popleft() for sender in senders]
 
     def release(self, messages: Iterable[_Message]) -> None:
-        """Give back messages that this rank has read."""
+        """Give back messages that a rank has read."""
         with self._lock:
             for message in messages:
                 message.readers -= 1
@@ -117,30 +138,54 @@ class _Hub:
             self._check_alive()
             current = self._round
             current.values[rank] = value
-            current.arrived += 1
-            if current.arrived < self.size:
-                self._sleep(self._seats[rank], lambda: current.arrived == self.size)
+            if len(current.waiting) < self.size - 1:
+                current.waiting.append(self._seats[rank])
+                self._sleep(self._seats[rank])
                 self._check_alive()
             else:
                 self._round = _Round(self.size)
-                self._blocked -= self.size - 1
-                for seat in self._seats:
-                    seat.woken.notify()
+                for seat in current.waiting:
+                    self._wake(seat)
             return list(current.values)
 
-    def _sleep(self, seat: _Seat, is_ready: Callable[[], bool]) -> None:
+    def _sleep(self, seat: _Seat) -> None:
         self._blocked += 1
+        seat.may_run = False
+        self._hand_on_core()
         self._check_progress()
-        while not is_ready() and self.error is None:
+        self._await_core(seat)
+
+    def _wake(self, seat: _Seat) -> None:
+        self._blocked -= 1
+        self._make_ready(seat)
+
+    def _make_ready(self, seat: _Seat) -> None:
+        self._ready.append(seat)
+        if self._free_cores:
+            self._free_cores -= 1
+            self._hand_on_core()
+
+    def _hand_on_core(self) -> None:
+        if self._ready:
+            seat = self._ready.popleft()
+            seat.may_run = True
+            seat.woken.notify()
+        else:
+            self._free_cores += 1
+
+    def _await_core(self, seat: _Seat) -> None:
+        while not seat.may_run and self.error is None:
             seat.woken.wait()
 
     def _check_progress(self) -> None:
-        if self._blocked == self._running > 0:
+        if self._blocked == self._present > 0:
             waiting = [rank for rank, seat in enumerate(self._seats) if seat.missing]
-            detail = ", ".join(f"rank {rank} for {sorted(self._seats[rank].missing)}" for rank in waiting[:8])
+            detail = ", ".join(
+                f"rank {rank} for {sorted(source for _, source in self._seats[rank].missing)}" for rank in waiting[:8]
+            )
             self._fail(
                 ExchangeError(
-                    f"deadlock: {self._running} of {self.size} ranks still run and all of them wait"
+                    f"deadlock: {self._present} of {self.size} ranks still run, and all of them wait"
                     + (f" ({detail})" if detail else " for a collective operation")
                 ),
                 None,
@@ -169,22 +214,24 @@ class _LoopbackPending:
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending."""
         messages = self._exchange._take(self._sources)
-        return {
-            source: self._layout.unpack(message.wire[: message.nbytes])
-            for source, message in zip(self._sources, messages, strict=True)
-        }
+        payloads = {}
+        for source, message in zip(self._sources, messages, strict=True):
+            payloads[source] = self._layout.unpack(message.wire[: message.nbytes])
+            check_message(payloads[source], self._layout, message.nbytes, source)
+        return payloads
 
 
 class LoopbackExchange:
     """The `Exchange` between the threads of one process."""
 
-    def __init__(self, hub: _Hub, rank: int, schedule: Schedule, device: torch.device) -> None:
+    def __init__(self, hub: _Hub, rank: int, number: int, schedule: Schedule, device: torch.device) -> None:
         check_schedule(schedule, hub.size)
         self.rank = rank
         self.size = hub.size
         self.schedule = schedule
         self.bytes_sent = 0
         self._hub = hub
+        self._number = number
         self._device = device
         self._pool: list[Tensor] = []
         self._held: list[_Message] = []
@@ -202,7 +249,7 @@ class LoopbackExchange:
         if targets:
             wire = self._buffer(layout.nbytes)
             nbytes = layout.pack(payload, wire)
-            self._hub.post(self.rank, targets, _Message(wire, nbytes, len(targets), self._pool))
+            self._hub.post((self._number, self.rank), targets, _Message(wire, nbytes, len(targets), self._pool))
             self.bytes_sent += nbytes * len(targets)
         return _LoopbackPending(self, layout, topology.sources(self.rank))
 
@@ -221,7 +268,7 @@ class LoopbackExchange:
 
     def _take(self, sources: list[int]) -> list[_Message]:
         assert self._is_pending, "waited for twice"
-        self._held = self._hub.take(self.rank, sources)
+        self._held = self._hub.take(self.rank, [(self._number, source) for source in sources])
         self._is_pending = False
         return self._held
 
@@ -238,10 +285,12 @@ class LoopbackWorld:
         self.device = device
         self.notices: tuple[str, ...] = ()
         self._hub = hub
+        self._exchanges = 0
 
     def exchange(self, schedule: Schedule) -> LoopbackExchange:
         """Return the exchange over the edges of `schedule`."""
-        return LoopbackExchange(self._hub, self.rank, schedule, self.device)
+        self._exchanges += 1
+        return LoopbackExchange(self._hub, self.rank, self._exchanges, schedule, self.device)
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank: the objects themselves, not copies."""
@@ -273,12 +322,13 @@ class LoopbackWorld:
 
 
 def _mean_(hub: _Hub, rank: int, x: Tensor) -> None:
-    """Average `x` over all ranks: each rank averages its piece of the vector, and all copy all pieces."""
+    """Average `x` over all ranks: as many ranks as there are cores average a piece each, and all copy all pieces."""
     vectors = hub.gather(rank, x.detach().view(-1))
-    pieces = [vector.tensor_split(hub.size)[rank] for vector in vectors]
-    means = hub.gather(rank, mean_in_order(pieces))
+    workers = min(hub.size, hub.cores)
+    begin, end = (len(vectors[rank]) * min(i, workers) // workers for i in (rank, rank + 1))
+    means = hub.gather(rank, mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None)
     # Nobody overwrites a vector before all have read it: the second gather is a barrier too.
-    torch.cat(means, out=vectors[rank])
+    torch.cat([mean for mean in means if mean is not None], out=vectors[rank])
 
 
 def run(
@@ -298,15 +348,16 @@ def run(
     """
     if size < 1:
         raise ValueError(f"size = {size}: there must be at least one rank")
-    hub = _Hub(size)
     results: list[Any] = [None] * size
     cores = os.sched_getaffinity(0)
+    hub = _Hub(size, len(cores))
     threads_before = torch.get_num_threads()
     threads_each = thread_count(core_share(cores, [cores] * size))
 
     def serve(rank: int) -> None:
         torch.set_num_threads(threads_each)
         try:
+            hub.enter(rank)
             results[rank] = function(LoopbackWorld(hub, rank, torch.device(device)), *args)
         except Stopped:
             pass

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import all_reduce_nbytes
+from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.staging import make_staging
 from mpicomp.exchange.wait import wait_all
@@ -46,7 +46,7 @@ class NeighborExchange:
         self.schedule = schedule
         self.bytes_sent = 0
         union = schedule.union
-        _check_same(world, union)
+        _check_same(world, schedule)
         self.comm = _cartesian(world, union) or world.comm.Create_dist_graph_adjacent(
             union.sources(self.rank), union.targets(self.rank), reorder=False
         )
@@ -93,7 +93,10 @@ class NeighborExchange:
         wait_all(requests, statuses, is_polite=self._is_polite)
         self._pending = None
         sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
-        return dict(zip(sources, self._staging.unpack(layout, sizes), strict=True))
+        payloads = self._staging.unpack(layout, sizes)
+        for source, size, payload in zip(sources, sizes, payloads, strict=True):
+            check_message(payload, layout, size, source)
+        return dict(zip(sources, payloads, strict=True))
 
 
 class _NeighborPending:
@@ -121,13 +124,14 @@ def _reducible(x: Tensor) -> Tensor:
     return flat.to("cpu", dtype)
 
 
-def _check_same(world: MpiWorld, union: Topology) -> None:
-    edges = hashlib.sha256(np.packbits(union.mixing != 0).tobytes()).hexdigest()
-    digests = world.all_gather(edges)
+def _check_same(world: MpiWorld, schedule: Schedule) -> None:
+    graphs = [schedule.union, *(schedule(step) for step in range(4))]
+    edges = np.concatenate([np.packbits(graph.mixing != 0) for graph in graphs])
+    digests = world.all_gather(hashlib.sha256(edges.tobytes()).hexdigest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise ExchangeError(
-            f"topology {union.name!r}: ranks {', '.join(map(str, different))} have another graph than rank 0; "
+            f"topology {schedule.name!r}: ranks {', '.join(map(str, different))} have another graph than rank 0; "
             "give all ranks the same seed and file"
         )
 

@@ -14,7 +14,7 @@ The gap of a connected graph is positive as long as every rank keeps some weight
 from __future__ import annotations
 
 from functools import reduce
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -30,9 +30,12 @@ class PeriodicSchedule(Schedule, Protocol):
         """The number of steps after which the graphs repeat."""
 
 
-def spectral_gap(schedule: Topology | PeriodicSchedule) -> float:
-    """Return the spectral gap of a graph, or that of the product of all matrices of a period; 1 for a single rank."""
-    topology = schedule if isinstance(schedule, Topology) else period_product(schedule)
+def spectral_gap(schedule: Schedule) -> float:
+    """Return the spectral gap of a graph, of the product of all matrices of a period, or of the mean matrix of a step.
+
+    The gap of a single rank is 1.
+    """
+    topology = representative(schedule)
     if topology.size == 1:
         return 1.0
     if topology.is_symmetric:
@@ -43,6 +46,16 @@ def spectral_gap(schedule: Topology | PeriodicSchedule) -> float:
     else:
         slowest = np.sort(np.abs(np.linalg.eigvals(topology.mixing)))[-2]
     return float(1 - slowest)
+
+
+def representative(schedule: Schedule) -> Topology:
+    """Return the one matrix by which a schedule is judged: its own, the product of a period, or the mean of a step."""
+    if isinstance(schedule, Topology):
+        return schedule
+    mean = getattr(schedule, "mean", None)
+    if isinstance(mean, Topology):
+        return mean
+    return period_product(cast(PeriodicSchedule, schedule))
 
 
 def period_product(schedule: PeriodicSchedule) -> Topology:

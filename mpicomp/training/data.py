@@ -253,6 +253,8 @@ def libsvm(
     paths = [find("libsvm", name, folder) for name in (file, test_file) if name is not None]
     inputs, values = _read_libsvm(paths)
     known = np.unique(values[0])
+    if len(known) < 2:
+        raise damaged("libsvm", paths[0], "all its labels are the same")
     targets = [torch.from_numpy(np.searchsorted(known, of).astype(np.int64)) for of in values]
     if len(paths) == 2:
         if unseen := sorted(set(values[1].tolist()) - set(known.tolist())):
@@ -261,6 +263,8 @@ def libsvm(
     else:
         chosen = _split(targets[0].numpy(), test_fraction, split_seed)
         train, test = (Samples(inputs[0][of], targets[0][of]) for of in chosen)
+        if not len(test) or not len(train):
+            raise damaged("libsvm", paths[0], "it has too few samples of each class to keep any for testing")
     return Dataset("libsvm", "classification", len(known), train, test)
 
 
@@ -378,7 +382,7 @@ def read_images(kind: str, path: Path, split: Split, count: int, shape: tuple[in
                     found = f"{array.name} is {array.dtype} {array.shape} instead of uint8 {expected}"
                     raise damaged(kind, path, found)
             samples = Samples(_channels_first(images), torch.from_numpy(labels[:].astype(np.int64)))
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise damaged(kind, path, f"HDF5 cannot read it ({error})") from error
     if int(samples.labels.max()) > 9:
         raise damaged(kind, path, f"{split}/labels holds {int(samples.labels.max())}, but there are 10 classes")
@@ -405,7 +409,7 @@ def _channels_first(images: h5py.Dataset) -> Tensor:
 def _read_text(kind: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise damaged(kind, path, f"it is not UTF-8 text ({error})") from error
 
 
@@ -433,7 +437,7 @@ def _read_libsvm(paths: list[Path]) -> tuple[list[Tensor], list[npt.NDArray[np.f
 
     try:
         parsed = load_svmlight_files([str(path) for path in paths], dtype=np.float32)
-    except (ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise damaged("libsvm", paths[0], f"it is not LIBSVM text ({error})") from error
     inputs, labels = list(parsed[0::2]), list(parsed[1::2])
     for path, x, y in zip(paths, inputs, labels, strict=True):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from mpicomp.topology.base import Schedule
 from mpicomp.training.config import RunConfig
 from mpicomp.training.data import Dataset
 from mpicomp.training.distributed import Distributed, root_mean_square
-from mpicomp.training.metrics import Progress, Record, Result
-from mpicomp.training.models import Score, loss, score
+from mpicomp.training.metrics import Progress, Record, Result, summary
+from mpicomp.training.models import correct, loss
 from mpicomp.training.partition import Indices, epoch_indices, steps_per_epoch
 from mpicomp.training.run_folder import RunFolder
 
@@ -37,6 +37,7 @@ PARTS = ("gradient", "compress", "exchange", "mix")
 """Where a step's seconds go; `mix` is what the others leave."""
 
 _loading = threading.Lock()
+_loaded: dict[str, Dataset] = {}
 
 
 @dataclass
@@ -92,6 +93,8 @@ def train(config: RunConfig, world: World, folder: RunFolder | None, progress: P
         if folder:
             folder.save_model(model, config)
             folder.save_result(result)
+    if folder and progress:
+        progress.finish(summary(result, folder.path))
     return result
 
 
@@ -127,8 +130,7 @@ class _Meter:
 def _set_up(config: RunConfig, world: World) -> _Setup:
     """Check everything, cheapest first, and build what this rank needs; no communication."""
     schedule, algorithm = config.check(world.size)
-    with _loading:  # ranks that are threads of one process share what `load` has cached
-        dataset = config.data.load()
+    dataset = _load(config)
     partition = config.data.split(dataset.train_labels, world.size, config.run.seed)
     per_epoch = steps_per_epoch(len(dataset.train), world.size, config.training.batch_size)
     steps = config.training.steps or round(per_epoch * (config.training.epochs or 0))
@@ -137,12 +139,23 @@ def _set_up(config: RunConfig, world: World) -> _Setup:
     return _Setup(dataset, partition, schedule, algorithm, model, optimizer, per_epoch, max(1, steps))
 
 
+def _load(config: RunConfig) -> Dataset:
+    """Return the data set; ranks that are threads of one process share it."""
+    key = config.data.model_dump_json()
+    with _loading:
+        if key not in _loaded:
+            dataset = config.data.load()
+            _loaded.clear()
+            _loaded[key] = dataset
+        return _loaded[key]
+
+
 def _header(config: RunConfig, setup: _Setup, world: World) -> list[str]:
     """Return what a user should know before the first step."""
     n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
     return [
-        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, gap {spectral_gap(setup.schedule):.4f}), "
-        f"messages: {config.compression.kind}, device: {world.device}",
+        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
+        f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {steps} steps "
         f"({steps / setup.per_epoch:.3g} epochs) of {config.training.batch_size} samples a rank",
     ]
@@ -193,6 +206,14 @@ def _sampled_consensus_distance(gossip: Distributed) -> float:
     return root_mean_square(gossip.world, scale * float((x - mean).norm()))
 
 
+class Score(NamedTuple):
+    """How well a model did on some predictions: summed cross entropy, right ones, all of them."""
+
+    loss_sum: float
+    correct: int
+    count: int
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int = 0, size: int = 1) -> Score:
     """Return the score on every `size`-th test sample, from sample `rank` on."""
@@ -201,7 +222,10 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int
     model.eval()
     for start in range(0, len(chosen), EVALUATION_BATCH):
         inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
-        total = Score(*(a + b for a, b in zip(total, score(model(inputs), targets), strict=True)))
+        logits, n = model(inputs), targets.numel()
+        total = Score(
+            total.loss_sum + n * float(loss(logits, targets)), total.correct + correct(logits, targets), total.count + n
+        )
     model.train()
     return total
 

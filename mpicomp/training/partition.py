@@ -26,8 +26,8 @@ MAX_DRAWS = 100
 
 def philox(*key: int) -> np.random.Philox:
     """Return a bit generator that depends on the tuple `key` alone (each entry in ``[0, 2**64)``)."""
-    # Two 32-bit words an entry: with fewer, SeedSequence could not tell (2**32,) from (0, 1).
-    words = np.array(key, dtype="<u8").view("<u4")
+    # SeedSequence alone cannot tell (0,) from (0, 0), nor (2**32,) from (0, 1).
+    words = np.array([len(key), *key], dtype="<u8").view("<u4")
     return np.random.Philox(np.random.SeedSequence(words.tolist()))
 
 

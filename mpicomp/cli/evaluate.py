@@ -1,0 +1,37 @@
+"""``mpicomp evaluate``: the averaged model of a finished run on the test samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from mpicomp.cli import debug_option
+from mpicomp.exchange.placement import choose_device
+from mpicomp.training.config import RunConfig
+from mpicomp.training.loop import evaluate as evaluate_model
+from mpicomp.training.run_folder import RunFolder
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.option("--data-path", type=click.Path(path_type=Path), metavar="PATH", help="Takes the place of data.path.")
+@debug_option
+def evaluate(run_dir: Path, data_path: Path | None) -> None:
+    """Print test loss and test accuracy of the averaged model in RUN_DIR, as `mpicomp train` has left it."""
+    folder = RunFolder.open(run_dir)
+    # As TOML, so that a path with quotes or digits stays a text.
+    overrides = [f"data.path={_quoted(data_path)}"] if data_path else []
+    config = RunConfig.load(folder.config_path, overrides)
+    device = choose_device(config.run.device, 0, torch.cuda.device_count())
+    dataset = config.data.load()
+    model = config.model.build(dataset, config.run.seed)
+    folder.load_model(model)
+    score = evaluate_model(model.to(device), dataset, device)
+    click.echo(f"{config.model.kind} on {config.data.kind}: {score.count:,} predictions on the test samples")
+    click.echo(f"test loss {score.loss / score.count:.4f}, test accuracy {score.correct / score.count:.2%}")
+
+
+def _quoted(path: Path) -> str:
+    return "'''" + str(path) + "'''"

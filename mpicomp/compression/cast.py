@@ -1,0 +1,35 @@
+"""Identity: the vector as it is.
+
+``Q(x) = x``. Bytes: ``n * itemsize``. Unbiased, and contractive with delta = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class Cast(Compressor):
+    """No compression."""
+
+    is_unbiased: ClassVar[bool] = True
+
+    def layout(self, spec: Spec) -> Layout:
+        """``values`` (n,)."""
+        return Layout((Field("values", spec.dtype, spec.numel),))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """Return `x` itself, not a copy."""
+        return {"values": x}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out += weight * values``."""
+        out.add_(payload["values"], alpha=weight)

@@ -1,0 +1,237 @@
+"""What a run reports: a `Record` every few steps, a `Result` at the end, and the `Progress` that a user sees.
+
+Rank 0 shows one live line on a terminal, and plain lines now and then in a log file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+LINE_S = 5.0
+"""Seconds between lines in a log file."""
+
+EVALUATION_S = 1.0
+"""The same for lines that bring a new accuracy."""
+
+BYTES_PER_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """The state of a run after some step: means over ranks since the last record, unless it says otherwise.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs done, fractional.
+        loss: of the training batches.
+        lr: the learning rate of this step.
+        bytes_sent: by all ranks together since the start.
+        seconds: of a rank since the last record, by part: gradient, compress, exchange, mix.
+        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now.
+        test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated.
+        diagnostics: further numbers of the algorithm.
+
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    bytes_sent: int
+    seconds: dict[str, float]
+    consensus_distance: float
+    test_accuracy: float | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a whole run came to.
+
+    Attributes:
+        algorithm: ``algorithm.kind``.
+        topology: ``topology.kind``.
+        compressor: ``compression.kind``.
+        ranks: how many.
+        steps: steps done.
+        seconds: of training, without evaluation.
+        train_loss: of the last steps.
+        test_accuracy: of the averaged model, in [0, 1].
+        test_accuracy_local: of each rank's own model.
+        bytes_sent: by each rank.
+        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` at the end.
+        parameters: trainable entries of the model.
+        spectral_gap: of the topology.
+
+    """
+
+    algorithm: str
+    topology: str
+    compressor: str
+    ranks: int
+    steps: int
+    seconds: float
+    train_loss: float
+    test_accuracy: float
+    test_accuracy_local: list[float]
+    bytes_sent: list[int]
+    consensus_distance: float
+    parameters: int
+    spectral_gap: float
+
+    @property
+    def all_reduce_nbytes(self) -> int:
+        """What a rank would have sent with an uncompressed ring all-reduce of the gradient in every step, in bytes."""
+        return round(2 * (self.ranks - 1) / self.ranks * BYTES_PER_PARAMETER * self.parameters * self.steps)
+
+
+def to_json(report: Record | Result, indent: int | None = None) -> str:
+    """Return the fields as a JSON object; numbers that are not finite, which JSON lacks, become null."""
+    return json.dumps(_finite(dataclasses.asdict(report)), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(result: Result, folder: Path) -> list[str]:
+    """Return the lines that close a run: accuracy, traffic against an all-reduce, where the results are."""
+    local = result.test_accuracy_local
+    ranks = f"{result.ranks} ranks" if result.ranks > 1 else "1 rank"
+    accuracy = f"Test accuracy: {result.test_accuracy:.2%}"
+    if result.ranks > 1:
+        accuracy += f" of the averaged model ({min(local):.2%} to {max(local):.2%} of the ranks' own)"
+    return [
+        f"Trained {result.steps} steps on {ranks} in {result.seconds:.1f} s.",
+        accuracy + ".",
+        _traffic(result),
+        f"Results: {folder}",
+    ]
+
+
+def _traffic(result: Result) -> str:
+    sent, dense = fmean(result.bytes_sent), result.all_reduce_nbytes
+    if not sent:
+        return "Nothing was sent."
+    each = f"Each rank sent {readable_bytes(sent)}"
+    if not math.isclose(min(result.bytes_sent), max(result.bytes_sent)):
+        each += f" on average (at most {readable_bytes(max(result.bytes_sent))})"
+    return (
+        f"{each}; an uncompressed all-reduce would have sent {readable_bytes(dense)}, {dense / sent:.3g} times as much."
+    )
+
+
+def readable_bytes(count: float) -> str:
+    """Return a number of bytes with a decimal unit, e.g. ``"12.3 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def readable_time(seconds: float) -> str:
+    """Return a duration as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Shows a run on rank 0; use it as a context manager, so that the terminal is restored after an error.
+
+    Args:
+        steps: the length of the run, or None if it is given in epochs.
+        epochs: the length of the run, or None if it is given in steps.
+        console: where to write; standard output by default.
+
+    """
+
+    def __init__(self, steps: int | None, epochs: float | None, console: Console | None = None) -> None:
+        self._steps = steps
+        self._epochs = epochs
+        self._console = console or Console(highlight=False)
+        self._live: Live | None = None
+        self._started = self._last_time = self._last_line = time.monotonic()
+        self._last_bytes = 0
+        self._accuracy: float | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def start(self, header: Sequence[str]) -> None:
+        """Print `header` and begin to count time."""
+        self._print(*header)
+        self._started = self._last_time = self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def update(self, record: Record) -> None:
+        """Show `record`: in place on a terminal, as a line now and then elsewhere."""
+        if record.test_accuracy is not None:
+            self._accuracy = record.test_accuracy
+        now = time.monotonic()
+        line = self._line(record, now)
+        is_new = record.test_accuracy is not None
+        if self._live is not None:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+        wait = EVALUATION_S if is_new else math.inf if self._live is not None else LINE_S
+        if now - self._last_line >= wait or self._done(record) >= 1:
+            self._print(line)
+            self._last_line = now
+        self._last_time, self._last_bytes = now, record.bytes_sent
+
+    def finish(self, summary: Sequence[str]) -> None:
+        """End the live line and print `summary`."""
+        self._stop()
+        self._print(*summary)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            self._console.print(line, markup=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def _done(self, record: Record) -> float:
+        """Return the part of the run that is done."""
+        if self._steps is not None:
+            return record.step / self._steps
+        return record.epoch / self._epochs if self._epochs else 0.0
+
+    def _line(self, record: Record, now: float) -> str:
+        accuracy = f"{self._accuracy:7.2%}" if self._accuracy is not None else "      -"
+        rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
+        left = (now - self._started) * max(1 / max(self._done(record), 1e-9) - 1, 0)
+        sent = f"{readable_bytes(record.bytes_sent):>8} ({rate:.3g} MB/s)"
+        return (
+            f"epoch {record.epoch:6.2f}  step {record.step:6}  loss {record.loss:7.4f}  accuracy {accuracy}  "
+            f"sent {sent}  consensus {record.consensus_distance:8.2e}  "
+            f"{readable_time(left)} left"
+        )

@@ -1,0 +1,95 @@
+"""A convex problem with known optimum, as the `Local` of an algorithm, and its matrix form in NumPy.
+
+Rank i has F_i(x) = 1/2 (x - c_i)' D (x - c_i) with a common diagonal D, so the optimum of the mean is the mean of c_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms import Algorithm
+from mpicomp.compression import Spec
+from mpicomp.exchange.base import World
+from mpicomp.exchange.loopback import run
+from mpicomp.topology import Schedule
+
+DIM = 24
+
+
+def curvature() -> np.ndarray:
+    return np.linspace(0.5, 1.5, DIM)
+
+
+def centers(size: int) -> np.ndarray:
+    return np.random.default_rng(7).normal(size=(size, DIM))
+
+
+@dataclass
+class Quadratic:
+    """The model of one rank, with heavy-ball momentum as its optimizer."""
+
+    x: Tensor
+    center: Tensor
+    lr: float = 0.1
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.spec = Spec(("a", "b"), ((DIM // 2,), (2, DIM // 4)), self.x.dtype)
+        self.g = torch.zeros_like(self.x)
+        self.m = torch.zeros_like(self.x)
+        self.d = torch.as_tensor(curvature(), dtype=self.x.dtype)
+
+    def gradient(self) -> Tensor:
+        return self.g.copy_(self.d * (self.x - self.center))
+
+    def update(self) -> None:
+        self.m.mul_(self.momentum).add_(self.g)
+        self.x.sub_(self.m, alpha=self.lr)
+
+
+@dataclass
+class Trained:
+    """The outcome on all ranks."""
+
+    x: np.ndarray  # (size, DIM)
+    states: list
+    bytes_sent: list[int]
+
+
+def train(
+    algorithm: Algorithm,
+    schedule: Schedule,
+    steps: int,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    start: np.ndarray | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Trained:
+    """Run `algorithm` over the loopback from `start` (size, DIM), by default zero on all ranks."""
+
+    def serve(world: World):
+        c = centers(world.size)[world.rank]
+        x = np.zeros(DIM) if start is None else start[world.rank]
+        local = Quadratic(torch.as_tensor(x.copy(), dtype=dtype), torch.as_tensor(c, dtype=dtype), lr, momentum)
+        exchange = world.exchange(schedule)
+        state = algorithm.init(local, exchange)
+        for _ in range(steps):
+            algorithm.step(local, state, exchange)
+        return local.x.numpy(), state, exchange.bytes_sent
+
+    xs, states, sent = zip(*run(schedule.size, serve), strict=True)
+    return Trained(np.stack(xs), list(states), list(sent))
+
+
+def top_k(v: np.ndarray, k: int) -> np.ndarray:
+    """Top-k of each row of `v`, written independently of the package."""
+    kept = np.zeros_like(v)
+    for row, out in zip(v, kept, strict=True):
+        chosen = np.argsort(-np.abs(row), kind="stable")[:k]
+        out[chosen] = row[chosen]
+    return kept

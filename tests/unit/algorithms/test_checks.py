@@ -1,0 +1,65 @@
+import pytest
+
+from mpicomp.algorithms import DPSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.compression import TopK
+from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.topology import OnePeerExponential, exponential, ring, star
+
+
+@pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1)], ids=lambda m: m.name)
+class TestFixedSymmetricGraph:
+    def test_directed_graph_is_refused(self, method):
+        with pytest.raises(TopologyError, match=r"'exponential' has a directed graph .*'dpsgd'"):
+            method.check(exponential(5))
+
+    def test_weights_that_are_not_symmetric_are_refused(self, method):
+        with pytest.raises(TopologyError, match="topology.weights = 'metropolis'"):
+            method.check(star(4, weights="uniform"))
+
+    def test_varying_graph_is_refused(self, method):
+        with pytest.raises(TopologyError, match="'one_peer_exponential' changes from step to step"):
+            method.check(OnePeerExponential(4))
+
+
+def test_averaging_must_preserve_the_mean():
+    for method in (DPSGD(), LocalSGD(), DeepSqueeze(0.1)):
+        with pytest.raises(TopologyError, match="columns of its weights do not sum to one"):
+            method.check(star(4, weights="uniform"))
+        method.check(exponential(5))
+
+
+def test_sequential_sgd_is_for_one_rank():
+    SGD().check(ring(1))
+    with pytest.raises(ConfigError, match="algorithm.kind = 'sgd' is for one rank, not 3"):
+        SGD().check(ring(3))
+
+
+def test_dpsgd_refuses_lossy_messages():
+    with pytest.raises(ConfigError, match="would not converge"):
+        DPSGD(compressor=TopK(0.1))
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze])
+def test_gamma_must_be_positive(method, gamma):
+    with pytest.raises(ConfigError, match=r"algorithm.gamma = .* must be a finite number > 0"):
+        method(gamma=gamma)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beta": 1.0}, r"algorithm.beta = 1.0 must be in \[0, 1\)"),
+        ({"quasi_global_momentum": -0.1}, "algorithm.quasi_global_momentum"),
+        ({"gamma_clip": 0.0}, "algorithm.gamma_clip = 0.0 must be > 0; inf switches it off"),
+        ({"epsilon": 0.0}, "algorithm.epsilon"),
+    ],
+)
+def test_adagossip_checks_its_numbers(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaGossip(gamma=0.1, **wrong)
+
+
+def test_local_sgd_checks_its_period():
+    with pytest.raises(ConfigError, match="algorithm.period = 0 must be at least 1"):
+        LocalSGD(period=0)

@@ -1,0 +1,200 @@
+"""What theory says of each method: transcriptions of the papers' listings in NumPy, identities and known optima."""
+
+import numpy as np
+import pytest
+import torch
+from support.quadratic import DIM, centers, curvature, top_k, train
+
+from mpicomp.algorithms import DPSGD, SGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.compression import Identity, SignNorm, TopK
+from mpicomp.topology import OnePeerExponential, chain, complete, hypercube, ring, star, torus
+
+LR = 0.1
+KEPT = 6
+TOP = TopK(ratio=KEPT / DIM)
+GRAPHS = [ring(5), ring(2), chain(3), star(4), torus(6), ring(1)]
+
+
+def gradients(x):
+    return curvature() * (x - centers(len(x)))
+
+
+def spread(size):
+    return np.random.default_rng(3).normal(size=(size, DIM))
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+class TestTranscriptions:
+    def test_dpsgd_adapt_then_combine(self, graph):
+        x = np.zeros((graph.size, DIM))
+        for _ in range(20):
+            x = graph.mixing @ (x - LR * gradients(x))
+        close(train(DPSGD(), graph, 20).x, x)
+
+    def test_dpsgd_combine_then_adapt(self, graph):
+        x = np.zeros((graph.size, DIM))
+        for _ in range(20):
+            x = graph.mixing @ x - LR * gradients(x)
+        close(train(DPSGD(order="combine_then_adapt"), graph, 20).x, x)
+
+    def test_dpsgd_diffusion_rate(self, graph):
+        x = np.zeros((graph.size, DIM))
+        for _ in range(20):
+            y = x - LR * gradients(x)
+            x = y + 0.7 * (graph.mixing @ y - y)
+        close(train(DPSGD(gamma=0.7), graph, 20).x, x)
+
+    def test_choco(self, graph):
+        x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+        for _ in range(30):
+            y = x - LR * gradients(x)
+            hat = hat + top_k(y - hat, KEPT)
+            x = y + 0.2 * (graph.mixing @ hat - hat)
+        trained = train(Choco(0.2, TOP), graph, 30)
+        close(trained.x, x)
+        close(np.stack([state.x_hat for state in trained.states]), hat)
+        close(np.stack([state.s for state in trained.states]), graph.mixing @ hat)
+
+    def test_choco_overlapped(self, graph):
+        x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+        for _ in range(30):
+            y = x - LR * gradients(x)
+            hat = hat + top_k(x - hat, KEPT)
+            x = y + 0.2 * (graph.mixing @ hat - hat)
+        close(train(Choco(0.2, TOP, overlap=True), graph, 30).x, x)
+
+    @pytest.mark.parametrize("bias_correction", [True, False])
+    @pytest.mark.parametrize("clip", [1.0, np.inf])
+    def test_adagossip(self, graph, bias_correction, clip):
+        x, hat, v = (np.zeros((graph.size, DIM)) for _ in range(3))
+        beta, gamma, epsilon = 0.9, 0.05, 1e-4
+        for t in range(1, 31):
+            y = x - LR * gradients(x)
+            hat = hat + top_k(y - hat, KEPT)
+            r = graph.mixing @ hat - hat
+            v = beta * v + (1 - beta) * r * r
+            corrected = v / (1 - beta**t) if bias_correction else v
+            x = y + np.minimum(gamma / (np.sqrt(corrected) + epsilon), clip) * r
+        method = AdaGossip(gamma, TOP, beta, epsilon, bias_correction, clip)
+        close(train(method, graph, 30).x, x, 1e-11)
+
+    def test_adagossip_quasi_global_momentum(self, graph):
+        x, hat, v, m = (np.zeros((graph.size, DIM)) for _ in range(4))
+        for t in range(1, 21):
+            y = x - LR * (gradients(x) + 0.5 * m)
+            hat = hat + top_k(y - hat, KEPT)
+            r = graph.mixing @ hat - hat
+            v = 0.9 * v + 0.1 * r * r
+            new = y + np.minimum(0.05 / (np.sqrt(v / (1 - 0.9**t)) + 1e-4), 1) * r
+            x, m = new, (x - new) / LR
+        method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5)
+        close(train(method, graph, 20).x, x, 1e-10)
+
+    def test_deep_squeeze(self, graph):
+        x, e = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+        for _ in range(30):
+            y = x - LR * gradients(x)
+            q = top_k(y + e, KEPT)
+            e = y + e - q
+            x = y + 0.05 * (graph.mixing @ q - q)
+        close(train(DeepSqueeze(0.05, TOP), graph, 30).x, x)
+
+    def test_local_sgd(self, graph):
+        x = np.zeros((graph.size, DIM))
+        for step in range(1, 18):
+            x = x - LR * gradients(x)
+            if step % 4 == 0:
+                x = graph.mixing @ x
+        close(train(LocalSGD(period=4), graph, 17).x, x)
+
+
+class TestIdentities:
+    def test_choco_with_identity_and_gamma_one_is_dpsgd(self):
+        close(train(Choco(1.0, Identity()), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
+
+    def test_adagossip_with_huge_gamma_is_choco_with_gamma_one_bit_for_bit(self):
+        """On single-rank steps the sums are formed by the same operations in the same order."""
+        ada = train(AdaGossip(gamma=1e30, compressor=TOP), ring(5), 10, start=spread(5))
+        choco = train(Choco(1.0, TOP), ring(5), 10, start=spread(5))
+        assert np.array_equal(ada.x, choco.x)
+
+    def test_adagossip_with_identity_and_huge_gamma_is_dpsgd(self):
+        close(train(AdaGossip(gamma=1e30), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
+
+    def test_local_sgd_of_period_one_is_dpsgd(self):
+        assert np.array_equal(train(LocalSGD(1), ring(5), 9).x, train(DPSGD(), ring(5), 9).x)
+
+    def test_dpsgd_on_the_complete_graph_is_ssgd(self):
+        close(train(DPSGD(), complete(5), 20).x, train(SSGD(), ring(5), 20).x)
+
+    def test_one_peer_exponential_averages_exactly_after_log2_steps(self):
+        start = spread(8)
+        trained = train(DPSGD(), OnePeerExponential(8), 3, lr=0.0, start=start)
+        close(trained.x, np.tile(start.mean(axis=0), (8, 1)), 1e-15)
+
+    @pytest.mark.parametrize(
+        "method",
+        [SSGD(), LocalSGD(2), DPSGD(), Choco(0.2, TOP), Choco(0.2, TOP, overlap=True), AdaGossip(0.1, TOP)],
+        ids=lambda m: m.name,
+    )
+    def test_one_rank_is_plain_sgd_bit_for_bit(self, method):
+        alone = train(SGD(), ring(1), 15, momentum=0.9)
+        assert np.array_equal(train(method, ring(1), 15, momentum=0.9).x, alone.x)
+
+
+class TestMean:
+    """Symmetric weights: gossip moves the mean over ranks only by the mean gradient step."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("compressor", [TOP, SignNorm()], ids=["topk", "sign"])
+    @pytest.mark.parametrize("method", [Choco, DeepSqueeze])
+    def test_preserved(self, method, compressor, dtype):
+        start = spread(8)
+        trained = train(method(0.05, compressor), hypercube(8), 200, lr=0.0, start=start, dtype=dtype)
+        close(trained.x.mean(axis=0), start.mean(axis=0), 1e-13 if dtype == torch.float64 else 1e-6)
+
+    def test_not_preserved_by_adagossip(self):
+        start = spread(8)
+        trained = train(AdaGossip(0.05, TOP), ring(8), 500, lr=0.0, start=start)
+        assert np.abs(trained.x.mean(axis=0) - start.mean(axis=0)).max() > 1e-2
+
+
+class TestConvergence:
+    """To the known optimum, which no rank has alone."""
+
+    @pytest.mark.parametrize("method", [Choco(0.2, TOP), Choco(0.2, TOP, overlap=True), DPSGD()], ids=str)
+    def test_optimum_up_to_the_bias_of_a_constant_rate(self, method):
+        distance = []
+        for lr in (0.02, 0.01):
+            trained = train(method, ring(8), 3000, lr=lr)
+            distance.append(np.linalg.norm(trained.x - centers(8).mean(axis=0)))
+        # the stationary error of decentralized gradient descent is proportional to the rate
+        assert distance[1] < 0.6 * distance[0]
+        assert distance[1] < 2.0
+
+    def test_consensus_of_choco_is_linear(self):
+        start = spread(8)
+        errors = []
+        for steps in (0, 300, 600):
+            x = train(Choco(0.2, TopK(0.25)), ring(8), steps, lr=0.0, start=start).x
+            errors.append(np.abs(x - start.mean(axis=0)).max())
+        assert errors[1] < 1e-2 * errors[0]
+        assert errors[2] < 1e-2 * errors[1] or errors[2] < 1e-12
+
+    def test_too_large_a_gamma_shows_in_the_diagnostics(self):
+        method = Choco(1.0, TopK(1 / DIM))
+        trained = train(method, ring(8), 400, lr=0.0, start=spread(8))
+        assert np.abs(trained.x).max() > 1e3
+
+
+class TestTraffic:
+    def test_bytes_are_messages_times_neighbors(self):
+        per_message = KEPT * (8 + 2)  # float64 values, 16-bit indices
+        assert train(Choco(0.2, TOP), ring(5), 7).bytes_sent == [7 * 2 * per_message] * 5
+        assert train(Choco(0.2, TOP), chain(3), 7).bytes_sent == [7 * d * per_message for d in (1, 2, 1)]
+        assert train(LocalSGD(4), ring(5), 7).bytes_sent == [2 * DIM * 8] * 5
+        assert train(SSGD(), ring(4), 7).bytes_sent == [7 * 2 * 3 * DIM * 8 // 4] * 4
