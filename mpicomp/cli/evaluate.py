@@ -24,13 +24,14 @@ def evaluate(run_dir: Path, data_path: Path | None) -> None:
     # As TOML, so that a path with quotes or digits stays a text.
     overrides = [f"data.path={_quoted(data_path)}"] if data_path else []
     config = RunConfig.load(folder.config_path, overrides)
-    device = choose_device(config.run.device, 0, torch.cuda.device_count())
+    # A run on GPUs may be evaluated on a machine without one.
+    device = choose_device("cpu" if config.run.device == "cpu" else "auto", 0, torch.cuda.device_count())
     dataset = config.data.load()
     model = config.model.build(dataset, config.run.seed)
     folder.load_model(model)
     score = evaluate_model(model.to(device), dataset, device)
     click.echo(f"{config.model.kind} on {config.data.kind}: {score.count:,} predictions on the test samples")
-    click.echo(f"test loss {score.loss / score.count:.4f}, test accuracy {score.correct / score.count:.2%}")
+    click.echo(f"test loss {score.loss_sum / score.count:.4f}, test accuracy {score.correct / score.count:.2%}")
 
 
 def _quoted(path: Path) -> str:

@@ -120,11 +120,11 @@ def _train_rank(world: World, config: RunConfig, request: _Request) -> None:
 
 
 def _create_folder_together(world: World, config: RunConfig, request: _Request) -> RunFolder | None:
-    """Make the run folder on rank 0; the same error on every rank if that fails."""
+    """Make the run folder on rank 0, for a run that can be; the same error on every rank otherwise."""
     folder, error = None, None
     try:
+        config.check(world.size)
         if world.rank == 0:
-            config.check(world.size)
             folder = request.create_folder()
             folder.save_config(config)
     except MpicompError as failure:

@@ -1,9 +1,50 @@
-"""WHAT is sent."""
+"""WHAT is sent: one compressor per file, and two that wrap any of them."""
 
-from mpicomp.compression.base import Compressor, Spec
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.cast import Cast
+from mpicomp.compression.feedback import ErrorFeedback
 from mpicomp.compression.identity import Identity
+from mpicomp.compression.natural import Natural
+from mpicomp.compression.per_tensor import PerTensor
+from mpicomp.compression.qsgd import QSGD
+from mpicomp.compression.randk import RandomK
+from mpicomp.compression.sign import SignNorm
+from mpicomp.compression.terngrad import TernGrad
+from mpicomp.compression.threshold import HardThreshold
 from mpicomp.compression.topk import TopK
 
-ErrorFeedback = PerTensor = None
-COMPRESSORS: dict[str, type[Compressor]] = {"identity": Identity, "topk": TopK, "cast": Cast}
+COMPRESSORS: dict[str, type[Compressor]] = {
+    "identity": Identity,
+    "topk": TopK,
+    "randk": RandomK,
+    "threshold": HardThreshold,
+    "block": RandomBlock,
+    "sign": SignNorm,
+    "qsgd": QSGD,
+    "terngrad": TernGrad,
+    "natural": Natural,
+    "cast": Cast,
+}
+"""The values of ``compression.kind``."""
+
+__all__ = [
+    "COMPRESSORS",
+    "QSGD",
+    "Cast",
+    "Compressor",
+    "ErrorFeedback",
+    "Field",
+    "HardThreshold",
+    "Identity",
+    "Layout",
+    "Natural",
+    "Payload",
+    "PerTensor",
+    "RandomBlock",
+    "RandomK",
+    "SignNorm",
+    "Spec",
+    "TernGrad",
+    "TopK",
+]

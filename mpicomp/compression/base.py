@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,14 +182,18 @@ class Compressor(ABC):
     that `init` makes and `compress` changes in place; where there is none the state is None.
     """
 
-    is_unbiased: ClassVar[bool] = False
-    """Whether E[Q(x)] = x."""
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether E[Q(x)] = x."""
+        return False
 
-    is_contractive: ClassVar[bool] = True
-    """Whether E|Q(x) - x|^2 <= (1 - delta) |x|^2 for some delta in (0, 1]."""
+    @property
+    def is_contractive(self) -> bool:
+        """Whether E|Q(x) - x|^2 <= (1 - delta) |x|^2 for some delta in (0, 1]."""
+        return True
 
-    def init(self, spec: Spec, device: torch.device, rank: int = 0) -> State:
-        """Return the initial state for the vectors of `spec` on `rank`."""
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
+        """Return the initial state for the vectors of `spec`; random ones of different `stream`s are independent."""
         return None
 
     @abstractmethod

@@ -1,4 +1,9 @@
-"""Top-k: the entries largest in magnitude."""
+"""Top-k: the entries largest in magnitude.
+
+``Q(x)_i = x_i`` for the ``k = max(1, floor(ratio n))`` entries of largest ``|x_i|``, else 0; ties go to the lowest index.
+Contractive with delta >= k/n: needs error feedback, or a method that has it built in (CHOCO-SGD, AdaGossip, DeepSqueeze).
+Bytes: k values and k indices of 2 bytes (n <= 65536) or 4. Stich et al. 2018, arXiv 1809.07599.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,37 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype, read_index
+from mpicomp.compression.ratio import check_ratio, kept
 from mpicomp.kernels.reference import top_k_indices
 from mpicomp.timing import timed
 
 
 @dataclass(frozen=True)
 class TopK(Compressor):
-    """Keep the fraction `ratio` of the entries."""
+    """Keep the largest entries.
+
+    Attributes:
+        ratio: the fraction of the entries that is kept, in (0, 1].
+
+    """
 
     ratio: float
 
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
     def layout(self, spec: Spec) -> Layout:
-        k = max(1, int(spec.numel * self.ratio))
+        """``values`` (k,), ``indices`` (k,) ascending."""
+        k = kept(spec.numel, self.ratio)
         return Layout((Field("values", spec.dtype, k), Field("indices", index_dtype(spec.numel), k)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        index = top_k_indices(x, max(1, int(spec.numel * self.ratio)))
-        return {"values": x[index], "indices": index.to(index_dtype(spec.numel))}
+        """Select the largest entries; ValueError if there is a NaN."""
+        indices = top_k_indices(x, kept(spec.numel, self.ratio))
+        return {"values": x[indices], "indices": indices.to(index_dtype(spec.numel))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out[indices] += weight * values``."""
         out.index_add_(0, read_index(payload["indices"]), payload["values"], alpha=weight)

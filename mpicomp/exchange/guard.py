@@ -54,6 +54,11 @@ def together(world: World) -> Iterator[None]:
     agree(world, error)
 
 
+def is_agreed(error: BaseException) -> bool:
+    """Return whether every rank raises `error`."""
+    return isinstance(error, MpicompError) and error in _agreed
+
+
 def _summary(messages: dict[int, str], size: int) -> str:
     """Return what went wrong, and on which ranks unless `size` is one."""
     ranks: dict[str, list[int]] = {}
@@ -108,11 +113,11 @@ class _Hook:
 
 
 def _end(world: World, error: BaseException, debug: bool) -> NoReturn:
-    if isinstance(error, MpicompError) and error in _agreed:
+    if is_agreed(error):
         if world.rank == 0:
             _print(describe(error, debug=debug))
         world.barrier()  # Open MPI's launcher kills the other ranks as soon as one has left with an error.
-        raise SystemExit(error.exit_code)
+        raise SystemExit(_exit_code(error))
     if not isinstance(error, KeyboardInterrupt):
         _print(f"rank {world.rank} on {world.host}: {describe(error, debug=debug)}")
     world.abort(_exit_code(error))
@@ -123,7 +128,7 @@ def describe(error: BaseException, *, debug: bool = False) -> str:
     if isinstance(error, SystemExit):
         return str(error) if isinstance(error.code, str) else f"exit code {error.code}"
     if isinstance(error, MpicompError) and not debug:
-        return f"{error}"
+        return "\n".join([str(error), *getattr(error, "__notes__", [])])
     return "".join(traceback.format_exception(error)).rstrip()
 
 

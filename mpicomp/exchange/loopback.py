@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_message, check_schedule, mean_in_order
+from mpicomp.exchange.guard import is_agreed
 from mpicomp.exchange.placement import core_share, thread_count
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule, Topology
@@ -378,7 +378,9 @@ def run(
     finally:
         torch.set_num_threads(threads_before)
     if hub.error is not None:
-        if hub.failed_rank is not None and size > 1 and sys.version_info >= (3, 11):
-            hub.error.add_note(f"on rank {hub.failed_rank} of {size} (loopback)")
+        if hub.failed_rank is not None and size > 1 and not is_agreed(hub.error):
+            # As `add_note` does from Python 3.11 on.
+            notes = getattr(hub.error, "__notes__", [])
+            hub.error.__notes__ = [*notes, f"on rank {hub.failed_rank} of {size} (loopback)"]
         raise hub.error
     return results

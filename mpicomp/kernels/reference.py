@@ -1,15 +1,109 @@
-"""The definition of every operation in plain torch; other versions are tested against these."""
+"""The definition of every operation in plain torch; faster versions are tested against these.
+
+One function an operation, on flat tensors; no kernel knows of messages, ranks or states.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_ROUNDS = 4
+_ODD = 0x9E3779B1  # 2**32 / golden ratio, odd: a bijection modulo powers of two
+
 
 def top_k_indices(x: Tensor, k: int) -> Tensor:
-    """Return the indices (k,) int32, ascending, of the `k` entries of `x` (n,) largest in magnitude; ties by lowest index."""
+    """Return the indices (k,) of the `k` entries of `x` (n,) largest in magnitude, int32, ascending.
+
+    Ties go to the lowest index, so that all devices choose the same. `k` is in ``[0, n]``.
+
+    Raises:
+        ValueError: a NaN in `x`, which has no place in an order.
+
+    """
     magnitude = x.abs()
-    threshold = magnitude.topk(k, sorted=False).values.min()
-    above = (magnitude > threshold).nonzero().flatten()
-    ties = (magnitude == threshold).nonzero().flatten()[: k - len(above)]
-    return torch.cat([above, ties]).sort().values.int()
+    if bool(magnitude.isnan().any()):
+        raise ValueError("NaN among the values to be compressed")
+    if k == 0:
+        return torch.empty(0, dtype=torch.int32, device=x.device)
+    threshold = magnitude.kthvalue(len(x) - k + 1).values if x.is_cuda else _kth_largest(magnitude, k)
+    above = (magnitude > threshold).nonzero().flatten().int()
+    ties = (magnitude == threshold).nonzero().flatten()[: k - len(above)].int()
+    return torch.cat([above, ties]).sort().values
+
+
+def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
+    """Return the k-th largest entry of `magnitude` (n,); NumPy's selection is several times faster than torch's."""
+    values = magnitude if magnitude.dtype in (torch.float32, torch.float64) else magnitude.float()
+    numpy = values.numpy()
+    position = len(numpy) - k
+    return torch.tensor(np.partition(numpy, position)[position], dtype=magnitude.dtype)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Return booleans (n,) as bytes (ceil(n / 8),) uint8, the first in the lowest bit."""
+    return pack_codes(bits.to(torch.uint8), 1)
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """Return the first `n` booleans of `packed`; undoes `pack_bits`."""
+    return unpack_codes(packed, 1, n).bool()
+
+
+def packed_nbytes(n: int, bits: int) -> int:
+    """Return the bytes of `n` codes of `bits` bits each."""
+    return -(-n // 8) * bits
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Return codes (n,) int in ``[0, 2**bits)`` as bytes (ceil(n / 8) * bits,) uint8: bit plane after bit plane.
+
+    Byte ``plane * ceil(n / 8) + j`` holds bit `plane` of codes ``8 j ... 8 j + 7``, the first in the lowest bit. Planes
+    keep every byte within one pass over contiguous memory for any number of bits, also for 3, 5 or 7.
+    """
+    groups = -(-len(codes) // 8)
+    padded = torch.nn.functional.pad(codes.to(torch.int16), (0, 8 * groups - len(codes))).view(groups, 8)
+    packed = torch.zeros(bits, groups, dtype=torch.uint8, device=codes.device)
+    for plane in range(bits):
+        for place in range(8):
+            packed[plane] |= ((padded[:, place] >> plane & 1) << place).to(torch.uint8)
+    return packed.flatten()
+
+
+def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Return the codes (n,) int16; undoes `pack_codes`."""
+    planes = packed.view(bits, -(-n // 8))
+    codes = torch.zeros(planes.shape[1], 8, dtype=torch.int16, device=packed.device)
+    for plane in range(bits):
+        for place in range(8):
+            codes[:, place] |= (planes[plane] >> place & 1).to(torch.int16) << plane
+    return codes.flatten()[:n]
+
+
+def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
+    """Return `k` different indices below `n`, int32 (k,), the same on every device, in time proportional to `k`.
+
+    Entry i is the image of i under a permutation of ``[0, n)`` keyed by `seed`: a Feistel network on the smallest
+    domain ``4**h >= n``, walked on until the image is below `n` (Black and Rogaway 2002, doi 10.1007/3-540-45760-7_9).
+    """
+    half = 1
+    while 4**half < n:
+        half += 1
+    index = torch.arange(k, dtype=torch.int64, device=device)
+    image = _feistel(index, seed, half)
+    while bool((outside := image >= n).any()):
+        image[outside] = _feistel(image[outside], seed, half)
+    return image.int()
+
+
+def _feistel(index: Tensor, seed: int, half: int) -> Tensor:
+    """Return a bijection of ``[0, 4**half)``, keyed by `seed`, of `index`."""
+    mask = 2**half - 1
+    left, right = index >> half, index & mask
+    for turn in range(_ROUNDS):
+        key = (seed >> 16 * turn) & 0xFFFF | turn << 16
+        mixed = (right + key + 1) * _ODD & 0xFFFFFFFF
+        mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
+        left, right = right, left ^ (mixed ^ mixed >> 12) & mask
+    return left << half | right

@@ -601,14 +601,15 @@ def _imported(key: str, path: str) -> Factory:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{key} = {path!r}: module {module!r} cannot be imported: {error}") from error
+        found: Factory = getattr(importlib.import_module(module), name)
+        inspect.signature(found)
     except AttributeError as error:
-        raise ConfigError(f"{key} = {path!r}: module {module!r} has no {name!r}") from error
-    if not callable(found):
-        raise ConfigError(f"{key} = {path!r} is no class or function")
-    return found  # type: ignore[no-any-return]
+        raise ConfigError(f"{key} = {path!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} = {path!r} is no class or function whose parameters can be read") from error
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        raise ConfigError(f"{key} = {path!r}: {module!r} cannot be imported: {error!r}") from error
+    return found
 
 
 @lru_cache

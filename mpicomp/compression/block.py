@@ -1,0 +1,65 @@
+"""Random block (RBGS): one contiguous block of the vector, the same on all ranks.
+
+The vector is cut into ``B = max(1, round(1 / ratio))`` blocks of ``ceil(n / B)`` entries, the last ones shorter; step t
+draws one of them from (seed, t). Contractive in expectation with delta = 1/B. No index travels, nothing is searched, and
+the support is common, so that messages can be summed by an all-reduce. Needs error feedback.
+Bytes: ``ceil(n / B)`` values and 8. After Vogels-style block sparsification as in arXiv 2004.05298.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, mix64
+from mpicomp.compression.ratio import check_ratio
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class RandomBlock(Compressor):
+    """Keep a random block.
+
+    Attributes:
+        ratio: the fraction of the entries in a block, in (0, 1].
+        seed: of the choice.
+
+    """
+
+    ratio: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
+        """Start the stream that all ranks share."""
+        return Draws(0)
+
+    def _blocks(self, n: int) -> tuple[int, int]:
+        """Return the length of a block, and how many there are."""
+        length = -(-n // max(1, round(1 / self.ratio)))
+        return length, -(-n // length) if n else 0
+
+    def layout(self, spec: Spec) -> Layout:
+        """``offset`` (1,), ``values``, at most a block."""
+        length, _ = self._blocks(spec.numel)
+        return Layout((Field("offset", torch.int32, 1), Field("values", spec.dtype, length, variable=True)))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
+        """Return a view of the block of this step."""
+        length, count = self._blocks(spec.numel)
+        offset = length * (mix64(self.seed, state.step) % count) if count else 0
+        state.step += 1
+        values = x[offset : offset + length]
+        return {"offset": torch.tensor([offset], dtype=torch.int32, device=x.device), "values": values}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """Add to the block."""
+        offset, values = int(payload["offset"]), payload["values"]
+        out[offset : offset + len(values)].add_(values, alpha=weight)

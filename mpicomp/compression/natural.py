@@ -1,0 +1,64 @@
+"""Natural compression: magnitudes rounded at random to a power of two.
+
+For ``2**e <= |x_i| < 2**(e+1)``, ``Q(x)_i`` is ``sign(x_i) 2**(e+1)`` with probability ``|x_i| / 2**e - 1``, else
+``sign(x_i) 2**e``. Unbiased with variance at most ``|x|^2 / 8``, and so of little harm even without error feedback.
+Bytes: ``n + ceil(n / 8)``, exponent and sign of float32; values beyond the powers of two of float32 saturate, those below
+become zero. Horvath et al. 2019, arXiv 1905.10988.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, uniform
+from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
+from mpicomp.timing import timed
+
+_BIAS = 127
+"""Added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
+
+
+@dataclass(frozen=True)
+class Natural(Compressor):
+    """Round to powers of two.
+
+    Attributes:
+        seed: of the rounding.
+
+    """
+
+    seed: int = 0
+
+    @property
+    def is_unbiased(self) -> bool:
+        """By the choice of the probabilities."""
+        return True
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
+        """Start the stream of this rank."""
+        return Draws(stream)
+
+    def layout(self, spec: Spec) -> Layout:
+        """``exponents`` (n,) with bias, ``signs`` (ceil(n / 8),) packed."""
+        signs = Field("signs", torch.uint8, packed_nbytes(spec.numel, 1))
+        return Layout((Field("exponents", torch.uint8, spec.numel), signs))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
+        """Round at random."""
+        mantissa, exponent = torch.frexp(x if x.dtype == torch.float64 else x.to(torch.float32))  # 0.5 <= mantissa < 1
+        up = uniform(x, self.seed, state) < mantissa.abs() * 2 - 1
+        biased = (exponent - 1 + up + _BIAS).clamp_(0, 254) * (mantissa != 0)
+        return {"exponents": biased.to(torch.uint8), "signs": pack_bits(x < 0)}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out += weight * sign * 2**exponent``."""
+        biased = payload["exponents"].to(torch.int32)
+        ones = torch.ones(len(biased), dtype=out.dtype if out.dtype == torch.float64 else torch.float32).to(out.device)
+        magnitude = torch.ldexp(ones, biased - _BIAS) * (biased != 0)
+        signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel).to(magnitude.dtype)
+        out.add_((magnitude * signs).to(out.dtype), alpha=weight)

@@ -1,0 +1,75 @@
+"""Per tensor: a compressor applied to each tensor of the model by itself.
+
+The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer. Bytes:
+those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.random import mix64
+from mpicomp.timing import timed
+
+
+@dataclass
+class PerTensorState:
+    """The states of the inner compressor, one a tensor."""
+
+    parts: list[State]
+
+
+@dataclass(frozen=True)
+class PerTensor(Compressor):
+    """Compress tensor by tensor.
+
+    Attributes:
+        inner: the compressor of each.
+
+    """
+
+    inner: Compressor
+
+    @property
+    def is_unbiased(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_unbiased
+
+    @property
+    def is_contractive(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_contractive
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
+        """Start the inner compressor for each tensor."""
+        return PerTensorState([self.inner.init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)])
+
+    def layout(self, spec: Spec) -> Layout:
+        """The inner layouts, one behind the other."""
+        return Layout.concatenate([self.inner.layout(part) for part in spec.parts])
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
+        """Compress each tensor; ValueError names one with a NaN."""
+        payload: Payload = {}
+        for i, (part, values) in enumerate(zip(spec.parts, spec.split(x), strict=True)):
+            try:
+                message = self.inner.compress(values, part, state.parts[i])
+            except ValueError as error:
+                raise ValueError(f"{part.names[0]}: {error}") from error
+            payload.update({f"{i}.{name}": tensor for name, tensor in message.items()})
+        return payload
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """Add to each tensor."""
+        messages: list[Payload] = [{} for _ in spec.parts]
+        for key, tensor in payload.items():
+            i, _, name = key.partition(".")
+            messages[int(i)][name] = tensor
+        for message, part, values in zip(messages, spec.parts, spec.split(out), strict=True):
+            self.inner.accumulate(message, part, values, weight)

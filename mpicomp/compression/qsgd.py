@@ -1,0 +1,88 @@
+"""QSGD: magnitudes rounded at random to a few levels of the norm.
+
+With ``S = 2**bits - 1`` levels, ``Q(x)_i = c |x| sign(x_i) l_i / S`` where ``l_i`` is ``S |x_i| / |x|`` rounded up with the
+probability of its fraction. ``c = 1`` is unbiased with variance at most ``min(n / S^2, sqrt(n) / S) |x|^2``; `contractive`
+sets ``c = 1 / (1 + min(n / S^2, sqrt(n) / S))``, with delta = c. Bytes: ``4 + ceil(n / 8) (bits + 1)``.
+Alistarh et al. 2017, arXiv 1610.02132.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, uniform
+from mpicomp.errors import ConfigError
+from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class QSGD(Compressor):
+    """Quantize against the Euclidean norm.
+
+    Attributes:
+        bits: per magnitude, 1 to 8; the sign is one more.
+        contractive: whether the result is shrunk so that Q contracts, as CHOCO-SGD needs.
+        seed: of the rounding.
+
+    """
+
+    bits: int = 4
+    contractive: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ConfigError(f"compression.bits = {self.bits} must be in 1...8: the bits of a magnitude")
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether nothing is shrunk."""
+        return not self.contractive
+
+    @property
+    def is_contractive(self) -> bool:
+        """Whether the result is shrunk."""
+        return self.contractive
+
+    @property
+    def _levels(self) -> int:
+        return 2**self.bits - 1
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
+        """Start the stream of this rank."""
+        return Draws(stream)
+
+    def layout(self, spec: Spec) -> Layout:
+        """``scale`` (1,), ``codes`` packed: the sign in the lowest bit, the level above."""
+        nbytes = packed_nbytes(spec.numel, self.bits + 1)
+        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
+        """Round at random and pack; the scale holds |x| / S and the shrinkage."""
+        noise = uniform(x, self.seed, state)
+        values = x.to(torch.float32) if x.dtype != torch.float64 else x
+        # by the largest entry first, whose square neither overflows nor vanishes
+        largest = values.abs().max() if len(values) else values.new_zeros(())
+        norm = largest * (values / largest.clamp_min(torch.finfo(values.dtype).tiny)).norm()
+        position = values.abs() * (self._levels / norm.clamp_min(torch.finfo(values.dtype).tiny))
+        levels = (position + noise).floor_().clamp_(0, self._levels).to(torch.int16)
+        shrink = 1 / (1 + self._variance(spec.numel)) if self.contractive else 1.0
+        scale = (norm * (shrink / self._levels)).to(torch.float32).reshape(1)
+        return {"scale": scale, "codes": pack_codes(levels << 1 | (values < 0), self.bits + 1)}
+
+    def _variance(self, n: int) -> float:
+        return min(n / self._levels**2, math.sqrt(n) / self._levels)
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out += weight * scale * (1 - 2 sign) * level``."""
+        codes = unpack_codes(payload["codes"], self.bits + 1, spec.numel)
+        signed = (codes >> 1) * (1 - 2 * (codes & 1))
+        out.add_(signed.to(out.dtype), alpha=weight * float(payload["scale"]))

@@ -1,0 +1,76 @@
+"""Random-k: entries chosen uniformly without replacement.
+
+``Q(x)_i = scale x_i`` for k random i, else 0, with ``k = max(1, floor(ratio n))``. ``scale = 1`` is contractive with
+delta = k/n; ``scale = n/k`` is unbiased with variance ``(n/k - 1) |x|^2``. No index travels: the receiver draws the same
+ones from the seed in the message. Bytes: k values and 8. Stich et al. 2018, arXiv 1809.07599.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, mix64
+from mpicomp.compression.ratio import check_ratio, kept
+from mpicomp.kernels.reference import random_indices
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class RandomK(Compressor):
+    """Keep random entries.
+
+    Attributes:
+        ratio: the fraction of the entries that is kept, in (0, 1].
+        shared: whether all ranks choose the same entries in the same step.
+        unbiased: whether values are scaled by n/k.
+        seed: of the choice.
+
+    """
+
+    ratio: float
+    shared: bool = True
+    unbiased: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether the values are scaled."""
+        return self.unbiased
+
+    @property
+    def is_contractive(self) -> bool:
+        """Whether the values are left as they are."""
+        return not self.unbiased
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
+        """Start the stream of this rank, or the one that all share."""
+        return Draws(0 if self.shared else mix64(1, stream))
+
+    def layout(self, spec: Spec) -> Layout:
+        """``seed`` (1,), ``values`` (k,)."""
+        return Layout((Field("seed", torch.int64, 1), Field("values", spec.dtype, kept(spec.numel, self.ratio))))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
+        """Draw the seed of this message, and gather."""
+        seed = mix64(self.seed, state.step, state.stream) >> 1
+        state.step += 1
+        k = kept(spec.numel, self.ratio)
+        values = x[random_indices(seed, spec.numel, k, x.device)]
+        if self.unbiased and k:
+            values *= spec.numel / k
+        return {"seed": torch.tensor([seed], device=x.device), "values": values}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """Draw the indices again, and ``out[indices] += weight * values``."""
+        values = payload["values"]
+        indices = random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
+        out.index_add_(0, indices, values, alpha=weight)

@@ -1,0 +1,61 @@
+"""TernGrad: minus one, zero or one, times the largest magnitude.
+
+``Q(x)_i = max|x| sign(x_i) b_i`` with ``b_i = 1`` with probability ``|x_i| / max|x|``, else 0. Unbiased, of large
+variance: meant for gradients, tensor by tensor. Bytes: ``4 + 2 ceil(n / 8)``. Wen et al. 2017, arXiv 1705.07878.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, uniform
+from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class TernGrad(Compressor):
+    """Quantize to three values.
+
+    Attributes:
+        seed: of the rounding.
+
+    """
+
+    seed: int = 0
+
+    @property
+    def is_unbiased(self) -> bool:
+        """By the choice of the probabilities."""
+        return True
+
+    @property
+    def is_contractive(self) -> bool:
+        """The variance may exceed |x|^2."""
+        return False
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
+        """Start the stream of this rank."""
+        return Draws(stream)
+
+    def layout(self, spec: Spec) -> Layout:
+        """``scale`` (1,), ``codes`` packed: 0 for zero, 1 for one, 2 for minus one."""
+        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, packed_nbytes(spec.numel, 2))))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
+        """Round at random and pack."""
+        magnitude = x.abs()
+        scale = magnitude.max().to(torch.float32) if len(x) else torch.zeros((), device=x.device)
+        chosen = uniform(x, self.seed, state) * scale < magnitude
+        codes = chosen * (1 + (x < 0).to(torch.uint8))
+        return {"scale": scale.reshape(1), "codes": pack_codes(codes, 2)}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out += weight * scale * code``."""
+        codes = unpack_codes(payload["codes"], 2, spec.numel)
+        out.add_(((codes & 1) - (codes >> 1)).to(out.dtype), alpha=weight * float(payload["scale"]))

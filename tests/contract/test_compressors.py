@@ -1,0 +1,219 @@
+"""The contract of every compressor, over sizes, types and awkward values."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.methods import COMPRESSORS as CONFIGURED
+
+from mpicomp.compression import COMPRESSORS, QSGD, ErrorFeedback, PerTensor, RandomK, Spec, TopK
+
+CPU = torch.device("cpu")
+CASES = {
+    **CONFIGURED,
+    "randk_unbiased": RandomK(0.2, unbiased=True),
+    "qsgd_unbiased": QSGD(bits=3),
+    "qsgd8": QSGD(bits=8),
+}
+SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1000]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+every = pytest.mark.parametrize("compressor", CASES.values(), ids=CASES.keys())
+
+
+def spec_of(n, dtype=torch.float32):
+    """A model of three tensors with `n` entries together."""
+    a = n // 3
+    return Spec(("a", "b", "c"), ((a,), (1, a), (n - 2 * a,)), dtype)
+
+
+def vector(n, dtype=torch.float32, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def send(compressor, x, spec, state="new"):
+    """Compress, pack, unpack; return the payload and its bytes."""
+    state = compressor.init(spec, CPU, 3) if state == "new" else state
+    payload = compressor.compress(x, spec, state)
+    layout = compressor.layout(spec)
+    wire = torch.full((layout.nbytes,), 0xAB, dtype=torch.uint8)
+    used = layout.pack(payload, wire)
+    assert used == layout.nbytes_of(payload) <= layout.nbytes
+    return layout.unpack(wire[:used]), wire[:used]
+
+
+def test_every_registered_kind_is_tested():
+    def inner(compressor):
+        return inner(compressor.inner) if isinstance(compressor, PerTensor | ErrorFeedback) else type(compressor)
+
+    assert {inner(compressor) for compressor in CASES.values()} == set(COMPRESSORS.values())
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_message_fits_its_layout_and_is_finite(compressor, n, dtype):
+    spec, x = spec_of(n, dtype), vector(n, dtype)
+    before = x.clone()
+    payload, _ = send(compressor, x, spec)
+    assert torch.equal(x, before)
+    assert list(payload) == [field.name for field in compressor.layout(spec).fields]
+    y = compressor.decompress(payload, spec)
+    assert y.shape == x.shape and y.dtype == dtype
+    assert y.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("n", [0, 1, 9, 1000])
+def test_zero_is_zero(compressor, n):
+    spec = spec_of(n)
+    assert compressor.decompress(send(compressor, torch.zeros(n), spec)[0], spec).eq(0).all()
+
+
+@every
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-20, 1e20, 3e37])
+def test_tiny_and_huge_values_stay_finite(compressor, scale):
+    spec, x = spec_of(100), vector(100).clamp(-3, 3) * scale
+    y = compressor.decompress(send(compressor, x, spec)[0], spec)
+    assert y.isfinite().all()
+    assert y.abs().max() <= 40 * x.abs().max()  # the unbiased ones scale up
+
+
+@every
+def test_indices_are_narrow_and_never_floats(compressor):
+    for field in compressor.layout(spec_of(1000)).fields:
+        assert field.dtype != torch.int64 or field.name.endswith("seed")
+        if "indices" in field.name or "offset" in field.name:
+            assert field.dtype in (torch.int16, torch.int32)
+
+
+@every
+def test_same_input_and_state_same_bytes(compressor):
+    spec, x = spec_of(500), vector(500)
+    state = compressor.init(spec, CPU, 1)
+    compressor.compress(vector(500, seed=5), spec, state)
+    again = copy.deepcopy(state)
+    assert torch.equal(send(compressor, x, spec, state)[1], send(compressor, x, spec, again)[1])
+
+
+@every
+def test_accumulate_adds_a_weighted_message(compressor):
+    spec, x, start = spec_of(300, torch.float64), vector(300, torch.float64), vector(300, torch.float64, 9)
+    payload, _ = send(compressor, x, spec)
+    out = start.clone()
+    compressor.accumulate(payload, spec, out, -0.25)
+    torch.testing.assert_close(out, start - 0.25 * compressor.decompress(payload, spec))
+
+
+@every
+def test_state_is_a_plain_dataclass(compressor):
+    from mpicomp.checkpoint.tree import flatten
+
+    state = compressor.init(spec_of(10), CPU)
+    assert state is None or dataclasses.is_dataclass(state)
+    flatten(state)
+
+
+@every
+def test_claims_hold_on_average(compressor):
+    """Contraction and unbiasedness, over 400 draws; the mean within 5 standard errors."""
+    n = 60
+    spec, x = spec_of(n, torch.float64), vector(n, torch.float64)
+    state = compressor.init(spec, CPU, 2)
+    draws = torch.stack([compressor.decompress(compressor.compress(x, spec, state), spec) for _ in range(400)])
+    if compressor.is_contractive:
+        assert (draws - x).square().sum(dim=1).mean() <= x.square().sum() * (1 - 1e-9 if draws[0].ne(x).any() else 1)
+    if compressor.is_unbiased:
+        error = draws.std(dim=0) / 20
+        assert ((draws.mean(dim=0) - x).abs() <= 5 * error + 1e-6).all()
+
+
+def test_qsgd_mean_of_many_draws():
+    spec, x = Spec.flat(10), vector(10)
+    qsgd = QSGD(bits=2)
+    state = qsgd.init(spec, CPU)
+    wide = x.repeat(1000)
+    total = torch.zeros(10, dtype=torch.float64)
+    square = torch.zeros(10, dtype=torch.float64)
+    # entries are rounded independently, so one long vector holds 1000 draws for each of ten entries
+    for _ in range(100):
+        y = qsgd.decompress(qsgd.compress(wide, Spec.flat(10_000), state), Spec.flat(10_000)).double().view(1000, 10)
+        total += y.sum(dim=0)
+        square += y.square().sum(dim=0)
+    mean = total / 1e5
+    error = ((square / 1e5 - mean**2) / 1e5).sqrt()
+    assert ((mean - x.double()).abs() <= 5 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("inner", [c for c in CASES.values() if not isinstance(c, ErrorFeedback)], ids=str)
+def test_error_feedback_telescopes(inner):
+    """Everything sent and what is left are everything given: exactly, but for rounding in float64."""
+    spec, compressor = spec_of(200, torch.float64), ErrorFeedback(inner)
+    state = compressor.init(spec, CPU)
+    sent, given_ = torch.zeros(200, dtype=torch.float64), torch.zeros(200, dtype=torch.float64)
+    for step in range(30):
+        x = vector(200, torch.float64, step)
+        given_ += x
+        compressor.accumulate(compressor.compress(x, spec, state), spec, sent)
+    scale = max(1.0, float(state.residual.abs().max()))
+    torch.testing.assert_close(sent + state.residual, given_, rtol=0, atol=1e-11 * scale)
+
+
+@every
+def test_per_tensor_is_one_by_one(compressor):
+    if isinstance(compressor, PerTensor | ErrorFeedback):
+        pytest.skip("wraps another one already")
+    spec, x = spec_of(100), vector(100)
+    whole, state = PerTensor(compressor), PerTensor(compressor).init(spec, CPU, 4)
+    parts = copy.deepcopy(state.parts)
+    y = whole.decompress(whole.compress(x, spec, state), spec)
+    for part, piece, values, inner in zip(spec.parts, spec.split(y), spec.split(x), parts, strict=True):
+        assert torch.equal(piece, compressor.decompress(compressor.compress(values, part, inner), part))
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.5), CASES["threshold"]], ids=["topk", "threshold"])
+def test_nan_is_refused_and_the_tensor_named(compressor):
+    x = vector(30)
+    x[25] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        compressor.compress(x, Spec.flat(30), None)
+    with pytest.raises(ValueError, match="c: NaN"):
+        PerTensor(compressor).compress(x, spec_of(30), PerTensor(compressor).init(spec_of(30), CPU))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, -3e38, float("inf")]), min_size=1, max_size=70),
+    st.floats(0.01, 1.0),
+)
+def test_top_k_breaks_ties_by_lowest_index(values, ratio):
+    x = torch.tensor(values)
+    payload = TopK(ratio).compress(x, Spec.flat(len(x)), None)
+    k = max(1, int(len(x) * ratio + 1e-9))
+    expected = np.sort(np.argsort(-np.abs(x.numpy()), kind="stable")[:k])
+    assert payload["indices"].tolist() == expected.tolist()
+
+
+def test_shared_random_choice_is_the_same_on_all_ranks_and_the_private_one_is_not():
+    spec, x = Spec.flat(1000), vector(1000)
+    for shared in (True, False):
+        compressor = RandomK(0.1, shared=shared)
+        a, b = (
+            compressor.decompress(compressor.compress(x, spec, compressor.init(spec, CPU, r)), spec) for r in (0, 1)
+        )
+        assert torch.equal(a, b) == shared
+    state = compressor.init(spec, CPU)
+    first, second = (compressor.decompress(compressor.compress(x, spec, state), spec) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_indices_from_32768_on_survive_16_bits():
+    spec, x = Spec.flat(2**16), torch.zeros(2**16)
+    x[[0, 32767, 32768, 65535]] = 1.0
+    payload, wire = send(TopK(4 / 2**16), x, spec)
+    assert len(wire) == 4 * (4 + 2)
+    assert torch.equal(TopK(4 / 2**16).decompress(payload, spec), x)

@@ -1,0 +1,42 @@
+"""mpiexec and loopback train to the same parameters, bit for bit, with every synchronous algorithm and compressor."""
+
+import pytest
+import torch
+from support import small
+from support.methods import DETERMINISTIC
+
+from mpicomp.algorithms import SSGD, Choco, DeepSqueeze
+from mpicomp.compression import TopK
+from mpicomp.exchange import loopback
+from mpicomp.topology import OnePeerExponential, chain, star, torus
+
+
+def both(world, *args):
+    """Return the results of all ranks under MPI and, on rank 0, over the loopback."""
+    ours = world.all_gather(small.train(world, *args))
+    return ours, loopback.run(world.size, small.train, *args) if world.rank == 0 else ours
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_same_bits_on_a_ring(world, name):
+    for (x, loss, sent), (x_loop, loss_loop, sent_loop) in zip(*both(world, DETERMINISTIC[name]), strict=True):
+        assert torch.equal(x, x_loop)
+        assert torch.equal(loss, loss_loop)
+        assert sent == sent_loop
+
+
+@pytest.mark.parametrize("topology", [chain, star, torus], ids=lambda t: t.__name__)
+def test_same_bits_on_other_graphs(world, topology):
+    for ours, theirs in zip(*both(world, Choco(0.1, TopK(0.2)), 10, topology), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_same_bits_on_a_varying_graph(world):
+    for ours, theirs in zip(*both(world, DeepSqueeze(0.05, TopK(0.2)), 10, OnePeerExponential), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_all_reduce_agrees_to_rounding(world):
+    for (x, _, sent), (x_loop, _, sent_loop) in zip(*both(world, SSGD()), strict=True):
+        torch.testing.assert_close(x, x_loop, rtol=1e-6, atol=1e-6)
+        assert sent == sent_loop

@@ -1,0 +1,52 @@
+"""Every synchronous algorithm and every compressor, for the tests that run over all of them."""
+
+from mpicomp.algorithms import ALGORITHMS, DPSGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.compression import (
+    QSGD,
+    Cast,
+    ErrorFeedback,
+    HardThreshold,
+    Identity,
+    Natural,
+    PerTensor,
+    RandomBlock,
+    RandomK,
+    SignNorm,
+    TernGrad,
+    TopK,
+)
+
+COMPRESSORS = {
+    "identity": Identity(),
+    "topk": TopK(ratio=0.2),
+    "topk_per_tensor": PerTensor(TopK(ratio=0.2)),
+    "randk_shared": RandomK(ratio=0.2),
+    "randk_private": RandomK(ratio=0.2, shared=False),
+    "threshold": HardThreshold(threshold=0.05),
+    "block": RandomBlock(ratio=0.25),
+    "sign": SignNorm(),
+    "qsgd": QSGD(bits=4, contractive=True),
+    "terngrad": TernGrad(),
+    "natural": Natural(),
+    "float16": Cast(dtype="float16"),
+    "bfloat16": Cast(dtype="bfloat16"),
+    "topk_error_feedback": ErrorFeedback(PerTensor(TopK(ratio=0.1))),
+}
+
+TOP = COMPRESSORS["topk"]
+
+# SSGD is left out: MPI chooses the order of its sums.
+DETERMINISTIC = {
+    "local_sgd": LocalSGD(period=2),
+    "dpsgd": DPSGD(),
+    "dpsgd_overlapped": DPSGD(order="combine_then_adapt"),
+    "dpsgd_float16": DPSGD(compressor=COMPRESSORS["float16"]),
+    "choco": Choco(0.2, TOP),
+    "choco_overlapped": Choco(0.2, TOP, overlap=True),
+    "adagossip": AdaGossip(0.01, TOP),
+    "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),
+    "deep_squeeze": DeepSqueeze(0.05, TOP),
+    **{f"choco_{name}": Choco(0.1, compressor) for name, compressor in COMPRESSORS.items()},
+}
+
+assert {type(method) for method in DETERMINISTIC.values()} | {SSGD, ALGORITHMS["sgd"]} == set(ALGORITHMS.values())

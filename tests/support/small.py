@@ -1,0 +1,36 @@
+"""A small model with batch norm on a fixed problem, trained through the drop-in."""
+
+import torch
+from torch import nn
+
+from mpicomp.topology import ring
+from mpicomp.training.distributed import Distributed, distribute
+
+
+def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable]:
+    """Return a model under `algorithm`, and a function that gives the closure of a step."""
+    with torch.random.fork_rng():
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        for p in model.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    gossip = distribute(model, optimizer, algorithm, topology, world=world)
+    centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
+
+    def closure(step):
+        draw = torch.Generator().manual_seed(1000 * step + world.rank)
+        labels = torch.randint(3, (16,), generator=draw)
+        inputs = centers[labels] + 0.3 * torch.randn(16, 6, generator=draw)
+        return lambda: nn.functional.cross_entropy(model(inputs), labels)
+
+    return gossip, closure
+
+
+def train(world, algorithm, steps=10, topology=ring):
+    """Train and return the flat parameters, the last loss and the bytes sent."""
+    gossip, closure = make(world, algorithm, topology)
+    loss = torch.tensor(0.0)
+    for step in range(steps):
+        loss = gossip.step(closure(step))
+    return gossip.local.x.clone(), loss, gossip.bytes_sent

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from mpicomp.compression import Field, Layout, Spec
+from mpicomp.compression.base import index_dtype, read_index
+
+MIXED = Layout(
+    (
+        Field("bits", torch.uint8, 3),
+        Field("index", torch.int16, 5, variable=True),
+        Field("value", torch.float64, 5, variable=True),
+        Field("scale", torch.float32, 1),
+    )
+)
+
+
+def payload(count):
+    return {
+        "bits": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "index": torch.arange(count, dtype=torch.int16),
+        "value": torch.linspace(0, 1, count, dtype=torch.float64) if count else torch.empty(0, dtype=torch.float64),
+        "scale": torch.tensor([0.5]),
+    }
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_round_trip_with_every_count(count):
+    wire = torch.zeros(MIXED.nbytes, dtype=torch.uint8)
+    used = MIXED.pack(payload(count), wire)
+    assert used == MIXED.nbytes_of(payload(count))
+    for name, tensor in MIXED.unpack(wire[:used]).items():
+        assert torch.equal(tensor, payload(count)[name]), name
+
+
+def test_bytes_are_fields_counts_and_alignment():
+    # 3, to 4; count 4, 2 x 2 = 12; count 4 = 16; 2 x 8 = 32; 4
+    assert MIXED.nbytes_of(payload(2)) == 36
+    assert MIXED.nbytes == 3 + 1 + 4 + 10 + 2 + 4 + 40 + 4
+    assert Layout(()).nbytes == 0
+
+
+def test_unpacked_fields_are_views():
+    wire = torch.zeros(MIXED.nbytes, dtype=torch.uint8)
+    MIXED.pack(payload(5), wire)
+    MIXED.unpack(wire)["bits"].fill_(9)
+    assert wire[:3].tolist() == [9, 9, 9]
+
+
+def test_concatenation_names_the_parts():
+    both = Layout.concatenate([Layout((Field("x", torch.uint8, 2),)), MIXED])
+    assert [field.name for field in both.fields] == ["0.x", "1.bits", "1.index", "1.value", "1.scale"]
+
+
+def test_index_width():
+    assert index_dtype(2**16) == torch.int16
+    assert index_dtype(2**16 + 1) == torch.int32
+    with pytest.raises(ValueError, match="too long for 32-bit indices"):
+        index_dtype(2**31 + 1)
+    assert read_index(torch.tensor([65535, 32768, 5]).to(torch.int16)).tolist() == [65535, 32768, 5]
+
+
+def test_spec_splits_into_views():
+    spec = Spec(("a", "b"), ((2, 3), ()), torch.float32)
+    x = torch.arange(7.0)
+    a, b = spec.split(x)
+    assert a.tolist() == [0, 1, 2, 3, 4, 5] and b.tolist() == [6]
+    assert [part.numel for part in spec.parts] == [6, 1]
+    assert Spec.flat(5).numel == 5
