@@ -32,8 +32,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, require_fixed_symmetric, require_positive
-from mpicomp.algorithms.choco import ChocoState, compression_error, send_difference, update_copies_
+from mpicomp.algorithms.base import Algorithm, Local, require_fixed_symmetric, require_no_feedback, require_positive
+from mpicomp.algorithms.choco import (
+    ChocoState,
+    Start,
+    compression_error,
+    initial_copies,
+    send_difference,
+    update_copies_,
+)
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -72,6 +79,7 @@ class AdaGossip(Algorithm[AdaGossipState]):
         bias_correction: whether v is divided by ``1 - beta^t``.
         gamma_clip: the largest step of an entry; infinity switches the clip off.
         quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+        start: as in `Choco`.
 
     """
 
@@ -82,9 +90,11 @@ class AdaGossip(Algorithm[AdaGossipState]):
     bias_correction: bool = True
     gamma_clip: float = 1.0
     quasi_global_momentum: float = 0.0
+    start: Start = "model"
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma, epsilon=self.epsilon)
+        require_no_feedback("AdaGossip", self.compressor)
         for key in ("beta", "quasi_global_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
@@ -96,13 +106,20 @@ class AdaGossip(Algorithm[AdaGossipState]):
         require_fixed_symmetric("AdaGossip", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> AdaGossipState:
-        """Start the public copies at the common initial model, and the moments at zero."""
+        """Start the public copies, and the moments at zero.
+
+        Raises:
+            ConfigError: quasi-global momentum on top of the optimizer's own.
+
+        """
+        if self.quasi_global_momentum and local.momentum:
+            raise ConfigError(
+                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
+                f"momentum: optimizer.momentum must be 0, not {local.momentum}"
+            )
         x = local.x
         return AdaGossipState(
-            x_hat=x.clone(),
-            s=x.clone(),
-            scratch=torch.empty_like(x),
-            compressor=self.compressor.init(local.spec, x.device, exchange.rank),
+            **initial_copies(self.start, self.compressor, local, exchange),
             v=torch.zeros_like(x),
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
         )

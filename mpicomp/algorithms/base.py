@@ -13,7 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from mpicomp.compression.base import Spec
+from mpicomp.compression.base import Compressor, Spec
+from mpicomp.compression.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
@@ -39,6 +40,10 @@ class Local(Protocol):
     @property
     def lr(self) -> float:
         """The learning rate of the current step."""
+
+    @property
+    def momentum(self) -> float:
+        """The momentum of the optimizer, 0 if it has none."""
 
     def gradient(self) -> Tensor:
         """Forward and backward on the next batch; return the flat gradient (n,), which `update` will use."""
@@ -90,6 +95,15 @@ def require_fixed_symmetric(name: str, schedule: Schedule) -> None:
         raise TopologyError(
             f"topology.kind = {schedule.name!r} has a directed graph or asymmetric weights, but {name} needs symmetric "
             "ones. Use an undirected graph with topology.weights = 'metropolis', or algorithm.kind = 'dpsgd'."
+        )
+
+
+def require_no_feedback(name: str, compressor: Compressor) -> None:
+    """Raise ConfigError if `compressor` remembers its errors: a method that sends them again by itself diverges."""
+    if isinstance(compressor, ErrorFeedback):
+        raise ConfigError(
+            f"compression.error_feedback = true: {name} has an error memory of its own and would count every error "
+            "twice. Leave it out."
         )
 
 

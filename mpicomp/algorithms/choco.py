@@ -25,15 +25,26 @@ arXiv 1907.09356.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import SCRATCH, Algorithm, Local, require_fixed_symmetric, require_positive
+from mpicomp.algorithms.base import (
+    SCRATCH,
+    Algorithm,
+    Local,
+    require_fixed_symmetric,
+    require_no_feedback,
+    require_positive,
+)
 from mpicomp.compression.base import Compressor, Payload, State
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.topology.base import Schedule
+
+
+Start = Literal["model", "zero"]
 
 
 @dataclass
@@ -62,25 +73,27 @@ class Choco(Algorithm[ChocoState]):
         gamma: consensus step, > 0, dimensionless.
         compressor: any contractive compressor.
         overlap: whether the exchange runs behind the next gradient.
+        start: what the public copies are at first: the common initial ``"model"``, so that it need not be sent piece by
+            piece, or ``"zero"``, which ranks that start apart need.
 
     """
 
     gamma: float
     compressor: Compressor = Identity()
     overlap: bool = False
+    start: Start = "model"
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
+        require_no_feedback("CHOCO-SGD", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
         """Need one undirected graph."""
         require_fixed_symmetric("CHOCO-SGD", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> ChocoState:
-        """Start the public copies at the common initial model, so that it need not be sent piece by piece."""
-        x = local.x
-        compressor = self.compressor.init(local.spec, x.device, exchange.rank)
-        return ChocoState(x.clone(), x.clone(), torch.empty_like(x), compressor)
+        """Start the public copies."""
+        return ChocoState(**initial_copies(self.start, self.compressor, local, exchange))
 
     def step(self, local: Local, state: ChocoState, exchange: Exchange) -> None:
         """Do one step in the order of the module's docstring."""
@@ -100,6 +113,17 @@ class Choco(Algorithm[ChocoState]):
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|: it grows without end if gamma is too large."""
         return {"compression_error": compression_error(local, state)}
+
+
+def initial_copies(start: Start, compressor: Compressor, local: Local, exchange: Exchange) -> dict[str, Any]:
+    """Return the fields of a `ChocoState` before the first step."""
+    first = local.x.clone() if start == "model" else torch.zeros_like(local.x)
+    return {
+        "x_hat": first,
+        "s": first.clone(),  # the rows of W sum to one
+        "scratch": torch.empty_like(first),
+        "compressor": compressor.init(local.spec, first.device, exchange.rank),
+    }
 
 
 def send_difference(

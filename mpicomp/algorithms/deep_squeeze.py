@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, require_positive
+from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback, require_positive
 from mpicomp.compression.base import Compressor, State
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
@@ -54,6 +54,7 @@ class DeepSqueeze(Algorithm[DeepSqueezeState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
+        require_no_feedback("DeepSqueeze", self.compressor)
 
     def init(self, local: Local, exchange: Exchange) -> DeepSqueezeState:
         """Start with an empty error memory."""

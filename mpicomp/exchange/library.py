@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from pathlib import Path
 
 import mpi4py
 
@@ -21,10 +22,15 @@ def _expected_family() -> str:
         spec = importlib.util.find_spec("mpi4py.MPI")
     except (ImportError, RuntimeError, OSError):
         return ""
-    return os.path.basename(spec.origin) if spec is not None and spec.origin else ""  # noqa: PTH119
+    return Path(spec.origin).name if spec is not None and spec.origin else ""
 
 
 check_before_start(family(_expected_family()), os.environ)
+
+# Open MPI 5.0.11's UCX component for windows complains on machines without RDMA hardware that it cannot be used;
+# false alarm, and nothing that it could be used for (github.com/open-mpi/ompi/issues/14086).
+if not Path("/sys/class/infiniband").exists():
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
 # One thread of ours talks to MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
 # The environment variable MPI4PY_RC_THREAD_LEVEL overrules this.

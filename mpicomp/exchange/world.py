@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 _BLOCK = 2**20
 """Entries averaged or broadcast at a time, which bounds the memory beside the vector."""
+
+
+_OUTPUT_S = 0.2
+"""What a launcher gets to pass on the last lines of a rank before it is told to kill all of them."""
 
 
 class MpiWorld:
@@ -128,9 +133,13 @@ class MpiWorld:
         self.wait(self.comm.Ibarrier())
 
     def abort(self, exit_code: int) -> NoReturn:
-        """End all ranks at once; the launcher ends with `exit_code`."""
+        """End all ranks at once; the launcher ends with `exit_code`.
+
+        MPICH 5.0.2's mpiexec now and then ends with 9 instead: the code of a rank that it has killed.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_OUTPUT_S)
         self.comm.Abort(exit_code)
         os._exit(exit_code)
 

@@ -68,7 +68,7 @@ B = TypeVar("B")
 _UNSUPPORTED = {"lbfgs", "sparseadam"}
 """Optimizers that need a closure or sparse gradients, which the training loop does not have."""
 
-OPTIMIZERS: dict[str, Factory] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     name.lower(): optimizer
     for name, optimizer in vars(torch.optim).items()
     if isinstance(optimizer, type)
@@ -176,7 +176,7 @@ class RunSection(Section):
     """``[run]``: the run as a whole."""
 
     seed: NonNegativeInt = 0
-    """Of initialization, partition, batches and random compression."""
+    """Of initialization, partition and batches; random graphs and compressors have a seed of their own."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; ``"auto"`` takes a GPU where there is one."""

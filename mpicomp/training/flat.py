@@ -54,6 +54,12 @@ class FlatModel:
         """The learning rate of the optimizer's first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def momentum(self) -> float:
+        """The momentum of the optimizer's first group (the first decay rate of Adam and its kin), 0 without one."""
+        group = self.optimizer.param_groups[0]
+        return float(group.get("momentum", 0.0) or group.get("betas", (0.0,))[0])
+
     @timed("gradient")
     def gradient(self) -> Tensor:
         """Run `closure` and its backward pass; return the flat gradient (n,)."""

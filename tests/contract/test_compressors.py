@@ -120,7 +120,7 @@ def test_state_is_a_plain_dataclass(compressor):
 
 @every
 def test_claims_hold_on_average(compressor):
-    """Contraction and unbiasedness, over 400 draws; the mean within 5 standard errors."""
+    """Contraction and unbiasedness, over 400 draws."""
     n = 60
     spec, x = spec_of(n, torch.float64), vector(n, torch.float64)
     state = compressor.init(spec, CPU, 2)
@@ -128,8 +128,9 @@ def test_claims_hold_on_average(compressor):
     if compressor.is_contractive:
         assert (draws - x).square().sum(dim=1).mean() <= x.square().sum() * (1 - 1e-9 if draws[0].ne(x).any() else 1)
     if compressor.is_unbiased:
-        error = draws.std(dim=0) / 20
-        assert ((draws.mean(dim=0) - x).abs() <= 5 * error + 1e-6).all()
+        # of the whole vector: an entry that is rounded in one draw of a thousand has no spread in 400
+        error = (draws.var(dim=0).sum() / 400).sqrt()
+        assert (draws.mean(dim=0) - x).norm() <= 2 * error + 1e-6
 
 
 def test_qsgd_mean_of_many_draws():

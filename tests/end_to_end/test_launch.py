@@ -1,5 +1,6 @@
 """Real launchers: failures of single ranks, the mpiexec of another MPI, and the verdicts of tests/mpi."""
 
+import json
 import os
 import re
 import signal
@@ -75,7 +76,7 @@ def test_an_exception_on_one_rank_ends_all_of_them(enter, error, code, has_trace
     got, output = run_ranks(body)
     assert is_code(got, code), output
     assert time.monotonic() - begin < 40
-    assert re.search(r"^mpicomp: rank 1 on \S+: ", output, re.MULTILINE), output
+    assert re.search(r"mpicomp: rank 1 on \S+: ", output), output
     assert output.count(error.split("'")[1]) == 1, output
     assert ("Traceback" in output) == has_traceback, output
     assert "went on" not in output
@@ -121,6 +122,41 @@ def test_srun_without_pmi_is_refused():
     assert code == 1, output
     assert "ExchangeError: wrong launcher: srun started 2 processes" in output
     assert "went on" not in output
+
+
+def test_doctor_examines_all_ranks():
+    code, output = run(MPIEXEC, "-n", "3", sys.executable, "-m", "mpicomp", "doctor", "--json")
+    assert code == 0, output
+    report = json.loads(output[output.index("{") : output.rindex("}") + 1])
+    assert report["problems"] == []
+    assert [place["rank"] for place in report["places"]] == [0, 1, 2]
+    assert report["library"]["launcher"] != "none"
+    assert report["library"]["version"].startswith(("MPICH", "Open MPI"))
+    assert {name: trial["problem"] for name, trial in report["trials"].items()} == {
+        "neighbor exchange": "",
+        "one-sided window": "",
+    }
+
+
+def test_doctor_alone():
+    code, output = run(sys.executable, "-m", "mpicomp", "doctor")
+    assert code == 0, output
+    assert "nothing is broken" in output
+    assert "try the same under your launcher" in output
+
+
+def test_doctor_names_the_wrong_launcher():
+    environ = {"SLURM_STEP_NUM_TASKS": "2"}
+    code, output = run(sys.executable, "-m", "mpicomp", "doctor", environ=environ)
+    assert code == 4, output
+    assert "problem: wrong launcher: srun" in output
+    assert "Traceback" not in output
+
+
+def test_doctor_does_not_hang():
+    code, output = run(sys.executable, "-m", "mpicomp", "doctor", "--timeout", "0.001")
+    assert code == 4, output
+    assert "stuck for 0.001 s while" in output
 
 
 MIXED_TESTS = """

@@ -1,7 +1,8 @@
 import pytest
+from support.quadratic import train
 
 from mpicomp.algorithms import DPSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
-from mpicomp.compression import TopK
+from mpicomp.compression import ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, exponential, ring, star
 
@@ -58,6 +59,17 @@ def test_gamma_must_be_positive(method, gamma):
 def test_adagossip_checks_its_numbers(wrong, message):
     with pytest.raises(ConfigError, match=message):
         AdaGossip(gamma=0.1, **wrong)
+
+
+@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze])
+def test_methods_with_an_error_memory_take_no_second_one(method):
+    with pytest.raises(ConfigError, match="compression.error_feedback = true: .* count every error twice"):
+        method(0.1, ErrorFeedback(TopK(0.1)))
+
+
+def test_quasi_global_momentum_takes_the_place_of_the_optimizers():
+    with pytest.raises(ConfigError, match="optimizer.momentum must be 0, not 0.9"):
+        train(AdaGossip(0.1, quasi_global_momentum=0.9), ring(2), 1, momentum=0.9)
 
 
 def test_local_sgd_checks_its_period():

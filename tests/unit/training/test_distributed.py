@@ -41,13 +41,13 @@ def test_a_compressor_takes_the_place_of_the_algorithms():
     ("options", "error", "message"),
     [
         ({"algorithm": SSGD(), "compressor": TopK(0.5)}, ConfigError, "SSGD sends uncompressed messages"),
-        ({"topology": ring(5)}, TopologyError, "'ring' has 5 ranks, but there are 3"),
+        ({"topology": ring(7)}, TopologyError, "'ring' has 7 ranks, but there are 5"),
         ({"algorithm": Choco(0.1), "topology": exponential}, TopologyError, "directed graph"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, error, message):
     with pytest.raises(error, match=message):
-        loopback.run(3, lambda world: linear(world, **options))
+        loopback.run(5, lambda world: linear(world, **options))
 
 
 def test_averaged_gives_the_mean_and_then_the_own_model_again():

@@ -1,0 +1,260 @@
+"""``mpicomp doctor``: which MPI, launcher, cores and GPUs; small trials of both transports; what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mpicomp.errors import ExchangeError
+
+if TYPE_CHECKING:
+    from mpicomp.exchange.probe import Library, Place, Trial
+
+TABLE_RANKS = 32
+"""Up to how many ranks are listed one by one."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor has found, the same on all ranks.
+
+    Attributes:
+        problems: what is broken, each with the remedy; empty if training can start.
+        advice: what works, but could be better.
+        software: versions by name.
+        library: the MPI library; None if it could not be started.
+        places: where each rank runs.
+        trials: what was tried for real, by name.
+
+    """
+
+    problems: list[str]
+    advice: list[str] = field(default_factory=list)
+    software: dict[str, str] = field(default_factory=dict)
+    library: Library | None = None
+    places: list[Place] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+
+@click.command(short_help="Examine MPI, launcher and GPUs, and say what to do.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds that one stage may take.")
+def doctor(as_json: bool, timeout: float) -> None:
+    """Examine MPI, launcher, cores and GPUs, and try a neighbor exchange and a one-sided window.
+
+    Run it alone, and as you run training: mpiexec -n 4 mpicomp doctor. The exit code is 0 if nothing is broken.
+    """
+    with _Watchdog(timeout) as watchdog:
+        watchdog.stage = "starting MPI"
+        try:
+            from mpicomp.exchange import probe  # starts MPI
+            from mpicomp.exchange.world import MpiWorld
+        except ExchangeError as error:
+            _finish(Report([str(error)]), as_json)
+        watchdog.stage = "setting up the ranks"
+        world = MpiWorld.from_environment(allow_shared_gpu=True)
+        places = world.all_gather(probe.examine_place(world))
+        trials = {}
+        if world.size > 1:
+            watchdog.stage = "exchanging with neighbors"
+            trials["neighbor exchange"] = probe.attempt(world, probe.try_neighbors)
+        watchdog.stage = "writing to a one-sided window"
+        trials["one-sided window"] = probe.attempt(world, probe.try_window)
+        watchdog.stage = "leaving"
+        library = probe.examine_library()
+        report = Report(
+            problems=find_problems(library, places, trials),
+            advice=find_advice(places),
+            software=_versions(),
+            library=library,
+            places=places,
+            trials=trials,
+        )
+        if world.rank == 0:
+            _print(report, as_json)
+        world.barrier()
+    sys.exit(_exit_code(report))
+
+
+def find_problems(library: Library, places: list[Place], trials: dict[str, Trial]) -> list[str]:
+    """Return what is broken, each with its remedy."""
+    from mpicomp.exchange.placement import shared_gpus
+
+    problems = [
+        f"the {name} fails: {trial.problem}. {_REMEDIES[name]}" for name, trial in trials.items() if trial.problem
+    ]
+    for uuid, ranks in shared_gpus([place.uuid for place in places]).items():
+        problems.append(
+            f"ranks {', '.join(map(str, ranks))} share the GPU {uuid}: start one rank per GPU, let the launcher bind "
+            "one to each rank, or train on the CPU; mpicomp train refuses this unless it is allowed"
+        )
+    if library.thread_level in ("single", "funneled"):
+        problems.append(
+            f"MPI provides only the thread level {library.thread_level!r}: is MPI4PY_RC_THREAD_LEVEL set? Unset it."
+        )
+    return problems
+
+
+def find_advice(places: list[Place]) -> list[str]:
+    """Return what works, but could be better."""
+    advice = []
+    if len(places) == 1:
+        advice.append("one rank only: try the same under your launcher, e.g. mpiexec -n 4 mpicomp doctor")
+    crowded = [place for place in places if place.core_share < 1 - 1e-9]
+    if crowded:
+        place = crowded[0]
+        advice.append(
+            f"{place.local_size} ranks on {place.host} share cores (rank {place.rank} gets {place.core_share:.2g} of "
+            f"the {place.cores} that it may use): ranks sleep while they wait, which is right for tests. For speed "
+            "start fewer ranks, or check the launcher's binding"
+        )
+    if all(place.gpu is None for place in places) and list(Path("/dev").glob("nvidia[0-9]*")):
+        advice.append(
+            "there is an NVIDIA GPU that torch cannot use: install a torch built for CUDA, or check the driver"
+        )
+    return advice
+
+
+_REMEDIES = {
+    "neighbor exchange": (
+        "Try the MPI's own test programs; in containers CMA may be forbidden (Open MPI: OMPI_MCA_smsc=^cma); between "
+        "hosts check the firewall and which network interface is taken"
+    ),
+    "one-sided window": (
+        "Training with neighbor exchanges still works; with Open MPI try another component for windows "
+        "(OMPI_MCA_osc=rdma)"
+    ),
+}
+
+
+def _versions() -> dict[str, str]:
+    import h5py
+    import torch
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        "HDF5": f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, MPI {'yes' if h5py.get_config().mpi else 'no'}",
+    }
+
+
+def _finish(report: Report, as_json: bool) -> NoReturn:
+    _print(report, as_json)
+    sys.exit(_exit_code(report))
+
+
+def _exit_code(report: Report) -> int:
+    return ExchangeError.exit_code if report.problems else 0
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if report.library:
+        console.print(_facts(report, report.library))
+    if report.places:
+        console.print(_ranks(report.places))
+    if report.trials:
+        console.print(_trials(report.trials))
+    for line in report.advice:
+        console.print(f"advice: {line}", markup=False)
+    for line in report.problems:
+        console.print(f"problem: {line}", markup=False, style="bold red")
+    if not report.problems:
+        console.print("nothing is broken")
+
+
+def _facts(report: Report, library: Library) -> Table:
+    places = report.places
+    table = Table(show_header=False, box=None)
+    rows: dict[str, Any] = {
+        "MPI": f"{library.version}, standard {library.standard}",
+        "library": library.path,
+        "mpi4py": library.mpi4py,
+        "launcher": library.launcher,
+        "threads": library.thread_level,
+        "GPU-aware": ", ".join(f"{kind} {'yes' if yes else 'no'}" for kind, yes in library.gpu_support.items())
+        or "cannot be asked",
+        "ranks": f"{len(places)} on {len({place.host for place in places})} host(s)",
+        "crowded": "yes" if any(place.core_share < 1 - 1e-9 for place in places) else "no",
+        "GPUs": len({place.uuid for place in places if place.uuid}) or "none: running on the CPU",
+        **report.software,
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _ranks(places: list[Place]) -> Table:
+    table = Table("rank", "host", "local rank", "cores", "share", "threads", "GPU", "UUID")
+    for place in places[:TABLE_RANKS]:
+        cells = (place.rank, place.host, f"{place.local_rank} of {place.local_size}", place.cores)
+        more = (f"{place.core_share:.2f}", place.threads, place.gpu or "-", place.uuid or "-")
+        table.add_row(*map(str, cells + more))
+    if len(places) > TABLE_RANKS:
+        table.add_row("...", f"{len(places) - TABLE_RANKS} more")
+    return table
+
+
+def _trials(trials: dict[str, Trial]) -> Table:
+    table = Table("tried", "result", "latency", "bandwidth")
+    for name, trial in trials.items():
+        table.add_row(
+            name,
+            trial.problem or "right",
+            f"{trial.latency_us:.0f} us" if trial.latency_us is not None else "-",
+            f"{trial.mb_per_s:.0f} MB/s" if trial.mb_per_s is not None else "-",
+        )
+    return table
+
+
+class _Watchdog:
+    """Ends the process, naming the stage, when one stage takes too long: the doctor must not hang."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._changed = threading.Event()
+        self._is_over = False
+        self._stage = "beginning"
+
+    @property
+    def stage(self) -> str:
+        """What is being done; setting it starts the time anew."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self._changed.set()
+
+    def __enter__(self) -> _Watchdog:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over = True
+        self._changed.set()
+
+    def _watch(self) -> None:
+        while self._changed.wait(self._timeout_s):
+            self._changed.clear()
+            if self._is_over:
+                return
+        message = (
+            f"mpicomp doctor: stuck for {self._timeout_s:g} s while {self._stage}: "
+            "do all ranks run, and do they reach each other?\n"
+        )
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        os._exit(ExchangeError.exit_code)

@@ -1,0 +1,44 @@
+"""Every file of configs/ is sound, and the methods learn."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mpicomp.algorithms import ALGORITHMS
+from mpicomp.exchange.loopback import run
+from mpicomp.training.config import RunConfig
+from mpicomp.training.loop import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.toml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.toml"))
+
+
+def ranks(config, wished):
+    """How many ranks a file is meant for."""
+    return 1 if config.algorithm.kind == "sgd" else wished
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_it_is_sound(path):
+    config = RunConfig.load(path)
+    size = ranks(config, 4)
+    schedule, algorithm = config.check(size)
+    assert schedule.size == size
+    assert isinstance(algorithm, ALGORITHMS[config.algorithm.kind])
+
+
+def test_every_algorithm_has_a_file():
+    assert {path.stem for path in METHODS} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_it_begins_to_learn(path):
+    config = RunConfig.load(path, ["training.steps=40", "run.evaluate_every_epochs=100", "schedule.warmup=0"])
+    assert config.algorithm.kind == path.stem
+    (result, *others) = run(ranks(config, 2), lambda world: train(config, world, None, None))
+    assert all(other == result for other in others)
+    assert result.steps == 40
+    assert math.isfinite(result.consensus_distance)
+    assert result.test_accuracy > 0.5

@@ -1,0 +1,45 @@
+"""The doctor's trials, on every rank."""
+
+import pytest
+
+from mpicomp.exchange.library import MPI
+from mpicomp.exchange.probe import Trial, attempt, examine_library, examine_place, try_neighbors, try_window
+
+
+def test_neighbors_are_tried_for_real(world):
+    trial = attempt(world, try_neighbors)
+    assert trial.problem == ""
+    assert trial.latency_us > 0
+    assert (trial.mb_per_s > 0) == (world.size > 1)
+    assert world.all_gather(trial) == [trial] * world.size
+
+
+def test_a_window_is_tried_for_real(world):
+    trial = attempt(world, try_window)
+    assert trial.problem == ""
+    assert trial.latency_us > 0
+
+
+def test_a_trial_that_fails_is_a_problem_and_no_exception(world):
+    def broken(world):
+        raise MPI.Exception(MPI.ERR_RMA_RANGE)
+
+    trial = attempt(world, broken)
+    assert isinstance(trial, Trial)
+    assert trial.problem
+
+
+def test_the_library_is_the_one_that_is_loaded(world):
+    library = examine_library()
+    assert library.version.startswith(("MPICH", "Open MPI"))
+    assert "libmpi" in library.path
+    assert library.thread_level in ("serialized", "multiple")
+    assert library.gpu_support.get("cuda") in (True, False)
+    assert (library.launcher != "none") == (world.size > 1) or world.size == 1
+
+
+def test_every_rank_has_its_place(world):
+    places = world.all_gather(examine_place(world))
+    assert [place.rank for place in places] == list(range(world.size))
+    assert all(place.cores >= 1 and place.threads >= 1 for place in places)
+    assert places[world.rank].core_share == pytest.approx(world.core_share)
