@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ class _Clock(threading.local):
     """The seconds of the calling thread, and the names that it is inside of."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.open: set[str] = set()
 
 

@@ -141,7 +141,7 @@ class AdaGossip(Algorithm[AdaGossipState]):
     def _mix_(self, x: Tensor, state: AdaGossipState) -> None:
         """``v`` and ``x += Gamma * r``, block by block."""
         correction = 1 - self.beta**state.t if self.bias_correction else 1.0
-        for xs, ss, hats, vs in zip(*(y.split(BLOCK) for y in (x, state.s, state.x_hat, state.v)), strict=True):
+        for xs, ss, hats, vs in zip(*(torch.split(y, BLOCK) for y in (x, state.s, state.x_hat, state.v)), strict=True):
             r = ss - hats
             vs.mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
             step = self.gamma / (vs / correction).sqrt_().add_(self.epsilon)

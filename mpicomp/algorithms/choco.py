@@ -43,7 +43,6 @@ from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.topology.base import Schedule
 
-
 Start = Literal["model", "zero"]
 
 

@@ -30,8 +30,8 @@ def evaluate(run_dir: Path, data_path: Path | None) -> None:
     model = config.model.build(dataset, config.run.seed)
     folder.load_model(model)
     score = evaluate_model(model.to(device), dataset, device)
-    click.echo(f"{config.model.kind} on {config.data.kind}: {score.count:,} predictions on the test samples")
-    click.echo(f"test loss {score.loss_sum / score.count:.4f}, test accuracy {score.correct / score.count:.2%}")
+    click.echo(f"{config.model.kind} on {config.data.kind}: {score.total:,} predictions on the test samples")
+    click.echo(f"test loss {score.loss_sum / score.total:.4f}, test accuracy {score.right / score.total:.2%}")
 
 
 def _quoted(path: Path) -> str:

@@ -57,7 +57,7 @@ class Spec:
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the flat `x` (numel,) as flat views."""
-        return x.split([part.numel for part in self.parts])
+        return torch.split(x, [part.numel for part in self.parts])
 
 
 @dataclass(frozen=True)

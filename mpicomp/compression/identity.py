@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State

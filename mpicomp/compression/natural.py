@@ -2,13 +2,14 @@
 
 For ``2**e <= |x_i| < 2**(e+1)``, ``Q(x)_i`` is ``sign(x_i) 2**(e+1)`` with probability ``|x_i| / 2**e - 1``, else
 ``sign(x_i) 2**e``. Unbiased with variance at most ``|x|^2 / 8``, and so of little harm even without error feedback.
-Bytes: ``n + ceil(n / 8)``, exponent and sign of float32; values beyond the powers of two of float32 saturate, those below
-become zero. Horvath et al. 2019, arXiv 1905.10988.
+Bytes: ``n + ceil(n / 8)``, exponent and sign of float32; values beyond the powers of two of float32 saturate, those
+below become zero. Horvath et al. 2019, arXiv 1905.10988.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

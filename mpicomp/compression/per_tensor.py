@@ -1,7 +1,7 @@
 """Per tensor: a compressor applied to each tensor of the model by itself.
 
-The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer. Bytes:
-those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones.
+The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer.
+Bytes: those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones.
 """
 
 from __future__ import annotations

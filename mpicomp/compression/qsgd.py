@@ -1,8 +1,8 @@
 """QSGD: magnitudes rounded at random to a few levels of the norm.
 
-With ``S = 2**bits - 1`` levels, ``Q(x)_i = c |x| sign(x_i) l_i / S`` where ``l_i`` is ``S |x_i| / |x|`` rounded up with the
-probability of its fraction. ``c = 1`` is unbiased with variance at most ``min(n / S^2, sqrt(n) / S) |x|^2``; `contractive`
-sets ``c = 1 / (1 + min(n / S^2, sqrt(n) / S))``, with delta = c. Bytes: ``4 + ceil(n / 8) (bits + 1)``.
+With ``S = 2**bits - 1`` levels, ``Q(x)_i = c |x| sign(x_i) l_i / S`` where ``l_i`` is ``S |x_i| / |x|`` rounded up
+with the probability of its fraction. ``c = 1`` is unbiased with variance at most ``min(n / S^2, sqrt(n) / S) |x|^2``;
+`contractive` sets ``c = 1 / (1 + min(n / S^2, sqrt(n) / S))``, with delta = c. Bytes: ``4 + ceil(n / 8) (bits + 1)``.
 Alistarh et al. 2017, arXiv 1610.02132.
 """
 
@@ -52,7 +52,7 @@ class QSGD(Compressor):
 
     @property
     def _levels(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
         """Start the stream of this rank."""

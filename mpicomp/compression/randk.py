@@ -1,8 +1,8 @@
 """Random-k: entries chosen uniformly without replacement.
 
 ``Q(x)_i = scale x_i`` for k random i, else 0, with ``k = max(1, floor(ratio n))``. ``scale = 1`` is contractive with
-delta = k/n; ``scale = n/k`` is unbiased with variance ``(n/k - 1) |x|^2``. No index travels: the receiver draws the same
-ones from the seed in the message. Bytes: k values and 8. Stich et al. 2018, arXiv 1809.07599.
+delta = k/n; ``scale = n/k`` is unbiased with variance ``(n/k - 1) |x|^2``. No index travels: the receiver draws the
+same ones from the seed in the message. Bytes: k values and 8. Stich et al. 2018, arXiv 1809.07599.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ variance: meant for gradients, tensor by tensor. Bytes: ``4 + 2 ceil(n / 8)``. W
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

@@ -1,8 +1,8 @@
 """Top-k: the entries largest in magnitude.
 
-``Q(x)_i = x_i`` for the ``k = max(1, floor(ratio n))`` entries of largest ``|x_i|``, else 0; ties go to the lowest index.
-Contractive with delta >= k/n: needs error feedback, or a method that has it built in (CHOCO-SGD, AdaGossip, DeepSqueeze).
-Bytes: k values and k indices of 2 bytes (n <= 65536) or 4. Stich et al. 2018, arXiv 1809.07599.
+``Q(x)_i = x_i`` for the ``k = max(1, floor(ratio n))`` entries of largest ``|x_i|``, else 0; ties go to the lowest
+index. Contractive with delta >= k/n: needs error feedback, or a method that has it built in (CHOCO-SGD, AdaGossip,
+DeepSqueeze). Bytes: k values and k indices of 2 bytes (n <= 65536) or 4. Stich et al. 2018, arXiv 1809.07599.
 """
 
 from __future__ import annotations

@@ -106,4 +106,5 @@ def _feistel(index: Tensor, seed: int, half: int) -> Tensor:
         mixed = (right + key + 1) * _ODD & 0xFFFFFFFF
         mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
         left, right = right, left ^ (mixed ^ mixed >> 12) & mask
-    return left << half | right
+    image: Tensor = left << half | right
+    return image

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def distribute(
         install_excepthook(world)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
-    schedule = topology(world.size) if not hasattr(topology, "union") else topology
+    schedule = cast(Schedule, topology if hasattr(topology, "union") else topology(world.size))
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
     return Distributed(model, optimizer, algorithm, schedule, world)
@@ -164,7 +164,6 @@ def distribute(
 
 def with_compressor(algorithm: Algorithm[Any], compressor: Compressor) -> Algorithm[Any]:
     """Return `algorithm` with `compressor` for what it sends."""
-    assert dataclasses.is_dataclass(algorithm)
-    if "compressor" not in {field.name for field in dataclasses.fields(algorithm)}:
+    if not hasattr(algorithm, "compressor"):
         raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
-    return dataclasses.replace(algorithm, compressor=compressor)  # type: ignore[return-value]
+    return cast(Algorithm[Any], dataclasses.replace(cast(Any, algorithm), compressor=compressor))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ def train(config: RunConfig, world: World, folder: RunFolder | None, progress: P
         for group in setup.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * learning_rate(epoch)
         with meter:
-            meter.loss += gossip.step(lambda i=inputs, t=targets: loss(setup.model(i), t))
+            meter.loss += gossip.step(partial(_loss, setup.model, inputs, targets))
         evaluate_now = done == setup.steps or done % (setup.per_epoch * config.run.evaluate_every_epochs) == 0
         if evaluate_now or done % config.run.log_every == 0:
             gossip.check_finite()
@@ -105,7 +105,7 @@ class _Meter:
         self.total_seconds = 0.0
         self.loss: Tensor | float = 0.0
         self._steps = 0
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._start = 0.0
 
     def __enter__(self) -> None:
@@ -115,16 +115,21 @@ class _Meter:
     def __exit__(self, *error: object) -> None:
         seconds = time.perf_counter() - self._start
         parts = take_seconds()
-        self._seconds.update({**parts, "mix": seconds - sum(parts.values())})
+        parts["mix"] = seconds - sum(parts.values())
+        for part in PARTS:
+            self._seconds[part] += parts.get(part, 0.0)
         self.total_seconds += seconds
         self._steps += 1
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return the mean loss and the seconds by part since the last call."""
-        taken = float(self.loss) / self._steps, dict(self._seconds)
-        self.loss, self._steps = 0.0, 0
-        self._seconds.clear()
+        taken = float(self.loss) / self._steps, self._seconds
+        self.loss, self._steps, self._seconds = 0.0, 0, dict.fromkeys(PARTS, 0.0)
         return taken
+
+
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return loss(model(inputs), targets)
 
 
 def _set_up(config: RunConfig, world: World) -> _Setup:
@@ -187,7 +192,7 @@ def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bo
         loss=fmean(losses),
         lr=gossip.local.lr,
         bytes_sent=sum(sent),
-        seconds={part: fmean(p.get(part, 0.0) for p in parts) for part in PARTS},
+        seconds={part: fmean(p[part] for p in parts) for part in PARTS},
         consensus_distance=distance,
         test_accuracy=accuracy,
         diagnostics={key: fmean(d[key] for d in diagnostics) for key in diagnostics[0]},
@@ -210,8 +215,8 @@ class Score(NamedTuple):
     """How well a model did on some predictions: summed cross entropy, right ones, all of them."""
 
     loss_sum: float
-    correct: int
-    count: int
+    right: int
+    total: int
 
 
 @torch.no_grad()
@@ -224,7 +229,7 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int
         inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
         logits, n = model(inputs), targets.numel()
         total = Score(
-            total.loss_sum + n * float(loss(logits, targets)), total.correct + correct(logits, targets), total.count + n
+            total.loss_sum + n * float(loss(logits, targets)), total.right + correct(logits, targets), total.total + n
         )
     model.train()
     return total
@@ -235,7 +240,7 @@ def _averaged_accuracy(gossip: Distributed, dataset: Dataset) -> float:
     world = gossip.world
     with gossip.averaged() as model:
         parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
-    return sum(part.correct for part in parts) / sum(part.count for part in parts)
+    return sum(part.right for part in parts) / sum(part.total for part in parts)
 
 
 def _result(config: RunConfig, gossip: Distributed, setup: _Setup, meter: _Meter, last: Record) -> Result:
@@ -252,7 +257,7 @@ def _result(config: RunConfig, gossip: Distributed, setup: _Setup, meter: _Meter
         seconds=max(world.all_gather(meter.total_seconds)),
         train_loss=last.loss,
         test_accuracy=last.test_accuracy,
-        test_accuracy_local=world.all_gather(own.correct / own.count),
+        test_accuracy_local=world.all_gather(own.right / own.total),
         bytes_sent=world.all_gather(gossip.bytes_sent),
         consensus_distance=gossip.consensus_distance(),
         parameters=gossip.local.spec.numel,

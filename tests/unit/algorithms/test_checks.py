@@ -14,29 +14,29 @@ class TestFixedSymmetricGraph:
             method.check(exponential(5))
 
     def test_weights_that_are_not_symmetric_are_refused(self, method):
-        with pytest.raises(TopologyError, match="topology.weights = 'metropolis'"):
+        with pytest.raises(TopologyError, match=r"topology.weights = 'metropolis'"):
             method.check(star(4, weights="uniform"))
 
     def test_varying_graph_is_refused(self, method):
-        with pytest.raises(TopologyError, match="'one_peer_exponential' changes from step to step"):
+        with pytest.raises(TopologyError, match=r"'one_peer_exponential' changes from step to step"):
             method.check(OnePeerExponential(4))
 
 
 def test_averaging_must_preserve_the_mean():
     for method in (DPSGD(), LocalSGD(), DeepSqueeze(0.1)):
-        with pytest.raises(TopologyError, match="columns of its weights do not sum to one"):
+        with pytest.raises(TopologyError, match=r"columns of its weights do not sum to one"):
             method.check(star(4, weights="uniform"))
         method.check(exponential(5))
 
 
 def test_sequential_sgd_is_for_one_rank():
     SGD().check(ring(1))
-    with pytest.raises(ConfigError, match="algorithm.kind = 'sgd' is for one rank, not 3"):
+    with pytest.raises(ConfigError, match=r"algorithm.kind = 'sgd' is for one rank, not 3"):
         SGD().check(ring(3))
 
 
 def test_dpsgd_refuses_lossy_messages():
-    with pytest.raises(ConfigError, match="would not converge"):
+    with pytest.raises(ConfigError, match=r"would not converge"):
         DPSGD(compressor=TopK(0.1))
 
 
@@ -63,15 +63,15 @@ def test_adagossip_checks_its_numbers(wrong, message):
 
 @pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze])
 def test_methods_with_an_error_memory_take_no_second_one(method):
-    with pytest.raises(ConfigError, match="compression.error_feedback = true: .* count every error twice"):
+    with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))
 
 
 def test_quasi_global_momentum_takes_the_place_of_the_optimizers():
-    with pytest.raises(ConfigError, match="optimizer.momentum must be 0, not 0.9"):
+    with pytest.raises(ConfigError, match=r"optimizer.momentum must be 0, not 0.9"):
         train(AdaGossip(0.1, quasi_global_momentum=0.9), ring(2), 1, momentum=0.9)
 
 
 def test_local_sgd_checks_its_period():
-    with pytest.raises(ConfigError, match="algorithm.period = 0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"algorithm.period = 0 must be at least 1"):
         LocalSGD(period=0)

@@ -55,7 +55,7 @@ def test_restores_bit_for_bit_in_place():
 def test_a_value_that_cannot_be_stored_is_refused_at_once():
     broken = state(1)
     broken.rate = {"a": 1}
-    with pytest.raises(CheckpointError, match="'rate' is a dict"):
+    with pytest.raises(CheckpointError, match=r"'rate' is a dict"):
         flatten(broken)
 
 

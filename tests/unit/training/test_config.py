@@ -12,10 +12,12 @@ from mpicomp.algorithms import ALGORITHMS
 from mpicomp.compression import COMPRESSORS, ErrorFeedback, Identity, PerTensor, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import TOPOLOGIES
-from mpicomp.training.config import OPTIMIZERS, SECTIONS, RunConfig, _parameters
+from mpicomp.training.config import RunConfig
 from mpicomp.training.data import DATASETS
 from mpicomp.training.models import MODELS
+from mpicomp.training.parameters import parameters
 from mpicomp.training.schedule import SCHEDULES
+from mpicomp.training.sections import OPTIMIZERS, SECTIONS, CompressionSection
 
 SMALL = """
 [optimizer]
@@ -243,7 +245,7 @@ def test_every_entry_of_a_registry_can_be_configured(registry):
     choices = [c for section in SECTIONS.values() for c in section.choices.values() if c.registry is registry]
     assert len(choices) == 1
     for target in registry.values():
-        for name in _parameters(target, choices[0].given):
+        for name in parameters(target, choices[0].given):
             assert name not in ("size", "compressor", "kind", "epochs")
 
 
@@ -324,7 +326,7 @@ def test_only_what_toml_can_say_becomes_a_parameter():
     ):
         """Mixed parameters."""
 
-    found = _parameters(target, 1)
+    found = parameters(target, 1)
     assert list(found) == ["number", "pair", "untyped"]
     assert found["number"][0] is float
     assert found["pair"][0] == tuple[float, float]

@@ -70,9 +70,10 @@ def test_nan_names_step_and_rank():
         gossip, closure = small.make(world, DPSGD())
         for step in range(5):
             scale = float("nan") if (step, world.rank) == (3, 1) else 1.0
-            gossip.step(lambda s=scale, c=closure(step): s * c())
+            loss = closure(step)
+            gossip.step(lambda s=scale, loss=loss: s * loss())
 
-    with pytest.raises(DivergenceError, match="the loss is nan at step 3 on rank 1: lower optimizer.lr"):
+    with pytest.raises(DivergenceError, match=r"the loss is nan at step 3 on rank 1: lower optimizer.lr"):
         loopback.run(3, serve)
 
 
@@ -80,5 +81,5 @@ def test_the_state_of_another_algorithm_is_refused():
     def serve(world):
         linear(world, Choco(0.1)).load_state_dict(linear(world, DPSGD()).state_dict())
 
-    with pytest.raises(CheckpointError, match="the stored state is another one"):
+    with pytest.raises(CheckpointError, match=r"the stored state is another one"):
         loopback.run(2, serve)

@@ -79,5 +79,5 @@ def test_snapshot_restores_parameters_and_statistics():
 def test_one_type_of_parameters(dtypes):
     model = nn.ParameterList(nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(ConfigError, match="must be of one type on one device, not: (none|torch.float32 on cpu, torch)"):
+    with pytest.raises(ConfigError, match=r"must be of one type on one device, not: (none|torch.float32)"):
         FlatModel(model, optimizer)

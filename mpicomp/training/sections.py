@@ -1,0 +1,363 @@
+"""The sections of a configuration: their fixed keys, and what is built from them.
+
+A key such as ``kind`` names an entry of a registry; the other keys of the section are the parameters of that entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from torch import nn
+
+from mpicomp.algorithms import ALGORITHMS, Algorithm
+from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
+from mpicomp.errors import ConfigError
+from mpicomp.topology import TOPOLOGIES, make_topology
+from mpicomp.topology.base import Schedule
+from mpicomp.training import data, models
+from mpicomp.training.parameters import Choice, Factory, parameters
+from mpicomp.training.partition import PARTITIONS, Indices, partition
+from mpicomp.training.schedule import SCHEDULES
+from mpicomp.training.schedule import Schedule as LearningRate
+
+Values = dict[str, Any]
+B = TypeVar("B")
+
+_UNSUPPORTED = {"lbfgs", "sparseadam"}
+"""Optimizers that need a closure or sparse gradients, which the training loop does not have."""
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name.lower(): optimizer
+    for name, optimizer in vars(torch.optim).items()
+    if isinstance(optimizer, type)
+    and issubclass(optimizer, torch.optim.Optimizer)
+    and optimizer is not torch.optim.Optimizer
+    and name.lower() not in _UNSUPPORTED
+}
+"""The values of ``optimizer.kind``: the classes of `torch.optim` in lower case."""
+
+
+class Section(BaseModel):
+    """A section of the file with fixed keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+    choices: ClassVar[Mapping[str, Choice]] = {}
+
+    @classmethod
+    def section(cls) -> str:
+        """Return the name of the section."""
+        return SECTION_NAMES[next(base for base in cls.__mro__ if base in SECTION_NAMES)]
+
+    @classmethod
+    def specialized(cls, values: Values) -> type[Section]:
+        """Return the model of this section with the parameters of what `values` choose.
+
+        Raises:
+            ConfigError: a choice that does not exist.
+
+        """
+        chosen = []
+        for key, choice in cls.choices.items():
+            name = values.get(key, cls.model_fields[key].default)
+            if not isinstance(name, str):
+                raise ConfigError(f"{cls.section()}.{key} = {shown(name)} must be a name: {', '.join(choice.registry)}")
+            chosen.append((choice.find(f"{cls.section()}.{key}", cls.normalized(name)), choice.given))
+        return _with_parameters(cls, tuple(chosen))
+
+    @classmethod
+    def normalized(cls, name: str) -> str:
+        """Return the spelling of a choice under which its registry has it."""
+        return name
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build what can be built before ranks, data and model are known; raise ConfigError if that is refused.
+
+        `others` holds the sections of the file that are in order.
+        """
+
+    def parameters(self, key: str = "kind") -> Values:
+        """Return the parameters of what `key` has chosen."""
+        choice = self.choices[key]
+        names = parameters(choice.find(f"{self.section()}.{key}", getattr(self, key)), choice.given)
+        return {name: getattr(self, name) for name in names}
+
+
+class RunSection(Section):
+    """``[run]``: the run as a whole."""
+
+    seed: NonNegativeInt = 0
+    """Of initialization, partition and batches; random graphs and compressors have a seed of their own."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; ``"auto"`` takes a GPU where there is one."""
+
+    allow_shared_gpu: bool = False
+    """Whether several ranks may share a GPU."""
+
+    log_every: PositiveInt = 10
+    """Steps from one record in ``metrics.jsonl`` to the next."""
+
+    evaluate_every_epochs: PositiveInt = 1
+    """Epochs from one evaluation of the averaged model to the next; the last step is always evaluated."""
+
+
+class DataSection(Section):
+    """``[data]``: what is learnt, and which rank holds which part of it."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(data.DATASETS, 1), "partition": Choice(PARTITIONS, 3)}
+
+    kind: str = "digits"
+    path: str | None = None
+    """The data folder, or the file itself; else the environment variable ``MPICOMP_DATA``, else ``./data``."""
+
+    partition: str = "iid"
+
+    def load(self) -> data.Dataset:
+        """Read the data set; raise DataError if it is missing or damaged."""
+        return data.load(self.kind, Path(self.path) if self.path else None, **self.parameters())
+
+    def split(self, labels: npt.NDArray[np.int64], ranks: int, seed: int) -> list[Indices]:
+        """Return the training samples of each rank, given the class (n,) of every sample."""
+        return partition(self.partition, labels, ranks, seed, **self.parameters("partition"))
+
+
+class ModelSection(Section):
+    """``[model]``: what is trained."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(models.MODELS, 1)}
+
+    kind: str = "mlp"
+
+    def build(self, dataset: data.Dataset, seed: int) -> nn.Module:
+        """Return the model for `dataset` on the CPU; its parameters depend on the arguments alone."""
+        return models.build(
+            self.kind,
+            dataset.input_shape,
+            dataset.classes,
+            seed,
+            task=dataset.task,
+            data_kind=dataset.kind,
+            **self.parameters(),
+        )
+
+
+class TopologySection(Section):
+    """``[topology]``: who talks to whom."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(TOPOLOGIES, 1)}
+
+    kind: str = "ring"
+
+    def build(self, size: int) -> Schedule:
+        """Return the graph over `size` ranks; raise TopologyError if there is none."""
+        return make_topology(self.kind, size, **self.parameters())
+
+
+class CompressionSection(Section):
+    """``[compression]``: what is sent."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(COMPRESSORS)}
+
+    kind: str = "identity"
+    per_tensor: bool = False
+    """Whether each tensor is compressed by itself, instead of the model as one vector."""
+
+    error_feedback: bool = False
+    """Whether what was not sent is added to the next message; CHOCO-SGD and AdaGossip do that by themselves."""
+
+    def build(self) -> Compressor:
+        """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
+        compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.parameters()))
+        if self.per_tensor:
+            compressor = PerTensor(compressor)
+        return ErrorFeedback(compressor) if self.error_feedback else compressor
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the compressor."""
+        self.build()
+
+
+class AlgorithmSection(Section):
+    """``[algorithm]``: when to compute and when to talk."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(ALGORITHMS)}
+
+    kind: str = "dpsgd"
+
+    def build(self, compressor: Compressor) -> Algorithm[Any]:
+        """Return the algorithm, which sends with `compressor`.
+
+        Raises:
+            ConfigError: a parameter out of its range, or a compressor for an algorithm that does not compress.
+
+        """
+        target = ALGORITHMS[self.kind]
+        arguments = self.parameters()
+        if "compressor" in inspect.signature(target).parameters:
+            arguments["compressor"] = compressor
+        elif not isinstance(compressor, Identity):
+            raise ConfigError(
+                f"algorithm.kind = {self.kind!r} sends uncompressed messages, so the section [compression] must be "
+                "left out (or compression.kind = 'identity'). Algorithms that compress: 'choco', 'adagossip', "
+                "'deep_squeeze'."
+            )
+        return _built(self, Algorithm, lambda: target(**arguments))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the algorithm; a compressor that cannot be built is reported by its own section."""
+        compression = others.get("compression")
+        compressor: Compressor = Identity()
+        if isinstance(compression, CompressionSection):
+            with contextlib.suppress(ConfigError):
+                compressor = compression.build()
+        self.build(compressor)
+
+
+class OptimizerSection(Section):
+    """``[optimizer]``: the local step, any class of `torch.optim` but LBFGS and SparseAdam."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(OPTIMIZERS, 1)}
+
+    kind: str = "sgd"
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    """The learning rate, required; ``[schedule]`` changes it over the run."""
+
+    decay_1d: bool = True
+    """Whether weight decay also holds for biases and the scales of normalizations, as in plain `torch.optim`."""
+
+    @classmethod
+    def normalized(cls, name: str) -> str:
+        """Return names of `torch.optim` in lower case."""
+        return name if ":" in name else name.lower()
+
+    @field_validator("kind")
+    @classmethod
+    def _lower(cls, kind: str) -> str:
+        return cls.normalized(kind)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over the trainable parameters of `model`."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups: list[Values] = [{"params": trained}]
+        if not self.decay_1d:
+            groups = [{"params": [p for p in trained if p.ndim > 1]}]
+            groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+        return self.over([group for group in groups if group["params"]])
+
+    def over(self, groups: list[Values]) -> torch.optim.Optimizer:
+        """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
+        return _built(self, torch.optim.Optimizer, lambda: OPTIMIZERS[self.kind](groups, **self.parameters()))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the optimizer over a matrix: some take nothing else."""
+        self.over([{"params": [torch.zeros(1, 1, requires_grad=True)]}])
+
+
+class ScheduleSection(Section):
+    """``[schedule]``: the learning rate over time."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(SCHEDULES, 1)}
+
+    kind: str = "constant"
+
+    def build(self, total_epochs: float) -> LearningRate:
+        """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
+        return _built(self, LearningRate, lambda: SCHEDULES[self.kind](total_epochs, **self.parameters()))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the schedule if the length of the run is known in epochs."""
+        training = others.get("training")
+        if isinstance(training, TrainingSection) and training.epochs is not None:
+            self.build(training.epochs)
+
+
+class TrainingSection(Section):
+    """``[training]``: how long, in which portions."""
+
+    epochs: PositiveInt | None = None
+    """Passes over the data of all ranks together; or give `steps`."""
+
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    """Samples per rank and step."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of training.epochs and training.steps")
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "data": DataSection,
+    "model": ModelSection,
+    "topology": TopologySection,
+    "compression": CompressionSection,
+    "algorithm": AlgorithmSection,
+    "optimizer": OptimizerSection,
+    "schedule": ScheduleSection,
+    "training": TrainingSection,
+}
+SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
+
+
+def _built(section: Section, kind: Any, make: Callable[[], B]) -> B:
+    """Return what `make` makes, a `kind`; errors of the constructor become ConfigErrors with dotted keys."""
+    try:
+        made = make()
+    except ConfigError as error:
+        raise type(error)(_dotted(section, str(error))) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section.section()}: {error}") from error
+    if not isinstance(made, kind):
+        name = getattr(section, "kind", None)
+        raise ConfigError(f"{section.section()}.kind = {name!r} makes a {type(made).__name__}, not a {kind.__name__}")
+    return made
+
+
+def _dotted(section: Section, message: str) -> str:
+    """Put the section in front of a key that a message begins with."""
+    key = re.match(r"\w+(?= = )", message)
+    return f"{section.section()}.{message}" if key and key[0] in type(section).model_fields else message
+
+
+@lru_cache
+def _with_parameters(section: type[Section], chosen: tuple[tuple[Factory, int], ...]) -> type[Section]:
+    """Return `section` with the parameters of what was chosen as further fields; the same class each time."""
+    fields: dict[str, Any] = {}
+    for target, given in chosen:
+        for name, (annotation, default) in parameters(target, given).items():
+            if name not in section.model_fields:
+                fields[name] = (annotation, default)
+    return create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+
+
+def shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
