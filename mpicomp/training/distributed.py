@@ -21,7 +21,7 @@ from mpicomp.checkpoint.tree import flatten, restore_
 from mpicomp.compression.base import Compressor
 from mpicomp.errors import ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.base import World
-from mpicomp.topology.base import Schedule
+from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.flat import FlatModel
 
 
@@ -156,7 +156,8 @@ def distribute(
         install_excepthook(world)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
-    schedule = cast(Schedule, topology if hasattr(topology, "union") else topology(world.size))
+    is_schedule = isinstance(getattr(topology, "union", None), Topology)  # a class has a property there, not a graph
+    schedule = cast(Schedule, topology if is_schedule else topology(world.size))
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
     return Distributed(model, optimizer, algorithm, schedule, world)

@@ -197,7 +197,7 @@ class Progress:
         line = self._line(record, now)
         is_new = record.test_accuracy is not None
         if self._live is not None:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+            self._live.update(Text(line), refresh=True)
         wait = EVALUATION_S if is_new else math.inf if self._live is not None else LINE_S
         if now - self._last_line >= wait or self._done(record) >= 1:
             self._print(line)

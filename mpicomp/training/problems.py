@@ -97,10 +97,10 @@ def unknown(section: str, key: str, known: Mapping[str, list[str]], kind: str | 
     """Return the sentence for an unknown section or key, with what was probably meant."""
     if not key:
         hint = _elsewhere(section, known) or nearest(section, known)
-        return f"{section} is unknown.{hint or f' Sections: {', '.join(known)}.'}"
+        return f"{section} is unknown.{hint or ' Sections: ' + ', '.join(known) + '.'}"
     of = f" for {section}.kind = {kind!r}" if kind is not None else ""
     hint = _owners(section, key) or _close(section, key, known[section]) or _elsewhere(key, known)
-    return f"{section}.{key} is unknown{of}.{hint or f' Known: {', '.join(known[section])}.'}"
+    return f"{section}.{key} is unknown{of}.{hint or ' Known: ' + ', '.join(known[section]) + '.'}"
 
 
 def _owners(section: str, key: str) -> str:

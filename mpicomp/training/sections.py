@@ -101,7 +101,7 @@ class Section(BaseModel):
         `others` holds the sections of the file that are in order.
         """
 
-    def parameters(self, key: str = "kind") -> Values:
+    def arguments(self, key: str = "kind") -> Values:
         """Return the parameters of what `key` has chosen."""
         choice = self.choices[key]
         names = parameters(choice.find(f"{self.section()}.{key}", getattr(self, key)), choice.given)
@@ -140,11 +140,11 @@ class DataSection(Section):
 
     def load(self) -> data.Dataset:
         """Read the data set; raise DataError if it is missing or damaged."""
-        return data.load(self.kind, Path(self.path) if self.path else None, **self.parameters())
+        return data.load(self.kind, Path(self.path) if self.path else None, **self.arguments())
 
     def split(self, labels: npt.NDArray[np.int64], ranks: int, seed: int) -> list[Indices]:
         """Return the training samples of each rank, given the class (n,) of every sample."""
-        return partition(self.partition, labels, ranks, seed, **self.parameters("partition"))
+        return partition(self.partition, labels, ranks, seed, **self.arguments("partition"))
 
 
 class ModelSection(Section):
@@ -163,7 +163,7 @@ class ModelSection(Section):
             seed,
             task=dataset.task,
             data_kind=dataset.kind,
-            **self.parameters(),
+            **self.arguments(),
         )
 
 
@@ -176,7 +176,7 @@ class TopologySection(Section):
 
     def build(self, size: int) -> Schedule:
         """Return the graph over `size` ranks; raise TopologyError if there is none."""
-        return make_topology(self.kind, size, **self.parameters())
+        return make_topology(self.kind, size, **self.arguments())
 
 
 class CompressionSection(Section):
@@ -193,7 +193,7 @@ class CompressionSection(Section):
 
     def build(self) -> Compressor:
         """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
-        compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.parameters()))
+        compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.arguments()))
         if self.per_tensor:
             compressor = PerTensor(compressor)
         return ErrorFeedback(compressor) if self.error_feedback else compressor
@@ -218,7 +218,7 @@ class AlgorithmSection(Section):
 
         """
         target = ALGORITHMS[self.kind]
-        arguments = self.parameters()
+        arguments = self.arguments()
         if "compressor" in inspect.signature(target).parameters:
             arguments["compressor"] = compressor
         elif not isinstance(compressor, Identity):
@@ -272,7 +272,7 @@ class OptimizerSection(Section):
 
     def over(self, groups: list[Values]) -> torch.optim.Optimizer:
         """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
-        return _built(self, torch.optim.Optimizer, lambda: OPTIMIZERS[self.kind](groups, **self.parameters()))
+        return _built(self, torch.optim.Optimizer, lambda: OPTIMIZERS[self.kind](groups, **self.arguments()))
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the optimizer over a matrix: some take nothing else."""
@@ -288,7 +288,7 @@ class ScheduleSection(Section):
 
     def build(self, total_epochs: float) -> LearningRate:
         """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
-        return _built(self, LearningRate, lambda: SCHEDULES[self.kind](total_epochs, **self.parameters()))
+        return _built(self, LearningRate, lambda: SCHEDULES[self.kind](total_epochs, **self.arguments()))
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the schedule if the length of the run is known in epochs."""
@@ -360,4 +360,5 @@ def _with_parameters(section: type[Section], chosen: tuple[tuple[Factory, int], 
 
 
 def shown(value: Any) -> str:
+    """Return a value as TOML writes it, near enough."""
     return str(value).lower() if isinstance(value, bool) else repr(value)

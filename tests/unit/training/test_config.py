@@ -183,11 +183,8 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_sections_build_what_they_say(load):
-    config = load(
-        *ADAGOSSIP, "compression.per_tensor=true", "compression.error_feedback=true", "data.partition=dirichlet"
-    )
+    config = load(*ADAGOSSIP, "data.partition=dirichlet")
     assert config.topology.build(5).size == 5
-    assert config.compression.build() == ErrorFeedback(PerTensor(TopK(ratio=0.1)))
     assert load(*ADAGOSSIP).algorithm.build(TopK(ratio=0.5)).compressor == TopK(ratio=0.5)
     assert config.schedule.build(2.0)(1.0) == 1.0
     dataset = config.data.load()
@@ -195,6 +192,12 @@ def test_sections_build_what_they_say(load):
     model = config.model.build(dataset, seed=0)
     inputs, _ = dataset.batch("train", np.arange(2))
     assert model(inputs).shape == (2, 10)
+
+
+def test_feedback_goes_around_all_tensors():
+    values = {"kind": "topk", "ratio": 0.1, "per_tensor": True, "error_feedback": True}
+    section = CompressionSection.specialized(values)(**values)
+    assert section.build() == ErrorFeedback(PerTensor(TopK(ratio=0.1)))
 
 
 def test_check_names_what_does_not_fit_the_ranks(load):
