@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.random import mix64
+from mpicomp.errors import DivergenceError
 from mpicomp.timing import timed
 
 
@@ -54,13 +55,13 @@ class PerTensor(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
-        """Compress each tensor; ValueError names one with a NaN."""
+        """Compress each tensor; DivergenceError names one with a NaN."""
         payload: Payload = {}
         for i, (part, values) in enumerate(zip(spec.parts, spec.split(x), strict=True)):
             try:
                 message = self.inner.compress(values, part, state.parts[i])
-            except ValueError as error:
-                raise ValueError(f"{part.names[0]}: {error}") from error
+            except DivergenceError as error:
+                raise DivergenceError(f"{part.names[0]}: {error}") from error
             payload.update({f"{i}.{name}": tensor for name, tensor in message.items()})
         return payload
 

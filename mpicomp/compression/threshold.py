@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype, read_index
-from mpicomp.errors import ConfigError
+from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.timing import timed
 
 
@@ -43,10 +43,10 @@ class HardThreshold(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Select; a NaN is below every threshold and is not sent, so refuse it: ValueError."""
+        """Select; a NaN is below every threshold and is not sent, so refuse it: DivergenceError."""
         magnitude = x.abs()
         if bool(magnitude.isnan().any()):
-            raise ValueError("NaN among the values to be compressed")
+            raise DivergenceError("NaN among the values to be compressed")
         indices = (magnitude >= self.threshold).nonzero().flatten().int()
         return {"values": x[indices], "indices": indices.to(index_dtype(spec.numel))}
 

@@ -38,7 +38,7 @@ class TopK(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Select the largest entries; ValueError if there is a NaN."""
+        """Select the largest entries; DivergenceError if there is a NaN."""
         indices = top_k_indices(x, kept(spec.numel, self.ratio))
         return {"values": x[indices], "indices": indices.to(index_dtype(spec.numel))}
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpicomp.errors import DivergenceError
+
 _ROUNDS = 4
 _ODD = 0x9E3779B1  # 2**32 / golden ratio, odd: a bijection modulo powers of two
 
@@ -19,12 +21,12 @@ def top_k_indices(x: Tensor, k: int) -> Tensor:
     Ties go to the lowest index, so that all devices choose the same. `k` is in ``[0, n]``.
 
     Raises:
-        ValueError: a NaN in `x`, which has no place in an order.
+        DivergenceError: a NaN in `x`, which has no place in an order.
 
     """
     magnitude = x.abs()
     if bool(magnitude.isnan().any()):
-        raise ValueError("NaN among the values to be compressed")
+        raise DivergenceError("NaN among the values to be compressed")
     if k == 0:
         return torch.empty(0, dtype=torch.int32, device=x.device)
     threshold = magnitude.kthvalue(len(x) - k + 1).values if x.is_cuda else _kth_largest(magnitude, k)

@@ -59,11 +59,14 @@ class Distributed:
         here.
 
         Raises:
-            DivergenceError: the loss is not finite; names step and rank.
+            DivergenceError: the loss, or what is to be sent, is not a number; names step and rank.
 
         """
         self.local.closure = closure
-        self.algorithm.step(self.local, self.state, self.exchange)
+        try:
+            self.algorithm.step(self.local, self.state, self.exchange)
+        except DivergenceError as error:
+            raise self._diverged(str(error)) from error
         if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
             self.check_finite()
         self.steps += 1
@@ -72,10 +75,13 @@ class Distributed:
     def check_finite(self) -> None:
         """Raise DivergenceError if the last loss is NaN or infinite."""
         if not bool(torch.isfinite(self.local.loss)):
-            raise DivergenceError(
-                f"the loss is {self.local.loss.item()} at step {self.steps} on rank {self.world.rank}: "
-                "lower optimizer.lr or algorithm.gamma, or lengthen schedule.warmup"
-            )
+            raise self._diverged(f"the loss is {self.local.loss.item()}")
+
+    def _diverged(self, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"{what} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, or lengthen "
+            "schedule.warmup"
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.methods import COMPRESSORS as CONFIGURED
 
 from mpicomp.compression import COMPRESSORS, QSGD, ErrorFeedback, PerTensor, RandomK, Spec, TopK
+from mpicomp.errors import DivergenceError
 
 CPU = torch.device("cpu")
 CASES = {
@@ -180,9 +181,9 @@ def test_per_tensor_is_one_by_one(compressor):
 def test_nan_is_refused_and_the_tensor_named(compressor):
     x = vector(30)
     x[25] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(DivergenceError, match="NaN"):
         compressor.compress(x, Spec.flat(30), None)
-    with pytest.raises(ValueError, match="c: NaN"):
+    with pytest.raises(DivergenceError, match="c: NaN"):
         PerTensor(compressor).compress(x, spec_of(30), PerTensor(compressor).init(spec_of(30), CPU))
 
 

@@ -65,10 +65,13 @@ def is_code(code, expected):
     return code in (expected, 9)
 
 
-@pytest.mark.parametrize("enter", ["with guard(world):", "install_excepthook(world)\nif True:"])
 @pytest.mark.parametrize(
-    ("error", "code", "has_traceback"),
-    [("DivergenceError('loss is NaN at step 7')", 5, False), ("ZeroDivisionError('of theirs')", 1, True)],
+    ("enter", "error", "code", "has_traceback"),
+    [
+        ("with guard(world):", "DivergenceError('loss is NaN at step 7')", 5, False),
+        ("install_excepthook(world)\nif True:", "ZeroDivisionError('of theirs')", 1, True),
+    ],
+    ids=["guard", "hook"],
 )
 def test_an_exception_on_one_rank_ends_all_of_them(enter, error, code, has_traceback):
     begin = time.monotonic()
@@ -182,12 +185,19 @@ def test_hangs(world):
 """
 
 
-def run_suite(folder, tests, grace="15.0"):
+DEADLOCK = """
+def test_deadlock(world):
+    if world.rank == 0:
+        world.barrier()
+"""
+
+
+def run_suite(folder, tests, *more, grace="15.0"):
     source = (ROOT / "tests" / "mpi" / "conftest.py").read_text()
     assert "GRACE_S = 15.0" in source
     (folder / "conftest.py").write_text(source.replace("GRACE_S = 15.0", f"GRACE_S = {grace}"))
     (folder / "test_sample.py").write_text(tests)
-    options = ["-p", "no:cacheprovider", "--rootdir", folder, "-c", os.devnull, "--color=no"]
+    options = ["-p", "no:cacheprovider", "--rootdir", folder, "-c", os.devnull, "--color=no", *more]
     return run(MPIEXEC, "-n", "3", sys.executable, "-m", "pytest", *options, folder)
 
 
@@ -208,3 +218,11 @@ def test_a_failure_that_leaves_others_waiting_ends_the_job_with_its_traceback(tm
     assert code != 0
     assert "rank 1 failed and others hang" in output, output
     assert "the cause" in output
+
+
+def test_a_deadlock_ends_the_job_with_all_stacks(tmp_path):
+    limits = ["-o", "faulthandler_timeout=8", "-o", "faulthandler_exit_on_timeout=true"]
+    code, output = run_suite(tmp_path, DEADLOCK, *limits)
+    assert code != 0
+    assert "Timeout (0:00:08)!" in output, output
+    assert "in test_deadlock" in output, output

@@ -171,12 +171,12 @@ class TestConvergence:
     @pytest.mark.parametrize("method", [Choco(0.2, TOP), Choco(0.2, TOP, overlap=True), DPSGD()], ids=str)
     def test_optimum_up_to_the_bias_of_a_constant_rate(self, method):
         distance = []
-        for lr in (0.02, 0.01):
-            trained = train(method, ring(8), 3000, lr=lr)
+        for lr in (0.04, 0.02):
+            trained = train(method, ring(8), 800, lr=lr)
             distance.append(np.linalg.norm(trained.x - centers(8).mean(axis=0)))
         # the stationary error of decentralized gradient descent is proportional to the rate
-        assert distance[1] < 0.65 * distance[0]
-        assert distance[1] < 2.0
+        assert distance[1] < 0.7 * distance[0]
+        assert distance[1] < 2.5
 
     def test_consensus_of_choco_is_linear(self):
         start = spread(8)

@@ -77,6 +77,16 @@ def test_nan_names_step_and_rank():
         loopback.run(3, serve)
 
 
+def test_nan_in_a_message_names_step_and_rank():
+    def serve(world):
+        gossip, closure = small.make(world, Choco(0.1, TopK(0.5)))
+        gossip.local.optimizer.param_groups[0]["lr"] = float("nan")
+        gossip.step(closure(0))
+
+    with pytest.raises(DivergenceError, match="NaN among the values to be compressed at step 0 on rank"):
+        loopback.run(3, serve)
+
+
 def test_the_state_of_another_algorithm_is_refused():
     def serve(world):
         linear(world, Choco(0.1)).load_state_dict(linear(world, DPSGD()).state_dict())
