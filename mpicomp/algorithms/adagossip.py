@@ -41,14 +41,11 @@ from mpicomp.algorithms.choco import (
     send_difference,
     update_copies_,
 )
-from mpicomp.compression.base import Compressor
+from mpicomp.compression.base import Compressor, blocks
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule
-
-BLOCK = 2**16
-"""Entries that are mixed at a time, so that the temporaries stay in the cache and need no vector of their own."""
 
 
 @dataclass
@@ -141,11 +138,11 @@ class AdaGossip(Algorithm[AdaGossipState]):
     def _mix_(self, x: Tensor, state: AdaGossipState) -> None:
         """``v`` and ``x += Gamma * r``, block by block."""
         correction = 1 - self.beta**state.t if self.bias_correction else 1.0
-        for xs, ss, hats, vs in zip(*(torch.split(y, BLOCK) for y in (x, state.s, state.x_hat, state.v)), strict=True):
-            r = ss - hats
-            vs.mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
-            step = self.gamma / (vs / correction).sqrt_().add_(self.epsilon)
-            xs.addcmul_(r, step.clamp_max_(self.gamma_clip))
+        for start, stop in blocks(len(x)):
+            r = state.s[start:stop] - state.x_hat[start:stop]
+            v = state.v[start:stop].mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
+            step = self.gamma / (v / correction).sqrt_().add_(self.epsilon)
+            x[start:stop].addcmul_(r, step.clamp_max_(self.gamma_clip))
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|."""

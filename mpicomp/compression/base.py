@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLOCK = 2**16
+"""Entries that are decoded at a time: a multiple of 8, and few enough to stay in the cache."""
+
 Payload = dict[str, Tensor]
 """A message: named, contiguous, one-dimensional tensors in the order of its layout."""
 
@@ -141,6 +144,7 @@ class Layout:
             if field.variable:
                 offset = _aligned(offset, 4)
                 numel = int(wire[offset : offset + 4].view(torch.int32).item())
+                assert 0 <= numel <= field.numel, f"a count of {numel} for {field}: sender and receiver differ"
                 offset += 4
             offset = _aligned(offset, field.dtype.itemsize)
             end = offset + numel * field.dtype.itemsize
@@ -173,6 +177,12 @@ def index_dtype(numel: int) -> torch.dtype:
 def read_index(index: Tensor) -> Tensor:
     """Return indices (k,) from the wire as int32 (k,), which torch can index with."""
     return index.to(torch.int32) & 0xFFFF if index.dtype == torch.int16 else index
+
+
+def blocks(n: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive blocks of ``[0, n)``, to decode without temporaries of the length of a model."""
+    for start in range(0, n, BLOCK):
+        yield start, min(n, start + BLOCK)
 
 
 class Compressor(ABC):

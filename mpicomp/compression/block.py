@@ -3,7 +3,7 @@
 The vector is cut into ``B = max(1, round(1 / ratio))`` blocks of ``ceil(n / B)`` entries, the last ones shorter; step
 t draws one of them from (seed, t). Contractive in expectation with delta = 1/B. No index travels, nothing is
 searched, and the support is common, so that messages can be summed by an all-reduce. Needs error feedback. Bytes:
-``ceil(n / B)`` values and 8. After Vogels-style block sparsification as in arXiv 2004.05298.
+``ceil(n / B)`` values and 8. The idea: arXiv 2004.05298; how blocks are drawn is ours.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
 from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
 
@@ -49,4 +49,5 @@ class Cast(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * values``."""
-        out.add_(payload["values"].to(out.dtype), alpha=weight)
+        for start, stop in blocks(spec.numel):
+            out[start:stop].add_(payload["values"][start:stop].to(out.dtype), alpha=weight)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, blocks
 from mpicomp.compression.random import Draws, uniform
 from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed
@@ -58,8 +58,9 @@ class Natural(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * sign * 2**exponent``."""
-        biased = payload["exponents"].to(torch.int32)
-        ones = torch.ones(len(biased), dtype=out.dtype if out.dtype == torch.float64 else torch.float32).to(out.device)
-        magnitude = torch.ldexp(ones, biased - _BIAS) * (biased != 0)
-        signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel).to(magnitude.dtype)
-        out.add_((magnitude * signs).to(out.dtype), alpha=weight)
+        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        for start, stop in blocks(spec.numel):
+            biased = payload["exponents"][start:stop].to(torch.int32)
+            signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel, start, stop).to(wide)
+            values = torch.ldexp(signs, biased - _BIAS).mul_(biased != 0)
+            out[start:stop].add_(values.to(out.dtype), alpha=weight)

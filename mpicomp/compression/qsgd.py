@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, blocks
 from mpicomp.compression.random import Draws, uniform
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
@@ -83,6 +83,8 @@ class QSGD(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * (1 - 2 sign) * level``."""
-        codes = unpack_codes(payload["codes"], self.bits + 1, spec.numel)
-        signed = (codes >> 1) * (1 - 2 * (codes & 1))
-        out.add_(signed.to(out.dtype), alpha=weight * float(payload["scale"]))
+        scale = weight * float(payload["scale"])
+        for start, stop in blocks(spec.numel):
+            codes = unpack_codes(payload["codes"], self.bits + 1, spec.numel, start, stop)
+            signed = (codes >> 1) * (1 - 2 * (codes & 1))
+            out[start:stop].add_(signed.to(out.dtype), alpha=scale)

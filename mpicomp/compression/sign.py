@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
 from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed
 
@@ -34,5 +34,7 @@ class SignNorm(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * signs``."""
-        signs = unpack_bits(payload["signs"], spec.numel).to(out.dtype).mul_(2).sub_(1)
-        out.add_(signs, alpha=weight * float(payload["scale"]))
+        scale = weight * float(payload["scale"])
+        for start, stop in blocks(spec.numel):
+            signs = unpack_bits(payload["signs"], spec.numel, start, stop).to(out.dtype).mul_(2).sub_(1)
+            out[start:stop].add_(signs, alpha=scale)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, blocks
 from mpicomp.compression.random import Draws, uniform
 from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
 from mpicomp.timing import timed
@@ -58,5 +58,7 @@ class TernGrad(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * code``."""
-        codes = unpack_codes(payload["codes"], 2, spec.numel)
-        out.add_(((codes & 1) - (codes >> 1)).to(out.dtype), alpha=weight * float(payload["scale"]))
+        scale = weight * float(payload["scale"])
+        for start, stop in blocks(spec.numel):
+            codes = unpack_codes(payload["codes"], 2, spec.numel, start, stop)
+            out[start:stop].add_(((codes & 1) - (codes >> 1)).to(out.dtype), alpha=scale)

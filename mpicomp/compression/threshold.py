@@ -1,8 +1,8 @@
 """Hard threshold: the entries above an absolute size.
 
 ``Q(x)_i = x_i`` where ``|x_i| >= threshold``, else 0. An absolute compressor: ``|Q(x) - x|^2 <= n threshold^2``,
-however large x is; not contractive, since a small x is not sent at all. Needs error feedback. Bytes: 4, and a value
-and an index (2 or 4 bytes) per entry sent, at most all n. Sahu et al. 2021, arXiv 2108.00951.
+however large x is; not contractive, since a small x is not sent at all. Needs error feedback. Bytes: two counts
+of 4, and a value and an index (2 or 4 bytes) per entry sent, at most all n. Sahu et al. 2021, arXiv 2108.00951.
 """
 
 from __future__ import annotations

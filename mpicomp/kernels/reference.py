@@ -48,9 +48,9 @@ def pack_bits(bits: Tensor) -> Tensor:
     return pack_codes(bits.to(torch.uint8), 1)
 
 
-def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Return the first `n` booleans of `packed`; undoes `pack_bits`."""
-    return unpack_codes(packed, 1, n).bool()
+def unpack_bits(packed: Tensor, n: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return booleans `start` to `stop` of the `n` in `packed`; undoes `pack_bits`. See `unpack_codes`."""
+    return unpack_codes(packed, 1, n, start, stop).bool()
 
 
 def packed_nbytes(n: int, bits: int) -> int:
@@ -73,14 +73,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten()
 
 
-def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Return the codes (n,) int16; undoes `pack_codes`."""
-    planes = packed.view(bits, -(-n // 8))
+def unpack_codes(packed: Tensor, bits: int, n: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return codes `start` (a multiple of 8) to `stop` of the `n` in `packed`, int16; undoes `pack_codes`."""
+    stop = n if stop is None else stop
+    planes = packed.view(bits, -(-n // 8))[:, start // 8 : -(-stop // 8)]
     codes = torch.zeros(planes.shape[1], 8, dtype=torch.int16, device=packed.device)
     for plane in range(bits):
         for place in range(8):
             codes[:, place] |= (planes[plane] >> place & 1).to(torch.int16) << plane
-    return codes.flatten()[:n]
+    return codes.flatten()[: stop - start]
 
 
 def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:

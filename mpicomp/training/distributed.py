@@ -79,8 +79,8 @@ class Distributed:
 
     def _diverged(self, what: str) -> DivergenceError:
         return DivergenceError(
-            f"{what} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, or lengthen "
-            "schedule.warmup"
+            f"{what} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, "
+            "or lengthen schedule.warmup"
         )
 
     @contextmanager

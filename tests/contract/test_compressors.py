@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.methods import COMPRESSORS as CONFIGURED
 
-from mpicomp.compression import COMPRESSORS, QSGD, ErrorFeedback, PerTensor, RandomK, Spec, TopK
+from mpicomp.compression import COMPRESSORS, QSGD, ErrorFeedback, PerTensor, RandomBlock, RandomK, Spec, TopK
+from mpicomp.compression.base import BLOCK
 from mpicomp.errors import DivergenceError
 
 CPU = torch.device("cpu")
@@ -219,3 +220,16 @@ def test_indices_from_32768_on_survive_16_bits():
     payload, wire = send(TopK(4 / 2**16), x, spec)
     assert len(wire) == 4 * (4 + 2)
     assert torch.equal(TopK(4 / 2**16).decompress(payload, spec), x)
+
+
+@every
+def test_vectors_longer_than_a_block(compressor):
+    n = 2 * BLOCK + 123
+    spec = Spec(("x", "y"), ((n - 5,), (5,)))
+    x = vector(n)
+    payload, _ = send(compressor, x, spec)
+    y = compressor.decompress(payload, spec)
+    assert float((x * y).sum()) > 0  # it points the same way, in every block
+    for start, stop in ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, n)):
+        if not isinstance(compressor, RandomBlock):
+            assert float((x[start:stop] * y[start:stop]).sum()) > 0

@@ -43,3 +43,10 @@ def test_random_indices_are_uniform():
 def test_different_seeds_draw_differently():
     draws = {tuple(random_indices(seed, 10_000, 4, CPU).tolist()) for seed in range(200)}
     assert len(draws) == 200
+
+
+@pytest.mark.parametrize("n", [70, 72])
+def test_a_part_of_the_codes(n):
+    codes = torch.arange(n) % 8
+    assert unpack_codes(pack_codes(codes, 3), 3, n, 16, 41).tolist() == codes[16:41].tolist()
+    assert unpack_codes(pack_codes(codes, 3), 3, n, 64).tolist() == codes[64:].tolist()
