@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.base import Algorithm
+from mpicomp.errors import DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.timing import take_seconds
@@ -32,6 +33,9 @@ SAMPLED_ENTRIES = 4096
 """Parameters from which the records' consensus distance is estimated; result.json has the exact one."""
 
 EVALUATION_BATCH = 500
+
+RUNAWAY_RECORDS = 3
+"""Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
 
 PARTS = ("gradient", "compress", "exchange", "mix")
 """Where a step's seconds go; `mix` is what the others leave."""
@@ -71,7 +75,7 @@ def train(config: RunConfig, world: World, folder: RunFolder | None, progress: P
         setup = _set_up(config, world)
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
     learning_rate = config.schedule.build(setup.steps / setup.per_epoch)
-    meter = _Meter()
+    meter, runaway = _Meter(), 0
     if progress:
         progress.start(_header(config, setup, world))
     for step, (inputs, targets) in enumerate(_batches(config, setup, world)):
@@ -84,6 +88,13 @@ def train(config: RunConfig, world: World, folder: RunFolder | None, progress: P
         if evaluate_now or done % config.run.log_every == 0:
             gossip.check_finite()
             record = _record(gossip, setup, meter, evaluate_now)
+            runaway = runaway + 1 if record.diagnostics.get("compression_error", 0.0) > 1 else 0
+            if runaway == RUNAWAY_RECORDS:
+                raise DivergenceError(
+                    f"the public copies have left the models behind (compression_error "
+                    f"{record.diagnostics['compression_error']:.3g} at step {done}): algorithm.gamma is too large for "
+                    "this compressor, or optimizer.lr is"
+                )
             if folder:
                 folder.append(record)
             if progress:
