@@ -143,5 +143,5 @@ def _exit_code(error: BaseException) -> int:
 def _print(text: str) -> None:
     # One write, so that lines of several ranks do not mix.
     sys.stdout.flush()
-    sys.stderr.write(f"mpicomp: {text}\n")
+    sys.stderr.write(f"mpicomp: error: {text}\n")
     sys.stderr.flush()

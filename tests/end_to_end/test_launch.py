@@ -79,7 +79,7 @@ def test_an_exception_on_one_rank_ends_all_of_them(enter, error, code, has_trace
     got, output = run_ranks(body)
     assert is_code(got, code), output
     assert time.monotonic() - begin < 40
-    assert re.search(r"mpicomp: rank 1 on \S+: ", output), output
+    assert re.search(r"mpicomp: error: rank 1 on \S+: ", output), output
     assert output.count(error.split("'")[1]) == 1, output
     assert ("Traceback" in output) == has_traceback, output
     assert "went on" not in output
@@ -89,8 +89,8 @@ def test_an_error_that_all_agree_on_is_printed_once():
     body = "with guard(world), together(world):\n    if world.rank != 0: raise DataError('no such file: x.h5')"
     code, output = run_ranks(body)
     assert code == 3, output
-    assert output.count("mpicomp: ") == 1
-    assert "mpicomp: no such file: x.h5 (on ranks 1, 2)" in output
+    assert output.count("mpicomp: error: ") == 1
+    assert "mpicomp: error: no such file: x.h5 (on ranks 1, 2)" in output
     assert "Traceback" not in output
 
 

@@ -26,7 +26,7 @@ def test_an_error_of_ours_is_one_line_with_rank_and_host(capsys):
     assert code_of(DivergenceError("loss is NaN at step 7")) == 5
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("mpicomp: rank 1 on ")
+    assert lines[0].startswith("mpicomp: error: rank 1 on ")
     assert lines[0].endswith(": loss is NaN at step 7")
 
 
@@ -39,7 +39,7 @@ def test_debug_adds_the_traceback(capsys):
 def test_any_other_error_has_its_traceback(capsys):
     assert code_of(ZeroDivisionError("of theirs")) == 1
     err = capsys.readouterr().err
-    assert err.startswith("mpicomp: rank 1 on ")
+    assert err.startswith("mpicomp: error: rank 1 on ")
     assert "Traceback" in err and "ZeroDivisionError: of theirs" in err
     assert err.count("Traceback") == 1
 
@@ -70,7 +70,7 @@ def test_an_agreed_error_is_printed_once(capsys):
     with pytest.raises(SystemExit) as caught:
         loopback.run(3, function)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "mpicomp: run.seed = 'x': not an integer (on ranks 0, 2)\n"
+    assert capsys.readouterr().err == "mpicomp: error: run.seed = 'x': not an integer (on ranks 0, 2)\n"
 
 
 def test_together_lets_other_exceptions_through():
