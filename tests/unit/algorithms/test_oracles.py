@@ -200,3 +200,18 @@ class TestTraffic:
         assert train(Choco(0.2, TOP), chain(3), 7).bytes_sent == [7 * d * per_message for d in (1, 2, 1)]
         assert train(LocalSGD(4), ring(5), 7).bytes_sent == [2 * DIM * 8] * 5
         assert train(SSGD(), ring(4), 7).bytes_sent == [7 * 2 * 3 * DIM * 8 // 4] * 4
+
+
+class TestMemory:
+    """Flat vectors beyond model, gradient and optimizer, whatever the degree."""
+
+    @pytest.mark.parametrize(
+        ("method", "vectors"),
+        [(DPSGD(), 0), (Choco(0.1, TOP), 3), (AdaGossip(0.1, TOP), 4), (DeepSqueeze(0.05, TOP), 1)],
+        ids=lambda value: getattr(value, "name", value),
+    )
+    @pytest.mark.parametrize("graph", [ring(5), complete(5)], ids=lambda g: g.name)
+    def test_vectors(self, graph, method, vectors):
+        (state, *_) = train(method, graph, 1).states
+        held = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+        assert [len(value) for value in held] == [DIM] * vectors
