@@ -110,7 +110,8 @@ def test_mistakes_on_the_command_line(config, arguments, code, message):
         (2, "optimizer.lr=1e38", 5, "loss is"),
     ],
 )
-def test_a_run_that_cannot_be(config, tmp_path, ranks, override, code, message, capfd):
+def test_a_run_that_cannot_be(config, tmp_path, ranks, override, code, message, capfd, monkeypatch):
+    monkeypatch.delenv("MPICOMP_DATA", raising=False)
     result = run("train", config, "--loopback", ranks, "--run-dir", "out", "--set", override)
     assert result.exit_code == code
     errors = result.stderr + capfd.readouterr().err
