@@ -104,7 +104,7 @@ def test_a_rank_that_is_killed_ends_all_of_them():
 
 
 def test_all_goes_well():
-    code, output = run_ranks("with guard(world): print('sum', sum(world.all_gather(world.rank)))")
+    code, output = run_ranks("with guard(world): print(f'sum {sum(world.all_gather(world.rank))}')")
     assert code == 0, output
     assert output.count("sum 3") == 3
 
