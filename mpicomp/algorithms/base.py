@@ -21,9 +21,6 @@ from mpicomp.topology.base import Schedule, Topology
 
 S = TypeVar("S")
 
-SCRATCH = {"scratch": True}
-"""Metadata of a state's field whose content means nothing between steps and is not stored."""
-
 
 class Local(Protocol):
     """The model of this rank.

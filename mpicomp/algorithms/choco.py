@@ -31,14 +31,13 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import (
-    SCRATCH,
     Algorithm,
     Local,
     require_fixed_symmetric,
     require_no_feedback,
     require_positive,
 )
-from mpicomp.compression.base import Compressor, Payload, State
+from mpicomp.compression.base import PUBLIC_COPY, SCRATCH, Compressor, Payload, State
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.topology.base import Schedule
@@ -58,8 +57,8 @@ class ChocoState:
 
     """
 
-    x_hat: Tensor
-    s: Tensor
+    x_hat: Tensor = field(metadata=PUBLIC_COPY)
+    s: Tensor = field(metadata=PUBLIC_COPY)
     scratch: Tensor = field(metadata=SCRATCH)
     compressor: State
 

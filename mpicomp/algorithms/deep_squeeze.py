@@ -12,13 +12,13 @@ Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback, require_positive
-from mpicomp.compression.base import Compressor, State
+from mpicomp.compression.base import ERROR_MEMORY, Compressor, State
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
 
@@ -34,7 +34,7 @@ class DeepSqueezeState:
 
     """
 
-    e: Tensor
+    e: Tensor = field(metadata=ERROR_MEMORY)
     compressor: State
     step: int = 0
 

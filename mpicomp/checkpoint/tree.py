@@ -28,6 +28,17 @@ def flatten(state: Any) -> dict[str, Leaf]:
     return {path: getattr(holder, key) if isinstance(key, str) else holder[key] for path, holder, key in _leaves(state)}
 
 
+def resize_rules(state: Any) -> dict[str, str]:
+    """Return by path what another number of ranks makes of a leaf, where `mpicomp.compression.base` has a rule."""
+    rules = {}
+    for path, holder, key in _leaves(state):
+        if dataclasses.is_dataclass(holder):
+            metadata = {field.name: field.metadata for field in dataclasses.fields(holder)}[str(key)]
+            if "resize" in metadata:
+                rules[path] = str(metadata["resize"])
+    return rules
+
+
 def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:
     """Overwrite the leaves of `state` by `stored`: tensors in place, numbers by assignment.
 

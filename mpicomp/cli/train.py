@@ -1,49 +1,145 @@
-"""``mpicomp train``: one configuration file, one run."""
+"""``mpicomp train``: one configuration file, one run; or a run that goes on."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
+from mpicomp.checkpoint.folder import Checkpoint, open_checkpoint
 from mpicomp.cli import debug_option, is_debug
-from mpicomp.errors import ConfigError, MpicompError
+from mpicomp.errors import CheckpointError, ConfigError, MpicompError
 from mpicomp.exchange.base import World
-from mpicomp.exchange.guard import agree, guard
+from mpicomp.exchange.guard import agree, guard, together
 from mpicomp.exchange.placement import choose_device
+from mpicomp.slurm import job_end_time
 from mpicomp.training.config import RunConfig
 from mpicomp.training.loop import train as train_model
-from mpicomp.training.metrics import Progress
+from mpicomp.training.metrics import Progress, summary
 from mpicomp.training.run_folder import RunFolder
+from mpicomp.training.saving import find_checkpoint
+from mpicomp.training.stopping import EXIT_UNFINISHED, StopRequests
+
+AUTO = "auto"
+"""``--resume auto``: go on if there is something to go on from, start otherwise."""
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg]
+    """``90s``, ``55m``, ``2h``, ``1d12h``, or as in Slurm ``HH:MM:SS`` and ``D-HH:MM:SS``; in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        text = str(value).strip().lower()
+        spelt = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+        clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+        match = spelt if text and spelt else clock
+        if match is None:
+            self.fail(f"{value!r} is not a duration: write 90s, 55m, 2h, 1d12h or D-HH:MM:SS", parameter, context)
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 @dataclass(frozen=True)
 class _Request:
     """What the command line asks for."""
 
-    path: Path
+    path: Path | None
     overrides: Sequence[str]
     run_dir: Path | None
+    resume: str | None
+    resize: bool
+    end_time: float | None
     debug: bool
+
+    def check(self) -> None:
+        """Raise ConfigError if the options contradict each other."""
+        if self.resume is None and self.path is None:
+            raise ConfigError("give a configuration file, or a run to go on with (--resume RUN_DIR)")
+        if self.resume == AUTO and (self.path is None or self.run_dir is None):
+            raise ConfigError(
+                "--resume auto needs CONFIG.toml and --run-dir: the run starts from the one, or goes on in the other"
+            )
+        if self.resume not in (None, AUTO) and (self.path is not None or self.run_dir is not None):
+            raise ConfigError(
+                "--resume RUN_DIR takes the configuration and the folder of that run: leave out the others"
+            )
+
+    @property
+    def resumed(self) -> Path | None:
+        """The run folder that is to go on, or may; None for a new run."""
+        if self.resume == AUTO:
+            return self.run_dir
+        if self.resume is None:
+            return None
+        return Path(self.resume).parent.parent if self.names_checkpoint else Path(self.resume)
+
+    @property
+    def names_checkpoint(self) -> bool:
+        """Whether the checkpoint is chosen by the user."""
+        return self.resume is not None and Path(self.resume).name.startswith("step_")
 
     def load(self) -> RunConfig:
         """Read and check the configuration."""
-        return RunConfig.load(self.path, self.overrides)
+        self.check()
+        if self.path is not None:
+            return RunConfig.load(self.path, self.overrides)
+        assert self.resumed is not None
+        return RunConfig.load(RunFolder.open(self.resumed).config_path, self.overrides)
 
     def create_folder(self) -> RunFolder:
-        """Make the run folder."""
+        """Make the folder of a new run."""
         if self.run_dir is not None:
             return RunFolder.create(self.run_dir)
+        assert self.path is not None
         return RunFolder.create_named(self.path.stem)
+
+    def find_checkpoint(self, world: World) -> Checkpoint | None:
+        """Return what to go on from, the same on all ranks, or None for a new run; collective on all ranks."""
+        if self.resumed is None:
+            return None
+        if self.names_checkpoint:
+            with together(world):
+                return open_checkpoint(Path(str(self.resume)))
+        folder = RunFolder(self.resumed)
+        found = find_checkpoint(world, folder.checkpoints_path)
+        if found is None and self.resume != AUTO:
+            remedy = f"Start it anew: mpicomp train {folder.config_path} --run-dir NEW_DIR"
+            agree(world, CheckpointError(f"{folder.path}: has no checkpoint to go on from. {remedy}"))
+        return found
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG.toml")
+@click.argument("config", type=click.Path(path_type=Path), metavar="[CONFIG.toml]", required=False)
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
 @click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/CONFIG-DATE-TIME.")
+@click.option(
+    "--resume",
+    metavar="RUN_DIR|auto",
+    help="Go on with a run from its newest checkpoint, or from the one named (RUN_DIR/checkpoints/step_...); "
+    "auto: go on in --run-dir if there is a checkpoint, else start CONFIG.toml there.",
+)
+@click.option(
+    "--resize",
+    is_flag=True,
+    help="Go on with another number of ranks: models and momentum are averaged, compression errors divided anew.",
+)
+@click.option(
+    "--time-limit",
+    type=_Duration(),
+    metavar="55m|2h|D-HH:MM:SS",
+    help="Store a checkpoint and end with exit code 75 before this time is over. Default: the end of the Slurm job.",
+)
 @click.option(
     "--loopback",
     type=click.IntRange(min=1),
@@ -53,81 +149,137 @@ class _Request:
 @debug_option
 @click.pass_context
 def train(
-    ctx: click.Context, config: Path, overrides: tuple[str, ...], run_dir: Path | None, loopback: int | None
+    ctx: click.Context,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: str | None,
+    resize: bool,
+    time_limit: float | None,
+    loopback: int | None,
 ) -> None:
-    """Train the model of CONFIG.toml.
+    """Train the model of CONFIG.toml, or go on with a run.
 
     Start it on several ranks with mpiexec, e.g. `mpiexec -n 4 mpicomp train configs/quickstart.toml`, or with
-    --loopback. The run folder gets config.toml, metrics.jsonl, result.json and model.h5.
+    --loopback. The run folder gets config.toml, metrics.jsonl, checkpoints/, result.json and model.h5.
+
+    The signal USR1, a file named stop in the run folder, or the nearing time limit make it store a checkpoint and end
+    with exit code 75, which means: run me again, with --resume.
     """
-    request = _Request(config, overrides, run_dir, is_debug(ctx))
-    if loopback is None:
-        _train_on_mpi(request)
-    else:
-        _train_on_threads(request, loopback)
+    end_time = job_end_time(os.environ) if time_limit is None else time.time() + time_limit
+    request = _Request(config, overrides, run_dir, resume, resize, end_time, is_debug(ctx))
+    is_finished = _train_on_mpi(request) if loopback is None else _train_on_threads(request, loopback)
+    if not is_finished:
+        sys.exit(EXIT_UNFINISHED)
 
 
-def _train_on_threads(request: _Request, size: int) -> None:
+def _train_on_threads(request: _Request, size: int) -> bool:
     from mpicomp.exchange.loopback import run
 
     config = request.load()
     device = choose_device(config.run.device, 0, torch.cuda.device_count())
-    run(size, _train_guarded, config, request, device=device)
+    requests = _stop_requests(config, request)
+    return all(run(size, _train_guarded, config, request, requests, device=device))
 
 
-def _train_guarded(world: World, config: RunConfig, request: _Request) -> None:
+def _train_guarded(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:
     with guard(world, debug=request.debug):
-        _train_rank(world, config, request)
+        return _train_rank(world, config, request, requests)
 
 
-def _train_on_mpi(request: _Request) -> None:
+def _train_on_mpi(request: _Request) -> bool:
     from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
 
     # The world of the run needs a configuration; this one carries the verdict on it.
     everyone = MpiWorld.from_environment("cpu")
     with guard(everyone, debug=request.debug):
         config = _load_together(everyone, request)
+        requests = _stop_requests(config, request)
         world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
-        _train_rank(world, config, request)
+        is_finished = _train_rank(world, config, request, requests)
+        everyone.barrier()  # a launcher ends the others as soon as one has left with an exit code that is not 0
+    return is_finished
+
+
+def _stop_requests(config: RunConfig, request: _Request) -> StopRequests:
+    return StopRequests(config.run.stop_signal, request.end_time, config.checkpoint.stop_before_end_s)
 
 
 def _load_together(world: World, request: _Request) -> RunConfig:
     """Load the configuration on every rank; the same error on all of them if one fails or reads another one."""
-    config: RunConfig | None = None
-    error: MpicompError | None = None
-    try:
+    with together(world):
         config = request.load()
-    except MpicompError as failure:
-        error = failure
-    agree(world, error)
-    assert config is not None
     text = config.to_toml()
     differs = text != world.broadcast(text)
-    agree(world, ConfigError(f"{request.path}: is not the same as on rank 0 ({world.host})") if differs else None)
+    source = request.path or request.resume
+    agree(world, ConfigError(f"{source}: is not the same as on rank 0 ({world.host})") if differs else None)
     return config
 
 
-def _train_rank(world: World, config: RunConfig, request: _Request) -> None:
-    """Train on one rank; rank 0 writes and prints."""
-    folder = _create_folder_together(world, config, request)
+def _train_rank(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:
+    """Train on one rank and return whether the run is finished; rank 0 writes and prints."""
+    checkpoint = request.find_checkpoint(world)
+    folder = _prepare_folder(world, config, request, checkpoint)
     if folder is None:
-        train_model(config, world, None, None)
-        return
+        return True
+    go_on = partial(train_model, checkpoint=checkpoint, resize=request.resize, requests=requests)
+    if world.rank != 0:
+        return go_on(config, world, folder) is not None
     for notice in world.notices:
         click.echo(notice)
-    with folder.kept_if_used(), Progress(config.training.steps, config.training.epochs) as progress:
-        train_model(config, world, folder, progress)
+    requests.watch(folder.stop_path)
+    undo = nullcontext() if checkpoint else folder.kept_if_used()
+    with undo, Progress(config.training.steps, config.training.epochs) as progress:
+        return go_on(config, world, folder, progress) is not None
 
 
-def _create_folder_together(world: World, config: RunConfig, request: _Request) -> RunFolder | None:
-    """Make the run folder on rank 0, for a run that can be; the same error on every rank otherwise."""
-    folder, error = None, None
+def _prepare_folder(
+    world: World, config: RunConfig, request: _Request, checkpoint: Checkpoint | None
+) -> RunFolder | None:
+    """Make or open the run folder on rank 0, for a run that can be; the same error on every rank otherwise.
+
+    Return None if the run has ended already. A run that goes on changes its folder when its checkpoint has been read.
+    """
+    path, error, has_ended = None, None, False
     try:
         config.check(world.size)
         if world.rank == 0:
-            folder = request.create_folder()
-            folder.save_config(config)
+            folder, has_ended = _open_folder(config, request, checkpoint)
+            path = folder.path
     except MpicompError as failure:
         error = failure
     agree(world, error)
+    path, has_ended = world.broadcast((path, has_ended))
+    assert path is not None
+    if has_ended:
+        return None
+    folder = RunFolder(path)
+    hidden = (
+        None
+        if folder.config_path.is_file()
+        else ConfigError(
+            f"{world.host} does not see {path}: the run folder must be on a file system that all nodes share"
+        )
+    )
+    agree(world, hidden)
     return folder
+
+
+def _open_folder(config: RunConfig, request: _Request, checkpoint: Checkpoint | None) -> tuple[RunFolder, bool]:
+    """Return the folder, ready for the next step, and whether its run has ended already; for rank 0."""
+    if request.resumed is None or not RunFolder(request.resumed).config_path.exists():
+        folder = request.create_folder()
+        folder.save_config(config)
+        return folder, False
+    folder = RunFolder(request.resumed)
+    stored = RunConfig.load(folder.config_path)
+    config.check_continues(stored)
+    result = folder.load_result()
+    if result is not None and config.training == stored.training and not request.names_checkpoint:
+        for line in ["This run has ended already; nothing is left to do.", *summary(result, folder.path)]:
+            click.echo(line)
+        return folder, True
+    if checkpoint is None:  # an earlier start was ended before its first checkpoint
+        folder.rewind(0)
+        folder.save_config(config)
+    return folder, False

@@ -25,7 +25,23 @@ Payload = dict[str, Tensor]
 """A message: named, contiguous, one-dimensional tensors in the order of its layout."""
 
 State = Any
-"""A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory."""
+"""A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory.
+
+The metadata of its fields say what a restart makes of them; without any, a field is stored, and a run that goes on with
+another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+"""
+
+SCRATCH = {"scratch": True}
+"""A field whose content means nothing between steps, and is not stored."""
+
+ERROR_MEMORY = {"resize": "sum"}
+"""A field of what has not been sent yet: new ranks divide the sum over the old ones."""
+
+PUBLIC_COPY = {"resize": "model"}
+"""A field that copies of models make up: after a dense exchange of the mean model it is that model."""
+
+OWN = {"resize": "own"}
+"""A field that tells a rank from the others: new ranks keep what `init` gave them."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ vector; the sum is formed in it. Seide et al. 2014; Karimireddy et al. 2019, arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.base import ERROR_MEMORY, Compressor, Layout, Payload, Spec, State
 from mpicomp.timing import timed
 
 
@@ -27,7 +27,7 @@ class FeedbackState:
 
     """
 
-    residual: Tensor
+    residual: Tensor = field(metadata=ERROR_MEMORY)
     inner: State
 
 

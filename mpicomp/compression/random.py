@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mpicomp.compression.base import OWN
 
 _MASK = 2**64 - 1
 
@@ -20,7 +22,7 @@ class Draws:
 
     """
 
-    stream: int
+    stream: int = field(metadata=OWN)
     step: int = 0
 
 

@@ -59,6 +59,13 @@ class Exchange(Protocol):
         """
 
 
+class Maximum(Protocol):
+    """A maximum over all ranks under way."""
+
+    def wait(self) -> list[int]:
+        """Return the largest of each of the values that the ranks have given; collective on all ranks."""
+
+
 class World(Protocol):
     """All ranks, seen from one of them. Every method but `abort` is collective on all ranks."""
 
@@ -82,6 +89,9 @@ class World(Protocol):
 
     def broadcast_(self, x: Tensor) -> None:
         """Overwrite `x` by rank 0's."""
+
+    def start_maximum(self, values: Sequence[int]) -> Maximum:
+        """Begin to form the maximum over all ranks of each of `values`; it travels while the ranks compute."""
 
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and by ascending rank; not counted as training traffic."""

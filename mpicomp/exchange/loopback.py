@@ -307,6 +307,10 @@ class LoopbackWorld:
             x.copy_(root)
         self.barrier()
 
+    def start_maximum(self, values: Sequence[int]) -> LoopbackMaximum:
+        """Begin to form the maximum over all ranks of each of `values`."""
+        return LoopbackMaximum(self, list(values))
+
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and in the order of ranks."""
         _mean_(self._hub, self.rank, x)
@@ -319,6 +323,18 @@ class LoopbackWorld:
         """Stop all ranks; `run` raises ``SystemExit(exit_code)``."""
         self._hub.fail(SystemExit(exit_code), self.rank)
         raise Stopped
+
+
+class LoopbackMaximum:
+    """A maximum over all ranks under way."""
+
+    def __init__(self, world: LoopbackWorld, values: list[int]) -> None:
+        self._world = world
+        self._values = values
+
+    def wait(self) -> list[int]:
+        """Return the largest of each of the values that the ranks have given."""
+        return [max(column) for column in zip(*self._world.all_gather(self._values), strict=True)]
 
 
 def _mean_(hub: _Hub, rank: int, x: Tensor) -> None:

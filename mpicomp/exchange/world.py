@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -106,6 +107,10 @@ class MpiWorld:
             if self.rank != 0:
                 block.copy_(host)
 
+    def start_maximum(self, values: Sequence[int]) -> MpiMaximum:
+        """Begin to form the maximum over all ranks of each of `values`."""
+        return MpiMaximum(self, values)
+
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and by ascending rank.
 
@@ -166,6 +171,20 @@ class MpiWorld:
                 "(allow_shared_gpu), or run with device = 'cpu'"
             )
         return device
+
+
+class MpiMaximum:
+    """A maximum over all ranks under way."""
+
+    def __init__(self, world: MpiWorld, values: Sequence[int]) -> None:
+        self._world = world
+        self._values = np.array(values, dtype=np.int64)
+        self._request = world.comm.Iallreduce(MPI.IN_PLACE, self._values, op=MPI.MAX)
+
+    def wait(self) -> list[int]:
+        """Return the largest of each of the values that the ranks have given."""
+        self._world.wait(self._request)
+        return [int(value) for value in self._values]
 
 
 def _bytes(host: Tensor) -> Any:

@@ -4,6 +4,7 @@
     [data]         kind, path, partition; the parameters of both
     [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
     [training]     epochs or steps, batch_size
+    [checkpoint]   when to store the state of all ranks, and how many to keep
 
 The parameters of a kind are those of the function or class that its registry names: type and default are read from
 the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
@@ -27,6 +28,7 @@ from mpicomp.training.problems import Checked, refusals, unknown
 from mpicomp.training.sections import (
     SECTIONS,
     AlgorithmSection,
+    CheckpointSection,
     CompressionSection,
     DataSection,
     ModelSection,
@@ -36,12 +38,26 @@ from mpicomp.training.sections import (
     TopologySection,
     TrainingSection,
     Values,
+    shown,
 )
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+FREE = {
+    "checkpoint",
+    "data.path",
+    "run.device",
+    "run.allow_shared_gpu",
+    "run.stop_signal",
+    "run.hang_timeout_s",
+    "training.epochs",
+    "training.steps",
+}
+"""What may change when a run goes on. A longer run gets the learning rates of the longer schedule from there on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +73,7 @@ class RunConfig:
     optimizer: OptimizerSection
     schedule: ScheduleSection
     training: TrainingSection
+    checkpoint: CheckpointSection
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -98,6 +115,22 @@ class RunConfig:
             {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in SECTIONS}
         )
 
+    def check_continues(self, stored: RunConfig) -> None:
+        """Raise ConfigError, naming each key, if a run of `stored` cannot go on as this one, bit for bit.
+
+        Free to change are the sections and keys in `FREE`: they do not enter the arithmetic of a step.
+        """
+        problems = []
+        for name in SECTIONS:
+            own, theirs = getattr(self, name).model_dump(), getattr(stored, name).model_dump()
+            for key in sorted(own.keys() | theirs.keys()):
+                dotted = f"{name}.{key}"
+                if own.get(key) != theirs.get(key) and name not in FREE and dotted not in FREE:
+                    problems.append(f"{dotted} was {_shown(theirs.get(key))} and is now {_shown(own.get(key))}")
+        if problems:
+            source = "a run cannot go on under another configuration (put it back, or start a new run)"
+            raise ConfigError(_report(source, problems))
+
     def check(self, size: int) -> tuple[Schedule, Algorithm[Any]]:
         """Return graph and algorithm for `size` ranks, after a check that they fit; nothing large is allocated.
 
@@ -115,6 +148,10 @@ def _report(source: str, problems: list[str]) -> str:
     if len(problems) == 1:
         return f"{source}: {problems[0]}"
     return "\n".join([f"{source}: {len(problems)} problems", *(f"  {problem}" for problem in problems)])
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else shown(value)
 
 
 def _read(path: Path) -> Values:

@@ -9,20 +9,33 @@ for batch in loader:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.base import Algorithm
-from mpicomp.checkpoint.tree import flatten, restore_
+from mpicomp.checkpoint.tree import Leaf
 from mpicomp.compression.base import Compressor
-from mpicomp.errors import ConfigError, DivergenceError, TopologyError
+from mpicomp.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import together
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.flat import FlatModel
+from mpicomp.training.saving import Identity, Saver, check_fits, find_checkpoint, topology_name
+from mpicomp.training.state import (
+    algorithm_leaves,
+    load_algorithm_,
+    load_model_,
+    load_optimizer_,
+    load_random,
+    model_leaves,
+    optimizer_leaves,
+    random_leaves,
+)
 
 
 class Distributed:
@@ -104,25 +117,77 @@ class Distributed:
         self.world.mean_(mean)
         return root_mean_square(self.world, float((self.local.x - mean).norm()))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what this rank must store, beside model and optimizer, to go on later: tensors and numbers by path."""
+    def identity(self, config: str = "") -> Identity:
+        """Return what checkpoints of this rank belong to; `config` is the text of a configuration, if there is one."""
+        return Identity(
+            algorithm=repr(self.algorithm),
+            topology=topology_name(self.exchange.schedule),
+            model=f"{type(self.local.model).__name__} with {self.local.spec.numel:,} parameters",
+            config=config,
+        )
+
+    def state_dict(self) -> dict[str, Leaf]:
+        """Return all that this rank needs to go on later, by path (see `mpicomp.training.state`); nothing is copied.
+
+        Model, optimizer, public copies, moments, residuals, random generators. Not the caller's own: loader, scheduler.
+        """
         return {
-            "steps": self.steps,
-            "bytes_sent": self.exchange.bytes_sent,
-            **{f"state/{path}": value for path, value in flatten(self.state).items()},
+            **model_leaves(self.local),
+            **optimizer_leaves(self.local),
+            **algorithm_leaves(self.state),
+            "exchange/steps": self.steps,
+            "exchange/bytes_sent": self.exchange.bytes_sent,
+            **random_leaves(self.world.device),
         }
 
-    def load_state_dict(self, stored: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave on this rank; model and optimizer are the caller's to load first.
+    def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
+        """Take over what `state_dict` gave on this rank.
 
         Raises:
-            CheckpointError: the state of another algorithm, compressor or model.
+            CheckpointError: the state of another algorithm, compressor, optimizer or model.
 
         """
-        prefix = "state/"
-        restore_(self.state, {p.removeprefix(prefix): v for p, v in stored.items() if p.startswith(prefix)})
-        self.steps = stored["steps"]
-        self.exchange.bytes_sent = stored["bytes_sent"]
+        load_model_(self.local, stored)
+        load_optimizer_(self.local, stored)
+        load_algorithm_(self.state, stored)
+        self.steps = int(stored["exchange/steps"])
+        self.exchange.bytes_sent = int(stored["exchange/bytes_sent"])
+        load_random(self.world.device, stored)
+
+    def save(self, folder: Path | str, extra: Mapping[str, Leaf] | None = None, keep_last: int = 2) -> None:
+        """Store a checkpoint of all ranks in `folder`, which they share, and wait for it; collective on all ranks.
+
+        `extra` is given back by `resume`: say, the state of the caller's scheduler.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are intact.
+
+        """
+        problems: list[str] = []
+        saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
+        saver.start(
+            self.steps, {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in (extra or {}).items()}}
+        )
+        is_sound = saver.finish()
+        saver.close()
+        if not is_sound:
+            raise CheckpointError("; ".join(self.world.broadcast(problems)))
+
+    def resume(self, folder: Path | str) -> dict[str, Leaf] | None:
+        """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
+
+        Raises:
+            CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
+
+        """
+        checkpoint = find_checkpoint(self.world, Path(folder))
+        if checkpoint is None:
+            return None
+        with together(self.world):
+            check_fits(checkpoint, self.identity(), self.world.size)
+            stored = checkpoint.read(self.world.rank)
+            self.load_state_dict(stored)
+        return {path.removeprefix("extra/"): leaf for path, leaf in stored.items() if path.startswith("extra/")}
 
 
 def root_mean_square(world: World, value: float) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.base import Algorithm
-from mpicomp.errors import DivergenceError
+from mpicomp.checkpoint.folder import Checkpoint
+from mpicomp.checkpoint.tree import flatten, restore_
+from mpicomp.compression.base import SCRATCH
+from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.timing import take_seconds
@@ -26,8 +30,12 @@ from mpicomp.training.data import Dataset
 from mpicomp.training.distributed import Distributed, root_mean_square
 from mpicomp.training.metrics import Progress, Record, Result, summary
 from mpicomp.training.models import correct, loss
-from mpicomp.training.partition import Indices, epoch_indices, steps_per_epoch
+from mpicomp.training.resize import Course, Deal, load_resized
 from mpicomp.training.run_folder import RunFolder
+from mpicomp.training.saving import Saver, check_fits
+from mpicomp.training.sections import TrainingSection
+from mpicomp.training.state import seed_random
+from mpicomp.training.stopping import Agreement, Reason, Signs, StopRequests
 
 SAMPLED_ENTRIES = 4096
 """Parameters from which the records' consensus distance is estimated; result.json has the exact one."""
@@ -49,94 +57,241 @@ class _Setup:
     """What a rank has built before training starts."""
 
     dataset: Dataset
-    partition: list[Indices]
+    deal: Deal
     schedule: Schedule
     algorithm: Algorithm[Any]
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    per_epoch: int
-    steps: int
+    training: TrainingSection
+
+    @property
+    def steps(self) -> int:
+        """The steps of the whole run, from its start."""
+        epochs = self.training.epochs or 0
+        return self.training.steps or self.deal.course.offset + self.deal.per_epoch * epochs
+
+    def epoch(self, step: int) -> float:
+        """Return the epochs that are over after `step` steps."""
+        return (step - self.deal.course.offset) / self.deal.per_epoch
 
 
-def train(config: RunConfig, world: World, folder: RunFolder | None, progress: Progress | None) -> Result:
+def train(
+    config: RunConfig,
+    world: World,
+    folder: RunFolder | None = None,
+    progress: Progress | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    resize: bool = False,
+    requests: StopRequests | None = None,
+) -> Result | None:
     """Train as `config` says and return the result, the same on every rank; collective on all ranks.
 
     Args:
         config: the run.
         world: the ranks.
-        folder: where rank 0 writes records, result and model; None on other ranks.
+        folder: where rank 0 writes records, result and model, and every rank its part of the checkpoints.
         progress: what rank 0 shows; None on other ranks.
+        checkpoint: what to go on from.
+        resize: whether it may be of another number of ranks (see `mpicomp.training.resize`).
+        requests: what may ask the run to stop. It then stores a checkpoint and returns None.
 
     Raises:
-        MpicompError: bad input, named on all ranks before training starts, or a loss that is not finite.
+        MpicompError: bad input, named on all ranks before training starts; a loss that is not finite; a last
+            checkpoint that could not be written.
 
     """
     with together(world):
         setup = _set_up(config, world)
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
-    learning_rate = config.schedule.build(setup.steps / setup.per_epoch)
-    meter, runaway = _Meter(), 0
+    meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device))
+    seed_random(config.run.seed, world.rank)
+    if checkpoint:
+        _restore_(checkpoint, gossip, meter, setup, config, resize)
+        if folder and world.rank == 0:
+            folder.save_config(config)
+            folder.rewind(checkpoint.manifest.step)
+    learning_rate = config.schedule.build(setup.epoch(setup.steps))
+    pause = _Pause(config, gossip, meter, setup.deal.course, folder, progress, requests)
     if progress:
-        progress.start(_header(config, setup, world))
-    for step, (inputs, targets) in enumerate(_batches(config, setup, world)):
-        epoch, done = step / setup.per_epoch, step + 1
+        progress.start(_header(config, setup, world, gossip.steps))
+    for step, (inputs, targets) in _batches(config, setup, world, gossip.steps):
+        done = step + 1
         for group in setup.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * learning_rate(epoch)
+            group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
         with meter:
             meter.loss += gossip.step(partial(_loss, setup.model, inputs, targets))
-        evaluate_now = done == setup.steps or done % (setup.per_epoch * config.run.evaluate_every_epochs) == 0
+        evaluate_now = done == setup.steps or setup.epoch(done) % config.run.evaluate_every_epochs == 0
         if evaluate_now or done % config.run.log_every == 0:
             gossip.check_finite()
             record = _record(gossip, setup, meter, evaluate_now)
-            runaway = runaway + 1 if record.diagnostics.get("compression_error", 0.0) > 1 else 0
-            if runaway == RUNAWAY_RECORDS:
-                raise DivergenceError(
-                    f"the public copies have left the models behind (compression_error "
-                    f"{record.diagnostics['compression_error']:.3g} at step {done}): algorithm.gamma is too large for "
-                    "this compressor, or optimizer.lr is"
-                )
-            if folder:
+            meter.check_copies(record)
+            if folder and world.rank == 0:
                 folder.append(record)
             if progress:
                 progress.update(record)
+        if done < setup.steps and (reason := pause.after(done)):
+            if progress:
+                progress.finish(_stopped(done, setup.steps, reason, folder))
+            return None
     result = _result(config, gossip, setup, meter, record)
     with gossip.averaged() as model:
-        if folder:
+        if folder and world.rank == 0:
             folder.save_model(model, config)
             folder.save_result(result)
+    pause.end(setup.steps)
     if folder and progress:
         progress.finish(summary(result, folder.path))
     return result
 
 
+@dataclass
 class _Meter:
-    """Adds up loss and seconds over the steps; enter it for each step, `take` what came since the last record."""
+    """Adds up loss and seconds over the steps; enter it for each step, `take` what came since the last record.
 
-    def __init__(self) -> None:
-        self.total_seconds = 0.0
-        self.loss: Tensor | float = 0.0
-        self._steps = 0
-        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        self._start = 0.0
+    Attributes:
+        loss: the sum over these steps, a scalar.
+        steps: how many they are.
+        seconds: of these steps, by part, in the order of `PARTS`.
+        total_seconds: of all steps.
+        runaway: records in a row with public copies that have left the models.
+
+    """
+
+    loss: Tensor
+    steps: int = 0
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
+    total_seconds: float = 0.0
+    runaway: int = 0
+    start: float = field(default=0.0, metadata=SCRATCH)
 
     def __enter__(self) -> None:
         take_seconds()
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        seconds = time.perf_counter() - self._start
+        seconds = time.perf_counter() - self.start
         parts = take_seconds()
         parts["mix"] = seconds - sum(parts.values())
-        for part in PARTS:
-            self._seconds[part] += parts.get(part, 0.0)
+        self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, PARTS, strict=True)]
         self.total_seconds += seconds
-        self._steps += 1
+        self.steps += 1
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return the mean loss and the seconds by part since the last call."""
-        taken = float(self.loss) / self._steps, self._seconds
-        self.loss, self._steps, self._seconds = 0.0, 0, dict.fromkeys(PARTS, 0.0)
+        taken = float(self.loss) / self.steps, dict(zip(PARTS, self.seconds, strict=True))
+        self.loss.zero_()
+        self.steps, self.seconds = 0, [0.0] * len(PARTS)
         return taken
+
+    def check_copies(self, record: Record) -> None:
+        """Raise DivergenceError if the public copies have been running away for some records."""
+        error = record.diagnostics.get("compression_error", 0.0)
+        self.runaway = self.runaway + 1 if error > 1 else 0
+        if self.runaway == RUNAWAY_RECORDS:
+            raise DivergenceError(
+                f"the public copies have left the models behind (compression_error {error:.3g} at step {record.step}): "
+                "algorithm.gamma is too large for this compressor, or optimizer.lr is"
+            )
+
+
+class _Pause:
+    """What happens between two steps: checkpoints, and the agreement to stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        gossip: Distributed,
+        meter: _Meter,
+        course: Course,
+        folder: RunFolder | None,
+        progress: Progress | None,
+        requests: StopRequests | None,
+    ) -> None:
+        self._section = config.checkpoint
+        self._gossip = gossip
+        self._meter = meter
+        self._course = course
+        self._requests = requests
+        self._agreement = Agreement(gossip.world, gossip.steps)
+        self._last_save = time.monotonic()
+        self._begun_before_save = False
+        self._saver: Saver | None = None
+        if folder:
+            self._saver = Saver(
+                gossip.world,
+                folder.checkpoints_path,
+                gossip.identity(config.to_toml()),
+                config.checkpoint.keep_last,
+                config.checkpoint.keep_every,
+                progress.warn if progress else _ignore,
+            )
+
+    def after(self, step: int) -> Reason:
+        """Save if it is time to, and return why to stop now, if so; the last checkpoint is then stored."""
+        agreed = Signs()
+        if self._agreement.is_due(step):
+            agreed = self._agreement.next_round(step, self._signs())
+            if self._saver and self._saver.is_pending and not agreed.writing and not self._begun_before_save:
+                self._saver.publish()
+            self._begun_before_save = False
+        if agreed.stop:
+            self.end(step)
+        elif agreed.save or (self._section.every_steps and step % self._section.every_steps == 0):
+            self._save(step)
+        return Reason(agreed.stop)
+
+    def end(self, step: int) -> None:
+        """Save once more and wait for it; raise CheckpointError if that failed."""
+        self._agreement.finish()
+        if self._saver:
+            self._save(step)
+            if not self._saver.finish():
+                raise CheckpointError(f"the last checkpoint, of step {step}, could not be written: see above")
+            self._saver.close()
+
+    def _signs(self) -> Signs:
+        minutes = (time.monotonic() - self._last_save) / 60
+        return Signs(
+            stop=self._requests.reason() if self._requests else Reason.NONE,
+            save=int(bool(self._saver) and self._gossip.world.rank == 0 and 0 < self._section.every_minutes <= minutes),
+            writing=int(bool(self._saver and self._saver.is_writing)),
+        )
+
+    def _save(self, step: int) -> None:
+        if self._saver:
+            own = {f"training/{path}": leaf for path, leaf in flatten(self._meter).items()}
+            leaves = {**self._gossip.state_dict(), **own, "course": self._course.to_json()}
+            self._saver.start(step, leaves)
+            self._last_save = time.monotonic()
+            self._begun_before_save = True
+
+
+def _ignore(line: str) -> None:
+    """Take the report of another rank than 0: there is none."""
+
+
+def _restore_(
+    checkpoint: Checkpoint, gossip: Distributed, meter: _Meter, setup: _Setup, config: RunConfig, resize: bool
+) -> None:
+    """Take over the state in `checkpoint`; collective on all ranks."""
+    world, size = gossip.world, checkpoint.manifest.size
+    with together(world):
+        check_fits(checkpoint, gossip.identity(config.to_toml()), world.size, resize)
+        stored = checkpoint.read(world.rank) if size == world.size else {}
+        if stored:
+            gossip.load_state_dict(stored)
+    if not stored:
+        stored = load_resized(gossip, checkpoint)
+    prefix = "training/"
+    restore_(meter, {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)})
+    deal = dataclasses.replace(setup.deal, size=size, course=Course.from_json(str(stored["course"])))
+    setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
+
+
+def _stopped(step: int, steps: int, reason: Reason, folder: RunFolder | None) -> list[str]:
+    lines = [f"Stopped after step {step} of {steps}: {reason}."]
+    return [*lines, f"Go on with: mpicomp train --resume {folder.path}"] if folder else lines
 
 
 def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -147,12 +302,17 @@ def _set_up(config: RunConfig, world: World) -> _Setup:
     """Check everything, cheapest first, and build what this rank needs; no communication."""
     schedule, algorithm = config.check(world.size)
     dataset = _load(config)
-    partition = config.data.split(dataset.train_labels, world.size, config.run.seed)
-    per_epoch = steps_per_epoch(len(dataset.train), world.size, config.training.batch_size)
-    steps = config.training.steps or round(per_epoch * (config.training.epochs or 0))
+    deal = Deal(
+        lru_cache(partial(config.data.split, dataset.train_labels, seed=config.run.seed)),
+        len(dataset.train),
+        world.size,
+        config.training.batch_size,
+        config.run.seed,
+    )
+    deal.split(world.size)  # raises what is wrong with it
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    return _Setup(dataset, partition, schedule, algorithm, model, optimizer, per_epoch, max(1, steps))
+    return _Setup(dataset, deal, schedule, algorithm, model, optimizer, config.training)
 
 
 def _load(config: RunConfig) -> Dataset:
@@ -166,26 +326,28 @@ def _load(config: RunConfig) -> Dataset:
         return _loaded[key]
 
 
-def _header(config: RunConfig, setup: _Setup, world: World) -> list[str]:
+def _header(config: RunConfig, setup: _Setup, world: World, start: int) -> list[str]:
     """Return what a user should know before the first step."""
     n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
+    resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
     return [
         f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
         f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {steps} steps "
-        f"({steps / setup.per_epoch:.3g} epochs) of {config.training.batch_size} samples a rank",
+        f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} samples a rank",
+        *resumed,
     ]
 
 
-def _batches(config: RunConfig, setup: _Setup, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of this rank; they depend on (seed, epoch, rank, step) alone."""
+def _batches(config: RunConfig, setup: _Setup, world: World, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Yield step and batch of this rank from step `start` on; a batch depends on (seed, epoch, rank, step) alone."""
     size, seed = config.training.batch_size, config.run.seed
-    for step in range(setup.steps):
-        epoch, position = divmod(step, setup.per_epoch)
-        if position == 0:
-            order = epoch_indices(setup.partition, seed, epoch, world.rank, setup.per_epoch, size)
-        chosen = order[position * size : (position + 1) * size]
-        yield setup.dataset.batch("train", chosen, world.device, (seed, epoch, world.rank, position))
+    for step in range(start, setup.steps):
+        epoch, place = setup.deal.position(step)
+        if place == 0 or step == start:
+            order = setup.deal.order(epoch, world.rank)
+        chosen = order[place * size : (place + 1) * size]
+        yield step, setup.dataset.batch("train", chosen, world.device, (seed, epoch, world.rank, place))
 
 
 def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bool) -> Record:
@@ -199,7 +361,7 @@ def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bo
     accuracy = _averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
     return Record(
         step=gossip.steps,
-        epoch=gossip.steps / setup.per_epoch,
+        epoch=setup.epoch(gossip.steps),
         loss=fmean(losses),
         lr=gossip.local.lr,
         bytes_sent=sum(sent),

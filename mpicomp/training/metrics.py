@@ -204,6 +204,10 @@ class Progress:
             self._last_line = now
         self._last_time, self._last_bytes = now, record.bytes_sent
 
+    def warn(self, line: str) -> None:
+        """Print `line` at once, to be noticed."""
+        self._print(f"mpicomp: warning: {line}")
+
     def finish(self, summary: Sequence[str]) -> None:
         """End the live line and print `summary`."""
         self._stop()

@@ -2,6 +2,8 @@
 
 config.toml     the configuration with all defaults filled in; ``mpicomp train`` takes it as it is
 metrics.jsonl   one `Record` a line
+checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
+stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
 model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
                 the module, and the attributes ``format``, ``version`` and ``config`` (the text of config.toml)
@@ -51,7 +53,8 @@ class RunFolder:
         for file in (folder.config_path, folder.metrics_path, folder.result_path):
             if file.exists():
                 raise ConfigError(
-                    f"the run folder {path} already holds a run ({file.name}): give another --run-dir, or remove it"
+                    f"the run folder {path} already holds a run ({file.name}): give another --run-dir, remove it, or "
+                    "go on with it (--resume)"
                 )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,16 @@ class RunFolder:
     def result_path(self) -> Path:
         """The result."""
         return self.path / "result.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def stop_path(self) -> Path:
+        """The file that asks the run to stop."""
+        return self.path / "stop"
 
     @property
     def model_path(self) -> Path:
@@ -138,6 +151,23 @@ class RunFolder:
                 if number < len(lines):
                     raise CheckpointError(f"{self.metrics_path}: line {number} is damaged: {error}") from error
         return records
+
+    def rewind(self, step: int) -> None:
+        """Drop all records after `step`, and what the run has left since: it goes on from there."""
+        kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
+        with _replacing(self.metrics_path) as path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        for path in (self.stop_path, self.result_path, self.model_path):
+            path.unlink(missing_ok=True)
+
+    def load_result(self) -> Result | None:
+        """Return the result, or None if the run has not ended well; raise CheckpointError if it is damaged."""
+        try:
+            return Result(**json.loads(self.result_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.result_path}: is damaged: {error}") from error
 
     def save_result(self, result: Result) -> None:
         """Write the result, all of it or nothing."""

@@ -38,6 +38,7 @@ from mpicomp.training.parameters import Choice, Factory, parameters
 from mpicomp.training.partition import PARTITIONS, Indices, partition
 from mpicomp.training.schedule import SCHEDULES
 from mpicomp.training.schedule import Schedule as LearningRate
+from mpicomp.training.stopping import signal_number
 
 Values = dict[str, Any]
 B = TypeVar("B")
@@ -125,6 +126,16 @@ class RunSection(Section):
 
     evaluate_every_epochs: PositiveInt = 1
     """Epochs from one evaluation of the averaged model to the next; the last step is always evaluated."""
+
+    stop_signal: str = "USR1"
+    """The signal that asks the run to store a checkpoint and to end with exit code 75; on any rank."""
+
+    hang_timeout_s: float = Field(600.0, ge=0, allow_inf_nan=False)
+    """Seconds without a step after which a rank says what it waits for, and the run is ended; 0 for never."""
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Look the signal up."""
+        signal_number(self.stop_signal)
 
 
 class DataSection(Section):
@@ -314,6 +325,25 @@ class TrainingSection(Section):
         return self
 
 
+class CheckpointSection(Section):
+    """``[checkpoint]``: when the state of all ranks is stored, and which of the checkpoints are kept."""
+
+    every_steps: PositiveInt | None = None
+    """Steps from one checkpoint to the next."""
+
+    every_minutes: float = Field(15.0, ge=0, allow_inf_nan=False)
+    """Minutes from one checkpoint to the next; 0 for none by the clock. A run's end and a stop store one anyway."""
+
+    keep_last: NonNegativeInt = 2
+    """How many to keep, the newest; 0 for all."""
+
+    keep_every: PositiveInt | None = None
+    """Steps: those at a multiple of it are kept beside."""
+
+    stop_before_end_s: float = Field(120.0, ge=0, allow_inf_nan=False)
+    """How long before the end of the time limit to stop; at most a quarter of the limit."""
+
+
 SECTIONS: dict[str, type[Section]] = {
     "run": RunSection,
     "data": DataSection,
@@ -324,6 +354,7 @@ SECTIONS: dict[str, type[Section]] = {
     "optimizer": OptimizerSection,
     "schedule": ScheduleSection,
     "training": TrainingSection,
+    "checkpoint": CheckpointSection,
 }
 SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
 

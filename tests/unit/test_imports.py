@@ -11,6 +11,7 @@ ROOT = Path(mpicomp.__file__).parent
 ORDER = [
     "errors",
     "timing",
+    "slurm",
     "topology",
     "kernels",
     "compression",

@@ -3,8 +3,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from mpicomp.algorithms.base import SCRATCH
 from mpicomp.checkpoint.tree import flatten, restore_
+from mpicomp.compression.base import SCRATCH
 from mpicomp.errors import CheckpointError
 
 

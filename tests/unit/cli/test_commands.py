@@ -36,6 +36,7 @@ def test_a_run_leaves_its_folder(config, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Results: out" in result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoints",
         "config.toml",
         "metrics.jsonl",
         "model.h5",
@@ -80,7 +81,7 @@ def test_plot_makes_a_picture(config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train"], 2, "Missing argument 'CONFIG.toml'"),
+        (["train"], 2, "give a configuration file, or a run to go on with"),
         (["train", "none.toml", "--loopback", "2"], 2, "mpicomp: error: none.toml: there is no such file"),
         (["train", "small.toml", "--loopback", "0"], 2, "'--loopback': 0 is not in the range x>=1"),
         (["train", "small.toml", "--loopbak", "2"], 2, "No such option"),

@@ -36,7 +36,9 @@ def model():
 @pytest.mark.parametrize("file", ["config.toml", "metrics.jsonl", "result.json"])
 def test_a_folder_that_holds_a_run_is_refused(tmp_path, file):
     (tmp_path / file).write_text("")
-    with pytest.raises(ConfigError, match=rf"already holds a run \({file}\): give another --run-dir, or remove it"):
+    with pytest.raises(
+        ConfigError, match=rf"already holds a run \({file}\): give another --run-dir, remove it, or go on"
+    ):
         RunFolder.create(tmp_path)
 
 

@@ -1,0 +1,240 @@
+"""The checkpoints of a run: a folder a step, complete or not there.
+
+    checkpoints/latest                         the name of the newest one
+    checkpoints/step_00000400/manifest.json    what it is, and size and SHA-256 of every file; written last
+    checkpoints/step_00000400/rank_00003.h5    the state of one rank (`mpicomp.checkpoint.hdf5`)
+    checkpoints/.step_00000500.tmp/            one that is being written, or was when its run was killed
+
+Whatever the moment at which a run dies: a folder without manifest is not a checkpoint, and a folder gets its name when
+it is complete and on the disk. No MPI here; one rank calls what changes the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
+from mpicomp.checkpoint.tree import Leaf
+from mpicomp.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank_{rank:05d}.h5"
+
+
+def step_folder(step: int) -> str:
+    """Return the name of the folder of a step."""
+    return f"step_{step:08d}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Attributes:
+        step: steps done.
+        size: ranks.
+        algorithm: with its hyper-parameters and compressor.
+        topology: name and digest of the graph.
+        model: class and number of parameters.
+        config: the text of config.toml, empty for a script of the user's own.
+        versions: of mpicomp, torch and others, by name.
+        created: date and time (ISO 8601, UTC).
+        slurm_job: the job that wrote it, or None.
+        files: what each file must be, by name.
+
+    """
+
+    step: int
+    size: int
+    algorithm: str
+    topology: str
+    model: str
+    config: str
+    versions: Mapping[str, str]
+    created: str
+    slurm_job: str | None
+    files: Mapping[str, Digest] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the text of ``manifest.json``."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Manifest:
+        """Read the text of `path`; raise CheckpointError if it is not a manifest that this program knows."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if values.pop("format") != FORMAT:
+                raise CheckpointError(f"{path}: is not the manifest of a checkpoint of mpicomp")
+            if (version := values.pop("version")) > VERSION:
+                raise CheckpointError(hdf5.newer(path, version))
+            files = {str(name): Digest(**digest) for name, digest in values.pop("files").items()}
+            manifest = cls(**values, files=files)
+            if sorted(files) != [rank_file(rank) for rank in range(manifest.size)]:
+                raise CheckpointError(f"{path}: lists {len(files)} files for {manifest.size} ranks")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
+        return manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, rank: int, names: Collection[str] | None = None) -> dict[str, Leaf]:
+        """Return the leaves of a rank, or those of `names`; raise CheckpointError if its file is damaged."""
+        return hdf5.read(self.path / rank_file(rank), self.manifest.files[rank_file(rank)], names)
+
+    def verify(self) -> list[str]:
+        """Return a sentence for each damage, over all files; an empty list if the checkpoint is sound."""
+        return [
+            problem
+            for name, digest in sorted(self.manifest.files.items())
+            for problem in hdf5.damaged(self.path / name, digest)
+        ]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder of a step; raise CheckpointError if there is none, or no sound manifest."""
+    manifest = path / MANIFEST
+    try:
+        text = manifest.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path}: is not a checkpoint: it has no {MANIFEST}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{manifest}: cannot be read: {error}") from error
+    found = Manifest.from_json(text, manifest)
+    if path.resolve().name != step_folder(found.step):
+        raise CheckpointError(f"{manifest}: is the manifest of step {found.step}, not of {path.resolve().name}")
+    return Checkpoint(path, found)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The folder with the checkpoints of a run."""
+
+    path: Path
+
+    def temporary(self, step: int) -> Path:
+        """Return the folder into which the ranks write before the checkpoint is published."""
+        return self.path / f".{step_folder(step)}.tmp"
+
+    def begin(self, step: int) -> Path:
+        """Make the temporary folder of `step`, empty, and remove what earlier runs have left unfinished."""
+        with _named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".step_*"):
+                shutil.rmtree(leftover)
+            self.temporary(step).mkdir()
+        return self.temporary(step)
+
+    def publish(self, manifest: Manifest) -> Checkpoint:
+        """Give the temporary folder of a step, in which all ranks have written, its manifest and its name."""
+        temporary, final = self.temporary(manifest.step), self.path / step_folder(manifest.step)
+        with _named(self.path):
+            _write(temporary / MANIFEST, manifest.to_json())
+            _flush(temporary)
+            if final.exists():  # of a run that went on from an earlier checkpoint
+                self._remove(final)
+            temporary.rename(final)
+            _replace(self.path / LATEST, final.name + "\n")
+            _flush(self.path)
+        return Checkpoint(final, manifest)
+
+    def discard(self, step: int) -> None:
+        """Remove the temporary folder of `step`."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def all(self) -> list[Checkpoint]:
+        """Return the published checkpoints by ascending step; raise CheckpointError if a manifest is damaged."""
+        return [open_checkpoint(path) for path in self._published()]
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, or None if there is none; raise CheckpointError if its manifest is damaged."""
+        published = self._published()
+        try:
+            named = self.path / (self.path / LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError, ValueError):
+            named = None
+        if named in published:
+            return open_checkpoint(named)
+        return open_checkpoint(published[-1]) if published else None
+
+    def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
+        """Remove all checkpoints but the newest `keep_last` >= 1 and those at a multiple of `keep_every` steps.
+
+        Return the removed folders.
+        """
+        assert keep_last >= 1
+        old = [path for path in self._published()[:-keep_last] if not keep_every or _step(path) % keep_every]
+        with _named(self.path):
+            for path in old:
+                self._remove(path)
+        return old
+
+    def _published(self) -> list[Path]:
+        """Return the folders that have a name and a manifest, by ascending step."""
+        found = [path for path in self.path.glob("step_*") if _STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
+        return sorted(found, key=_step)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint: its name first, so that half of it can never be taken for a whole one."""
+        hidden = path.with_name(f".{path.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write(temporary, text)
+    temporary.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into ours, which name `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: {error.strerror or error}") from error

@@ -1,0 +1,76 @@
+"""Writing behind training: a copy of the state in memory, and a thread that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpicomp.checkpoint.hdf5 import Digest, write
+from mpicomp.checkpoint.tree import Leaf
+from mpicomp.errors import CheckpointError
+
+
+class Writer:
+    """Writes one file at a time. The copy's memory is kept for the next one; for a GPU's state it is pinned."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._future: Future[Digest | CheckpointError] | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a file is being written."""
+        return self._future is not None and not self._future.done()
+
+    def start(self, path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]) -> None:
+        """Copy the leaves and begin to write the copy; the caller may change them as soon as this returns."""
+        assert self._future is None, "wait for the last file first"
+        copies = self._copy(leaves)
+        self._future = self._executor.submit(_write, path, copies, attributes)
+
+    def wait(self) -> Digest | CheckpointError:
+        """Wait for the file and return what it must be, or what went wrong."""
+        assert self._future is not None, "nothing is being written"
+        outcome = self._future.result()
+        self._future = None
+        return outcome
+
+    def close(self) -> None:
+        """End the thread; a file that is being written is finished first."""
+        self._executor.shutdown()
+
+    def _copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+        self._copies = {path: copy for path, copy in self._copies.items() if _fits(copy, leaves.get(path))}
+        copies: dict[str, Leaf] = {}
+        devices: set[torch.device] = set()
+        for path, leaf in leaves.items():
+            if isinstance(leaf, Tensor):
+                is_remote = leaf.device.type == "cuda"
+                if path not in self._copies:
+                    self._copies[path] = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=is_remote)
+                self._copies[path].copy_(leaf.detach(), non_blocking=is_remote)
+                devices.update({leaf.device} if is_remote else ())
+                copies[path] = self._copies[path]
+            else:
+                copies[path] = leaf
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return copies
+
+
+def _fits(copy: Tensor, leaf: Leaf | None) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape == copy.shape and leaf.dtype == copy.dtype
+
+
+def _write(
+    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]
+) -> Digest | CheckpointError:
+    try:
+        return write(path, leaves, attributes)
+    except CheckpointError as error:
+        return error
