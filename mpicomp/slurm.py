@@ -1,11 +1,74 @@
-"""What the environment of a process tells about its Slurm job. Pure functions of the environment; no MPI."""
+"""The Slurm job that this process is part of, as its environment and Slurm's own commands tell. No MPI."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+_COMMAND_S = 10.0
+"""How long a command of Slurm may take; a busy controller is asked once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Slurm job.
+
+    Attributes:
+        number: its id; that of the task for a job array.
+        name: its name.
+        nodes: how many.
+        tasks: how many ranks it was made for, or None.
+        restarts: how often it was requeued.
+        end_time: unix seconds at which its time limit ends it, or None.
+
+    """
+
+    number: str
+    name: str
+    nodes: int
+    tasks: int | None
+    restarts: int
+    end_time: float | None
+
+
+def current_job(environ: Mapping[str, str]) -> Job | None:
+    """Return the job of this process, or None outside of Slurm."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    tasks = environ.get("SLURM_NTASKS")
+    return Job(
+        number=environ["SLURM_JOB_ID"],
+        name=environ.get("SLURM_JOB_NAME", ""),
+        nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
+        tasks=int(tasks) if tasks else None,
+        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
+        end_time=job_end_time(environ),
+    )
 
 
 def job_end_time(environ: Mapping[str, str]) -> float | None:
-    """Return when the Slurm job will be ended, in unix seconds, or None outside of a job with a time limit."""
-    end = environ.get("SLURM_JOB_END_TIME", "")
-    return float(end) if end.isdigit() else None
+    """Return when the time limit ends the job, in unix seconds; None outside of a job, or if nobody can tell.
+
+    Newer versions of Slurm put it into the environment; others are asked, so let one rank do it.
+    """
+    job, end = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdigit():
+        return float(end)
+    if job is None:
+        return None
+    answer = run("squeue", "--noheader", "--jobs", job, "--format", "%e")
+    try:
+        return datetime.fromisoformat((answer or "").split()[0]).timestamp()
+    except (IndexError, ValueError):  # a job without a limit, or no squeue inside a container
+        return None
+
+
+def run(*command: str) -> str | None:
+    """Return what a command of Slurm prints, or None if it is not there, fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -166,7 +166,7 @@ def train(
     The signal USR1, a file named stop in the run folder, or the nearing time limit make it store a checkpoint and end
     with exit code 75, which means: run me again, with --resume.
     """
-    end_time = job_end_time(os.environ) if time_limit is None else time.time() + time_limit
+    end_time = None if time_limit is None else time.time() + time_limit
     request = _Request(config, overrides, run_dir, resume, resize, end_time, is_debug(ctx))
     is_finished = _train_on_mpi(request) if loopback is None else _train_on_threads(request, loopback)
     if not is_finished:
@@ -178,7 +178,7 @@ def _train_on_threads(request: _Request, size: int) -> bool:
 
     config = request.load()
     device = choose_device(config.run.device, 0, torch.cuda.device_count())
-    requests = _stop_requests(config, request)
+    requests = StopRequests(config.run.stop_signal)
     return all(run(size, _train_guarded, config, request, requests, device=device))
 
 
@@ -194,15 +194,11 @@ def _train_on_mpi(request: _Request) -> bool:
     everyone = MpiWorld.from_environment("cpu")
     with guard(everyone, debug=request.debug):
         config = _load_together(everyone, request)
-        requests = _stop_requests(config, request)
+        requests = StopRequests(config.run.stop_signal)
         world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
         is_finished = _train_rank(world, config, request, requests)
         everyone.barrier()  # a launcher ends the others as soon as one has left with an exit code that is not 0
     return is_finished
-
-
-def _stop_requests(config: RunConfig, request: _Request) -> StopRequests:
-    return StopRequests(config.run.stop_signal, request.end_time, config.checkpoint.stop_before_end_s)
 
 
 def _load_together(world: World, request: _Request) -> RunConfig:
@@ -227,7 +223,8 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
         return go_on(config, world, folder) is not None
     for notice in world.notices:
         click.echo(notice)
-    requests.watch(folder.stop_path)
+    end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
+    requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)
     undo = nullcontext() if checkpoint else folder.kept_if_used()
     with undo, Progress(config.training.steps, config.training.epochs) as progress:
         return go_on(config, world, folder, progress) is not None

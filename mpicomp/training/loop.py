@@ -260,8 +260,8 @@ class _Pause:
 
     def _save(self, step: int) -> None:
         if self._saver:
-            own = {f"training/{path}": leaf for path, leaf in flatten(self._meter).items()}
-            leaves = {**self._gossip.state_dict(), **own, "course": self._course.to_json()}
+            own = {f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()}
+            leaves = {**self._gossip.state_dict(), **own, "data/course": self._course.to_json()}
             self._saver.start(step, leaves)
             self._last_save = time.monotonic()
             self._begun_before_save = True
@@ -283,9 +283,9 @@ def _restore_(
             gossip.load_state_dict(stored)
     if not stored:
         stored = load_resized(gossip, checkpoint)
-    prefix = "training/"
+    prefix = "meter/"
     restore_(meter, {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)})
-    deal = dataclasses.replace(setup.deal, size=size, course=Course.from_json(str(stored["course"])))
+    deal = dataclasses.replace(setup.deal, size=size, course=Course.from_json(str(stored["data/course"])))
     setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -175,6 +176,7 @@ def topology_name(schedule: Schedule) -> str:
     return f"{schedule.name} {hashlib.sha256(weights).hexdigest()[:12]}"
 
 
+@lru_cache
 def versions() -> dict[str, str]:
     """Return the versions of what a checkpoint depends on."""
     return {
@@ -202,7 +204,15 @@ def _manifest(identity: Identity, step: int, digests: list[Digest]) -> Manifest:
 
 
 def _attributes(world: World, step: int) -> dict[str, str | int | float]:
-    return {"step": step, "rank": world.rank, "size": world.size, "host": world.host, "created": _now()}
+    return {
+        "step": step,
+        "rank": world.rank,
+        "size": world.size,
+        "host": world.host,
+        "created": _now(),
+        "units": "bytes_sent: bytes; seconds: s; all else is without a unit",
+        **{f"version of {name}": text for name, text in versions().items()},
+    }
 
 
 def _now() -> str:

@@ -58,24 +58,30 @@ class StopRequests:
 
     Args:
         signal_name: the signal that asks to stop, e.g. ``"USR1"``.
-        end_time: unix seconds at which the process will be ended from outside, or None.
-        lead_s: how long before that to stop; at most a quarter of the time that is left now.
 
     Raises:
         ConfigError: a signal that cannot be caught.
 
     """
 
-    def __init__(self, signal_name: str = "USR1", end_time: float | None = None, lead_s: float = 0.0) -> None:
+    def __init__(self, signal_name: str = "USR1") -> None:
         self._file: Path | None = None
+        self._deadline: float | None = None
         self._is_signaled = False
-        now = time.time()
-        self._deadline = None if end_time is None else end_time - min(lead_s, LARGEST_LEAD * max(end_time - now, 0))
         signal.signal(signal_number(signal_name), self._handle)
 
-    def watch(self, file: Path) -> None:
-        """Let the existence of `file` ask to stop, too: on one rank, which spares the file system."""
+    def watch(self, file: Path, end_time: float | None, lead_s: float) -> None:
+        """Let a file and the clock ask to stop, too: on one rank, which spares the file system.
+
+        Args:
+            file: its existence asks to stop.
+            end_time: unix seconds at which the process will be ended from outside, or None.
+            lead_s: how long before that to stop; at most a quarter of the time that is left now.
+
+        """
         self._file = file
+        if end_time is not None:
+            self._deadline = end_time - min(lead_s, LARGEST_LEAD * max(end_time - time.time(), 0))
 
     def reason(self) -> Reason:
         """Return what asks to stop now."""

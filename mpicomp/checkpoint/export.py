@@ -1,0 +1,78 @@
+"""The averaged model of a checkpoint as a `state_dict`, for programs that know nothing of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mpicomp.checkpoint.folder import Checkpoint
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import mean_in_order
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the `state_dict` of the mean model over ranks: tensors by name.
+
+    Parameters and floating-point buffers are averaged as in training, so that the result is the run's ``model.h5``, bit
+    for bit; counters and parameters that were not trained are rank 0's.
+
+    Raises:
+        CheckpointError: a file is damaged or missing.
+
+    """
+    first = checkpoint.read(0)
+    names = [name for name, leaf in first.items() if name.startswith("model/") and isinstance(leaf, Tensor)]
+    means = {name: _mean(checkpoint, name, cast(Tensor, first[name])) for name in names}
+    parameters = dict(_split(means.pop("model/parameters"), str(first["model/tensors"])))
+    return {**parameters, **{name.split("/", 2)[2]: tensor for name, tensor in means.items()}}
+
+
+def save(model: dict[str, Tensor], path: Path) -> None:
+    """Write a `state_dict`: ``.safetensors``, or ``.pt`` for `torch.load`.
+
+    Raises:
+        ConfigError: another suffix, no safetensors installed, or a path that cannot be written.
+
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}, which say in what form to write")
+    try:
+        if path.suffix == ".safetensors":
+            _save_safetensors(model, path)
+        else:
+            torch.save(model, path)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
+
+
+def _save_safetensors(model: dict[str, Tensor], path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ConfigError("safetensors is not installed: pip install mpicomp[export]") from error
+    save_file({name: tensor.contiguous() for name, tensor in model.items()}, path)
+
+
+def _mean(checkpoint: Checkpoint, name: str, first: Tensor) -> Tensor:
+    if not first.is_floating_point() or name.startswith("model/frozen/"):
+        return first
+    others = [cast(Tensor, checkpoint.read(rank, [name])[name]) for rank in range(1, checkpoint.manifest.size)]
+    return mean_in_order([first, *others])
+
+
+def _split(flat: Tensor, tensors: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor for each part of the flat vector (n,)."""
+    start = 0
+    for name, shape in json.loads(tensors):
+        stop = start + math.prod(shape)
+        yield name, flat[start:stop].view(shape).clone()
+        start = stop
+    assert start == flat.numel()

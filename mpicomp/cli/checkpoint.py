@@ -1,0 +1,199 @@
+"""``mpicomp checkpoint``: list, verify, show, compare, remove and export what a run has stored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mpicomp.checkpoint import export as model_export
+from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, rank_file
+from mpicomp.checkpoint.tree import Leaf
+from mpicomp.errors import CheckpointError
+from mpicomp.training.metrics import readable_bytes
+from mpicomp.training.run_folder import RunFolder
+
+VOLATILE = ("random/", "meter/seconds", "meter/total_seconds")
+"""What differs between two runs that are otherwise the same."""
+
+_path = click.argument("path", type=click.Path(path_type=Path), metavar="RUN_DIR|CHECKPOINT")
+
+
+@click.group(short_help="List, verify, show, compare, remove and export checkpoints.")
+def checkpoint() -> None:
+    """List, verify, show, compare, remove and export checkpoints.
+
+    Where one checkpoint is meant, RUN_DIR stands for its newest; CHECKPOINT is RUN_DIR/checkpoints/step_...
+    """
+
+
+@checkpoint.command("ls")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def ls(run_dir: Path) -> None:
+    """List the checkpoints in RUN_DIR."""
+    found = _folder(run_dir).all()
+    table = Table("step", "created (UTC)", "ranks", "size", "algorithm", "Slurm job", box=None)
+    for one in found:
+        manifest = one.manifest
+        size = sum(digest.nbytes for digest in manifest.files.values())
+        created = manifest.created.replace("T", " ").removesuffix("+00:00")
+        cells = (
+            manifest.step,
+            created,
+            manifest.size,
+            readable_bytes(size),
+            manifest.algorithm,
+            manifest.slurm_job or "-",
+        )
+        table.add_row(*map(str, cells))
+    _console().print(table if found else f"{run_dir} has no checkpoint", markup=False)
+
+
+@checkpoint.command("verify")
+@_path
+def verify(path: Path) -> None:
+    """Read every file and compare it with its SHA-256: all checkpoints of RUN_DIR, or one.
+
+    Says which file and which dataset is damaged, and ends with exit code 6 if any is.
+    """
+    is_sound = True
+    for one in [open_checkpoint(path)] if (path / MANIFEST).exists() else _folder(path).all():
+        problems = one.verify()
+        is_sound = is_sound and not problems
+        click.echo(f"{one.path}: {'damaged' if problems else f'{one.manifest.size} files are sound'}")
+        for problem in problems:
+            click.echo(f"  {problem}")
+    if not is_sound:
+        sys.exit(CheckpointError.exit_code)
+
+
+@checkpoint.command("show")
+@_path
+@click.option("--rank", default=0, show_default=True, help="Whose file.")
+def show(path: Path, rank: int) -> None:
+    """Show what a checkpoint is, and name, shape, type and norm of everything in one rank's file."""
+    one = _one(path)
+    _check_rank(one, rank)
+    manifest, console = one.manifest, _console()
+    for key in ("step", "size", "algorithm", "topology", "model", "created", "slurm_job"):
+        console.print(f"{key:10} {getattr(manifest, key)}", markup=False)
+    console.print(f"{'versions':10} {', '.join(f'{name} {text}' for name, text in manifest.versions.items())}")
+    hdf5.check(one.path / rank_file(rank), manifest.files[rank_file(rank)])
+    table = Table("name", "shape", "type", "size", "norm or value", box=None, title=rank_file(rank))
+    for entry in hdf5.entries(one.path / rank_file(rank)):
+        shape = "x".join(map(str, entry.shape)) or "-"
+        table.add_row(entry.name, shape, entry.dtype, readable_bytes(entry.nbytes), _shown(entry.value))
+    console.print(table)
+
+
+@checkpoint.command("diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--all", "with_volatile", is_flag=True, help="Compare random generators and times, too.")
+def diff(first: Path, second: Path, with_volatile: bool) -> None:
+    """Compare two checkpoints, rank by rank, bit for bit; exit code 1 if they differ."""
+    one, other = _one(first), _one(second)
+    differences = list(_differences(one, other, with_volatile))
+    for line in differences:
+        click.echo(line)
+    if differences:
+        sys.exit(1)
+    click.echo(f"the same: step {one.manifest.step}, {one.manifest.size} ranks")
+
+
+@checkpoint.command("prune")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--keep-last", default=1, show_default=True, type=click.IntRange(min=1), help="How many of the newest.")
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at a multiple of it, too.")
+def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove old checkpoints from RUN_DIR; the newest is verified first."""
+    folder = _folder(run_dir)
+    newest = _one(run_dir)
+    if problems := newest.verify():
+        raise CheckpointError("nothing is removed, because the newest checkpoint is damaged:\n" + "\n".join(problems))
+    removed = folder.prune(keep_last, keep_every)
+    click.echo(
+        f"removed {len(removed)}: {', '.join(path.name for path in removed)}" if removed else "nothing to remove"
+    )
+
+
+@checkpoint.command("export")
+@_path
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+def export(path: Path, out: Path) -> None:
+    """Write the averaged model as OUT.safetensors, or as OUT.pt for torch.load."""
+    one = _one(path)
+    model = model_export.mean_model(one)
+    model_export.save(model, out)
+    entries = sum(tensor.numel() for tensor in model.values())
+    step, size = one.manifest.step, one.manifest.size
+    click.echo(f"{out}: {len(model)} tensors, {entries:,} entries; the mean of {size} ranks at step {step}")
+
+
+def _console() -> Console:
+    # A table in a log file must not be cut at 80 columns.
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+
+
+def _folder(run_dir: Path) -> Checkpoints:
+    return Checkpoints(RunFolder(run_dir).checkpoints_path if (run_dir / "checkpoints").is_dir() else run_dir)
+
+
+def _one(path: Path) -> Checkpoint:
+    """Return the checkpoint that `path` is, or the newest of the run folder that it is."""
+    if (path / MANIFEST).exists() or path.name.startswith("step_"):
+        return open_checkpoint(path)
+    newest = _folder(path).latest()
+    if newest is None:
+        raise CheckpointError(f"{path}: has no checkpoint")
+    return newest
+
+
+def _check_rank(one: Checkpoint, rank: int) -> None:
+    if not 0 <= rank < one.manifest.size:
+        raise CheckpointError(f"--rank {rank}: {one.path} has the ranks 0 to {one.manifest.size - 1}")
+
+
+def _differences(one: Checkpoint, other: Checkpoint, with_volatile: bool) -> Iterator[str]:
+    for key in ("step", "size", "algorithm", "topology", "model"):
+        values = getattr(one.manifest, key), getattr(other.manifest, key)
+        if values[0] != values[1]:
+            yield f"{key}: {values[0]} and {values[1]}"
+    for rank in range(min(one.manifest.size, other.manifest.size)):
+        ours, theirs = one.read(rank), other.read(rank)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if with_volatile or not name.startswith(VOLATILE):
+                difference = _difference(ours.get(name), theirs.get(name))
+                if difference:
+                    yield f"rank {rank}: {name}: {difference}"
+
+
+def _difference(ours: Leaf | None, theirs: Leaf | None) -> str:
+    """Return in what two leaves differ, or ``""``."""
+    if ours is None or theirs is None:
+        return "only in the " + ("second" if ours is None else "first")
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        same = type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))
+        return "" if same else f"{_shown(ours)} and {_shown(theirs)}"
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"{ours.dtype} {tuple(ours.shape)} and {theirs.dtype} {tuple(theirs.shape)}"
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs)]
+    if torch.equal(*bits):
+        return ""
+    wrong = int((ours != theirs).sum())
+    largest = float((ours.to(torch.float64) - theirs.to(torch.float64)).abs().max())
+    return f"{wrong:,} of {ours.numel():,} entries differ, by at most {largest:.3g}"
+
+
+def _shown(value: Leaf | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,109 @@
+"""Store, restore into new objects, go on: bit for bit what an undisturbed run does, for every method and optimizer."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from support import small
+from support.methods import DETERMINISTIC
+
+from mpicomp.algorithms import DPSGD, SSGD
+from mpicomp.errors import CheckpointError
+
+METHODS = {**DETERMINISTIC, "ssgd": SSGD()}
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, amsgrad=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-2, momentum=0.9, centered=True),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    "adadelta": lambda parameters: torch.optim.Adadelta(parameters),
+    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
+}
+
+
+def make(world, method, optimizer=None, seed=0):
+    gossip, closure = small.make(world, method, seed=seed)
+    if optimizer is not None:
+        gossip.local.optimizer = OPTIMIZERS[optimizer](list(gossip.local.model.parameters()))
+    return gossip, closure
+
+
+def check_resumes(world, folder, method, optimizer=None):
+    gossip, closure = make(world, method, optimizer)
+    for step in range(6):
+        gossip.step(closure(step))
+    gossip.save(folder, {"note": "for the caller"})
+    for step in range(6, 12):
+        gossip.step(closure(step))
+    undisturbed = gossip.local.x, gossip.bytes_sent, gossip.local.model.state_dict()
+
+    gossip, closure = make(world, method, optimizer, seed=1)
+    assert gossip.resume(folder) == {"note": "for the caller"}
+    assert gossip.steps == 6
+    for step in range(6, 12):
+        gossip.step(closure(step))
+    assert torch.equal(gossip.local.x, undisturbed[0])
+    assert gossip.bytes_sent == undisturbed[1]
+    for name, tensor in gossip.local.model.state_dict().items():
+        assert torch.equal(tensor, undisturbed[2][name]), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_bit_for_bit(world, shared_tmp_path, name):
+    check_resumes(world, shared_tmp_path, METHODS[name])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_kind_of_optimizer_goes_on_bit_for_bit(world, shared_tmp_path, optimizer):
+    check_resumes(world, shared_tmp_path, DPSGD(), optimizer)
+
+
+def test_random_generators_go_on(world, shared_tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()
+
+    gossip, _ = make(world, DPSGD())
+    draw()
+    gossip.save(shared_tmp_path)
+    expected = draw(), draw()
+    assert gossip.resume(shared_tmp_path) == {}
+    assert (draw(), draw()) == expected
+
+
+def test_nothing_to_resume(world, shared_tmp_path):
+    assert make(world, DPSGD())[0].resume(shared_tmp_path / "none") is None
+
+
+def test_a_damaged_file_is_an_error_on_every_rank(world, shared_tmp_path):
+    gossip, closure = make(world, DPSGD())
+    gossip.step(closure(0))
+    gossip.save(shared_tmp_path)
+    if world.rank == 0:
+        file = shared_tmp_path / "step_00000001" / f"rank_{world.size - 1:05d}.h5"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    world.barrier()
+    with pytest.raises(CheckpointError, match=rf"rank_{world.size - 1:05d}.h5: is damaged \(SHA-256\)"):
+        gossip.resume(shared_tmp_path)
+
+
+def test_a_failed_write_is_an_error_on_every_rank_and_leaves_the_last_checkpoint(world, shared_tmp_path):
+    gossip, closure = make(world, DPSGD())
+    gossip.save(shared_tmp_path)
+    gossip.step(closure(0))
+    if world.rank == 0:
+        (shared_tmp_path / ".step_00000001.tmp").touch()  # where the folder should be
+    world.barrier()
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1 could not be written"):
+        gossip.save(shared_tmp_path)
+    assert gossip.resume(shared_tmp_path) == {}
+    assert gossip.steps == 0
+
+
+def test_the_maximum_over_ranks_travels_while_others_are_formed(world):
+    pending = world.start_maximum([world.rank, -world.rank])
+    assert world.all_gather(world.rank) == list(range(world.size))
+    assert pending.wait() == [world.size - 1, 0]

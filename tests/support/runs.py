@@ -1,0 +1,94 @@
+"""Runs of ``mpicomp`` as a user starts them, their processes, and the comparison of what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+
+OPEN_MPI_HERE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_osc": "^ucx",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+def mpicomp(*arguments, ranks=None, timeout=120):
+    """Run a command to its end, on MPI ranks if their number is given; nothing of it is left when it hangs."""
+    process = start(*arguments, ranks=ranks)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"hung for {timeout} s: {arguments}\n{output}") from None
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def start(*arguments, ranks=None):
+    """Start a command in a process group of its own; standard error goes where output goes."""
+    launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks else []
+    return subprocess.Popen(
+        [*launcher, sys.executable, "-m", "mpicomp", *map(str, arguments)],
+        env=os.environ | OPEN_MPI_HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ranks_of(folder):
+    """Return the process ids of the ranks that train in `folder`; launchers and their daemons are left out."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[1:3] == [b"-m", b"mpicomp"] and os.fsencode(folder) in words:
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def wait_until(condition, what, timeout=60):
+    """Return when `condition` returns true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not so after {timeout} s"
+        time.sleep(0.02)
+
+
+def records(folder):
+    """Return the records of a run, without what a clock has said."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
+
+
+CLOCKS_AND_SHARED_GENERATORS = ("meter/seconds", "meter/total_seconds", "random/")
+"""What differs between equal runs: the ranks of the loopback share the generators of their process."""
+
+
+def assert_same_checkpoint(one, other):
+    """Compare two checkpoints, all ranks, bit for bit."""
+    assert one.manifest.size == other.manifest.size
+    for rank in range(one.manifest.size):
+        ours, theirs = one.read(rank), other.read(rank)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if not name.startswith(CLOCKS_AND_SHARED_GENERATORS):
+                assert _bits(ours[name]) == _bits(theirs[name]), f"rank {rank}: {name}"
+
+
+def _bits(leaf):
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, leaf.shape, leaf.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return repr(leaf)
