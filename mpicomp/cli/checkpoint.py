@@ -64,7 +64,7 @@ def verify(path: Path) -> None:
     Says which file and which dataset is damaged, and ends with exit code 6 if any is.
     """
     is_sound = True
-    for one in [open_checkpoint(path)] if (path / MANIFEST).exists() else _folder(path).all():
+    for one in [_one(path)] if _is_one(path) else _folder(path).all():
         problems = one.verify()
         is_sound = is_sound and not problems
         click.echo(f"{one.path}: {'damaged' if problems else f'{one.manifest.size} files are sound'}")
@@ -148,12 +148,16 @@ def _folder(run_dir: Path) -> Checkpoints:
 
 def _one(path: Path) -> Checkpoint:
     """Return the checkpoint that `path` is, or the newest of the run folder that it is."""
-    if (path / MANIFEST).exists() or path.name.startswith("step_"):
+    if _is_one(path):
         return open_checkpoint(path)
     newest = _folder(path).latest()
     if newest is None:
         raise CheckpointError(f"{path}: has no checkpoint")
     return newest
+
+
+def _is_one(path: Path) -> bool:
+    return (path / MANIFEST).exists() or path.name.startswith("step_")
 
 
 def _check_rank(one: Checkpoint, rank: int) -> None:

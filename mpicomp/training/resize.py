@@ -199,6 +199,9 @@ class Deal:
     def resized(self, step: int, size: int) -> Deal:
         """Return how the samples are dealt to `size` ranks from `step` on."""
         epoch, place = self.position(step)
+        if place == 0:
+            fresh = dataclasses.replace(self, size=size)
+            return dataclasses.replace(fresh, course=Course(offset=step - epoch * fresh.per_epoch))
         earlier = self.course.divisions if epoch == self.course.epoch else ()
         begun = self.per_epoch - self._left if earlier else 0
         divisions = (*earlier, Division(self.size, place - begun))
