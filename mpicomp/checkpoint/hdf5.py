@@ -2,7 +2,8 @@
 
 A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. Tensors are chunked and carry Fletcher's 32-bit checksum
 for each chunk; bfloat16 and float16 are stored as their 16 bits in uint16, with their type in the attribute ``dtype``.
-Numbers and texts are scalar datasets. The root's attributes say what the file is. Nothing is pickled, and plain h5py or
+Numbers and texts are scalar datasets with their type in the
+attribute ``type``. The root's attributes say what the file is. Nothing is pickled, and plain h5py or
 ``h5ls -r`` shows everything.
 
 Whether a file is the one that was written is decided by its size and SHA-256, before HDF5 looks at it: a damaged header
@@ -12,8 +13,9 @@ can make HDF5 crash. The checksums of the chunks then tell which tensor is damag
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,12 @@ _READ_NBYTES = 2**22
 
 _AS_BITS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FROM_BITS = {name: dtype for dtype, name in _AS_BITS.items()}
+_PYTHON: dict[str, Callable[[h5py.Dataset], Leaf]] = {
+    "bool": lambda dataset: bool(dataset[()]),
+    "int": lambda dataset: int(dataset[()]),
+    "float": lambda dataset: float(dataset[()]),
+    "str": lambda dataset: str(dataset.asstr()[()]),
+}
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,46 @@ def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str |
 
     """
     try:
-        with h5py.File(path, "w", track_order=True, locking="best-effort") as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION, **attributes})
-            for name, leaf in leaves.items():
-                _write_leaf(file, name, leaf)
-        digest = _digest(path)
-        _flush(path)
-    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as the one or the other
+        with _Output(path) as output:
+            with h5py.File(output, "w", track_order=True) as file:
+                file.attrs.update({"format": FORMAT, "version": VERSION, **attributes})
+                for name, leaf in leaves.items():
+                    _write_leaf(file, name, leaf)
+            if output.failure is not None:
+                raise output.failure
+            os.fsync(output.fileno())
+        return _digest(path)
+    except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
-    return digest
+
+
+class _Output(io.FileIO):
+    """A file that HDF5 writes to, and that never fails while it does.
+
+    HDF5 cannot give up a file: after a write that failed, as on a full disk, it tries again when it closes the file and
+    when it frees its objects, and keeps the file open for good. So the first failure is kept here, for `write`.
+    """
+
+    failure: OSError | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+b")
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, unless an earlier write has failed."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view) and self.failure is None:
+            try:
+                done += super().write(view[done:]) or 0
+            except OSError as error:
+                self.failure = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length, unless a write has failed."""
+        return super().truncate(size) if self.failure is None else size or 0
 
 
 def read(path: Path, digest: Digest | None = None, names: Collection[str] | None = None) -> dict[str, Leaf]:
@@ -127,7 +165,7 @@ def damaged(path: Path, digest: Digest) -> list[str]:
 def _write_leaf(file: h5py.File, name: str, leaf: Leaf) -> None:
     if not isinstance(leaf, Tensor):
         dataset = file.create_dataset(name, data=leaf, dtype=h5py.string_dtype() if isinstance(leaf, str) else None)
-        dataset.attrs["dtype"] = type(leaf).__name__
+        dataset.attrs["type"] = type(leaf).__name__
         return
     values = _array(leaf)
     shape = values.shape
@@ -144,11 +182,9 @@ def _write_leaf(file: h5py.File, name: str, leaf: Leaf) -> None:
 def _read_leaf(path: Path, file: h5py.File, name: str) -> Leaf:
     try:
         dataset = file[name]
+        if "type" in dataset.attrs:
+            return _PYTHON[dataset.attrs["type"]](dataset)
         kind = str(dataset.attrs["dtype"])
-        if kind == "str":
-            return str(dataset.asstr()[()])
-        if kind in ("bool", "int", "float"):
-            return {"bool": bool, "int": int, "float": float}[kind](dataset[()])  # type: ignore[no-any-return]
         values = torch.from_numpy(np.array(dataset[()]))
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {_reason(error)}") from error
@@ -248,14 +284,6 @@ def _damaged_tensors(path: Path) -> list[str]:
     except CheckpointError as error:
         wrong.append(str(error).removeprefix(f"{path}: "))
     return wrong
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,196 @@
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from mpicomp.checkpoint import folder as module
+from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint.folder import Checkpoints, Manifest, open_checkpoint, rank_file
+from mpicomp.errors import CheckpointError
+
+
+def manifest(step, files):
+    return Manifest(
+        step=step,
+        size=len(files),
+        algorithm="DPSGD()",
+        topology="ring 0",
+        model="Linear",
+        config="",
+        versions={"torch": "2"},
+        created="2026-01-01T00:00:00+00:00",
+        slurm_job=None,
+        files={rank_file(rank): digest for rank, digest in enumerate(files)},
+    )
+
+
+def save(checkpoints, step, size=2):
+    folder = checkpoints.begin(step)
+    digests = [hdf5.write(folder / rank_file(rank), leaves(step, rank), {}) for rank in range(size)]
+    return checkpoints.publish(manifest(step, digests))
+
+
+def leaves(step, rank):
+    return {"x": torch.arange(50.0) + step + rank, "step": step}
+
+
+def check(checkpoint, step):
+    assert checkpoint.manifest.step == step
+    for rank in range(checkpoint.manifest.size):
+        found = checkpoint.read(rank)
+        assert found["step"] == step
+        assert torch.equal(found["x"], leaves(step, rank)["x"])
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.path.iterdir())
+
+
+def test_the_newest_is_found(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest() is None
+    for step in (100, 20):  # the run went on from step 10, say: what was published last counts
+        check(save(checkpoints, step), step)
+        check(checkpoints.latest(), step)
+    assert names(checkpoints) == ["latest", "step_00000020", "step_00000100"]
+    assert [one.manifest.step for one in checkpoints.all()] == [20, 100]
+
+
+def test_without_latest_it_is_the_highest_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 20)
+    save(checkpoints, 10)
+    for text in (None, "step_00000099\n", "../elsewhere", "\0"):
+        (tmp_path / "latest").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "latest").write_text(text)
+        check(checkpoints.latest(), 20)
+
+
+def test_a_folder_without_manifest_is_never_chosen(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    (tmp_path / "step_00000020" / "manifest.json").unlink()
+    check(checkpoints.latest(), 10)
+    assert len(checkpoints.all()) == 1
+
+
+def test_the_manifest_comes_back_and_is_readable(tmp_path):
+    written = save(Checkpoints(tmp_path), 7).manifest
+    assert open_checkpoint(tmp_path / "step_00000007").manifest == written
+    text = json.loads((tmp_path / "step_00000007" / "manifest.json").read_text())
+    assert text["format"] == "mpicomp checkpoint"
+    assert text["files"]["rank_00001.h5"]["nbytes"] == (tmp_path / "step_00000007" / "rank_00001.h5").stat().st_size
+
+
+def test_a_step_that_is_stored_again_takes_the_place_of_the_old(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10, size=3)
+    save(checkpoints, 10, size=2)
+    assert checkpoints.latest().manifest.size == 2
+    assert names(checkpoints) == ["latest", "step_00000010"]
+
+
+def test_leftovers_of_a_dead_run_are_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (checkpoints.begin(10) / "rank_00000.h5").write_text("half")
+    assert checkpoints.latest() is None
+    save(checkpoints, 20)
+    assert names(checkpoints) == ["latest", "step_00000020"]
+
+
+def test_what_is_discarded_leaves_the_others(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    checkpoints.begin(20)
+    checkpoints.discard(20)
+    assert names(checkpoints) == ["latest", "step_00000010"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [(1, None, [50]), (2, None, [40, 50]), (9, None, [10, 20, 30, 40, 50]), (1, 20, [20, 40, 50])],
+)
+def test_prune(tmp_path, keep_last, keep_every, kept):
+    checkpoints = Checkpoints(tmp_path)
+    for step in range(10, 60, 10):
+        save(checkpoints, step)
+    removed = checkpoints.prune(keep_last, keep_every)
+    assert [one.manifest.step for one in checkpoints.all()] == kept
+    assert len(removed) + len(kept) == 5
+    assert not any(path.exists() for path in removed)
+
+
+OPERATIONS = ["os.fsync", "os.rename", "shutil.rmtree", "os.replace", "os.mkdir", "os.unlink"]
+
+
+@pytest.mark.parametrize("crash_at", range(40))
+def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, crash_at):
+    """Every change of the file system may be the last one; what is left is one checkpoint after the other, whole."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    left = [crash_at]
+
+    class Crash(BaseException):
+        pass
+
+    def crashing(operation):
+        def call(*arguments, **options):
+            if left[0] == 0:
+                raise Crash
+            left[0] -= 1
+            return operation(*arguments, **options)
+
+        return call
+
+    for holder, name in [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]:
+        monkeypatch.setattr(holder, name, crashing(getattr(holder, name)))
+    try:
+        save(checkpoints, 30)
+        checkpoints.prune(1)
+        done = True
+    except Crash:
+        done = False
+    monkeypatch.undo()
+    newest = checkpoints.latest()
+    check(newest, newest.manifest.step)
+    assert newest.manifest.step in ([30] if done else [20, 30])
+    for one in checkpoints.all():
+        check(one, one.manifest.step)
+    save(checkpoints, 40)
+    check(checkpoints.latest(), 40)
+    assert not [name for name in names(checkpoints) if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "x"}, "is not the manifest of a checkpoint of mpicomp"),
+        ({"version": 9}, "was written by a newer mpicomp"),
+        ({"step": 11}, "is the manifest of step 11, not of step_00000010"),
+        ({"size": 5}, "lists 2 files for 5 ranks"),
+        ({"files": {}}, "lists 0 files for 2 ranks"),
+        ({"files": 3}, "is damaged"),
+        ({"surplus": 3}, "is damaged"),
+    ],
+)
+def test_a_wrong_manifest_is_named(tmp_path, change, message):
+    path = save(Checkpoints(tmp_path), 10).path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=rf"manifest.json: .*{message}"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: Not a directory"):
+        Checkpoints(tmp_path / "file" / "checkpoints").begin(1)
+
+
+def test_the_version_of_files_and_manifest_is_one():
+    assert module.VERSION == hdf5.VERSION
+    assert dataclasses.is_dataclass(Manifest)

@@ -1,0 +1,167 @@
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from support.tmpfs import small_disk  # noqa: F401
+
+from mpicomp.checkpoint import hdf5
+from mpicomp.errors import CheckpointError
+
+TENSORS = {
+    **{
+        str(dtype).removeprefix("torch."): torch.linspace(-3, 3, 1001).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8)
+    },
+    "uint8": torch.arange(256, dtype=torch.uint8),
+    "bool": torch.arange(10) % 3 == 0,
+    "complex": torch.complex(torch.randn(5), torch.randn(5)),
+    "matrix": torch.randn(17, 33),
+    "wide": torch.randn(3, 400_000),
+    "transposed": torch.randn(17, 33).T,
+    "every_other": torch.randn(100)[::2],
+    "scalar": torch.tensor(1.5),
+    "half_scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+    "empty": torch.empty(0),
+    "empty_rows": torch.empty(0, 3),
+    "one": torch.tensor([7.0]),
+    "not_finite": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
+}
+NUMBERS = {
+    "int": 2**62,
+    "negative": -3,
+    "float": 0.1,
+    "nan": math.nan,
+    "inf": -math.inf,
+    "true": True,
+    "text": "ä\n",
+    "nothing": "",
+}
+LEAVES = {f"tensors/{name}": leaf for name, leaf in TENSORS.items()} | {
+    f"numbers/{name}": leaf for name, leaf in NUMBERS.items()
+}
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        return bytes(one.clone(memory_format=torch.contiguous_format).untyped_storage()) == bytes(
+            other.untyped_storage()
+        )
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_leaf_comes_back_bit_for_bit(tmp_path, name):
+    digest = hdf5.write(tmp_path / "file.h5", {name: LEAVES[name]}, {})
+    (found,) = hdf5.read(tmp_path / "file.h5", digest).values()
+    assert same(LEAVES[name], found)
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    import hashlib
+
+    file = tmp_path / "file.h5"
+    digest = hdf5.write(file, LEAVES, {})
+    assert digest == hdf5.Digest(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def test_plain_h5py_reads_it(tmp_path):
+    hdf5.write(tmp_path / "file.h5", LEAVES, {"step": 7})
+    with h5py.File(tmp_path / "file.h5") as file:
+        assert dict(file.attrs) == {"format": "mpicomp checkpoint", "version": 1, "step": 7}
+        assert np.array_equal(file["tensors/float32"][()], TENSORS["float32"].numpy())
+        assert file["tensors/float32"].fletcher32
+        assert file["tensors/wide"].fletcher32
+        half = file["tensors/bfloat16"]
+        assert (half.dtype, half.attrs["dtype"]) == (np.uint16, "bfloat16")
+        assert file["numbers/int"][()] == 2**62
+        assert file["numbers/text"].asstr()[()] == "ä\n"
+
+
+def test_some_leaves_alone(tmp_path):
+    hdf5.write(tmp_path / "file.h5", LEAVES, {})
+    assert set(hdf5.read(tmp_path / "file.h5", names=["numbers/int", "tensors/one"])) == {
+        "numbers/int",
+        "tensors/one",
+    }
+    with pytest.raises(CheckpointError, match=r"file.h5: the dataset /tensors/none is damaged or missing"):
+        hdf5.read(tmp_path / "file.h5", names=["tensors/none"])
+
+
+def test_entries_show_shape_type_size_and_norm(tmp_path):
+    hdf5.write(tmp_path / "file.h5", LEAVES, {})
+    found = {entry.name: entry for entry in hdf5.entries(tmp_path / "file.h5")}
+    assert found.keys() == LEAVES.keys()
+    assert found["tensors/matrix"] == hdf5.Entry(
+        "tensors/matrix", (17, 33), "float32", 17 * 33 * 4, float(TENSORS["matrix"].double().norm())
+    )
+    assert found["tensors/bfloat16"].dtype == "bfloat16"
+    assert found["tensors/int64"].value is None
+    assert found["numbers/float"].value == 0.1
+
+
+def flip(file, offset):
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        old = opened.read(1)
+        opened.seek(offset)
+        opened.write(bytes([old[0] ^ 4]))
+
+
+@pytest.mark.parametrize("name", ["tensors/float32", "tensors/bfloat16", "tensors/matrix", "tensors/wide"])
+def test_the_damaged_dataset_is_named(tmp_path, name):
+    file = tmp_path / "file.h5"
+    digest = hdf5.write(file, LEAVES, {})
+    assert hdf5.damaged(file, digest) == []
+    with h5py.File(file) as opened:
+        chunk = opened[name].id.get_chunk_info(opened[name].id.get_num_chunks() - 1)
+    flip(file, chunk.byte_offset + chunk.size // 2)
+    assert hdf5.damaged(file, digest) == [f"{file}: is damaged (SHA-256): the dataset /{name}"]
+    with pytest.raises(CheckpointError, match=rf"the dataset /{name} is damaged"):
+        hdf5.read(file)  # by Fletcher's checksum alone
+    with pytest.raises(CheckpointError, match=r"file.h5: is damaged \(SHA-256\)"):
+        hdf5.read(file, digest)
+
+
+def test_other_damages_are_told_apart(tmp_path):
+    file = tmp_path / "file.h5"
+    digest = hdf5.write(file, {"x": torch.randn(1000), "n": 1234567}, {})
+    content = file.read_bytes()
+    file.write_bytes(content.replace((1234567).to_bytes(8, "little"), (1234568).to_bytes(8, "little")))
+    (sentence,) = hdf5.damaged(file, digest)
+    assert sentence.endswith("outside of all tensors: in the header, a name or a number")
+    file.write_bytes(content[:-7])
+    assert hdf5.damaged(file, digest) == [f"{file}: is cut off: {len(content) - 7:,} bytes instead of {len(content):,}"]
+    file.unlink()
+    assert hdf5.damaged(file, digest) == [f"{file}: the file is missing"]
+
+
+def test_files_of_others_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none.h5: there is no such file"):
+        hdf5.read(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("x" * 5000)
+    with pytest.raises(CheckpointError, match=r"text.h5: is damaged, HDF5 cannot open it"):
+        hdf5.read(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(CheckpointError, match=r"other.h5: is not a checkpoint of mpicomp"):
+        hdf5.read(tmp_path / "other.h5")
+    hdf5.write(tmp_path / "newer.h5", {"x": 1}, {})
+    with h5py.File(tmp_path / "newer.h5", "r+") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(CheckpointError, match=r"written by a newer mpicomp \(format version 2, this program reads 1\)"):
+        hdf5.read(tmp_path / "newer.h5")
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(small_disk):  # noqa: F811
+    with pytest.raises(CheckpointError, match=r"file.h5: cannot be written: No space left on device"):
+        hdf5.write(small_disk / "file.h5", {"x": torch.randn(2_000_000)}, {})
+    assert list(small_disk.iterdir()) == []
+    hdf5.write(small_disk / "file.h5", {"x": torch.randn(100)}, {})
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none/file.h5: cannot be written: No such file or directory"):
+        hdf5.write(tmp_path / "none" / "file.h5", {"x": 1}, {})
