@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ VERSION = 1
 
 CHUNK_NBYTES = 2**20
 """Bytes of a chunk, and what is written at a time: HDF5 keeps Python's lock meanwhile, about a millisecond."""
+
+FLUSH_NBYTES = 2**25
+"""Bytes written before the disk is asked to take them."""
 
 _READ_NBYTES = 2**22
 
@@ -89,24 +93,41 @@ def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str |
                     _write_leaf(file, name, leaf)
             if output.failure is not None:
                 raise output.failure
-            os.fsync(output.fileno())
-        return _digest(path)
+            flushed = output.flush_behind()
+            digest = _digest(path)
+            flushed.result()
+        return digest
     except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 class _Output(io.FileIO):
-    """A file that HDF5 writes to, and that never fails while it does.
+    """A file that HDF5 writes to, that never fails while it does, and that is brought to the disk meanwhile.
 
     HDF5 cannot give up a file: after a write that failed, as on a full disk, it tries again when it closes the file and
     when it frees its objects, and keeps the file open for good. So the first failure is kept here, for `write`.
+    The disk works while checksums are computed, and not only afterwards.
     """
 
     failure: OSError | None = None
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w+b")
+        self._flusher = ThreadPoolExecutor(1, "flusher")
+        self._flushed: Future[None] | None = None
+        self._since_flush = 0
+
+    def close(self) -> None:
+        """Wait for the disk and close the file."""
+        self._flusher.shutdown()
+        super().close()
+
+    def flush_behind(self) -> Future[None]:
+        """Begin to bring to the disk what was written so far."""
+        self._since_flush = 0
+        self._flushed = self._flusher.submit(os.fsync, self.fileno())
+        return self._flushed
 
     def write(self, data: Any) -> int:
         """Write all of `data`, unless an earlier write has failed."""
@@ -117,6 +138,9 @@ class _Output(io.FileIO):
                 done += super().write(view[done:]) or 0
             except OSError as error:
                 self.failure = error
+        self._since_flush += done
+        if self._since_flush >= FLUSH_NBYTES and (self._flushed is None or self._flushed.done()):
+            self.flush_behind()
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
