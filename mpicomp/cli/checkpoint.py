@@ -188,8 +188,7 @@ def _difference(ours: Leaf | None, theirs: Leaf | None) -> str:
         return "" if same else f"{_shown(ours)} and {_shown(theirs)}"
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"{ours.dtype} {tuple(ours.shape)} and {theirs.dtype} {tuple(theirs.shape)}"
-    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs)]
-    if torch.equal(*bits):
+    if ours.numel() == 0 or torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs))):
         return ""
     wrong = int((ours != theirs).sum())
     largest = float((ours.to(torch.float64) - theirs.to(torch.float64)).abs().max())
