@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Job:
         tasks: how many ranks it was made for, or None.
         restarts: how often it was requeued.
         end_time: unix seconds at which its time limit ends it, or None.
+        is_requeued: whether Slurm may queue it again; None if nobody can tell.
 
     """
 
@@ -31,6 +33,7 @@ class Job:
     tasks: int | None
     restarts: int
     end_time: float | None
+    is_requeued: bool | None
 
 
 def current_job(environ: Mapping[str, str]) -> Job | None:
@@ -38,6 +41,7 @@ def current_job(environ: Mapping[str, str]) -> Job | None:
     if "SLURM_JOB_ID" not in environ:
         return None
     tasks = environ.get("SLURM_NTASKS")
+    requeue = re.search(r"\bRequeue=([01])", run("scontrol", "show", "job", environ["SLURM_JOB_ID"]) or "")
     return Job(
         number=environ["SLURM_JOB_ID"],
         name=environ.get("SLURM_JOB_NAME", ""),
@@ -45,6 +49,7 @@ def current_job(environ: Mapping[str, str]) -> Job | None:
         tasks=int(tasks) if tasks else None,
         restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
         end_time=job_end_time(environ),
+        is_requeued=requeue[1] == "1" if requeue else None,
     )
 
 
@@ -65,10 +70,17 @@ def job_end_time(environ: Mapping[str, str]) -> float | None:
         return None
 
 
-def run(*command: str) -> str | None:
+def srun_speaks() -> list[str]:
+    """Return how srun can start the ranks of an MPI, such as ``pmi2`` and ``pmix``; nothing without Slurm."""
+    done = run("srun", "--mpi=list", stderr=subprocess.STDOUT) or ""  # some versions list on standard error
+    listed = re.findall(r"^(?:srun:)?\s+(\w+)$", done.partition("specific pmix")[0], re.MULTILINE)
+    return sorted(set(listed) - {"none"})
+
+
+def run(*command: str, stderr: int = subprocess.DEVNULL) -> str | None:
     """Return what a command of Slurm prints, or None if it is not there, fails or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=_COMMAND_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

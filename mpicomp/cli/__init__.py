@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "train": "Train the model of a configuration file, on all ranks of mpiexec.",
     "evaluate": "Test the model of a finished run.",
     "plot": "Draw loss, accuracy and consensus of one or more runs.",
+    "checkpoint": "List, verify, show, compare, remove and export checkpoints.",
+    "slurm": "Write the batch script of a run, and send it.",
     "topology": "Show a graph over ranks: neighbors, weights, spectral gap.",
     "data": "Show, fetch and check data sets.",
     "doctor": "Examine MPI, launcher and GPUs, and say what to do.",

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +16,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mpicomp import slurm
 from mpicomp.errors import ExchangeError
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ class Report:
         library: the MPI library; None if it could not be started.
         places: where each rank runs.
         trials: what was tried for real, by name.
+        job: the Slurm job around it; None outside of one.
+        srun_speaks: what srun can start ranks with; empty without Slurm.
 
     """
 
@@ -43,6 +48,8 @@ class Report:
     library: Library | None = None
     places: list[Place] = field(default_factory=list)
     trials: dict[str, Trial] = field(default_factory=dict)
+    job: slurm.Job | None = None
+    srun_speaks: list[str] = field(default_factory=list)
 
 
 @click.command(short_help="Examine MPI, launcher and GPUs, and say what to do.")
@@ -71,13 +78,18 @@ def doctor(as_json: bool, timeout: float) -> None:
         trials["one-sided window"] = probe.attempt(world, probe.try_window)
         watchdog.stage = "leaving"
         library = probe.examine_library()
+        watchdog.stage = "asking Slurm"
+        # One rank asks: a controller serves thousands.
+        job, srun_speaks = world.broadcast(_ask_slurm() if world.rank == 0 else (None, []))
         report = Report(
             problems=find_problems(library, places, trials),
-            advice=find_advice(places),
+            advice=find_advice(places) + find_slurm_advice(library.version, len(places), job, srun_speaks, os.environ),
             software=_versions(),
             library=library,
             places=places,
             trials=trials,
+            job=job,
+            srun_speaks=srun_speaks,
         )
         if world.rank == 0:
             _print(report, as_json)
@@ -122,6 +134,58 @@ def find_advice(places: list[Place]) -> list[str]:
             "there is an NVIDIA GPU that torch cannot use: install a torch built for CUDA, or check the driver"
         )
     return advice
+
+
+def find_slurm_advice(
+    library: str, size: int, job: slurm.Job | None, srun_speaks: list[str], environ: Mapping[str, str]
+) -> list[str]:
+    """Return what is to be known about Slurm.
+
+    Args:
+        library: the MPI library's own text.
+        size: how many ranks there are.
+        job: the job around them, if there is one.
+        srun_speaks: the plugins of ``srun --mpi=list``.
+        environ: the environment of rank 0.
+
+    """
+    from mpicomp.exchange.launcher import family
+
+    advice = []
+    if srun_speaks:
+        wanted = {"MPICH": "pmi2", "Open MPI": "pmix"}.get(family(library), "")
+        if wanted and any(name == wanted or name.startswith(f"{wanted}_") for name in srun_speaks):
+            if job is None:
+                advice.append(
+                    f"Slurm is here: start ranks of this MPI with srun --mpi={wanted} (see mpicomp slurm script)"
+                )
+        else:
+            advice.append(
+                f"srun speaks {', '.join(srun_speaks)}, which this MPI may not understand: start its own mpirun inside "
+                "the job (mpicomp slurm script --mpi mpirun)"
+            )
+    if job is None:
+        return advice
+    if job.tasks is not None and job.tasks != size and "SLURM_STEP_ID" not in environ:
+        advice.append(
+            f"job {job.number} was made for {job.tasks} tasks, but {size} rank(s) run: start all of them with srun or "
+            'mpirun -n "$SLURM_NTASKS"'
+        )
+    if job.is_requeued is False:
+        advice.append(f"job {job.number} will not be queued again when it is stopped: send it with --requeue")
+    if job.end_time is None:
+        advice.append(
+            f"job {job.number} does not tell its time limit: if it has one, give it to mpicomp train as --time-limit"
+        )
+    if environ.get("SLURM_CPUS_PER_TASK") and "SLURM_STEP_ID" not in environ and "SRUN_CPUS_PER_TASK" not in environ:
+        advice.append(
+            "srun does not inherit --cpus-per-task from Slurm 22.05 on: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"
+        )
+    return advice
+
+
+def _ask_slurm() -> tuple[slurm.Job | None, list[str]]:
+    return slurm.current_job(os.environ), slurm.srun_speaks()
 
 
 _REMEDIES = {
@@ -187,13 +251,24 @@ def _facts(report: Report, library: Library) -> Table:
         "GPU-aware": ", ".join(f"{kind} {'yes' if yes else 'no'}" for kind, yes in library.gpu_support.items())
         or "cannot be asked",
         "ranks": f"{len(places)} on {len({place.host for place in places})} host(s)",
+        "Slurm": _job(report.job) if report.job else None,
+        "srun speaks": ", ".join(report.srun_speaks) or None,
         "crowded": "yes" if any(place.core_share < 1 - 1e-9 for place in places) else "no",
         "GPUs": len({place.uuid for place in places if place.uuid}) or "none: running on the CPU",
         **report.software,
     }
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        if value is not None:
+            table.add_row(name, str(value))
     return table
+
+
+def _job(job: slurm.Job) -> str:
+    left = "no end known" if job.end_time is None else f"{max(job.end_time - time.time(), 0) / 60:.0f} min left"
+    return (
+        f"job {job.number} ({job.name}), {job.tasks or '?'} task(s) on {job.nodes} node(s), {left}, "
+        f"requeued {job.restarts} time(s)"
+    )
 
 
 def _ranks(places: list[Place]) -> Table:

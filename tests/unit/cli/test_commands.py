@@ -40,6 +40,7 @@ def test_a_run_leaves_its_folder(config, tmp_path):
         "config.toml",
         "metrics.jsonl",
         "model.h5",
+        "ranks.json",
         "result.json",
     ]
     stored = json.loads((tmp_path / "out" / "result.json").read_text())
