@@ -7,6 +7,7 @@ set-up, diagnostics and evaluation and is not counted in ``bytes_sent``; trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
 import torch
@@ -59,6 +60,104 @@ class Exchange(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Mail:
+    """A message out of a mailbox.
+
+    Attributes:
+        number: the first on its edge is 1; none is left out.
+        step: the sender's, when it sent this.
+        payload: what it sent, to be kept as long as one likes.
+
+    """
+
+    number: int
+    step: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a rank knows of a neighbor without asking it.
+
+    Attributes:
+        step: the last one that it has announced.
+        is_done: whether it has announced its end.
+        silent_s: seconds since its last sign of life. A rank that computes for long without a call is silent too.
+        has_ended: whether its process has gone without that; known on the same machine only.
+
+    """
+
+    step: int
+    is_done: bool
+    silent_s: float
+    has_ended: bool
+
+
+class Mailbox(Protocol):
+    """One-sided messages between neighbors: nobody waits, and nothing is lost, torn or reordered.
+
+    A sender may be `depth` messages ahead of the reader on each edge; a further one is refused until the reader has
+    read. Making one, `settle` and `free` are collective on all ranks; nothing else is.
+
+    Attributes:
+        how: the way the bytes take, for people.
+        bytes_sent: payloads, headers and notes.
+        torn: how often a message was looked at while it was still arriving.
+
+    """
+
+    rank: int
+    size: int
+    bytes_sent: int
+    torn: int
+    topology: Topology
+
+    @property
+    def how(self) -> str:
+        """The way the bytes take, for people."""
+
+    def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
+        """Send `payload` to those of `targets` that have room, and return them. `payload` may be changed afterwards.
+
+        Raises:
+            ExchangeError: the message is longer than the slots, or the transport failed.
+
+        """
+
+    def room(self, target: int) -> int:
+        """Return how many messages `target` would take now."""
+
+    def receive(self, layout: Layout) -> dict[int, list[Mail]]:
+        """Return what has arrived since the last call: by source rank, ascending, each in the order it was sent.
+
+        Raises:
+            ExchangeError: a message is of another layout, or damaged.
+
+        """
+
+    def latest(self, layout: Layout) -> dict[int, Mail]:
+        """Return the last message that has arrived from each source since the last call; older ones are skipped."""
+
+    def announce(self, step: int, is_done: bool = False) -> None:
+        """Tell all neighbors this rank's step, and whether it has finished."""
+
+    def peers(self) -> dict[int, Peer]:
+        """Return what is known of each neighbor."""
+
+    def poke(self) -> None:
+        """Let messages pass, for the middle of a long computation; costs next to nothing."""
+
+    def pause(self) -> None:
+        """Leave the core to others for a moment; in every loop that waits for mail."""
+
+    def settle(self) -> None:
+        """Wait until everything that was put has arrived, and can be received (collective on all ranks)."""
+
+    def free(self) -> None:
+        """Give the memory back; what was not received is lost (collective on all ranks)."""
+
+
 class Maximum(Protocol):
     """A maximum over all ranks under way."""
 
@@ -80,6 +179,12 @@ class World(Protocol):
 
     def exchange(self, schedule: Schedule) -> Exchange:
         """Return the exchange over the edges of `schedule`, whose size must be this world's."""
+
+    def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> Mailbox:
+        """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
+
+        A source may be `depth` messages ahead of its reader: `depth` times `nbytes` bytes of memory for each source.
+        """
 
     def all_gather(self, value: T) -> list[T]:
         """Return the (small, picklable) values of all ranks, by rank."""

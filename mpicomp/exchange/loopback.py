@@ -23,7 +23,10 @@ from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_message, check_schedule, mean_in_order
 from mpicomp.exchange.guard import is_agreed
+from mpicomp.exchange.loopback_mailbox import Delays, LoopbackBoard
+from mpicomp.exchange.mailbox import SlotMailbox, slots_of
 from mpicomp.exchange.placement import core_share, thread_count
+from mpicomp.exchange.watchdog import Waiting
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule, Topology
 
@@ -59,6 +62,7 @@ class _Round:
 
     def __init__(self, size: int) -> None:
         self.values: list[Any] = [None] * size
+        self.missing = set(range(size))
         self.waiting: list[_Seat] = []
 
 
@@ -70,9 +74,10 @@ class _Hub:
     Python's interpreter lock would mostly wake each other.
     """
 
-    def __init__(self, size: int, cores: int) -> None:
+    def __init__(self, size: int, cores: int, delays: Delays | None = None) -> None:
         self.size = size
         self.cores = cores
+        self.delays = delays
         self.error: BaseException | None = None
         self.failed_rank: int | None = None
         self._lock = threading.Lock()
@@ -82,6 +87,10 @@ class _Hub:
         self._ready: deque[_Seat] = deque()
         self._present = size
         self._blocked = 0
+        # By rank, whichever thread comes first, so that a run on one core can be repeated.
+        with self._lock:
+            for seat in self._seats:
+                self._make_ready(seat)
 
     def fail(self, error: BaseException, rank: int | None = None) -> None:
         """Stop all ranks because of `error` on `rank`; the first error wins."""
@@ -91,9 +100,7 @@ class _Hub:
     def enter(self, rank: int) -> None:
         """Wait for a core to begin on."""
         with self._lock:
-            seat = self._seats[rank]
-            self._make_ready(seat)
-            self._await_core(seat)
+            self._await_core(self._seats[rank])
             self._check_alive()
 
     def leave(self) -> None:
@@ -120,7 +127,8 @@ class _Hub:
             seat = self._seats[rank]
             seat.missing = {sender for sender in senders if not seat.inbox[sender]}
             if seat.missing:
-                self._sleep(seat)
+                with Waiting("message", lambda: [source for _, source in self._snapshot(seat.missing)]):
+                    self._sleep(seat)
             self._check_alive()
             return [seat.inbox[sender].popleft() for sender in senders]
 
@@ -132,21 +140,41 @@ class _Hub:
                 if message.readers == 0:
                     message.pool.append(message.wire)
 
-    def gather(self, rank: int, value: T) -> list[T]:
-        """Return the values of all ranks, when all have called this."""
+    def gather(self, rank: int, value: T, operation: str) -> list[T]:
+        """Return the values of all ranks, when all have called this; `operation` is what it is for, for people."""
         with self._lock:
             self._check_alive()
             current = self._round
             current.values[rank] = value
-            if len(current.waiting) < self.size - 1:
+            current.missing.discard(rank)
+            if current.missing:
                 current.waiting.append(self._seats[rank])
-                self._sleep(self._seats[rank])
+                with Waiting(operation, lambda: self._snapshot(current.missing)):
+                    self._sleep(self._seats[rank])
                 self._check_alive()
             else:
                 self._round = _Round(self.size)
                 for seat in current.waiting:
                     self._wake(seat)
             return list(current.values)
+
+    def pause(self, rank: int) -> None:
+        """Let another rank run if one is ready: at the end of the queue, each gets its turn."""
+        with self._lock:
+            self._check_alive()
+            if self._ready:
+                seat = self._seats[rank]
+                seat.may_run = False
+                self._ready.append(seat)
+                self._hand_on_core()
+                with Waiting("mail", list):
+                    self._await_core(seat)
+                self._check_alive()
+
+    def _snapshot(self, missing: set[T]) -> list[T]:
+        """Return what is missing, which changes under the lock; for threads that do not hold it."""
+        with self._lock:
+            return list(missing)
 
     def _sleep(self, seat: _Seat) -> None:
         self._blocked += 1
@@ -292,17 +320,27 @@ class LoopbackWorld:
         self._exchanges += 1
         return LoopbackExchange(self._hub, self.rank, self._exchanges, schedule, self.device)
 
+    def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> SlotMailbox:
+        """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
+        check_schedule(topology, self.size)
+        hub, rank = self._hub, self.rank
+        slots = slots_of(topology, rank, nbytes, depth)
+        board = LoopbackBoard(
+            rank, slots, hub.delays, lambda: hub.pause(rank), lambda value: hub.gather(rank, value, "mailbox")
+        )
+        return SlotMailbox(self, board, topology, nbytes, depth)
+
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank: the objects themselves, not copies."""
-        return self._hub.gather(self.rank, value)
+        return self._hub.gather(self.rank, value, "all_gather")
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value: the object itself, not a copy."""
-        return self._hub.gather(self.rank, value)[0]
+        return self._hub.gather(self.rank, value, "broadcast")[0]
 
     def broadcast_(self, x: Tensor) -> None:
         """Overwrite `x` by rank 0's."""
-        root = self._hub.gather(self.rank, x)[0]
+        root = self._hub.gather(self.rank, x, "broadcast_")[0]
         if self.rank != 0:
             x.copy_(root)
         self.barrier()
@@ -317,7 +355,7 @@ class LoopbackWorld:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._hub.gather(self.rank, None)
+        self._hub.gather(self.rank, None, "barrier")
 
     def abort(self, exit_code: int) -> NoReturn:
         """Stop all ranks; `run` raises ``SystemExit(exit_code)``."""
@@ -339,10 +377,11 @@ class LoopbackMaximum:
 
 def _mean_(hub: _Hub, rank: int, x: Tensor) -> None:
     """Average `x` over all ranks: as many ranks as there are cores average a piece each, and all copy all pieces."""
-    vectors = hub.gather(rank, x.detach().view(-1))
+    vectors = hub.gather(rank, x.detach().view(-1), "mean_")
     workers = min(hub.size, hub.cores)
     begin, end = (len(vectors[rank]) * min(i, workers) // workers for i in (rank, rank + 1))
-    means = hub.gather(rank, mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None)
+    mean = mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None
+    means = hub.gather(rank, mean, "mean_")
     # Nobody overwrites a vector before all have read it: the second gather is a barrier too.
     torch.cat([mean for mean in means if mean is not None], out=vectors[rank])
 
@@ -352,10 +391,20 @@ def run(
     function: Callable[..., R],
     *args: Any,
     device: torch.device | str = "cpu",
+    cores: int | None = None,
+    delays: Delays | None = None,
 ) -> list[R]:
     """Call ``function(world, *args)`` on `size` ranks and return the results, by rank.
 
     Threads of torch are divided among the ranks as they are under MPI on one machine.
+
+    Args:
+        size: the number of ranks.
+        function: what each does.
+        args: what it gets beside its world.
+        device: of the tensors.
+        cores: how many ranks may run at a time; as many as there are cores if None, and the same run again with one.
+        delays: of the mailbox's messages.
 
     Raises:
         ExchangeError: the ranks wait for each other for ever.
@@ -365,10 +414,10 @@ def run(
     if size < 1:
         raise ValueError(f"size = {size}: there must be at least one rank")
     results: list[Any] = [None] * size
-    cores = os.sched_getaffinity(0)
-    hub = _Hub(size, len(cores))
+    allowed = os.sched_getaffinity(0)
+    hub = _Hub(size, cores or len(allowed), delays)
     threads_before = torch.get_num_threads()
-    threads_each = thread_count(core_share(cores, [cores] * size))
+    threads_each = thread_count(core_share(allowed, [allowed] * size))
 
     def serve(rank: int) -> None:
         torch.set_num_threads(threads_each)

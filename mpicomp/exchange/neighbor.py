@@ -70,7 +70,7 @@ class NeighborExchange:
             wire = self._staging.pack(payload, layout)
             requests += [self.comm.Isend(wire, target) for target in targets]
             self.bytes_sent += wire.nbytes * len(targets)
-        self._pending = _NeighborPending(self, requests, layout, sources)
+        self._pending = _NeighborPending(self, requests, layout, sources, targets)
         return self._pending
 
     @timed("exchange")
@@ -78,7 +78,7 @@ class NeighborExchange:
         """Average `x` over all ranks, in place, by MPI's all-reduce: summed in x's precision and in MPI's order."""
         host = _reducible(x)
         request = self.comm.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
-        wait_all([request], is_polite=self._is_polite)
+        wait_all([request], is_polite=self._is_polite, operation="mean_")
         host /= self.size
         if host.data_ptr() != x.data_ptr():
             x.detach().copy_(host.view_as(x))
@@ -88,9 +88,11 @@ class NeighborExchange:
         """Give the communicator back to MPI, which has some two thousand of them (collective on all ranks)."""
         self.comm.Free()
 
-    def _finish(self, requests: list[MPI.Request], layout: Layout, sources: list[int]) -> dict[int, Payload]:
+    def _finish(
+        self, requests: list[MPI.Request], layout: Layout, sources: list[int], targets: list[int]
+    ) -> dict[int, Payload]:
         statuses = [MPI.Status() for _ in requests]
-        wait_all(requests, statuses, is_polite=self._is_polite)
+        wait_all(requests, statuses, is_polite=self._is_polite, peers=[*sources, *targets])
         self._pending = None
         sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
         payloads = self._staging.unpack(layout, sizes)
@@ -103,18 +105,24 @@ class _NeighborPending:
     """An exchange under way."""
 
     def __init__(
-        self, exchange: NeighborExchange, requests: list[MPI.Request], layout: Layout, sources: list[int]
+        self,
+        exchange: NeighborExchange,
+        requests: list[MPI.Request],
+        layout: Layout,
+        sources: list[int],
+        targets: list[int],
     ) -> None:
         self._exchange = exchange
         self._requests = requests
         self._layout = layout
         self._sources = sources
+        self._targets = targets
 
     @timed("exchange")
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending."""
         assert self._exchange._pending is self, "waited for twice"
-        return self._exchange._finish(self._requests, self._layout, self._sources)
+        return self._exchange._finish(self._requests, self._layout, self._sources, self._targets)
 
 
 def _reducible(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.library import MPI
+from mpicomp.exchange.watchdog import Waiting
 
 SPIN_S = 50e-6
 """How long to poll at full speed: most messages between ranks that run at the same time arrive within it."""
@@ -32,21 +33,50 @@ def poll(is_done: Callable[[], bool]) -> None:
         pause = min(2 * pause, SLEEP_MAX_S)
 
 
-def wait_all(requests: Sequence[MPI.Request], statuses: list[MPI.Status] | None = None, *, is_polite: bool) -> None:
-    """Wait for all `requests`; `is_polite` where another rank needs this core.
+def wait_all(
+    requests: Sequence[MPI.Request],
+    statuses: list[MPI.Status] | None = None,
+    *,
+    is_polite: bool,
+    operation: str = "message",
+    peers: Sequence[int] | None = None,
+) -> None:
+    """Wait for all `requests`, and note for the watchdog what for.
+
+    Args:
+        requests: those that are complete already do no harm.
+        statuses: overwritten by those of the requests, if given.
+        is_polite: whether another rank needs this core.
+        operation: what it is, for people.
+        peers: the rank at the other end of each request; None where all ranks take part.
 
     Raises:
         ExchangeError: the transport failed, or a message was longer than its receive buffer.
 
     """
-    pending = list(requests)
-    try:
-        if is_polite:
-            poll(lambda: MPI.Request.Testall(pending, statuses))
-        else:
-            MPI.Request.Waitall(pending, statuses)
-    except MPI.Exception as error:
-        raise _failure(error, statuses) from error
+    pending, found = list(requests), [MPI.Status() for _ in requests]
+    missing = set(range(len(pending)))
+
+    def advance(some: Callable[[list[MPI.Request], list[MPI.Status]], list[int] | None]) -> bool:
+        done = some(pending, found)
+        if done is None:
+            return True
+        for place, index in enumerate(done):
+            missing.discard(index)
+            if statuses is not None:
+                statuses[index] = found[place]
+                found[place] = MPI.Status()
+        return not missing
+
+    with Waiting(operation, None if peers is None else lambda: [peers[index] for index in list(missing)]):
+        try:
+            if is_polite:
+                poll(lambda: advance(MPI.Request.Testsome))
+            else:
+                while not advance(MPI.Request.Waitsome):
+                    pass
+        except MPI.Exception as error:
+            raise _failure(error, found) from error
 
 
 def _failure(error: MPI.Exception, statuses: list[MPI.Status] | None) -> ExchangeError:

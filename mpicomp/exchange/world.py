@@ -18,10 +18,12 @@ from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.base import check_schedule, mean_in_order
 from mpicomp.exchange.guard import agree
 from mpicomp.exchange.library import MPI
+from mpicomp.exchange.mailbox import SlotMailbox
+from mpicomp.exchange.mailbox_choice import Progress, Reach, Transport, make_mailbox, try_reach
 from mpicomp.exchange.neighbor import NeighborExchange
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, core_share, shared_gpus, thread_count
 from mpicomp.exchange.wait import wait_all
-from mpicomp.topology.base import Schedule
+from mpicomp.topology.base import Schedule, Topology
 
 T = TypeVar("T")
 
@@ -58,6 +60,7 @@ class MpiWorld:
         node.Free()
         torch.set_num_threads(thread_count(self.core_share))
         self.device = self._choose_device(device, allow_shared_gpu)
+        self._reach: Reach | None = None
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
 
     @classmethod
@@ -77,13 +80,35 @@ class MpiWorld:
         check_schedule(schedule, self.size)
         return NeighborExchange(self, schedule)
 
+    def mailbox(
+        self,
+        topology: Topology,
+        nbytes: int,
+        depth: int = 2,
+        transport: Transport = "auto",
+        progress: Progress = "auto",
+    ) -> SlotMailbox:
+        """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
+
+        `transport` and `progress` say how the bytes travel, and whether a thread moves them on; "auto" tries what the
+        ranks at hand need.
+        """
+        check_schedule(topology, self.size)
+        return make_mailbox(self, topology, nbytes, depth, transport, progress)
+
+    def reach(self) -> Reach:
+        """Return where a put arrives while its target does nothing; tried once, and then collective on all ranks."""
+        if self._reach is None:
+            self._reach = try_reach(self)
+        return self._reach
+
     def all_gather(self, value: T) -> list[T]:
         """Return the (small, picklable) values of all ranks, by rank."""
         mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
         sizes = np.empty(self.size, dtype=np.int64)
-        self.wait(self.comm.Iallgather(np.array([mine.size], dtype=np.int64), sizes))
+        self.wait(self.comm.Iallgather(np.array([mine.size], dtype=np.int64), sizes), "all_gather")
         everything = np.empty(int(sizes.sum()), dtype=np.uint8)
-        self.wait(self.comm.Iallgatherv(mine, (everything, sizes)))
+        self.wait(self.comm.Iallgatherv(mine, (everything, sizes)), "all_gather")
         pieces = np.split(everything, np.cumsum(sizes)[:-1])
         return [pickle.loads(piece.tobytes()) for piece in pieces]
 
@@ -92,10 +117,10 @@ class MpiWorld:
         nbytes = np.zeros(1, dtype=np.int64)
         data = np.frombuffer(pickle.dumps(value), dtype=np.uint8).copy() if self.rank == 0 else np.empty(0, np.uint8)
         nbytes[0] = data.size
-        self.wait(self.comm.Ibcast(nbytes, root=0))
+        self.wait(self.comm.Ibcast(nbytes, root=0), "broadcast")
         if self.rank != 0:
             data = np.empty(int(nbytes[0]), dtype=np.uint8)
-        self.wait(self.comm.Ibcast(data, root=0))
+        self.wait(self.comm.Ibcast(data, root=0), "broadcast")
         result: T = value if self.rank == 0 else pickle.loads(data.tobytes())
         return result
 
@@ -103,7 +128,7 @@ class MpiWorld:
         """Overwrite `x` by rank 0's."""
         for block in torch.split(x.detach().view(-1), _BLOCK):
             host = block.cpu()
-            self.wait(self.comm.Ibcast(_bytes(host), root=0))
+            self.wait(self.comm.Ibcast(_bytes(host), root=0), "broadcast_")
             if self.rank != 0:
                 block.copy_(host)
 
@@ -126,16 +151,17 @@ class MpiWorld:
                 self.comm.Ialltoallv(
                     [_bytes(host), counts, MPI.BYTE],
                     [_bytes(gathered.view(-1)), np.full(self.size, counts[self.rank]), MPI.BYTE],
-                )
+                ),
+                "mean_",
             )
             mean = mean_in_order(list(gathered))
             result = torch.empty_like(host)
-            self.wait(self.comm.Iallgatherv(_bytes(mean), [_bytes(result), counts, MPI.BYTE]))
+            self.wait(self.comm.Iallgatherv(_bytes(mean), [_bytes(result), counts, MPI.BYTE]), "mean_")
             block.copy_(result)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.wait(self.comm.Ibarrier())
+        self.wait(self.comm.Ibarrier(), "barrier")
 
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once; the launcher ends with `exit_code`.
@@ -148,9 +174,9 @@ class MpiWorld:
         self.comm.Abort(exit_code)
         os._exit(exit_code)
 
-    def wait(self, *requests: MPI.Request) -> None:
-        """Wait for `requests`, politely where ranks outnumber cores."""
-        wait_all(requests, is_polite=self.is_polite)
+    def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
+        """Wait for the `request` of a collective operation, politely where ranks outnumber cores."""
+        wait_all([request], is_polite=self.is_polite, operation=operation)
 
     def _choose_device(self, kind: DeviceKind, allow_shared_gpu: bool) -> torch.device:
         device, error = torch.device("cpu"), None
@@ -183,7 +209,7 @@ class MpiMaximum:
 
     def wait(self) -> list[int]:
         """Return the largest of each of the values that the ranks have given."""
-        self._world.wait(self._request)
+        self._world.wait(self._request, "maximum")
         return [int(value) for value in self._values]
 
 

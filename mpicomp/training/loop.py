@@ -22,6 +22,7 @@ from mpicomp.compression.base import SCRATCH
 from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
+from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.timing import take_seconds
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
@@ -101,48 +102,54 @@ def train(
             checkpoint that could not be written.
 
     """
-    with together(world):
-        setup = _set_up(config, world)
-    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
-    meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device))
-    seed_random(config.run.seed, world.rank)
-    if checkpoint:
-        _restore_(checkpoint, gossip, meter, setup, config, resize)
-        if folder and world.rank == 0:
-            folder.save_config(config)
-            folder.rewind(checkpoint.manifest.step)
-    learning_rate = config.schedule.build(setup.epoch(setup.steps))
-    pause = _Pause(config, gossip, meter, setup.deal.course, folder, progress, requests)
-    if progress:
-        progress.start(_header(config, setup, world, gossip.steps))
-    for step, (inputs, targets) in _batches(config, setup, world, gossip.steps):
-        done = step + 1
-        for group in setup.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
-        with meter:
-            meter.loss += gossip.step(partial(_loss, setup.model, inputs, targets))
-        evaluate_now = done == setup.steps or setup.epoch(done) % config.run.evaluate_every_epochs == 0
-        if evaluate_now or done % config.run.log_every == 0:
-            gossip.check_finite()
-            record = _record(gossip, setup, meter, evaluate_now)
-            meter.check_copies(record)
+    with Watchdog(world, config.run.hang_timeout_s) as watchdog:
+        with together(world):
+            setup = _set_up(config, world)
+        watchdog.moved()
+        gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+        meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device))
+        seed_random(config.run.seed, world.rank)
+        if checkpoint:
+            _restore_(checkpoint, gossip, meter, setup, config, resize)
             if folder and world.rank == 0:
-                folder.append(record)
-            if progress:
-                progress.update(record)
-        if done < setup.steps and (reason := pause.after(done)):
-            if progress:
-                progress.finish(_stopped(done, setup.steps, reason, folder))
-            return None
-    result = _result(config, gossip, setup, meter, record)
-    with gossip.averaged() as model:
+                folder.save_config(config)
+                folder.rewind(checkpoint.manifest.step)
+        learning_rate = config.schedule.build(setup.epoch(setup.steps))
+        pause = _Pause(config, gossip, meter, setup.deal.course, folder, progress, requests)
         if folder and world.rank == 0:
-            folder.save_model(model, config)
-            folder.save_result(result)
-    pause.end(setup.steps)
-    if folder and progress:
-        progress.finish(summary(result, folder.path))
-    return result
+            folder.save_ranks(watchdog.members)
+        if progress:
+            progress.start(_header(config, setup, world, gossip.steps), gossip.steps / setup.steps)
+        for step, (inputs, targets) in _batches(config, setup, world, gossip.steps):
+            done = step + 1
+            for group in setup.optimizer.param_groups:
+                group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
+            with meter:
+                meter.loss += gossip.step(partial(_loss, setup.model, inputs, targets))
+            watchdog.moved(done)
+            evaluate_now = done == setup.steps or setup.epoch(done) % config.run.evaluate_every_epochs == 0
+            if evaluate_now or done % config.run.log_every == 0:
+                gossip.check_finite()
+                record = _record(gossip, setup, meter, evaluate_now)
+                watchdog.moved()
+                meter.check_copies(record)
+                if folder and world.rank == 0:
+                    folder.append(record)
+                if progress:
+                    progress.update(record)
+            if done < setup.steps and (reason := pause.after(done)):
+                if progress:
+                    progress.finish(_stopped(done, setup.steps, reason, folder))
+                return None
+        result = _result(config, gossip, setup, meter, record)
+        with gossip.averaged() as model:
+            if folder and world.rank == 0:
+                folder.save_model(model, config)
+                folder.save_result(result)
+        pause.end(setup.steps)
+        if folder and progress:
+            progress.finish(summary(result, folder.path))
+        return result
 
 
 @dataclass

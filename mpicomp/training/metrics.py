@@ -171,6 +171,7 @@ class Progress:
         self._live: Live | None = None
         self._started = self._last_time = self._last_line = time.monotonic()
         self._last_bytes = 0
+        self._begun = 0.0
         self._accuracy: float | None = None
 
     def __enter__(self) -> Progress:
@@ -181,8 +182,9 @@ class Progress:
     ) -> None:
         self._stop()
 
-    def start(self, header: Sequence[str]) -> None:
-        """Print `header` and begin to count time."""
+    def start(self, header: Sequence[str], begun: float = 0.0) -> None:
+        """Print `header` and begin to count time; `begun` is the part of the run that an earlier start has done."""
+        self._begun = begun
         self._print(*header)
         self._started = self._last_time = self._last_line = time.monotonic()
         if self._console.is_terminal:
@@ -232,7 +234,8 @@ class Progress:
     def _line(self, record: Record, now: float) -> str:
         accuracy = f"{self._accuracy:7.2%}" if self._accuracy is not None else "      -"
         rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
-        left = (now - self._started) * max(1 / max(self._done(record), 1e-9) - 1, 0)
+        done = self._done(record)
+        left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
         sent = f"{readable_bytes(record.bytes_sent):>8} ({rate:.3g} MB/s)"
         return (
             f"epoch {record.epoch:6.2f}  step {record.step:6}  loss {record.loss:7.4f}  accuracy {accuracy}  "

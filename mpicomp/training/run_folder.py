@@ -2,6 +2,7 @@
 
 config.toml     the configuration with all defaults filled in; ``mpicomp train`` takes it as it is
 metrics.jsonl   one `Record` a line
+ranks.json      host and process of each rank, of the last start: MPICH's launcher names a killed process, not its rank
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
@@ -11,9 +12,10 @@ model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange.watchdog import Member
 from mpicomp.training.config import RunConfig
 from mpicomp.training.metrics import Record, Result, to_json
 
@@ -96,6 +99,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def ranks_path(self) -> Path:
+        """Where each rank of the last start runs, or ran."""
+        return self.path / "ranks.json"
+
+    @property
     def checkpoints_path(self) -> Path:
         """The checkpoints."""
         return self.path / "checkpoints"
@@ -117,7 +125,8 @@ class RunFolder:
             yield
         except BaseException:
             if not self.metrics_path.exists():
-                self.config_path.unlink(missing_ok=True)
+                for path in (self.config_path, self.ranks_path):
+                    path.unlink(missing_ok=True)
                 with suppress(OSError):  # the user's own files stay, and their folder with them
                     self.path.rmdir()
             raise
@@ -126,6 +135,11 @@ class RunFolder:
         """Write the resolved configuration."""
         with _replacing(self.config_path) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
+
+    def save_ranks(self, members: Sequence[Member]) -> None:
+        """Write where each rank runs."""
+        with _replacing(self.ranks_path) as path:
+            path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
     def append(self, record: Record) -> None:
         """Add a record; it is in the file when this returns, whatever happens to the run."""

@@ -1,0 +1,93 @@
+"""Which board a mailbox gets: tried on the ranks at hand, not assumed.
+
+========================================  ===========================================================
+a put arrives while its target is busy    the mailbox
+========================================  ===========================================================
+on a machine and between machines         a window for all (one machine; or hardware that writes remotely)
+on a machine only                         a window on each machine, messages between them
+nowhere                                   messages for all
+========================================  ===========================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from mpicomp.exchange.library import MPI
+from mpicomp.exchange.mailbox import Board, SlotMailbox, slots_of
+from mpicomp.exchange.mailbox_messages import MessageBoard
+from mpicomp.exchange.progress import ProgressThread, is_possible
+from mpicomp.exchange.wait import SLEEP_MIN_S
+from mpicomp.exchange.window import WindowBoard, is_passive
+from mpicomp.topology.base import Topology
+
+if TYPE_CHECKING:
+    from mpicomp.exchange.world import MpiWorld
+
+Transport = Literal["auto", "window", "messages"]
+Progress = Literal["auto", "poke", "thread"]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where a put arrives while its target does nothing.
+
+    Attributes:
+        near: between ranks of one machine.
+        far: between machines; None if there is only one.
+
+    """
+
+    near: bool
+    far: bool | None
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it does between all ranks."""
+        return self.near and self.far is not False
+
+
+def try_reach(world: MpiWorld) -> Reach:
+    """Try where puts arrive by themselves (collective on all ranks; up to a second, where they do not)."""
+    node = _node(world)
+    near = is_passive(node)
+    peers = MPI.Intracomm(world.comm.Split(node.rank, key=world.rank))  # one rank of each machine
+    far = is_passive(peers) if peers.size > 1 else None
+    peers.Free()
+    node.Free()
+    verdicts = world.all_gather((near, far))
+    between = [far for _, far in verdicts if far is not None]
+    return Reach(all(near for near, _ in verdicts), all(between) if between else None)
+
+
+def make_mailbox(
+    world: MpiWorld, topology: Topology, nbytes: int, depth: int, transport: Transport, progress: Progress
+) -> SlotMailbox:
+    """Return the mailbox over the edges of `topology` (collective on all ranks)."""
+    slots_at = partial(slots_of, topology, nbytes=nbytes, depth=depth)
+    reach = world.reach()
+    board: Board
+    everyone = {rank: rank for rank in range(world.size)}
+    if transport == "window" or (transport == "auto" and reach.is_everywhere):
+        board = WindowBoard(
+            world.comm.Dup(), everyone, world.rank, slots_at, is_direct=reach.is_everywhere, nap_s=SLEEP_MIN_S
+        )
+    else:
+        near = None
+        if transport == "auto" and reach.near:
+            node = _node(world)
+            places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
+            near = WindowBoard(node, places, world.rank, slots_at, is_direct=True, nap_s=SLEEP_MIN_S)
+        board = MessageBoard(world.comm.Dup(), slots_at, near, nap_s=SLEEP_MIN_S)
+    mailbox = SlotMailbox(world, board, topology, nbytes, depth)
+    is_helpless = isinstance(board, MessageBoard) or not reach.is_everywhere
+    if progress == "thread" or (progress == "auto" and is_helpless and is_possible()):
+        mailbox.progress = ProgressThread(mailbox)
+    return mailbox
+
+
+def _node(world: MpiWorld) -> MPI.Intracomm:
+    """Return a communicator of the ranks of this machine (collective on all ranks)."""
+    return MPI.Intracomm(world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank))

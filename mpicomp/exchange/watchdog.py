@@ -1,0 +1,186 @@
+"""A run that hangs says who waits for whom, and ends: a node that is lost does not burn an allocation for a night.
+
+Each rank has a thread that looks whether the rank moves. Where it has not for `timeout_s`, the thread prints one line:
+whom the rank waits for, in which operation of which step; or, for a rank that waits for nobody, the Python stack of
+what it does. After a grace in which the other ranks say theirs, the process ends, and its launcher ends all others.
+The thread makes no MPI call, so it works while its rank is blocked in one.
+
+Who is to blame: the rank that prints a stack; else a rank that others wait for and that prints nothing, because its
+process is stopped, its node is lost, or foreign code in it holds Python's interpreter lock.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import World
+
+TICKS = 20
+"""How often the thread looks within `timeout_s`."""
+
+GRACE_S = 1.0
+"""The least time between the line of a rank and its end; a tenth of `timeout_s` if that is longer.
+
+Ranks far from the culprit come to a halt later than its neighbors, by a step for each edge between them.
+"""
+
+LISTED_RANKS = 8
+"""How many of the ranks that one waits for are named."""
+
+_waiting: dict[int, Waiting | None] = {}
+"""What each thread waits for, by its identifier."""
+
+
+class Waiting:
+    """A note that the calling thread waits for other ranks, within the block; costs less than a microsecond.
+
+    Args:
+        operation: what is waited for, e.g. ``"message"`` or ``"all_gather"``.
+        missing: gives the ranks that are still missing, to any thread that asks; None if that cannot be known, as in a
+            collective operation of MPI.
+
+    """
+
+    __slots__ = ("_missing", "_outer", "_thread", "operation")
+
+    def __init__(self, operation: str, missing: Callable[[], Collection[int]] | None = None) -> None:
+        self.operation = operation
+        self._missing = missing
+        self._thread = threading.get_ident()
+        self._outer = _waiting.get(self._thread)
+
+    def __enter__(self) -> None:
+        _waiting[self._thread] = self
+
+    def __exit__(self, *error: object) -> None:
+        _waiting[self._thread] = self._outer
+
+    def missing(self) -> list[int] | None:
+        """Return the ranks that are still missing, ascending, each once; None if that cannot be known."""
+        return None if self._missing is None else sorted(set(self._missing()))
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a rank runs. MPICH's launcher names a process that was killed by host and PID, but not by rank.
+
+    Attributes:
+        pid: the number of its process, as that process sees it: another one than outside where containers hide it.
+
+    """
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} (PID {self.pid})"
+
+
+def roster(world: World) -> list[Member]:
+    """Return where each rank runs, by rank; collective on all ranks."""
+    return world.all_gather(Member(world.rank, world.host, os.getpid()))
+
+
+class Watchdog:
+    """Ends the process, after a line that says why, when this rank does not move for too long; a context manager.
+
+    Making one is collective on all ranks. Enter it on the thread that trains, and call `moved` after every piece of
+    work. `timeout_s` must be longer than the longest piece on any rank: the others wait for that one meanwhile. A
+    process that is stopped, and a machine that sleeps, do not age.
+
+    Args:
+        world: the ranks.
+        timeout_s: how long a rank may take for one piece of work, in seconds; 0 for ever.
+
+    Attributes:
+        members: where each rank runs.
+
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.members = roster(world)
+        self._me = self.members[world.rank]
+        self._timeout_s = timeout_s
+        self._grace_s = max(GRACE_S, timeout_s / 10)
+        self._step: int | None = None
+        self._moves = 0
+        self._watched = threading.get_ident()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def moved(self, step: int | None = None) -> None:
+        """Note that this rank goes on: with `step`, or with another piece of work in the step that it is in."""
+        if step is not None:
+            self._step = step
+        self._moves += 1
+
+    def __enter__(self) -> Watchdog:
+        self._watched = threading.get_ident()
+        if self._timeout_s:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        if self._timeout_s:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        tick_s = self._timeout_s / TICKS
+        moves, idle_s, has_told = self._moves, 0.0, False
+        last = time.monotonic()
+        while not self._is_over.wait(tick_s):
+            now = time.monotonic()
+            # A look that comes much too late tells of a process that was stopped, say by Slurm in favor of another
+            # job. It could not move then, and neither could this thread.
+            idle_s += min(now - last, 2 * tick_s)
+            last = now
+            if self._moves != moves:
+                if has_told:
+                    _print(f"mpicomp: warning: {self._place()}: moves again {self._in_step()}")
+                moves, idle_s, has_told = self._moves, 0.0, False
+            elif has_told and idle_s >= self._timeout_s + self._grace_s:
+                os._exit(ExchangeError.exit_code)
+            elif not has_told and idle_s >= self._timeout_s:
+                _print(f"mpicomp: error: {self._place()}: {self._describe(idle_s)}")
+                has_told = True
+
+    def _describe(self, idle_s: float) -> str:
+        note = _waiting.get(self._watched)
+        remedy = f"ends in {self._grace_s:g} s unless it moves (run.hang_timeout_s = {self._timeout_s:g})"
+        if note is None:
+            frame = sys._current_frames()[self._watched]
+            stack = "".join(traceback.format_stack(frame)).rstrip()
+            return f"no progress for {idle_s:.3g} s: computes {self._in_step()}; {remedy}; its stack:\n{stack}"
+        return (
+            f"no progress for {idle_s:.3g} s: waits for {self._name(note.missing())} "
+            f"({note.operation} {self._in_step()}); {remedy}"
+        )
+
+    def _name(self, ranks: Sequence[int] | None) -> str:
+        if ranks is None:
+            return "all ranks"
+        if not ranks:
+            return "its turn"  # on the loopback: all has arrived, but other ranks have the cores
+        named = ", ".join(str(self.members[rank]) for rank in ranks[:LISTED_RANKS])
+        return f"{named} and {len(ranks) - LISTED_RANKS} more" if len(ranks) > LISTED_RANKS else named
+
+    def _place(self) -> str:
+        return f"rank {self._me.rank} on {self._me.host}"
+
+    def _in_step(self) -> str:
+        return "before the first step" if self._step is None else f"in step {self._step}"
+
+
+def _print(text: str) -> None:
+    # One write, so that lines of several ranks do not mix.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

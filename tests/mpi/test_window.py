@@ -1,0 +1,156 @@
+"""The mailbox over MPI: the table of the contract, on every transport, and what only MPI has.
+
+``MPICOMP_STRESS=200000`` makes the stress test send that many messages in all, instead of what fits into seconds.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from mailbox_table import LAYOUT, TABLE, exchange_all, patiently
+
+from mpicomp.compression.base import Field, Layout
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.mailbox_choice import Reach
+from mpicomp.exchange.progress import is_possible
+from mpicomp.topology import complete, ring
+
+MESSAGES = int(os.environ.get("MPICOMP_STRESS", "4000"))
+
+
+def of(transport):
+    return lambda world, *args, **options: world.mailbox(*args, transport=transport, **options)
+
+
+@pytest.mark.parametrize("transport", ["auto", "window", "messages"])
+@pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
+def test_contract(world, check, transport):
+    check(world, of(transport))
+
+
+@pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
+def test_contract_with_a_window_that_needs_its_owner(world, check):
+    world._reach = Reach(near=True, far=False)
+    check(world, of("window"))
+
+
+@pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
+def test_contract_with_a_window_on_each_machine(world, check):
+    world._reach = Reach(near=True, far=False)
+    check(world, of("auto"))
+
+
+def test_a_window_on_one_machine_is_written_while_its_owner_does_nothing(world):
+    reach = world.reach()
+    assert reach.near
+    assert world.all_gather(reach) == [reach] * world.size
+    mailbox = world.mailbox(ring(world.size), LAYOUT.nbytes)
+    assert mailbox.how == ("window" if reach.far is None else "window on a machine, messages between machines")
+    mailbox.free()
+
+
+def test_a_message_arrives_while_its_target_computes(world):
+    mailbox = world.mailbox(ring(world.size), LAYOUT.nbytes)
+    x = torch.arange(400).float()
+    world.barrier()
+    if world.rank % 2 == 0:
+        for target in mailbox.topology.targets(world.rank):
+            mailbox.put({"index": torch.zeros(0, dtype=torch.int16), "value": x}, LAYOUT, [target], step=0)
+    else:
+        time.sleep(0.2)  # Not a call of MPI.
+        memory = mailbox.board.memory.copy()
+        even = [source for source in mailbox.topology.sources(world.rank) if source % 2 == 0]
+        for source in even:
+            begin = mailbox._slots.message(source, 0)
+            assert memory[begin : begin + 8].view(np.int64)[0] == 1
+        assert sorted(mailbox.receive(LAYOUT)) == even
+    mailbox.free()
+
+
+@pytest.mark.parametrize("transport", ["window", "messages"])
+def test_stress(world, transport):
+    """Random sizes up to 32 KB and random pauses, all to all: nothing torn, lost or reordered is accepted."""
+    random = np.random.default_rng(world.rank)
+    layout = Layout((Field("x", torch.int32, 8000, variable=True),))
+    mailbox = world.mailbox(complete(world.size), layout.nbytes, depth=3, transport=transport)
+    others = mailbox.topology.targets(world.rank)
+    count = MESSAGES // max(1, world.size * (world.size - 1))
+    sent, read = dict.fromkeys(others, 0), dict.fromkeys(others, 0)
+    deadline = time.monotonic() + 60 + MESSAGES / 500
+
+    def content(source, target, number):
+        # Long ones now and then; every word says which message it belongs to.
+        length = (number * 7919 + source * 104729) % (8001 if number % 16 == 0 else 300)
+        return torch.full((length,), (source * 64 + target) * 2**18 + number % 2**18, dtype=torch.int32)
+
+    while any(number < count for number in [*sent.values(), *read.values()]):
+        assert time.monotonic() < deadline, (sent, read)
+        for target in others:
+            payload = {"x": content(world.rank, target, sent[target] + 1)}
+            if sent[target] < count and mailbox.put(payload, layout, [target], step=sent[target]):
+                sent[target] += 1
+        if random.random() < 0.02:
+            time.sleep(random.exponential(2e-4))
+        for source, mails in mailbox.receive(layout).items():
+            for mail in mails:
+                read[source] += 1
+                assert mail.number == read[source] and mail.step == read[source] - 1
+                assert torch.equal(mail.payload["x"], content(source, world.rank, mail.number))
+        if random.random() < 0.5:
+            mailbox.pause()
+    mailbox.settle()
+    assert mailbox.receive(layout) == {}
+    torn = world.all_gather(mailbox.torn)
+    if world.rank == 0 and "MPICOMP_STRESS" in os.environ:
+        total = count * world.size * (world.size - 1)
+        sys.stderr.write(f"\n{transport}: {total} messages, {world.size} ranks, {sum(torn)} looks saw a torn one\n")
+    mailbox.free()
+
+
+def test_a_progress_thread_moves_long_messages_while_the_ranks_compute(world):
+    if not is_possible():
+        with pytest.raises(ConfigError, match="MPI4PY_RC_THREAD_LEVEL=multiple"):
+            world.mailbox(ring(world.size), 100, progress="thread")
+        return
+    layout = Layout((Field("x", torch.float32, 1_000_000),))
+    mailbox = world.mailbox(ring(world.size), layout.nbytes, transport="messages", progress="thread")
+    assert mailbox.how == "messages, progress thread"
+    x = torch.arange(1_000_000).float()
+    targets = mailbox.topology.targets(world.rank)
+    assert mailbox.put({"x": x}, layout, targets, step=0) == targets
+    time.sleep(1.0)
+    arrived = mailbox.receive(layout)
+    assert sorted(arrived) == mailbox.topology.sources(world.rank)
+    assert all(torch.equal(mails[0].payload["x"], x) for mails in arrived.values())
+    mailbox.free()
+
+
+def test_a_neighbor_whose_process_has_ended_is_named(world):
+    mailbox = world.mailbox(ring(world.size), LAYOUT.nbytes)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    for neighbor in mailbox.topology.sources(world.rank):
+        assert mailbox.board.local[neighbor] > 0 and not mailbox.peers()[neighbor].has_ended
+        mailbox.board.local[neighbor] = ended.pid
+        assert mailbox.peers()[neighbor].has_ended
+    mailbox.free()
+
+
+def test_many_mailboxes_one_after_the_other(world):
+    for _ in range(20):
+        mailbox = world.mailbox(ring(world.size), LAYOUT.nbytes)
+        exchange_all(world, mailbox, 2)
+        mailbox.free()
+
+
+def test_signs_of_life_come_without_messages(world):
+    mailbox = world.mailbox(ring(world.size), LAYOUT.nbytes)
+    deadline = time.monotonic() + 0.6
+    patiently(mailbox, lambda: time.monotonic() > deadline)
+    assert all(peer.silent_s < 0.5 for peer in mailbox.peers().values())
+    world.barrier()
+    mailbox.free()
