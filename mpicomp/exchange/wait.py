@@ -7,6 +7,7 @@ then, with a sleep in between, costs it a few percent.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,17 +21,26 @@ SPIN_S = 50e-6
 SLEEP_MIN_S = 50e-6
 SLEEP_MAX_S = 500e-6
 
+PATIENCE_S = 1.0
+"""After how long a polite rank begins to look which of its messages are there; that slows long ones down."""
 
-def poll(is_done: Callable[[], bool]) -> None:
-    """Return when `is_done` returns true: ask in a tight loop for `SPIN_S`, then with longer and longer sleeps."""
-    deadline = time.perf_counter() + SPIN_S
-    while time.perf_counter() < deadline:
+
+def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
+    """Wait until `is_done` returns true, and return whether it has done so within `limit_s`, about.
+
+    Asks in a tight loop for `SPIN_S`, then with longer and longer sleeps.
+    """
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + SPIN_S:
         if is_done():
-            return
+            return True
     pause = SLEEP_MIN_S
     while not is_done():
+        if time.perf_counter() > begin + limit_s:
+            return False
         time.sleep(pause)
         pause = min(2 * pause, SLEEP_MAX_S)
+    return True
 
 
 def wait_all(
@@ -54,33 +64,44 @@ def wait_all(
         ExchangeError: the transport failed, or a message was longer than its receive buffer.
 
     """
-    pending, found = list(requests), [MPI.Status() for _ in requests]
+    pending = list(requests)
+    found = [MPI.Status() for _ in pending] if statuses is None else statuses
     missing = set(range(len(pending)))
-
-    def advance(some: Callable[[list[MPI.Request], list[MPI.Status]], list[int] | None]) -> bool:
-        done = some(pending, found)
-        if done is None:
-            return True
-        for place, index in enumerate(done):
-            missing.discard(index)
-            if statuses is not None:
-                statuses[index] = found[place]
-                found[place] = MPI.Status()
-        return not missing
-
     with Waiting(operation, None if peers is None else lambda: [peers[index] for index in list(missing)]):
         try:
             if is_polite:
-                poll(lambda: advance(MPI.Request.Testsome))
+                if not poll(lambda: MPI.Request.Testall(pending, found), PATIENCE_S):
+                    poll(lambda: _advance(MPI.Request.Testsome, pending, found, missing))
+            elif peers is None:
+                MPI.Request.Waitall(pending, found)
             else:
-                while not advance(MPI.Request.Waitsome):
+                while not _advance(MPI.Request.Waitsome, pending, found, missing):
                     pass
         except MPI.Exception as error:
             raise _failure(error, found) from error
 
 
-def _failure(error: MPI.Exception, statuses: list[MPI.Status] | None) -> ExchangeError:
-    for status in statuses or ():
+def _advance(
+    some: Callable[[list[MPI.Request], list[MPI.Status]], list[int] | None],
+    pending: list[MPI.Request],
+    found: list[MPI.Status],
+    missing: set[int],
+) -> bool:
+    """Call `some` once, take note of the requests that it has completed, and return whether that was the last."""
+    statuses = [MPI.Status() for _ in pending]
+    try:
+        done = some(pending, statuses)
+    except MPI.Exception:
+        found[:] = statuses
+        raise
+    for status, index in zip(statuses, done or (), strict=False):
+        found[index] = status
+        missing.discard(index)
+    return done is None or not missing
+
+
+def _failure(error: MPI.Exception, statuses: list[MPI.Status]) -> ExchangeError:
+    for status in statuses:
         if status.Get_error() not in (MPI.SUCCESS, MPI.ERR_PENDING):
             return ExchangeError(f"message from rank {status.Get_source()}: {MPI.Get_error_string(status.Get_error())}")
     return ExchangeError(f"MPI failed: {error.Get_error_string()}")

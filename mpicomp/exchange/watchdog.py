@@ -69,7 +69,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Member:
-    """Where a rank runs. MPICH's launcher names a process that was killed by host and PID, but not by rank.
+    """Where a rank runs. When one is killed, MPICH's launcher names a host and a PID, but no rank.
+
+    It kills the other ranks within a millisecond, so none of them could name the first. The PID that MPICH 5.0.2 gives
+    is, about once in four times, that of a rank that it has killed itself; Open MPI's names the right rank.
 
     Attributes:
         pid: the number of its process, as that process sees it: another one than outside where containers hide it.

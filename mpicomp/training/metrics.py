@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,8 @@ class Progress:
     def __init__(self, steps: int | None, epochs: float | None, console: Console | None = None) -> None:
         self._steps = steps
         self._epochs = epochs
-        self._console = console or Console(highlight=False)
+        # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
+        self._console = console or Console(highlight=False, force_terminal=None if sys.stderr.isatty() else False)
         self._live: Live | None = None
         self._started = self._last_time = self._last_line = time.monotonic()
         self._last_bytes = 0

@@ -2,7 +2,7 @@
 
 config.toml     the configuration with all defaults filled in; ``mpicomp train`` takes it as it is
 metrics.jsonl   one `Record` a line
-ranks.json      host and process of each rank, of the last start: MPICH's launcher names a killed process, not its rank
+ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import MPIEXEC, OPEN_MPI_HERE
+from support.runs import MPIEXEC, OPEN_MPI_HERE, wait_until
 
 ROOT = Path(__file__).parents[2]
 MPIEXECS = [MPIEXEC, *(path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path != MPIEXEC)]
@@ -110,7 +110,8 @@ def test_neighbors_name_a_stopped_rank_and_the_job_ends(mpiexec, is_polite):
     for line in told.values():
         assert line.startswith("mpicomp: error: rank ")
         assert re.search(rf"waits for rank 1 on \S+ \(PID {pids(output)[1]}\) \(message in step 7\)", line), output
-    assert all(has_ended(pid) for pid in pids(output).values()), "nothing is left behind"
+    # Open MPI's launcher kills the stopped rank last, and does not wait for its end.
+    wait_until(lambda: all(has_ended(pid) for pid in pids(output).values()), "nothing is left behind", timeout=10)
 
 
 def test_a_collective_operation_is_named(mpiexec):
@@ -127,9 +128,8 @@ def test_a_stuck_rank_shows_its_stack(mpiexec):
     assert sorted(told) == [0, 1, 2], output
     assert "computes in step 7" in told[1]
     assert "waits for rank 1 on" in told[0] and "waits for rank 1 on" in told[2]
-    assert re.search(
-        r'its stack:\n  File "<string>", line \d+, in <module>\n  File "<string>", line \d+, in act\n', output
-    )
+    frame = r'  File "<string>", line \d+, in '
+    assert re.search(rf"its stack:\n{frame}<module>\n{frame}act\n", output), output
 
 
 def test_a_slow_run_is_left_alone(mpiexec):
@@ -140,9 +140,15 @@ def test_a_slow_run_is_left_alone(mpiexec):
     assert not lines(output)
 
 
-def test_the_launcher_names_a_killed_rank_as_the_roster_does(mpiexec):
+def test_the_launcher_ends_the_job_of_a_killed_rank_and_names_processes_of_the_roster(mpiexec):
     code, output, seconds = run(mpiexec, "os.kill(os.getpid(), signal.SIGKILL)")
     assert code != 0
     assert seconds < END_S
     assert "went on to the end" not in output
-    assert re.search(rf"PID {pids(output)[1]} (RUNNING AT|on node) \S+", output), output
+    named = re.search(r"rank 1 with PID (\d+) on node|PID (\d+) RUNNING AT", output)
+    assert named, output
+    if named[1]:  # Open MPI; MPICH 5.0.2 sometimes names one that it has killed itself
+        assert int(named[1]) == pids(output)[1]
+    else:
+        assert int(named[2]) in pids(output).values()
+    assert "(signal 9)" in output or "signal 9 (Killed)" in output
