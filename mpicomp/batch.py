@@ -134,6 +134,8 @@ class BatchScript:
         }.items():
             if re.search(r"\s", value):
                 raise ConfigError(f"{option} {value!r} must not contain spaces")
+        if "/" in self.name:
+            raise ConfigError(f"--name {self.name!r} must not contain a slash; it becomes part of a file name")
         if '"' in self.run_dir or "\n" in self.run_dir:
             raise ConfigError(
                 f"--run-dir {self.run_dir!r} must be a folder name without quotes; $VARIABLES may be in it"
@@ -165,7 +167,7 @@ class BatchScript:
 
     @property
     def _limit_s(self) -> float:
-        """The time limit; infinite if it is not given."""
+        """The time limit as Slurm takes it, in full minutes; infinite if it is not given, and if it is 0."""
         if not self.time or not self.time[0].isdigit():
             return math.inf
         days, _, clock = self.time.rpartition("-")
@@ -176,7 +178,8 @@ class BatchScript:
             hours, minutes, seconds = parts
         else:
             hours, minutes, seconds = [0, *parts, 0][:3]
-        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+        limit_min = (int(days or 0) * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
+        return 60 * limit_min or math.inf
 
     @property
     def runs(self) -> list[list[str]]:

@@ -138,6 +138,8 @@ def train(
                 if progress:
                     progress.update(record)
             if done < setup.steps and (reason := pause.after(done)):
+                if folder and world.rank == 0:  # not at the next start: a request may arrive while it begins
+                    folder.stop_path.unlink(missing_ok=True)
                 if progress:
                     progress.finish(_stopped(done, setup.steps, reason, folder))
                 return None

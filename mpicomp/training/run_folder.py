@@ -171,7 +171,7 @@ class RunFolder:
         kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
         with _replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        for path in (self.stop_path, self.result_path, self.model_path):
+        for path in (self.result_path, self.model_path):
             path.unlink(missing_ok=True)
 
     def load_result(self) -> Result | None:

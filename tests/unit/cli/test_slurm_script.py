@@ -124,7 +124,11 @@ def test_a_task_of_an_array_has_a_folder_and_settings_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("time", "lead"), [("", 180), ("4", 60), ("2:00", 30), ("1:00:00", 180), ("1-0", 180), ("UNLIMITED", 180)]
+    ("time", "lead"),
+    [
+        *(("", 180), ("4", 60), ("2:00", 30), ("1:00:00", 180), ("1-0", 180), ("UNLIMITED", 180)),
+        *(("0", 180), ("0:03", 15), ("1:30", 30)),  # no limit; sbatch takes full minutes and rounds up
+    ],
 )
 def test_the_signal_comes_a_quarter_of_a_short_limit_before_it(time, lead):
     assert f"--signal=B:USR1@{lead} " in batch(time=time).text()
@@ -137,6 +141,7 @@ def test_the_signal_comes_a_quarter_of_a_short_limit_before_it(time, lead):
         ({"time": "1", "signal_lead_s": 60}, "--signal 60 must be less than"),
         ({"gpus_per_node": 4, "ranks_per_node": 2}, "each rank takes one GPU"),
         ({"at_once": 2}, "--seeds or --vary"),
+        ({"name": "a/b"}, "--name 'a/b' must not contain a slash"),
         ({"partition": "a b"}, "--partition 'a b'"),
         ({"sbatch": ["--nodes=3"]}, "use --nodes"),
         ({"vary": {"run.seed": ["1", "1"]}}, "two runs in one folder"),
