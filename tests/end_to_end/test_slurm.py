@@ -161,6 +161,10 @@ def test_ranks_find_each_other(venv, start):
     assert "pmi2" in report["srun_speaks"]
 
 
+def test_an_undisturbed_job_leaves_a_sound_checkpoint(undisturbed):
+    assert Checkpoints(undisturbed / "checkpoints").latest().verify() == []
+
+
 def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(undisturbed, tmp_path):
     folder = tmp_path / "limited"
     job = submit(folder, "--time", 1, "--signal", lead_s(undisturbed))
