@@ -4,14 +4,20 @@
     checkpoints/step_00000400/manifest.json    what it is, and size and SHA-256 of every file; written last
     checkpoints/step_00000400/rank_00003.h5    the state of one rank (`mpicomp.checkpoint.hdf5`)
     checkpoints/.step_00000500.tmp/            one that is being written, or was when its run was killed
+    checkpoints/.step_00000400.replaced/       one whose place a new one of the same step is about to take
+    checkpoints/.step_00000300.old/            one that is being removed
 
 Whatever the moment at which a run dies: a folder without manifest is not a checkpoint, and a folder gets its name when
-it is complete and on the disk. No MPI here; one rank calls what changes the folder.
+it is complete and on the disk. A checkpoint that is replaced counts until the new one has its name. The newest is the
+one that was published last; a run that went on from an earlier checkpoint leaves some of higher steps behind it.
+
+No MPI here; one rank calls what changes the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -22,14 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint import damage, hdf5
 from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
 from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_STEP = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
 
 
 def rank_file(rank: int) -> str:
@@ -72,23 +78,25 @@ class Manifest:
     files: Mapping[str, Digest] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the text of ``manifest.json``."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+        """Return the text of ``manifest.json``; ``sha256`` in it is that of all its other values."""
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**values, "sha256": _sha256(values)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
         """Read the text of `path`; raise CheckpointError if it is not a manifest that this program knows."""
         try:
             values: dict[str, Any] = json.loads(text)
-            if values.pop("format") != FORMAT:
+            if values["format"] != FORMAT:
                 raise CheckpointError(f"{path}: is not the manifest of a checkpoint of mpicomp")
-            if (version := values.pop("version")) > VERSION:
+            if (version := int(values["version"])) > VERSION:
                 raise CheckpointError(hdf5.newer(path, version))
-            files = {str(name): Digest(**digest) for name, digest in values.pop("files").items()}
+            if values.pop("sha256") != _sha256(values):
+                raise CheckpointError(f"{path}: is damaged, or was edited: it is not what its SHA-256 was computed of")
+            del values["format"], values["version"]
+            files = {name: Digest(**digest) for name, digest in values.pop("files").items()}
             manifest = cls(**values, files=files)
-            if sorted(files) != [rank_file(rank) for rank in range(manifest.size)]:
-                raise CheckpointError(f"{path}: lists {len(files)} files for {manifest.size} ranks")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
         return manifest
 
@@ -102,6 +110,7 @@ class Checkpoint:
 
     def read(self, rank: int, names: Collection[str] | None = None) -> dict[str, Leaf]:
         """Return the leaves of a rank, or those of `names`; raise CheckpointError if its file is damaged."""
+        assert 0 <= rank < self.manifest.size
         return hdf5.read(self.path / rank_file(rank), self.manifest.files[rank_file(rank)], names)
 
     def verify(self) -> list[str]:
@@ -109,7 +118,7 @@ class Checkpoint:
         return [
             problem
             for name, digest in sorted(self.manifest.files.items())
-            for problem in hdf5.damaged(self.path / name, digest)
+            for problem in damage.damaged(self.path / name, digest)
         ]
 
 
@@ -123,7 +132,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{manifest}: cannot be read: {error}") from error
     found = Manifest.from_json(text, manifest)
-    if path.resolve().name != step_folder(found.step):
+    if path.resolve().name not in (step_folder(found.step), _replaced_folder(found.step)):
         raise CheckpointError(f"{manifest}: is the manifest of step {found.step}, not of {path.resolve().name}")
     return Checkpoint(path, found)
 
@@ -139,9 +148,15 @@ class Checkpoints:
         return self.path / f".{step_folder(step)}.tmp"
 
     def begin(self, step: int) -> Path:
-        """Make the temporary folder of `step`, empty, and remove what earlier runs have left unfinished."""
+        """Make the temporary folder of `step`, empty, and clear up what earlier runs have left unfinished."""
         with _named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            published = self._published()
+            for replaced in self.path.glob(".step_*.replaced"):
+                if replaced in published:
+                    replaced.rename(self.path / step_folder(_step(replaced)))
+                else:
+                    self._remove(replaced)
             for leftover in self.path.glob(".step_*"):
                 shutil.rmtree(leftover)
             self.temporary(step).mkdir()
@@ -150,14 +165,18 @@ class Checkpoints:
     def publish(self, manifest: Manifest) -> Checkpoint:
         """Give the temporary folder of a step, in which all ranks have written, its manifest and its name."""
         temporary, final = self.temporary(manifest.step), self.path / step_folder(manifest.step)
+        replaced = self.path / _replaced_folder(manifest.step)
         with _named(self.path):
             _write(temporary / MANIFEST, manifest.to_json())
             _flush(temporary)
-            if final.exists():  # of a run that went on from an earlier checkpoint
-                self._remove(final)
+            if final.exists():
+                final.rename(replaced)
             temporary.rename(final)
             _replace(self.path / LATEST, final.name + "\n")
             _flush(self.path)
+            _flush(self.path.parent)
+            if replaced.exists():
+                self._remove(replaced)
         return Checkpoint(final, manifest)
 
     def discard(self, step: int) -> None:
@@ -170,42 +189,60 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None if there is none; raise CheckpointError if its manifest is damaged."""
-        published = self._published()
-        try:
-            named = self.path / (self.path / LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError, ValueError):
-            named = None
-        if named in published:
-            return open_checkpoint(named)
-        return open_checkpoint(published[-1]) if published else None
+        newest = self._newest()
+        return open_checkpoint(newest) if newest else None
 
     def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
-        """Remove all checkpoints but the newest `keep_last` >= 1 and those at a multiple of `keep_every` steps.
+        """Remove old checkpoints, and return their folders.
 
-        Return the removed folders.
+        Kept are the newest, the `keep_last` >= 1 of the highest steps, and those at a multiple of `keep_every` steps.
         """
         assert keep_last >= 1
-        old = [path for path in self._published()[:-keep_last] if not keep_every or _step(path) % keep_every]
+        newest = self._newest()
+        old = [path for path in self._published()[:-keep_last] if path != newest]
+        old = [path for path in old if not keep_every or _step(path) % keep_every]
         with _named(self.path):
             for path in old:
                 self._remove(path)
         return old
 
+    def _newest(self) -> Path | None:
+        """Return the folder that ``latest`` names; without a valid one, that of the highest step."""
+        published = self._published()
+        try:
+            named = (self.path / LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            named = ""
+        highest = published[-1] if published else None
+        return next((path for path in published if step_folder(_step(path)) == named), highest)
+
     def _published(self) -> list[Path]:
-        """Return the folders that have a name and a manifest, by ascending step."""
-        found = [path for path in self.path.glob("step_*") if _STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
-        return sorted(found, key=_step)
+        """Return the folders of the checkpoints by ascending step."""
+        found = [*self.path.glob(".step_*.replaced"), *self.path.glob("step_*")]  # of two for a step, the second counts
+        by_step = {_step(path): path for path in found if _NAME.fullmatch(path.name) and (path / MANIFEST).exists()}
+        return [path for _, path in sorted(by_step.items())]
 
     def _remove(self, path: Path) -> None:
         """Remove a checkpoint: its name first, so that half of it can never be taken for a whole one."""
-        hidden = path.with_name(f".{path.name}.old")
+        hidden = self.path / f".{step_folder(_step(path))}.old"
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden)
 
 
+def _replaced_folder(step: int) -> str:
+    return f".{step_folder(step)}.replaced"
+
+
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    """Return the step of a published checkpoint's folder."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or match[2])
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _replace(path: Path, text: str) -> None:

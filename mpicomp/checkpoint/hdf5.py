@@ -1,47 +1,45 @@
 """One HDF5 file: the state of one rank after one step.
 
-A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. Tensors are chunked and carry Fletcher's 32-bit checksum
-for each chunk; bfloat16 and float16 are stored as their 16 bits in uint16, with their type in the attribute ``dtype``.
-Numbers and texts are scalar datasets with their type in the
-attribute ``type``. The root's attributes say what the file is. Nothing is pickled, and plain h5py or
-``h5ls -r`` shows everything.
+A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. Tensors lie in chunks, each with Fletcher's 32-bit
+checksum, and with their type in the attribute ``dtype``; bfloat16 and float16 are stored as their 16 bits in uint16.
+Numbers and texts are scalar datasets, with their type in the attribute ``type``. The root's attributes say what the
+file is. Nothing is pickled; plain h5py or ``h5ls -r`` shows everything. The same leaves give the same bytes.
 
 Whether a file is the one that was written is decided by its size and SHA-256, before HDF5 looks at it: a damaged header
-can make HDF5 crash. The checksums of the chunks then tell which tensor is damaged.
+can make HDF5 crash, or never end. The checksums in the file then tell what is damaged (`mpicomp.checkpoint.damage`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import h5py
-import numpy as np
 import torch
 from torch import Tensor
 
+from mpicomp.checkpoint.layout import Chunk, dtype_name, lay_out, pieces, stored
 from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
 
 FORMAT = "mpicomp checkpoint"
 VERSION = 1
 
-CHUNK_NBYTES = 2**20
-"""Bytes of a chunk, and what is written at a time: HDF5 keeps Python's lock meanwhile, about a millisecond."""
+_AHEAD = 8
+"""Chunks whose checksums are computed before they are written."""
 
-FLUSH_NBYTES = 2**25
-"""Bytes written before the disk is asked to take them."""
+_FLUSH_NBYTES = 2**23
+"""Bytes after which the system is asked to begin to bring them to the disk, so that little is left to wait for."""
 
-_READ_NBYTES = 2**22
+_READ_NBYTES = 2**20
 
-_AS_BITS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FROM_BITS = {name: dtype for dtype, name in _AS_BITS.items()}
 _PYTHON: dict[str, Callable[[h5py.Dataset], Leaf]] = {
     "bool": lambda dataset: bool(dataset[()]),
     "int": lambda dataset: int(dataset[()]),
@@ -79,77 +77,41 @@ class Entry:
 
 
 def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]) -> Digest:
-    """Write a new file, wait until it is on the disk, and return what it must be.
+    """Write a file, wait until it is on the disk, and return what it must be.
+
+    One thread computes the checksums of the next chunks, one the SHA-256 of the last, this one hands them to the
+    system; all of that is done without Python's lock. Tensors on the CPU are not copied.
 
     Raises:
-        CheckpointError: it could not be written; no part of it is left.
+        CheckpointError: it could not be written; no part of it is left. Or a leaf cannot be stored.
 
     """
+    memory = lay_out(leaves, {"format": FORMAT, "version": VERSION, **attributes})
+    sha256 = hashlib.sha256()
     try:
-        with _Output(path) as output:
-            with h5py.File(output, "w", track_order=True) as file:
-                file.attrs.update({"format": FORMAT, "version": VERSION, **attributes})
-                for name, leaf in leaves.items():
-                    _write_leaf(file, name, leaf)
-            if output.failure is not None:
-                raise output.failure
-            flushed = output.flush_behind()
-            digest = _digest(path)
-            flushed.result()
-        return digest
+        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as hashing, path.open("wb") as file:
+            flushed = 0
+            for part in _ahead(summing, memory.parts()):
+                for piece in part:
+                    hashing.submit(sha256.update, piece)
+                    file.write(piece)
+                if (written := file.tell()) - flushed >= _FLUSH_NBYTES:
+                    _flush_soon(file, flushed, written)
+                    flushed = written
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
-
-
-class _Output(io.FileIO):
-    """A file that HDF5 writes to, that never fails while it does, and that is brought to the disk meanwhile.
-
-    HDF5 cannot give up a file: after a write that failed, as on a full disk, it tries again when it closes the file and
-    when it frees its objects, and keeps the file open for good. So the first failure is kept here, for `write`.
-    The disk works while checksums are computed, and not only afterwards.
-    """
-
-    failure: OSError | None = None
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w+b")
-        self._flusher = ThreadPoolExecutor(1, "flusher")
-        self._flushed: Future[None] | None = None
-        self._since_flush = 0
-
-    def close(self) -> None:
-        """Wait for the disk and close the file."""
-        self._flusher.shutdown()
-        super().close()
-
-    def flush_behind(self) -> Future[None]:
-        """Begin to bring to the disk what was written so far."""
-        self._since_flush = 0
-        self._flushed = self._flusher.submit(os.fsync, self.fileno())
-        return self._flushed
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`, unless an earlier write has failed."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view) and self.failure is None:
-            try:
-                done += super().write(view[done:]) or 0
-            except OSError as error:
-                self.failure = error
-        self._since_flush += done
-        if self._since_flush >= FLUSH_NBYTES and (self._flushed is None or self._flushed.done()):
-            self.flush_behind()
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the length, unless a write has failed."""
-        return super().truncate(size) if self.failure is None else size or 0
+        with suppress(OSError):
+            path.unlink()
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return Digest(memory.nbytes, sha256.hexdigest())
 
 
 def read(path: Path, digest: Digest | None = None, names: Collection[str] | None = None) -> dict[str, Leaf]:
     """Return the leaves of a file, or those of `names`; tensors are on the CPU.
+
+    Without `digest`, only damage to headers and to tensors in chunks is sure to be found (0-d ones are in none), and
+    HDF5 may crash.
 
     Raises:
         CheckpointError: the file is missing, not the one that `digest` describes, or damaged; names what is wrong.
@@ -158,110 +120,50 @@ def read(path: Path, digest: Digest | None = None, names: Collection[str] | None
     if digest is not None:
         check(path, digest)
     with _opened(path) as file:
-        found = list(_names(file)) if names is None else list(names)
-        return {name: _read_leaf(path, file, name) for name in found}
+        return {name: _leaf(path, file, name) for name in (_names(file) if names is None else names)}
 
 
 def check(path: Path, digest: Digest) -> None:
-    """Raise CheckpointError, saying which part is damaged, unless the file is what `digest` describes."""
-    if problem := _difference(path, digest):
+    """Raise CheckpointError, naming the file and the difference, unless it is what `digest` describes."""
+    if problem := difference(path, digest):
         raise CheckpointError(f"{path}: {problem}")
 
 
+def difference(path: Path, digest: Digest) -> str | None:
+    """Return in what a file differs from `digest`, or None; reads it without HDF5."""
+    try:
+        nbytes = path.stat().st_size
+        if nbytes != digest.nbytes:
+            verb = "is cut off" if nbytes < digest.nbytes else "has grown"
+            return f"{verb}: {nbytes:,} bytes instead of {digest.nbytes:,}"
+        return None if _sha256(path) == digest.sha256 else "is damaged (SHA-256)"
+    except FileNotFoundError:
+        return "the file is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
 def entries(path: Path) -> list[Entry]:
-    """Return what is in a file, with the norms of its tensors; raise CheckpointError if it is damaged."""
+    """Return what is in a file that `check` has found sound, with the norms of its tensors."""
     with _opened(path) as file:
         return [_entry(path, file, name) for name in _names(file)]
 
 
-def damaged(path: Path, digest: Digest) -> list[str]:
-    """Return one sentence for each thing that is wrong with a file; an empty list if it is sound."""
-    problem = _difference(path, digest)
-    if problem is None:
-        return []
-    if "SHA-256" not in problem:
-        return [f"{path}: {problem}"]
-    tensors = _damaged_tensors(path)
-    where = tensors or ["the damage is outside of all tensors: in the header, a name or a number"]
-    return [f"{path}: {problem}: {sentence}" for sentence in where]
+def unreadable(path: Path) -> list[str]:
+    """Return the names of the datasets that are damaged; HDF5 may crash, or never end, if a header is.
 
+    Raises:
+        CheckpointError: the file cannot be opened, or its datasets not be listed.
 
-def _write_leaf(file: h5py.File, name: str, leaf: Leaf) -> None:
-    if not isinstance(leaf, Tensor):
-        dataset = file.create_dataset(name, data=leaf, dtype=h5py.string_dtype() if isinstance(leaf, str) else None)
-        dataset.attrs["type"] = type(leaf).__name__
-        return
-    values = _array(leaf)
-    shape = values.shape
-    if values.size == 0 or not shape:
-        dataset = file.create_dataset(name, data=values)
-    else:
-        rows = max(1, min(shape[0], CHUNK_NBYTES * shape[0] // values.nbytes))
-        dataset = file.create_dataset(name, shape, values.dtype, chunks=(rows, *shape[1:]), fletcher32=True)
-        for start in range(0, shape[0], rows):
-            dataset[start : start + rows] = values[start : start + rows]
-    dataset.attrs["dtype"] = _dtype_name(leaf.dtype)
-
-
-def _read_leaf(path: Path, file: h5py.File, name: str) -> Leaf:
-    try:
-        dataset = file[name]
-        if "type" in dataset.attrs:
-            return _PYTHON[dataset.attrs["type"]](dataset)
-        kind = str(dataset.attrs["dtype"])
-        values = torch.from_numpy(np.array(dataset[()]))
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {_reason(error)}") from error
-    return values.view(_FROM_BITS[kind]) if kind in _FROM_BITS else values
-
-
-def _entry(path: Path, file: h5py.File, name: str) -> Entry:
-    leaf = _read_leaf(path, file, name)
-    if not isinstance(leaf, Tensor):
-        nbytes = len(leaf.encode()) if isinstance(leaf, str) else file[name].dtype.itemsize
-        return Entry(name, (), type(leaf).__name__, nbytes, leaf)
-    norm = float(leaf.to(torch.float64).norm()) if leaf.is_floating_point() else None
-    return Entry(name, tuple(leaf.shape), _dtype_name(leaf.dtype), leaf.numel() * leaf.element_size(), norm)
-
-
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    host = tensor.detach().cpu().contiguous()
-    if host.dtype in _AS_BITS:
-        return host.view(torch.int16).numpy().view(np.uint16)
-    return host.numpy()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(file: h5py.File) -> Iterator[str]:
-    """Yield the paths of all datasets, in the order in which they were written."""
-    found: list[str] = []
-    file.visititems(lambda name, node: found.append(name) if isinstance(node, h5py.Dataset) else None)
-    yield from found
-
-
-def _opened(path: Path) -> h5py.File:
-    """Open a file of ours for reading; raise CheckpointError if it is none."""
-    try:
-        file = h5py.File(path, "r", track_order=True, locking="best-effort")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is damaged, HDF5 cannot open it: {_reason(error)}") from error
-    try:
-        stored = file.attrs.get("format"), int(file.attrs.get("version", 0))
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        file.close()
-        raise CheckpointError(f"{path}: is damaged: {_reason(error)}") from error
-    if stored[0] != FORMAT:
-        file.close()
-        raise CheckpointError(f"{path}: is not a checkpoint of mpicomp")
-    if stored[1] > VERSION:
-        file.close()
-        raise CheckpointError(newer(path, stored[1]))
-    return file
+    """
+    damaged = []
+    with _opened(path) as file:
+        for name in _names(file):
+            try:
+                _leaf(path, file, name)
+            except CheckpointError:
+                damaged.append(name)
+    return damaged
 
 
 def newer(path: Path, version: int) -> str:
@@ -269,51 +171,79 @@ def newer(path: Path, version: int) -> str:
     return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
 
 
-def _difference(path: Path, digest: Digest) -> str | None:
-    """Return in what a file differs from `digest`."""
+def _ahead(executor: ThreadPoolExecutor, parts: Iterator[Chunk | bytes]) -> Iterator[list[bytes | memoryview]]:
+    """Yield the pieces of each part, whose checksums `executor` computes a few parts ahead."""
+    waiting: deque[Future[list[bytes | memoryview]]] = deque()
+    for part in parts:
+        waiting.append(executor.submit(pieces, part))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """Open a file of ours for reading; raise CheckpointError if it is none."""
     try:
-        found = _digest(path, digest.nbytes)
-    except FileNotFoundError:
-        return "the file is missing"
-    except OSError as error:
-        return f"cannot be read: {_reason(error)}"
-    if found.nbytes != digest.nbytes:
-        verb = "is cut off" if found.nbytes < digest.nbytes else "has grown"
-        return f"{verb}: {found.nbytes:,} bytes instead of {digest.nbytes:,}"
-    return None if found == digest else "is damaged (SHA-256)"
+        with h5py.File(path, "r", locking="best-effort") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: is not a checkpoint of mpicomp")
+            if (version := int(file.attrs["version"])) > VERSION:
+                raise CheckpointError(newer(path, version))
+            yield file
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such file") from error
+    except Exception as error:  # whatever h5py makes of damaged bytes
+        raise CheckpointError(f"{path}: is damaged, or no HDF5 file: {error}") from error
 
 
-def _digest(path: Path, expected_nbytes: int | None = None) -> Digest:
-    """Return size and SHA-256; the latter is left out if the size is not the expected one."""
-    nbytes = path.stat().st_size
-    if expected_nbytes is not None and nbytes != expected_nbytes:
-        return Digest(nbytes, "")
-    total = hashlib.sha256()
+def _names(file: h5py.File) -> list[str]:
+    """Return the paths of all datasets, in alphabetical order."""
+    found: list[str] = []
+    file.visititems(lambda name, node: found.append(name) if isinstance(node, h5py.Dataset) else None)
+    return found
+
+
+def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
+    try:
+        dataset = file[name]
+        if "type" in dataset.attrs:
+            return _PYTHON[dataset.attrs["type"]](dataset)
+        return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
+    except Exception as error:  # whatever h5py makes of damaged bytes
+        raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {error}") from error
+
+
+def _tensor(dataset: h5py.Dataset, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(dataset.shape, dtype=dtype)
+    values = stored(tensor)
+    if values.dtype != dataset.dtype:
+        raise TypeError(f"{dataset.dtype} instead of {values.dtype}")
+    if values.size:
+        dataset.read_direct(values)
+    return tensor
+
+
+def _entry(path: Path, file: h5py.File, name: str) -> Entry:
+    leaf = _leaf(path, file, name)
+    if not isinstance(leaf, Tensor):
+        nbytes = len(leaf.encode()) if isinstance(leaf, str) else file[name].dtype.itemsize
+        return Entry(name, (), type(leaf).__name__, nbytes, leaf)
+    norm = float(torch.linalg.vector_norm(leaf, dtype=torch.float64)) if leaf.is_floating_point() else None
+    return Entry(name, tuple(leaf.shape), dtype_name(leaf.dtype), leaf.numel() * leaf.element_size(), norm)
+
+
+def _sha256(path: Path) -> str:
+    total, buffer = hashlib.sha256(), memoryview(bytearray(_READ_NBYTES))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_READ_NBYTES):
-            total.update(block)
-    return Digest(nbytes, total.hexdigest())
-
-
-def _damaged_tensors(path: Path) -> list[str]:
-    """Return a sentence for each dataset whose checksum is wrong."""
-    wrong = []
-    try:
-        with _opened(path) as file:
-            for name in _names(file):
-                try:
-                    _read_leaf(path, file, name)
-                except CheckpointError:
-                    wrong.append(f"the dataset /{name}")
-    except CheckpointError as error:
-        wrong.append(str(error).removeprefix(f"{path}: "))
-    return wrong
-
-
-def _reason(error: BaseException) -> str:
-    """Return what the system says, out of HDF5's long message."""
-    number = getattr(error, "errno", None)
-    text = str(error)
-    if number is None and "errno = " in text:
-        number = int(text.split("errno = ")[1].split(",")[0])
-    return os.strerror(number) if number else text
+        while nbytes := file.readinto(buffer):
+            total.update(buffer[:nbytes])
+    return total.hexdigest()

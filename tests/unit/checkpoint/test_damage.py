@@ -2,11 +2,14 @@
 
 import random
 import shutil
+import signal
+import sys
 
+import h5py
 import pytest
 import torch
 
-from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint import damage, hdf5
 from mpicomp.checkpoint.folder import Checkpoints, Manifest, rank_file
 from mpicomp.errors import CheckpointError
 
@@ -87,3 +90,101 @@ def test_damage_is_detected_or_harmless(tmp_path, original, part):
                     assert same, f"damage {number}: {name}"
         shutil.rmtree(folder)
     assert detected > DAMAGES / 4 / 5
+
+
+DATASETS = {
+    "model/parameters": torch.linspace(-1, 1, 3000),
+    "model/half": torch.linspace(-1, 1, 500).bfloat16(),
+    "model/matrix": torch.randn(30, 100),
+    "model/long": torch.randn(300_000),
+    "steps": 1234567,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "rank_00000.h5"
+
+
+def damage_chunk(file, name, index=-1):
+    """Flip a bit in a chunk of a dataset; everything is found without HDF5's help but where the chunk lies."""
+    with h5py.File(file) as opened:
+        dataset = opened[name].id
+        chunk = dataset.get_chunk_info(range(dataset.get_num_chunks())[index])
+    content = bytearray(file.read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_sound_file_has_no_damage(file):
+    assert damage.damaged(file, hdf5.write(file, DATASETS, {})) == []
+
+
+def test_the_damaged_datasets_are_named(file):
+    digest = hdf5.write(file, DATASETS, {})
+    damage_chunk(file, "model/half")
+    damage_chunk(file, "model/long", 0)
+    damage_chunk(file, "model/long", 1)
+    named = [f"{file}: is damaged (SHA-256): the dataset /{name}" for name in ("model/half", "model/long")]
+    assert damage.damaged(file, digest) == named
+
+
+@pytest.mark.parametrize("name", [name for name, leaf in DATASETS.items() if isinstance(leaf, torch.Tensor)])
+def test_without_a_digest_the_checksums_find_a_flipped_bit(file, name):
+    hdf5.write(file, DATASETS, {})
+    with h5py.File(file) as opened:
+        dataset = opened[name].id
+        chunks = [dataset.get_chunk_info(index) for index in range(dataset.get_num_chunks())]
+    content = file.read_bytes()
+    draw = random.Random(name)
+    for _ in range(20):
+        chunk = draw.choice(chunks)
+        wrong = bytearray(content)
+        wrong[chunk.byte_offset + draw.randrange(chunk.size)] ^= 1 << draw.randrange(8)
+        file.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=rf"rank_00000.h5: the dataset /{name} is damaged"):
+            hdf5.read(file)
+        others = [other for other in DATASETS if other != name]
+        assert hdf5.read(file, names=others).keys() == set(others)
+
+
+def test_other_damages_are_told_apart(file):
+    digest = hdf5.write(file, DATASETS, {})
+    content = file.read_bytes()
+    number = (1234567).to_bytes(8, "little")
+    assert content.count(number) == 1
+    file.write_bytes(content.replace(number, (1234568).to_bytes(8, "little")))
+    (sentence,) = damage.damaged(file, digest)
+    assert "outside of all tensors" in sentence
+    file.write_bytes(content[:-7])
+    (sentence,) = damage.damaged(file, digest)
+    assert sentence == f"{file}: is cut off: {len(content) - 7:,} bytes instead of {len(content):,}"
+    file.unlink()
+    assert damage.damaged(file, digest) == [f"{file}: the file is missing"]
+
+
+def test_a_damaged_header_is_told(file):
+    digest = hdf5.write(file, DATASETS, {})
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + bytes(40) + content[48:])
+    (sentence,) = damage.damaged(file, digest)
+    assert sentence.startswith(f"{file}: is damaged (SHA-256): the damage is outside of all tensors")
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", f"HDF5 crashes on it (exit code {-signal.SIGSEGV})"),
+        ("import time; time.sleep(60)", "HDF5 does not come to an end with it"),
+    ],
+)
+def test_hdf5_may_crash_on_damage(file, tmp_path, monkeypatch, program, message):
+    digest = hdf5.write(file, DATASETS, {})
+    damage_chunk(file, "model/half")
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{program}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(damage, "_START_S", 1)
+    (sentence,) = damage.damaged(file, digest)
+    assert sentence.endswith(message)

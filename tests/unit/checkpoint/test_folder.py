@@ -124,19 +124,22 @@ def test_prune(tmp_path, keep_last, keep_every, kept):
     assert not any(path.exists() for path in removed)
 
 
-OPERATIONS = ["os.fsync", "os.rename", "shutil.rmtree", "os.replace", "os.mkdir", "os.unlink"]
-
-
-@pytest.mark.parametrize("crash_at", range(40))
-def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, crash_at):
-    """Every change of the file system may be the last one; what is left is one checkpoint after the other, whole."""
+def test_prune_keeps_what_was_published_last(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 10)
-    save(checkpoints, 20)
-    left = [crash_at]
+    for step in (10, 40, 50, 20):  # the run went on from step 10
+        save(checkpoints, step)
+    checkpoints.prune(1)
+    assert [one.manifest.step for one in checkpoints.all()] == [20, 50]
+    check(checkpoints.latest(), 20)
 
-    class Crash(BaseException):
-        pass
+
+class Crash(BaseException):
+    """Not an error that anyone may catch."""
+
+
+def crash(monkeypatch, at, run):
+    """Stop `run` before its change number `at` of the file system; return whether it came to its end."""
+    left = [at]
 
     def crashing(operation):
         def call(*arguments, **options):
@@ -147,18 +150,31 @@ def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, c
 
         return call
 
-    for holder, name in [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]:
-        monkeypatch.setattr(holder, name, crashing(getattr(holder, name)))
-    try:
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, crashing(getattr(os, name)))
+        try:
+            run()
+        except Crash:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("at", range(40))
+def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, at):
+    """Every change of the file system may be the last one; what is left is one checkpoint after the other, whole."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+
+    def run():
         save(checkpoints, 30)
         checkpoints.prune(1)
-        done = True
-    except Crash:
-        done = False
-    monkeypatch.undo()
+
+    is_done = crash(monkeypatch, at, run)
     newest = checkpoints.latest()
     check(newest, newest.manifest.step)
-    assert newest.manifest.step in ([30] if done else [20, 30])
+    assert newest.manifest.step in ([30] if is_done else [20, 30])
     for one in checkpoints.all():
         check(one, one.manifest.step)
     save(checkpoints, 40)
@@ -166,14 +182,29 @@ def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, c
     assert not [name for name in names(checkpoints) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("at", range(25))
+def test_a_crash_while_the_only_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch, at):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10, size=3)
+    is_done = crash(monkeypatch, at, lambda: save(checkpoints, 10, size=2))
+    newest = checkpoints.latest()
+    check(newest, 10)
+    assert newest.manifest.size in ([2] if is_done else [2, 3])
+    assert newest == checkpoints.all()[-1] == open_checkpoint(newest.path)
+    checkpoints.begin(20)  # the run goes on
+    check(checkpoints.latest(), 10)
+    assert checkpoints.latest().manifest == newest.manifest
+    save(checkpoints, 20)
+    assert names(checkpoints) == ["latest", "step_00000010", "step_00000020"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": "x"}, "is not the manifest of a checkpoint of mpicomp"),
         ({"version": 9}, "was written by a newer mpicomp"),
-        ({"step": 11}, "is the manifest of step 11, not of step_00000010"),
-        ({"size": 5}, "lists 2 files for 5 ranks"),
-        ({"files": {}}, "lists 0 files for 2 ranks"),
+        ({"step": 11}, "is damaged, or was edited"),
+        ({"config": "lr = 1"}, "is damaged, or was edited"),
         ({"files": 3}, "is damaged"),
         ({"surplus": 3}, "is damaged"),
     ],
@@ -182,6 +213,12 @@ def test_a_wrong_manifest_is_named(tmp_path, change, message):
     path = save(Checkpoints(tmp_path), 10).path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=rf"manifest.json: .*{message}"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path):
+    save(Checkpoints(tmp_path), 10).path.rename(tmp_path / "step_00000011")
+    with pytest.raises(CheckpointError, match=r"manifest.json: is the manifest of step 10, not of step_00000011"):
         Checkpoints(tmp_path).latest()
 
 
