@@ -5,6 +5,7 @@
     [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
     [training]     epochs or steps, batch_size
     [checkpoint]   when to store the state of all ranks, and how many to keep
+    [slow]         ranks that are made slow on purpose
 
 The parameters of a kind are those of the function or class that its registry names: type and default are read from
 the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
@@ -35,6 +36,7 @@ from mpicomp.training.sections import (
     OptimizerSection,
     RunSection,
     ScheduleSection,
+    SlowSection,
     TopologySection,
     TrainingSection,
     Values,
@@ -49,6 +51,7 @@ else:
 
 FREE = {
     "checkpoint",
+    "slow",
     "data.path",
     "run.device",
     "run.allow_shared_gpu",
@@ -74,6 +77,7 @@ class RunConfig:
     schedule: ScheduleSection
     training: TrainingSection
     checkpoint: CheckpointSection
+    slow: SlowSection
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

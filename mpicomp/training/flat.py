@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mpicomp.compression.base import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
+from mpicomp.training.slow import Slowness
 
 
 class FlatModel:
@@ -25,6 +27,7 @@ class FlatModel:
         spec: names and shapes of the tensors in `x`.
         closure: computes the loss of the next batch, a scalar with a graph.
         loss: the loss of the last `gradient`, detached, on the device.
+        slowness: how much longer each gradient takes than it must.
 
     Raises:
         ConfigError: a model without trainable parameters, or with trainable parameters of several types.
@@ -44,6 +47,7 @@ class FlatModel:
         self.g = torch.zeros_like(self.x)
         self.closure: Callable[[], Tensor] = _no_closure
         self.loss = torch.full((), torch.nan)
+        self.slowness = Slowness()
         self._parameters = [p for _, p in named]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
         for p, x, shape in zip(self._parameters, self.spec.split(self.x), self.spec.shapes, strict=True):
@@ -63,12 +67,14 @@ class FlatModel:
     @timed("gradient")
     def gradient(self) -> Tensor:
         """Run `closure` and its backward pass; return the flat gradient (n,)."""
+        start = time.perf_counter()
         self.g.zero_()
         for p, g in zip(self._parameters, self._gradients, strict=True):
             p.grad = g  # again in each step: zero_grad() of torch.optim drops the views
         loss = self.closure()
         torch.autograd.backward(loss)
         self.loss = loss.detach()
+        self.slowness.sleep(time.perf_counter() - start)
         return self.g
 
     @timed("gradient")

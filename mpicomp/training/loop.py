@@ -107,6 +107,7 @@ def train(
             setup = _set_up(config, world)
         watchdog.moved()
         gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+        gossip.local.slowness = config.slow.build(world.rank, config.run.seed)
         meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device))
         seed_random(config.run.seed, world.rank)
         if checkpoint:

@@ -38,6 +38,7 @@ from mpicomp.training.parameters import Choice, Factory, parameters
 from mpicomp.training.partition import PARTITIONS, Indices, partition
 from mpicomp.training.schedule import SCHEDULES
 from mpicomp.training.schedule import Schedule as LearningRate
+from mpicomp.training.slow import Slowness, Spread
 from mpicomp.training.stopping import signal_number
 
 Values = dict[str, Any]
@@ -344,6 +345,26 @@ class CheckpointSection(Section):
     """How long before the end of the time limit to stop; at most a quarter of the limit."""
 
 
+class SlowSection(Section):
+    """``[slow]``: ranks that are made slow on purpose, to try what a method gains where ranks are unequal."""
+
+    ranks: list[NonNegativeInt] = []
+    """Whose gradients take longer; those that the run does not have are ignored."""
+
+    factor: float = Field(1.0, ge=1, allow_inf_nan=False)
+    """How many times as long; of the time on the host, so give `seconds` where a GPU computes."""
+
+    seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """By how many seconds beside."""
+
+    spread: Spread = "fixed"
+    """Whether the extra time is the same in each step, or ``"exponential"`` with that mean."""
+
+    def build(self, rank: int, seed: int) -> Slowness:
+        """Return the slowness of `rank`."""
+        return Slowness(self.factor, self.seconds, self.spread, seed, rank) if rank in self.ranks else Slowness()
+
+
 SECTIONS: dict[str, type[Section]] = {
     "run": RunSection,
     "data": DataSection,
@@ -355,6 +376,7 @@ SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "training": TrainingSection,
     "checkpoint": CheckpointSection,
+    "slow": SlowSection,
 }
 SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
 

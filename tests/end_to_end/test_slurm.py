@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import OPEN_MPI_HERE, assert_same_checkpoint, ranks_of, records
+from support.runs import OPEN_MPI_HERE, assert_same_checkpoint, mpicomp, ranks_of, records
 
 from mpicomp.checkpoint.folder import Checkpoints
 
@@ -22,7 +22,6 @@ LAB = ROOT / "scripts" / "slurm_lab"
 VENVS = {"pmi2": ROOT / ".venv-mpich", "pmix": ROOT / ".venv-openmpi"}
 CONFIG = ROOT / "configs" / "methods" / "choco.toml"
 STEPS = 2000
-"""Of a run that is to be stopped: half a minute on 2 cores."""
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("apt-get") is None or not VENVS["pmi2"].exists(),
@@ -56,14 +55,18 @@ def slurm(*command, timeout=30):
     return done.stdout.strip()
 
 
-def submit(folder, *options, steps=STEPS, mpi="pmi2"):
-    """Send the job of a run on 2 nodes of 2 ranks; return its number."""
+def submit(folder, *options, step_s=0.01, steps=STEPS, mpi="pmi2"):
+    """Send the job of a run on 2 nodes of 2 ranks; return its number.
+
+    The ranks sleep `step_s` seconds in each step, so that the run lasts about as long on any machine.
+    """
     name = folder.name
     sent = slurm(
         *(VENVS["pmix" if mpi == "pmix" else "pmi2"] / "bin" / "mpicomp", "slurm", "submit", CONFIG),
         *("--nodes", 2, "--ranks-per-node", 2, "--mpi", mpi, "--venv", VENVS["pmix" if mpi == "pmix" else "pmi2"]),
         *("--name", name, "--run-dir", folder, "--out", folder.parent / f"{name}.sbatch"),
         *("--sbatch", f"chdir={folder.parent}", "--set", "data.kind=synthetic", "--set", f"training.steps={steps}"),
+        *("--set", "slow.ranks=[0,1,2,3]", "--set", f"slow.seconds={step_s}"),
         *options,
         timeout=60,
     )
@@ -110,20 +113,14 @@ def wait_for_training(folder, job, steps, timeout=60):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The same run without Slurm and without sleep, which does not enter its arithmetic."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = submit(folder)
-    (folder.parent / "sent").touch()
-    over = wait_for_end(job, 240)
-    assert over["JobState"] == "COMPLETED", output(folder, job)
-    assert over["Restarts"] == "0"
+    done = mpicomp(
+        *("train", CONFIG, "--run-dir", folder, "--set", "data.kind=synthetic", "--set", f"training.steps={STEPS}"),
+        ranks=4,
+    )
+    assert done.returncode == 0, done.stdout
     return folder
-
-
-def lead_s(undisturbed):
-    """Return how long before the end of a minute to stop, so that the run takes four starts on this machine."""
-    training = json.loads((undisturbed / "result.json").read_text())["seconds"]
-    start = (undisturbed / "result.json").stat().st_mtime - (undisturbed.parent / "sent").stat().st_mtime - training
-    return round(min(max(60 - start - training / 3.5, 5), 50))
 
 
 def assert_as_if_undisturbed(folder, undisturbed):
@@ -161,13 +158,10 @@ def test_ranks_find_each_other(venv, start):
     assert "pmi2" in report["srun_speaks"]
 
 
-def test_an_undisturbed_job_leaves_a_sound_checkpoint(undisturbed):
-    assert Checkpoints(undisturbed / "checkpoints").latest().verify() == []
-
-
 def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(undisturbed, tmp_path):
     folder = tmp_path / "limited"
-    job = submit(folder, "--time", 1, "--signal", lead_s(undisturbed))
+    # 90 s of sleep and some work, of which no more than 45 s fit into a minute before the last checkpoint.
+    job = submit(folder, "--time", 1, "--signal", 20, step_s=0.045)
     over = wait_for_end(job, 280)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert int(over["Restarts"]) >= 2
@@ -182,7 +176,7 @@ def test_signals_requeue_a_job(undisturbed, tmp_path):
         slurm("scancel", *target, "--signal=USR1", job)
         wait_for(job, lambda now, count=restarts: int(now["Restarts"]) == count, f"{target} requeues", 40)
         wait_for(job, lambda now: now["JobState"] == "RUNNING", "the job starts again", 40)
-    over = wait_for_end(job, 150)
+    over = wait_for_end(job, 90)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert_as_if_undisturbed(folder, undisturbed)
 

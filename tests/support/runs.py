@@ -54,7 +54,8 @@ def ranks_of(folder):
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if words[1:3] == [b"-m", b"mpicomp"] and os.fsencode(folder) in words:
+        is_rank = words[1:3] == [b"-m", b"mpicomp"] or (len(words) > 1 and words[1].endswith(b"/mpicomp"))
+        if is_rank and os.fsencode(folder) in words:
             found.append(int(process.name))
     return sorted(found)
 
