@@ -123,6 +123,16 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """A job longer than its time limit, which sleeps on two of the nodes while the other tests use the rest.
+
+    90 s of sleep and some work, of which no more than 45 s fit into a minute before the last checkpoint.
+    """
+    folder = tmp_path_factory.mktemp("limited") / "run"
+    return folder, submit(folder, "--time", 1, "--signal", 20, step_s=0.045)
+
+
 def assert_as_if_undisturbed(folder, undisturbed):
     assert_same_checkpoint(*(Checkpoints(run / "checkpoints").latest() for run in (folder, undisturbed)))
     assert records(folder) == records(undisturbed)
@@ -138,7 +148,7 @@ def assert_as_if_undisturbed(folder, undisturbed):
     ],
     ids=["MPICH-srun", "OpenMPI-srun", "MPICH-mpiexec", "OpenMPI-mpiexec"],
 )
-def test_ranks_find_each_other(venv, start):
+def test_ranks_find_each_other(limited, venv, start):
     path = VENVS[venv]
     if not path.exists():
         pytest.skip(f"{path.name} is missing")
@@ -156,16 +166,6 @@ def test_ranks_find_each_other(venv, start):
         assert report["job"]["tasks"] == 4
     assert report["job"]["end_time"] - time.time() < 60
     assert "pmi2" in report["srun_speaks"]
-
-
-def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(undisturbed, tmp_path):
-    folder = tmp_path / "limited"
-    # 90 s of sleep and some work, of which no more than 45 s fit into a minute before the last checkpoint.
-    job = submit(folder, "--time", 1, "--signal", 20, step_s=0.045)
-    over = wait_for_end(job, 280)
-    assert over["JobState"] == "COMPLETED", output(folder, job)
-    assert int(over["Restarts"]) >= 2
-    assert_as_if_undisturbed(folder, undisturbed)
 
 
 def test_signals_requeue_a_job(undisturbed, tmp_path):
@@ -198,3 +198,11 @@ def test_an_array_has_a_run_folder_for_each_seed(tmp_path):
         wait_for_end(f"{job}_{task}", 90)
     assert {path.name for path in folder.iterdir()} == {"run.seed=1", "run.seed=2"}
     assert all((path / "result.json").exists() for path in folder.iterdir())
+
+
+def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(limited, undisturbed):
+    folder, job = limited
+    over = wait_for_end(job, 280)
+    assert over["JobState"] == "COMPLETED", output(folder, job)
+    assert int(over["Restarts"]) >= 2
+    assert_as_if_undisturbed(folder, undisturbed)
