@@ -1,7 +1,7 @@
 """The contract of exchanges over the loopback, at every size."""
 
 import pytest
-from exchange_table import TABLE
+from support.exchange_table import TABLE
 
 from mpicomp.exchange import loopback
 

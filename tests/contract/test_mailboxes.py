@@ -1,7 +1,7 @@
 """The contract of mailboxes over the loopback, at every size, at once and with late and torn writes."""
 
 import pytest
-from mailbox_table import TABLE
+from support.mailbox_table import TABLE
 
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback_mailbox import Delays

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from exchange_table import TABLE, VARIABLE, message
+from support.exchange_table import TABLE, VARIABLE, message
 
 from mpicomp.compression.base import Field, Layout
 from mpicomp.errors import ExchangeError

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from mailbox_table import LAYOUT, TABLE, exchange_all, patiently
+from support.mailbox_table import LAYOUT, TABLE, exchange_all, patiently
 
 from mpicomp.compression.base import Field, Layout
 from mpicomp.errors import ConfigError
