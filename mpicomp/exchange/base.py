@@ -6,7 +6,8 @@ set-up, diagnostics and evaluation and is not counted in ``bytes_sent``; trainin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
@@ -128,16 +129,16 @@ class Mailbox(Protocol):
     def room(self, target: int) -> int:
         """Return how many messages `target` would take now."""
 
-    def receive(self, layout: Layout) -> dict[int, list[Mail]]:
+    def receive(self, layout: Layout | Mapping[int, Layout], up_to: float = math.inf) -> dict[int, list[Mail]]:
         """Return what has arrived since the last call: by source rank, ascending, each in the order it was sent.
+
+        Messages whose step is beyond `up_to` stay where they are, with all that came after them. `layout` may differ
+        from source to source.
 
         Raises:
             ExchangeError: a message is of another layout, or damaged.
 
         """
-
-    def latest(self, layout: Layout) -> dict[int, Mail]:
-        """Return the last message that has arrived from each source since the last call; older ones are skipped."""
 
     def announce(self, step: int, is_done: bool = False) -> None:
         """Tell all neighbors this rank's step, and whether it has finished."""
@@ -158,15 +159,34 @@ class Mailbox(Protocol):
         """Give the memory back; what was not received is lost (collective on all ranks)."""
 
 
-class Maximum(Protocol):
-    """A maximum over all ranks under way."""
+class Gather(Protocol):
+    """Numbers of all ranks under way to all ranks."""
 
-    def wait(self) -> list[int]:
-        """Return the largest of each of the values that the ranks have given; collective on all ranks."""
+    def test(self) -> bool:
+        """Return whether all ranks have given theirs, and move on what is under way; `wait` then returns at once."""
+
+    def wait(self) -> list[list[float]]:
+        """Return the numbers by rank; collective on all ranks."""
+
+
+class Counter(Protocol):
+    """A number that all ranks take from, each value once. Making and freeing it are collective on all ranks."""
+
+    def prefetch(self) -> None:
+        """Begin to take the next value, unless that has been done."""
+
+    def test(self) -> bool:
+        """Return whether the next value is here; `take` then returns at once."""
+
+    def take(self) -> int:
+        """Return the next value; waits where it has not been prefetched early enough."""
+
+    def free(self) -> None:
+        """Give the memory back."""
 
 
 class World(Protocol):
-    """All ranks, seen from one of them. Every method but `abort` is collective on all ranks."""
+    """All ranks, seen from one of them. Every method is collective on all ranks, unless it says otherwise."""
 
     rank: int
     size: int
@@ -192,11 +212,20 @@ class World(Protocol):
     def broadcast(self, value: T) -> T:
         """Return rank 0's (small, picklable) value."""
 
-    def broadcast_(self, x: Tensor) -> None:
-        """Overwrite `x` by rank 0's."""
+    def broadcast_(self, x: Tensor, root: int = 0) -> None:
+        """Overwrite `x` by that of rank `root`."""
 
-    def start_maximum(self, values: Sequence[int]) -> Maximum:
-        """Begin to form the maximum over all ranks of each of `values`; it travels while the ranks compute."""
+    def start_gather(self, values: Sequence[float]) -> Gather:
+        """Begin to collect the (few) `values` of all ranks, as many on each; they travel while the ranks compute."""
+
+    def counter(self, start: int = 0) -> Counter:
+        """Return a counter whose first value is `start`, the same on all ranks."""
+
+    def now(self) -> float:
+        """Return the time in seconds, from any origin; not collective. A simulated world has a time of its own."""
+
+    def sleep(self, seconds: float) -> None:
+        """Do nothing for `seconds`; not collective."""
 
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and by ascending rank; not counted as training traffic."""
@@ -205,7 +234,7 @@ class World(Protocol):
         """Wait for all ranks."""
 
     def abort(self, exit_code: int) -> NoReturn:
-        """End all ranks at once. Not collective: one rank is enough."""
+        """End all ranks at once; not collective."""
 
 
 def check_schedule(schedule: Schedule, size: int) -> None:

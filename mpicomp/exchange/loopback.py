@@ -8,9 +8,11 @@ each other, or for one that has returned, the run fails instead of hanging.
 
 from __future__ import annotations
 
+import heapq
 import os
 import socket
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +25,8 @@ from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Stopped, all_reduce_nbytes, check_message, check_schedule, mean_in_order
 from mpicomp.exchange.guard import is_agreed
-from mpicomp.exchange.loopback_mailbox import Delays, LoopbackBoard
-from mpicomp.exchange.mailbox import SlotMailbox, slots_of
+from mpicomp.exchange.loopback_mailbox import Delays, Links, LoopbackBoard, SimulatedBoard
+from mpicomp.exchange.mailbox import SlotMailbox, Slots, slots_of
 from mpicomp.exchange.placement import core_share, thread_count
 from mpicomp.exchange.watchdog import Waiting
 from mpicomp.timing import timed
@@ -55,6 +57,8 @@ class _Seat:
     may_run: bool = False
     inbox: defaultdict[_Sender, deque[_Message]] = field(default_factory=lambda: defaultdict(deque))
     missing: set[_Sender] = field(default_factory=set)
+    naps: int = 0
+    is_awaiting_mail: bool = False
 
 
 class _Round:
@@ -64,6 +68,16 @@ class _Round:
         self.values: list[Any] = [None] * size
         self.missing = set(range(size))
         self.waiting: list[_Seat] = []
+
+
+class _Tally:
+    """Numbers that the ranks give one by one, without waiting for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[list[float]] = [[] for _ in range(size)]
+        self.missing = size
+        self.waiting: list[_Seat] = []
+        self.unread = size
 
 
 class _Hub:
@@ -83,6 +97,8 @@ class _Hub:
         self._lock = threading.Lock()
         self._seats = [_Seat(threading.Condition(self._lock)) for _ in range(size)]
         self._round = _Round(size)
+        self._tallies: defaultdict[int, _Tally] = defaultdict(lambda: _Tally(size))
+        self._counters: dict[int, int] = {}
         self._free_cores = cores
         self._ready: deque[_Seat] = deque()
         self._present = size
@@ -158,6 +174,66 @@ class _Hub:
                     self._wake(seat)
             return list(current.values)
 
+    def give(self, rank: int, number: int, values: list[float]) -> None:
+        """Give this rank's part of gather `number`."""
+        with self._lock:
+            self._check_alive()
+            tally = self._tallies[number]
+            tally.values[rank] = values
+            tally.missing -= 1
+            if not tally.missing:
+                for seat in tally.waiting:
+                    self._wake(seat)
+                self._notify_all()
+
+    def is_given(self, number: int) -> bool:
+        """Return whether all ranks have given their part of gather `number`."""
+        with self._lock:
+            return number not in self._tallies or not self._tallies[number].missing
+
+    def collect(self, rank: int, number: int) -> list[list[float]]:
+        """Return the parts of gather `number`, when all are there; once for each rank."""
+        with self._lock:
+            tally = self._tallies[number]
+            if tally.missing:
+                tally.waiting.append(self._seats[rank])
+                with Waiting("gather"):
+                    self._sleep(self._seats[rank])
+            self._check_alive()
+            tally.unread -= 1
+            if not tally.unread:
+                del self._tallies[number]
+            return tally.values
+
+    def count(self, number: int, start: int) -> int:
+        """Return the next value of counter `number`, which begins at `start`."""
+        with self._lock:
+            value = self._counters.get(number, start)
+            self._counters[number] = value + 1
+            return value
+
+    def now(self) -> float:
+        """Return the time in seconds."""
+        return time.perf_counter()
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Leave the core to others for `seconds`."""
+        with self._lock:
+            seat = self._seats[rank]
+            seat.may_run = False
+            self._hand_on_core()
+        time.sleep(seconds)
+        with self._lock:
+            self._make_ready(seat)
+            self._await_core(seat)
+            self._check_alive()
+
+    def make_board(self, rank: int, slots: Slots) -> LoopbackBoard | SimulatedBoard:
+        """Return the memory of a mailbox."""
+        return LoopbackBoard(
+            rank, slots, self.delays, lambda: self.pause(rank), lambda value: self.gather(rank, value, "mailbox")
+        )
+
     def pause(self, rank: int) -> None:
         """Let another rank run if one is ready: at the end of the queue, each gets its turn."""
         with self._lock:
@@ -170,6 +246,9 @@ class _Hub:
                 with Waiting("mail", list):
                     self._await_core(seat)
                 self._check_alive()
+
+    def _notify_all(self) -> None:
+        """Note that something has happened that ranks may be looking for: here they look by themselves."""
 
     def _snapshot(self, missing: set[T]) -> list[T]:
         """Return what is missing, which changes under the lock; for threads that do not hold it."""
@@ -228,6 +307,81 @@ class _Hub:
             self.error, self.failed_rank = error, rank
             for seat in self._seats:
                 seat.woken.notify()
+
+
+class _SimulatedHub(_Hub):
+    """A hub whose time goes on only when every rank sleeps or waits: to the next moment at which one has work.
+
+    One rank runs at a time, and ranks that wake at the same moment do so in the order in which that was decided; so a
+    run can be repeated exactly, on any machine. Computing takes no time by itself: ranks `sleep` for as long as it is
+    to take.
+    """
+
+    def __init__(self, size: int, links: Links) -> None:
+        super().__init__(size, cores=1)
+        self._links = links
+        self._now_ns = 0
+        self._events: list[tuple[int, int, _Seat, int]] = []
+        self._decided = 0
+
+    def now(self) -> float:
+        """Return the simulated time in seconds."""
+        return self._now_ns / 1e9
+
+    def now_ns(self) -> int:
+        """Return the simulated time: whole nanoseconds, so that a run that goes on from a checkpoint adds up alike."""
+        return self._now_ns
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Wake up after `seconds` of simulated time."""
+        self._nap(rank, self._now_ns + round(1e9 * seconds), is_awaiting_mail=False)
+
+    def await_mail(self, rank: int, until_ns: int) -> None:
+        """Wake up at that time, or when something arrives before."""
+        self._nap(rank, until_ns, is_awaiting_mail=True)
+
+    def notify(self, rank: int, at_ns: int) -> None:
+        """Note that something will arrive at `rank` at that time."""
+        with self._lock:
+            self._notify(self._seats[rank], at_ns)
+
+    def make_board(self, rank: int, slots: Slots) -> SimulatedBoard:
+        """Return the memory of a mailbox."""
+        return SimulatedBoard(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
+
+    def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:
+        with self._lock:
+            self._check_alive()
+            seat = self._seats[rank]
+            seat.is_awaiting_mail = is_awaiting_mail
+            self._at(until_ns, seat)
+            seat.may_run = False
+            self._hand_on_core()
+            with Waiting("mail", list):
+                self._await_core(seat)
+            self._check_alive()
+
+    def _notify_all(self) -> None:
+        for seat in self._seats:
+            self._notify(seat, self._now_ns)
+
+    def _notify(self, seat: _Seat, at_ns: int) -> None:
+        if seat.is_awaiting_mail:
+            self._at(at_ns, seat)
+
+    def _at(self, at_ns: int, seat: _Seat) -> None:
+        heapq.heappush(self._events, (at_ns, self._decided, seat, seat.naps))
+        self._decided += 1
+
+    def _hand_on_core(self) -> None:
+        while not self._ready and self._events:
+            at_ns, _, seat, nap = heapq.heappop(self._events)
+            if nap == seat.naps:  # else it was woken by an earlier event
+                self._now_ns = max(self._now_ns, at_ns)
+                seat.naps += 1
+                seat.is_awaiting_mail = False
+                self._ready.append(seat)
+        super()._hand_on_core()
 
 
 class _LoopbackPending:
@@ -313,7 +467,7 @@ class LoopbackWorld:
         self.device = device
         self.notices: tuple[str, ...] = ()
         self._hub = hub
-        self._exchanges = 0
+        self._exchanges = self._gathers = self._counters = 0
 
     def exchange(self, schedule: Schedule) -> LoopbackExchange:
         """Return the exchange over the edges of `schedule`."""
@@ -323,11 +477,7 @@ class LoopbackWorld:
     def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> SlotMailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
         check_schedule(topology, self.size)
-        hub, rank = self._hub, self.rank
-        slots = slots_of(topology, rank, nbytes, depth)
-        board = LoopbackBoard(
-            rank, slots, hub.delays, lambda: hub.pause(rank), lambda value: hub.gather(rank, value, "mailbox")
-        )
+        board = self._hub.make_board(self.rank, slots_of(topology, self.rank, nbytes, depth))
         return SlotMailbox(self, board, topology, nbytes, depth)
 
     def all_gather(self, value: T) -> list[T]:
@@ -338,16 +488,30 @@ class LoopbackWorld:
         """Return rank 0's value: the object itself, not a copy."""
         return self._hub.gather(self.rank, value, "broadcast")[0]
 
-    def broadcast_(self, x: Tensor) -> None:
-        """Overwrite `x` by rank 0's."""
-        root = self._hub.gather(self.rank, x, "broadcast_")[0]
-        if self.rank != 0:
-            x.copy_(root)
+    def broadcast_(self, x: Tensor, root: int = 0) -> None:
+        """Overwrite `x` by that of rank `root`."""
+        theirs = self._hub.gather(self.rank, x, "broadcast_")[root]
+        if self.rank != root:
+            x.copy_(theirs)
         self.barrier()
 
-    def start_maximum(self, values: Sequence[int]) -> LoopbackMaximum:
-        """Begin to form the maximum over all ranks of each of `values`."""
-        return LoopbackMaximum(self, list(values))
+    def start_gather(self, values: Sequence[float]) -> LoopbackGather:
+        """Begin to collect the `values` of all ranks."""
+        self._gathers += 1
+        return LoopbackGather(self._hub, self.rank, self._gathers, values)
+
+    def counter(self, start: int = 0) -> LoopbackCounter:
+        """Return a counter whose first value is `start`."""
+        self._counters += 1
+        return LoopbackCounter(self._hub, self._counters, start)
+
+    def now(self) -> float:
+        """Return the time in seconds; simulated time where the hub simulates it."""
+        return self._hub.now()
+
+    def sleep(self, seconds: float) -> None:
+        """Do nothing for `seconds`; the core is free for another rank meanwhile."""
+        self._hub.sleep(self.rank, seconds)
 
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and in the order of ranks."""
@@ -363,16 +527,55 @@ class LoopbackWorld:
         raise Stopped
 
 
-class LoopbackMaximum:
-    """A maximum over all ranks under way."""
+class LoopbackGather:
+    """Numbers of all ranks under way to all ranks."""
 
-    def __init__(self, world: LoopbackWorld, values: list[int]) -> None:
-        self._world = world
-        self._values = values
+    def __init__(self, hub: _Hub, rank: int, number: int, values: Sequence[float]) -> None:
+        self._hub = hub
+        self._rank = rank
+        self._number = number
+        self._rows: list[list[float]] | None = None
+        hub.give(rank, number, [float(value) for value in values])
 
-    def wait(self) -> list[int]:
-        """Return the largest of each of the values that the ranks have given."""
-        return [max(column) for column in zip(*self._world.all_gather(self._values), strict=True)]
+    def test(self) -> bool:
+        """Return whether all ranks have given theirs."""
+        return self._rows is not None or self._hub.is_given(self._number)
+
+    def wait(self) -> list[list[float]]:
+        """Return the numbers by rank."""
+        if self._rows is None:
+            self._rows = self._hub.collect(self._rank, self._number)
+        return self._rows
+
+
+class LoopbackCounter:
+    """A number that all ranks take from, each value once."""
+
+    def __init__(self, hub: _Hub, number: int, start: int) -> None:
+        self._hub = hub
+        self._number = number
+        self._start = start
+        self._next: int | None = None
+
+    def prefetch(self) -> None:
+        """Take the next value, unless that has been done."""
+        if self._next is None:
+            self._next = self._hub.count(self._number, self._start)
+
+    def test(self) -> bool:
+        """Say yes."""
+        self.prefetch()
+        return True
+
+    def take(self) -> int:
+        """Return the next value."""
+        self.prefetch()
+        value, self._next = self._next, None
+        assert value is not None
+        return value
+
+    def free(self) -> None:
+        """Nothing to give back."""
 
 
 def _mean_(hub: _Hub, rank: int, x: Tensor) -> None:
@@ -393,6 +596,7 @@ def run(
     device: torch.device | str = "cpu",
     cores: int | None = None,
     delays: Delays | None = None,
+    simulated: Links | None = None,
 ) -> list[R]:
     """Call ``function(world, *args)`` on `size` ranks and return the results, by rank.
 
@@ -405,6 +609,8 @@ def run(
         device: of the tensors.
         cores: how many ranks may run at a time; as many as there are cores if None, and the same run again with one.
         delays: of the mailbox's messages.
+        simulated: simulate the time, with such links between the ranks; one rank runs at a time, and a run is the same
+            each time. Mailboxes only: other messages take no time.
 
     Raises:
         ExchangeError: the ranks wait for each other for ever.
@@ -415,7 +621,7 @@ def run(
         raise ValueError(f"size = {size}: there must be at least one rank")
     results: list[Any] = [None] * size
     allowed = os.sched_getaffinity(0)
-    hub = _Hub(size, cores or len(allowed), delays)
+    hub = _Hub(size, cores or len(allowed), delays) if simulated is None else _SimulatedHub(size, simulated)
     threads_before = torch.get_num_threads()
     threads_each = thread_count(core_share(allowed, [allowed] * size))
 

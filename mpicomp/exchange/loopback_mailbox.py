@@ -4,6 +4,8 @@ With `Delays` every write is cut into up to three pieces, each of which arrives 
 target: late, torn, and out of order, as far as a transport may do so. Turns are counted, not timed, and the numbers
 come from the seed and the edge; on one core (``loopback.run(..., cores=1)``) ranks change places in a fixed order, so
 that a run with the same seed is the same run.
+
+Under simulated time there are no turns: a message arrives when a link of a given speed has carried it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from mpicomp.exchange.mailbox import Slots
 from mpicomp.exchange.staging import Bytes
+
+PAUSE_NS = 250_000_000
+"""The longest pause of a rank without mail, in simulated time."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,88 @@ class LoopbackBoard:
         """Wait for all ranks, and let everything arrive."""
         self._meet(None)
         self._mine.arrive(math.inf)
+        self._meet(None)
+
+    def free(self) -> None:
+        """Nothing to give back."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network of a simulation: a link of its own for each pair of ranks and direction.
+
+    Attributes:
+        latency_s: from the end of sending to the arrival, in seconds.
+        bytes_per_s: how fast a link takes bytes.
+
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+
+
+class Clock(Protocol):
+    """The time of a simulation."""
+
+    def now_ns(self) -> int:
+        """Return the simulated time in nanoseconds."""
+
+    def await_mail(self, rank: int, until_ns: int) -> None:
+        """Wake `rank` at that time, or when something arrives before."""
+
+    def notify(self, rank: int, at_ns: int) -> None:
+        """Note that something will arrive at `rank` at that time."""
+
+
+class SimulatedBoard:
+    """The memory of one rank under simulated time: a write arrives whole, as soon as its link has carried it."""
+
+    how = "simulation"
+    beat_s = math.inf
+
+    def __init__(
+        self,
+        rank: int,
+        slots: Slots,
+        links: Links,
+        clock: Clock,
+        meet: Callable[[_Memory | None], Sequence[_Memory | None]],
+    ) -> None:
+        self.local: dict[int, int] = {}
+        self._rank = rank
+        self._links = links
+        self._clock = clock
+        self._meet = meet
+        self._mine = _Memory(slots)
+        self.memory = self._mine.bytes
+        self._all = [memory for memory in meet(self._mine) if memory is not None]
+        self._free_at_ns: dict[int, int] = {}
+
+    def write(self, target: int, index: int | None, data: Bytes) -> None:
+        """Send `data` behind what is on its way to `target` already."""
+        memory, now_ns = self._all[target], self._clock.now_ns()
+        begin = memory.slots.note(self._rank) if index is None else memory.slots.message(self._rank, index)
+        free_at_ns = max(now_ns, self._free_at_ns.get(target, 0)) + round(1e9 * data.size / self._links.bytes_per_s)
+        due_ns = free_at_ns + round(1e9 * self._links.latency_s)
+        self._free_at_ns[target] = free_at_ns
+        memory.add(begin, data, due_ns)
+        self._clock.notify(target, due_ns)
+
+    def poll(self) -> None:
+        """See what has arrived by now."""
+        self._mine.arrive(self._clock.now_ns())
+
+    def pause(self) -> None:
+        """Wait until something arrives, but not for ever: the rank may have other things to look after."""
+        until_ns = self._clock.now_ns() + PAUSE_NS
+        coming_ns = self._mine.coming[0][0] if self._mine.coming else until_ns
+        self._clock.await_mail(self._rank, min(until_ns, coming_ns))
+
+    def settle(self) -> None:
+        """Wait for all ranks, and let everything arrive."""
+        self._meet(None)
+        self._mine.arrive(math.inf)
+        self._free_at_ns.clear()
         self._meet(None)
 
     def free(self) -> None:

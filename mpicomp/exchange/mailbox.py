@@ -15,11 +15,12 @@ On the wire a message is 32 bytes longer than its payload; a note is 32 bytes, a
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -220,24 +221,21 @@ class SlotMailbox:
             return self._room(target)
 
     @timed("exchange")
-    def receive(self, layout: Layout) -> dict[int, list[Mail]]:
+    def receive(self, layout: Layout | Mapping[int, Layout], up_to: float = math.inf) -> dict[int, list[Mail]]:
         """Return what has arrived since the last call: by source rank, ascending, each in the order it was sent."""
         arrived = {}
         with self._lock:
             self._look()
             for source, inbox in self._inboxes.items():
                 mails = []
-                while (mail := self._take(source, inbox, layout)) is not None:
+                expected = layout[source] if isinstance(layout, Mapping) else layout
+                while (mail := self._take(source, inbox, expected, up_to)) is not None:
                     mails.append(mail)
                 if mails:
                     arrived[source] = mails
                     self._known[source].heard = time.monotonic()
                     self._tell(source)
         return arrived
-
-    def latest(self, layout: Layout) -> dict[int, Mail]:
-        """Return the last message that has arrived from each source since the last call; older ones are skipped."""
-        return {source: mails[-1] for source, mails in self.receive(layout).items()}
 
     def announce(self, step: int, is_done: bool = False) -> None:
         """Tell all neighbors this rank's step, and whether it has finished."""
@@ -311,7 +309,7 @@ class SlotMailbox:
             self.board.write(neighbor, None, note.view(np.uint8))
             self.bytes_sent += note.nbytes
 
-    def _take(self, source: int, inbox: _Inbox, layout: Layout) -> Mail | None:
+    def _take(self, source: int, inbox: _Inbox, layout: Layout, up_to: float) -> Mail | None:
         number = inbox.read + 1
         begin = self._slots.message(source, inbox.read % self._depth)
         memory = self.board.memory[begin : begin + self._slots.stride]
@@ -321,6 +319,8 @@ class SlotMailbox:
         if 0 <= nbytes <= self._slots.nbytes:
             data = memory[HEADER : HEADER + nbytes].copy()
             if crc == _crc(found, step, nbytes, data):
+                if step > up_to:
+                    return None
                 inbox.read, inbox.torn_since = number, None
                 payload = layout.unpack(torch.from_numpy(data))
                 check_message(payload, layout, nbytes, source)

@@ -21,6 +21,7 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import Slots
 from mpicomp.exchange.staging import Bytes
+from mpicomp.exchange.wait import poll
 
 PATIENCE_S = 0.3
 """How long a put may take to show up while its target does nothing, for the window to count as passive."""
@@ -95,6 +96,56 @@ class WindowBoard:
     def free(self) -> None:
         """Free the window (collective on the ranks of the communicator)."""
         self.memory = np.empty(0, dtype=np.uint8)
+        self._win.Unlock_all()
+        self._win.Free()
+        self._comm.Free()
+
+
+class WindowCounter:
+    """A number in the memory of rank 0 of `comm` that all ranks take from, each value once.
+
+    Takes the communicator over, and frees it. Between hosts rank 0 must enter MPI now and then, so `prefetch` early.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, start: int) -> None:
+        self._comm = comm
+        self._win = allocate(comm, 8)
+        if comm.rank == 0:
+            _memory(self._win)[:8].view(np.int64)[0] = start
+            self._win.Sync()
+        comm.Barrier()
+        self._one = np.ones(1, dtype=np.int64)
+        self._value = np.zeros(1, dtype=np.int64)
+        self._request: MPI.Request | None = None
+
+    def prefetch(self) -> None:
+        """Begin to take the next value, unless that has been done."""
+        if self._request is None:
+            try:
+                self._request = self._win.Rget_accumulate(self._one, self._value, 0, op=MPI.SUM)
+            except MPI.Exception as error:
+                raise _failure(error, 0) from error
+
+    def test(self) -> bool:
+        """Return whether the next value is here."""
+        self.prefetch()
+        assert self._request is not None
+        return bool(self._request.Test())
+
+    def take(self) -> int:
+        """Return the next value."""
+        self.prefetch()
+        assert self._request is not None
+        poll(self._request.Test)
+        self._request = None
+        return int(self._value[0])
+
+    def free(self) -> None:
+        """Give the memory back (collective on the ranks of the communicator)."""
+        if self._request is not None:
+            poll(self._request.Test)
+        self._win.Flush_all()
+        self._comm.Barrier()
         self._win.Unlock_all()
         self._win.Free()
         self._comm.Free()

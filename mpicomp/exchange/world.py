@@ -23,6 +23,7 @@ from mpicomp.exchange.mailbox_choice import Progress, Reach, Transport, make_mai
 from mpicomp.exchange.neighbor import NeighborExchange
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, core_share, shared_gpus, thread_count
 from mpicomp.exchange.wait import wait_all
+from mpicomp.exchange.window import WindowCounter
 from mpicomp.topology.base import Schedule, Topology
 
 T = TypeVar("T")
@@ -124,17 +125,29 @@ class MpiWorld:
         result: T = value if self.rank == 0 else pickle.loads(data.tobytes())
         return result
 
-    def broadcast_(self, x: Tensor) -> None:
-        """Overwrite `x` by rank 0's."""
+    def broadcast_(self, x: Tensor, root: int = 0) -> None:
+        """Overwrite `x` by that of rank `root`."""
         for block in torch.split(x.detach().view(-1), _BLOCK):
             host = block.cpu()
-            self.wait(self.comm.Ibcast(_bytes(host), root=0), "broadcast_")
-            if self.rank != 0:
+            self.wait(self.comm.Ibcast(_bytes(host), root=root), "broadcast_")
+            if self.rank != root:
                 block.copy_(host)
 
-    def start_maximum(self, values: Sequence[int]) -> MpiMaximum:
-        """Begin to form the maximum over all ranks of each of `values`."""
-        return MpiMaximum(self, values)
+    def start_gather(self, values: Sequence[float]) -> MpiGather:
+        """Begin to collect the `values` of all ranks."""
+        return MpiGather(self, values)
+
+    def counter(self, start: int = 0) -> WindowCounter:
+        """Return a counter in the memory of rank 0."""
+        return WindowCounter(self.comm.Dup(), start)
+
+    def now(self) -> float:
+        """Return the time in seconds."""
+        return time.perf_counter()
+
+    def sleep(self, seconds: float) -> None:
+        """Do nothing for `seconds`."""
+        time.sleep(seconds)
 
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and by ascending rank.
@@ -199,18 +212,23 @@ class MpiWorld:
         return device
 
 
-class MpiMaximum:
-    """A maximum over all ranks under way."""
+class MpiGather:
+    """Numbers of all ranks under way to all ranks."""
 
-    def __init__(self, world: MpiWorld, values: Sequence[int]) -> None:
+    def __init__(self, world: MpiWorld, values: Sequence[float]) -> None:
         self._world = world
-        self._values = np.array(values, dtype=np.int64)
-        self._request = world.comm.Iallreduce(MPI.IN_PLACE, self._values, op=MPI.MAX)
+        self._mine = np.array(values, dtype=np.float64)
+        self._all = np.empty((world.size, len(self._mine)))
+        self._request = world.comm.Iallgather(self._mine, self._all)
 
-    def wait(self) -> list[int]:
-        """Return the largest of each of the values that the ranks have given."""
-        self._world.wait(self._request, "maximum")
-        return [int(value) for value in self._values]
+    def test(self) -> bool:
+        """Return whether all ranks have given theirs."""
+        return bool(self._request.Test())
+
+    def wait(self) -> list[list[float]]:
+        """Return the numbers by rank."""
+        self._world.wait(self._request, "gather")
+        return [[float(value) for value in row] for row in self._all]
 
 
 def _bytes(host: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """Who may ask a run to stop, and how all ranks agree on it without stopping for it.
 
 A signal on any rank, a file named ``stop`` in the run folder, or the nearing end of the time limit ask for it. A signal
-handler only sets a flag. About four times a second the ranks begin to form a maximum over what each of them knows; it
+handler only sets a flag. About four times a second the ranks begin to collect what each of them knows; it
 travels while they compute, and is read by all of them after the same step. So all of them stop after the same step,
 and no step waits for a rank that is not a neighbor, but for these.
 """
@@ -12,12 +12,13 @@ import dataclasses
 import enum
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import Maximum, World
+from mpicomp.exchange.base import Gather, World
 
 INTERVAL_S = 0.25
 """How long a round of the agreement shall last, about: it is counted in steps, which all ranks see alike."""
@@ -114,13 +115,18 @@ class Signs:
     writing: int = 0
     step_us: int = 0
 
+    @classmethod
+    def maxima(cls, rows: Sequence[Sequence[float]]) -> Signs:
+        """Return the largest value of each, given what the ranks have reported."""
+        return cls(*(int(max(column)) for column in zip(*rows, strict=True)))
+
 
 class Agreement:
-    """Rounds of a maximum over all ranks, each begun and read after the same steps on all of them."""
+    """Rounds of reports from all ranks, each begun and read after the same steps on all of them."""
 
     def __init__(self, world: World, step: int) -> None:
         self._world = world
-        self._pending: Maximum | None = None
+        self._pending: Gather | None = None
         self._begun = self._due = step
         self._interval = 1
         self._clock = time.perf_counter()
@@ -138,10 +144,10 @@ class Agreement:
             self._interval = max(1, min(wanted, 2 * self._interval))
         step_us = round(1e6 * (now - self._clock) / max(step - self._begun, 1))
         self._clock, self._begun, self._due = now, step, step + self._interval
-        self._pending = self._world.start_maximum(dataclasses.astuple(dataclasses.replace(mine, step_us=step_us)))
+        self._pending = self._world.start_gather(dataclasses.astuple(dataclasses.replace(mine, step_us=step_us)))
         return agreed
 
     def finish(self) -> Signs:
         """End the round under way, if there is one, and return what it says."""
         pending, self._pending = self._pending, None
-        return Signs() if pending is None else Signs(*pending.wait())
+        return Signs() if pending is None else Signs.maxima(pending.wait())

@@ -103,7 +103,21 @@ def test_a_failed_write_is_an_error_on_every_rank_and_leaves_the_last_checkpoint
     assert gossip.steps == 0
 
 
-def test_the_maximum_over_ranks_travels_while_others_are_formed(world):
-    pending = world.start_maximum([world.rank, -world.rank])
+def test_numbers_travel_while_others_are_gathered(world):
+    pending = world.start_gather([world.rank, -0.5])
     assert world.all_gather(world.rank) == list(range(world.size))
-    assert pending.wait() == [world.size - 1, 0]
+    assert pending.wait() == [[rank, -0.5] for rank in range(world.size)]
+    assert pending.test()
+
+
+def test_every_value_of_a_counter_is_taken_once(world):
+    counter = world.counter(start=5)
+    mine = []
+    for _ in range(200):
+        counter.prefetch()
+        mine.append(counter.take())
+    assert mine == sorted(mine)
+    taken = [value for values in world.all_gather(mine) for value in values]
+    assert sorted(taken) == list(range(5, 5 + 200 * world.size))
+    counter.prefetch()  # one that is never taken
+    counter.free()

@@ -130,21 +130,6 @@ def refusing_what_the_reader_has_no_room_for(world, make):
     mailbox.free()
 
 
-def keeping_the_latest(world, make):
-    mailbox = make(world, ring(world.size), LAYOUT.nbytes, depth=4)
-    targets = mailbox.topology.targets(world.rank)
-    for number in range(1, 4):
-        mailbox.put(message(world.rank, 0, number), LAYOUT, targets, step=number)
-    mailbox.settle()
-    latest = mailbox.latest(LAYOUT)
-    assert list(latest) == mailbox.topology.sources(world.rank)
-    for source, mail in latest.items():
-        assert mail.number == 3
-        assert_same(mail.payload, message(source, 0, 3))
-    assert mailbox.latest(LAYOUT) == {}
-    mailbox.free()
-
-
 def knowing_what_the_neighbors_do(world, make):
     mailbox = make(world, ring(world.size), LAYOUT.nbytes)
     assert all(peer.step == 0 and not peer.is_done and not peer.has_ended for peer in mailbox.peers().values())
@@ -197,7 +182,6 @@ TABLE = [
     with_ranks_that_have_no_neighbor,
     with_two_mailboxes_at_a_time,
     refusing_what_the_reader_has_no_room_for,
-    keeping_the_latest,
     knowing_what_the_neighbors_do,
     counting_bytes,
     refusing_a_message_that_is_too_long,
