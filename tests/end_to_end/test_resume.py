@@ -122,13 +122,10 @@ DAMAGES = {
         "was written by a newer mpicomp (format version 2",
     ),
     "no JSON": (lambda step: (step / "manifest.json").write_text("{"), "manifest.json: is damaged"),
-    "of another step": (
-        lambda step: change(step / "manifest.json", lambda text: text.replace('"step": 1000', '"step": 999')),
-        "is the manifest of step 999",
-    ),
-    "of another algorithm": (
+    "of another step": (lambda step: step.rename(step.with_name("step_00001001")), "is the manifest of step 1000"),
+    "edited": (
         lambda step: change(step / "manifest.json", lambda text: text.replace('"Choco(', '"AdaGossip(')),
-        "is of the algorithm AdaGossip(gamma=0.2",
+        "is damaged, or was edited",
     ),
 }
 
