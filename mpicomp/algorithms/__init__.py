@@ -1,8 +1,12 @@
 """WHEN: one method per file; no MPI, no model."""
 
 from mpicomp.algorithms.adagossip import AdaGossip
+from mpicomp.algorithms.asgd import ASGD
+from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.base import Algorithm, Local
 from mpicomp.algorithms.choco import Choco
+from mpicomp.algorithms.dc_asgd import DCASGD
+from mpicomp.algorithms.dc_gossip import DCGossip
 from mpicomp.algorithms.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.dpsgd import DPSGD
 from mpicomp.algorithms.local_sgd import LocalSGD
@@ -17,17 +21,25 @@ ALGORITHMS: dict[str, type] = {
     "choco": Choco,
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
+    "asgd": ASGD,
+    "dc_asgd": DCASGD,
+    "dc_gossip": DCGossip,
 }
 """The values of ``algorithm.kind``."""
 
 __all__ = [
     "ALGORITHMS",
+    "ASGD",
+    "DCASGD",
     "DPSGD",
     "SGD",
     "SSGD",
     "AdaGossip",
     "Algorithm",
+    "AnyAlgorithm",
+    "AsynchronousAlgorithm",
     "Choco",
+    "DCGossip",
     "DeepSqueeze",
     "Local",
     "LocalSGD",

@@ -146,4 +146,4 @@ class AdaGossip(Algorithm[AdaGossipState]):
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|."""
-        return {"compression_error": compression_error(local, state)}
+        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}

@@ -27,11 +27,13 @@ class Local(Protocol):
 
     Attributes:
         x: (n,) the flat parameters; changing them changes the model.
+        g: (n,) the flat gradient, which `update` uses.
         spec: the tensors of which `x` is made.
 
     """
 
     x: Tensor
+    g: Tensor
     spec: Spec
 
     @property
@@ -43,10 +45,10 @@ class Local(Protocol):
         """The momentum of the optimizer, 0 if it has none."""
 
     def gradient(self) -> Tensor:
-        """Forward and backward on the next batch; return the flat gradient (n,), which `update` will use."""
+        """Forward and backward on the next batch; return `g` (n,)."""
 
-    def update(self) -> None:
-        """Take the optimizer's step on `x` with the flat gradient."""
+    def update(self, part: slice | None = None) -> None:
+        """Take the optimizer's step on `x` with `g`; only on the tensors that `part` touches, if it is given."""
 
 
 class Algorithm(ABC, Generic[S]):

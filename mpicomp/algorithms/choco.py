@@ -110,7 +110,7 @@ class Choco(Algorithm[ChocoState]):
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|: it grows without end if gamma is too large."""
-        return {"compression_error": compression_error(local, state)}
+        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
 
 
 def initial_copies(start: Start, compressor: Compressor, local: Local, exchange: Exchange) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def update_copies_(
         compressor.accumulate(payload, local.spec, state.s, topology.weight(rank, source))
 
 
-def compression_error(local: Local, state: ChocoState) -> float:
-    """Return |x - xhat| / |x|."""
-    torch.sub(local.x, state.x_hat, out=state.scratch)
-    return float(state.scratch.norm() / local.x.norm().clamp_min(1e-30))
+def compression_error(x: Tensor, x_hat: Tensor, scratch: Tensor) -> float:
+    """Return |x - xhat| / |x|, and the difference in `scratch`; all (n,)."""
+    torch.sub(x, x_hat, out=scratch)
+    return float(scratch.norm() / x.norm().clamp_min(1e-30))

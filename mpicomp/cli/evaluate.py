@@ -10,7 +10,7 @@ import torch
 from mpicomp.cli import debug_option
 from mpicomp.exchange.placement import choose_device
 from mpicomp.training.config import RunConfig
-from mpicomp.training.loop import evaluate as evaluate_model
+from mpicomp.training.evaluation import evaluate as evaluate_model
 from mpicomp.training.run_folder import RunFolder
 
 

@@ -146,6 +146,12 @@ class _Request:
     metavar="N",
     help="Run N ranks as threads of this process, without MPI.",
 )
+@click.option(
+    "--simulate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="As --loopback, with the simulated time of the section [simulation]: for asynchronous methods.",
+)
 @debug_option
 @click.pass_context
 def train(
@@ -157,6 +163,7 @@ def train(
     resize: bool,
     time_limit: float | None,
     loopback: int | None,
+    simulate: int | None,
 ) -> None:
     """Train the model of CONFIG.toml, or go on with a run.
 
@@ -168,18 +175,22 @@ def train(
     """
     end_time = None if time_limit is None else time.time() + time_limit
     request = _Request(config, overrides, run_dir, resume, resize, end_time, is_debug(ctx))
-    is_finished = _train_on_mpi(request) if loopback is None else _train_on_threads(request, loopback)
+    if loopback is not None and simulate is not None:
+        raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
+    size = loopback or simulate
+    is_finished = _train_on_mpi(request) if size is None else _train_on_threads(request, size, simulate is not None)
     if not is_finished:
         sys.exit(EXIT_UNFINISHED)
 
 
-def _train_on_threads(request: _Request, size: int) -> bool:
+def _train_on_threads(request: _Request, size: int, is_simulated: bool) -> bool:
     from mpicomp.exchange.loopback import run
 
     config = request.load()
     device = choose_device(config.run.device, 0, torch.cuda.device_count())
     requests = StopRequests(config.run.stop_signal)
-    return all(run(size, _train_guarded, config, request, requests, device=device))
+    links = config.simulation.links() if is_simulated else None
+    return all(run(size, _train_guarded, config, request, requests, device=device, simulated=links))
 
 
 def _train_guarded(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:

@@ -118,6 +118,10 @@ class Mailbox(Protocol):
     def how(self) -> str:
         """The way the bytes take, for people."""
 
+    @property
+    def needs_poke(self) -> bool:
+        """Whether messages move faster if a rank that computes for long pokes now and then."""
+
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
         """Send `payload` to those of `targets` that have room, and return them. `payload` may be changed afterwards.
 
@@ -194,6 +198,9 @@ class World(Protocol):
     local_rank: int
     local_size: int
     device: torch.device
+    is_simulated: bool
+    """Whether time is simulated."""
+
     notices: tuple[str, ...]
     """Lines that rank 0 should tell the user, e.g. that there is no GPU."""
 

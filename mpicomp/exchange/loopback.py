@@ -465,6 +465,7 @@ class LoopbackWorld:
         self.local_rank = rank
         self.local_size = hub.size
         self.device = device
+        self.is_simulated = isinstance(hub, _SimulatedHub)
         self.notices: tuple[str, ...] = ()
         self._hub = hub
         self._exchanges = self._gathers = self._counters = 0

@@ -68,6 +68,7 @@ class LoopbackBoard:
     """
 
     how = "loopback"
+    needs_poke = False
     beat_s = math.inf
 
     def __init__(
@@ -155,6 +156,7 @@ class SimulatedBoard:
     """The memory of one rank under simulated time: a write arrives whole, as soon as its link has carried it."""
 
     how = "simulation"
+    needs_poke = False
     beat_s = math.inf
 
     def __init__(

@@ -98,6 +98,7 @@ class Board(Protocol):
     Attributes:
         memory: this rank's, uint8, zero at first; `slots_of` says what lies where.
         how: the way the bytes take, for people.
+        needs_poke: whether bytes move only while their target calls `poll`.
         beat_s: how often `poke` writes notes though nothing has happened: the sign of life.
         local: the process of each neighbor on this machine, by rank.
 
@@ -105,6 +106,7 @@ class Board(Protocol):
 
     memory: Bytes
     how: str
+    needs_poke: bool
     beat_s: float
     local: dict[int, int]
 
@@ -190,6 +192,11 @@ class SlotMailbox:
     def how(self) -> str:
         """The way the bytes take, for people: "window", "messages", ..."""
         return self.board.how + (", progress thread" if self.progress else "")
+
+    @property
+    def needs_poke(self) -> bool:
+        """Whether messages move faster if a rank that computes for long pokes now and then."""
+        return self.board.needs_poke and self.progress is None
 
     @timed("exchange")
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:

@@ -29,6 +29,7 @@ class MessageBoard:
     Takes the communicators over, and frees them.
     """
 
+    needs_poke = True
     beat_s = 0.25
 
     def __init__(

@@ -47,6 +47,7 @@ class WindowBoard:
         nap_s: float,
     ) -> None:
         self.places = places
+        self.needs_poke = not is_direct
         self.how = "window" if is_direct else "window, moved by poke"
         self._comm = comm
         self._rank = rank

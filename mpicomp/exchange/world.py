@@ -62,6 +62,7 @@ class MpiWorld:
         torch.set_num_threads(thread_count(self.core_share))
         self.device = self._choose_device(device, allow_shared_gpu)
         self._reach: Reach | None = None
+        self.is_simulated = False
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
 
     @classmethod

@@ -22,6 +22,7 @@ from mpicomp.topology.spectral import (
 from mpicomp.topology.static import (
     chain,
     complete,
+    complete_bipartite,
     dyck,
     erdos_renyi,
     exponential,
@@ -45,6 +46,7 @@ __all__ = [
     "chain",
     "check",
     "complete",
+    "complete_bipartite",
     "dyck",
     "erdos_renyi",
     "exponential",
@@ -64,6 +66,7 @@ __all__ = [
 TOPOLOGIES: dict[str, Callable[..., Schedule]] = {
     "chain": chain,
     "complete": complete,
+    "complete_bipartite": complete_bipartite,
     "dyck": dyck,
     "erdos_renyi": erdos_renyi,
     "exponential": exponential,

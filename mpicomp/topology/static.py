@@ -116,6 +116,16 @@ def star(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topol
     return _topology("star", adjacency, weights, lazy)
 
 
+def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
+    """Build the complete bipartite graph: each of the first `hubs` ranks and each of the others; a star for one hub."""
+    size, hubs = require_size("complete_bipartite", size), require_integer("topology.hubs", hubs, 1)
+    if hubs >= size > 1:
+        raise TopologyError(f"topology.hubs = {hubs}: must be fewer than the {size} ranks")
+    adjacency = np.zeros((size, size), dtype=bool)
+    adjacency[:hubs, hubs:] = adjacency[hubs:, :hubs] = True
+    return _topology("complete_bipartite", adjacency, weights, lazy)
+
+
 def dyck(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the Dyck graph: 32 ranks, three neighbors each, bipartite, girth 6, diameter 5.
 

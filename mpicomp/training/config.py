@@ -5,7 +5,9 @@
     [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
     [training]     epochs or steps, batch_size
     [checkpoint]   when to store the state of all ranks, and how many to keep
+    [downlink]     kind, and its parameters: what hubs answer
     [slow]         ranks that are made slow on purpose
+    [simulation]   how long things take with --simulate
 
 The parameters of a kind are those of the function or class that its registry names: type and default are read from
 the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
@@ -22,9 +24,11 @@ from typing import Any
 
 import tomli_w
 
-from mpicomp.algorithms import Algorithm
+from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import World
 from mpicomp.topology.base import Schedule
+from mpicomp.training.pace import Pace
 from mpicomp.training.problems import Checked, refusals, unknown
 from mpicomp.training.sections import (
     SECTIONS,
@@ -32,10 +36,12 @@ from mpicomp.training.sections import (
     CheckpointSection,
     CompressionSection,
     DataSection,
+    DownlinkSection,
     ModelSection,
     OptimizerSection,
     RunSection,
     ScheduleSection,
+    SimulationSection,
     SlowSection,
     TopologySection,
     TrainingSection,
@@ -52,6 +58,7 @@ else:
 FREE = {
     "checkpoint",
     "slow",
+    "simulation",
     "data.path",
     "run.device",
     "run.allow_shared_gpu",
@@ -72,12 +79,14 @@ class RunConfig:
     model: ModelSection
     topology: TopologySection
     compression: CompressionSection
+    downlink: DownlinkSection
     algorithm: AlgorithmSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
     training: TrainingSection
     checkpoint: CheckpointSection
     slow: SlowSection
+    simulation: SimulationSection
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -135,7 +144,13 @@ class RunConfig:
             source = "a run cannot go on under another configuration (put it back, or start a new run)"
             raise ConfigError(_report(source, problems))
 
-    def check(self, size: int) -> tuple[Schedule, Algorithm[Any]]:
+    def pace(self, world: World) -> Pace:
+        """Return how long the gradients of a rank take."""
+        pace = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
+        pace.sleep = world.sleep
+        return pace
+
+    def check(self, size: int) -> tuple[Schedule, AnyAlgorithm]:
         """Return graph and algorithm for `size` ranks, after a check that they fit; nothing large is allocated.
 
         Raises:
@@ -143,9 +158,25 @@ class RunConfig:
 
         """
         schedule = self.topology.build(size)
-        algorithm = self.algorithm.build(self.compression.build())
+        algorithm = self.algorithm.build(self.compression.build(), self.downlink.build())
         algorithm.check(schedule)
+        if isinstance(algorithm, AsynchronousAlgorithm):
+            self._check_asynchronous(algorithm, size)
         return schedule, algorithm
+
+    def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
+        """Raise ConfigError where other sections contradict an asynchronous algorithm."""
+        trainers = algorithm.trainers(size)
+        if slow := [rank for rank in self.slow.ranks if rank < size and rank not in trainers]:
+            raise ConfigError(
+                f"slow.ranks: rank {slow[0]} is a hub of algorithm.kind = {self.algorithm.kind!r}, which computes no "
+                f"gradients that could be slow: choose among ranks {trainers[0]} to {trainers[-1]}"
+            )
+        if algorithm.share == "by_speed" and self.data.partition != "iid":
+            raise ConfigError(
+                f"algorithm.share = 'by_speed' lets all ranks take batches from one pile, so data.partition = "
+                f"{self.data.partition!r} would mean nothing: set algorithm.share = 'equal', or data.partition = 'iid'"
+            )
 
 
 def _report(source: str, problems: list[str]) -> str:

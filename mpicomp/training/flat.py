@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpicomp.compression.base import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
-from mpicomp.training.slow import Slowness
+from mpicomp.training.pace import Pace
 
 
 class FlatModel:
@@ -27,7 +27,7 @@ class FlatModel:
         spec: names and shapes of the tensors in `x`.
         closure: computes the loss of the next batch, a scalar with a graph.
         loss: the loss of the last `gradient`, detached, on the device.
-        slowness: how much longer each gradient takes than it must.
+        pace: how long each gradient takes.
 
     Raises:
         ConfigError: a model without trainable parameters, or with trainable parameters of several types.
@@ -47,7 +47,7 @@ class FlatModel:
         self.g = torch.zeros_like(self.x)
         self.closure: Callable[[], Tensor] = _no_closure
         self.loss = torch.full((), torch.nan)
-        self.slowness = Slowness()
+        self.pace = Pace()
         self._parameters = [p for _, p in named]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
         for p, x, shape in zip(self._parameters, self.spec.split(self.x), self.spec.shapes, strict=True):
@@ -69,18 +69,26 @@ class FlatModel:
         """Run `closure` and its backward pass; return the flat gradient (n,)."""
         start = time.perf_counter()
         self.g.zero_()
-        for p, g in zip(self._parameters, self._gradients, strict=True):
-            p.grad = g  # again in each step: zero_grad() of torch.optim drops the views
+        self._show_gradients(slice(0, self.spec.numel))
         loss = self.closure()
         torch.autograd.backward(loss)
         self.loss = loss.detach()
-        self.slowness.sleep(time.perf_counter() - start)
+        self.pace.keep(time.perf_counter() - start)
         return self.g
 
     @timed("gradient")
-    def update(self) -> None:
-        """Take the optimizer's step."""
+    def update(self, part: slice | None = None) -> None:
+        """Take the optimizer's step; only on the tensors that `part` of the flat vector touches, if it is given."""
+        if part is not None:
+            self._show_gradients(part)
         self.optimizer.step()
+
+    def _show_gradients(self, part: slice) -> None:
+        """Give the parameters their views again: zero_grad() of torch.optim drops them."""
+        offset = 0
+        for p, g in zip(self._parameters, self._gradients, strict=True):
+            p.grad = g if offset < part.stop and part.start < offset + g.numel() else None
+            offset += g.numel()
 
     def buffers(self) -> list[Tensor]:
         """Return the floating-point buffers (batch-norm statistics), which may be averaged; counters may not."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm
+from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.tree import flatten, restore_
 from mpicomp.compression.base import SCRATCH
@@ -23,57 +20,22 @@ from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
-from mpicomp.timing import take_seconds
+from mpicomp.timing import take_seconds, use_clock
 from mpicomp.topology import spectral_gap
-from mpicomp.topology.base import Schedule
+from mpicomp.training.asynchronous import train_asynchronously
 from mpicomp.training.config import RunConfig
-from mpicomp.training.data import Dataset
-from mpicomp.training.distributed import Distributed, root_mean_square
-from mpicomp.training.metrics import Progress, Record, Result, summary
-from mpicomp.training.models import correct, loss
-from mpicomp.training.resize import Course, Deal, load_resized
+from mpicomp.training.distributed import Distributed
+from mpicomp.training.evaluation import averaged_accuracy, evaluate, sampled_consensus_distance
+from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary
+from mpicomp.training.resize import Course, load_resized
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
-from mpicomp.training.sections import TrainingSection
+from mpicomp.training.setup import Setup, header, set_up
 from mpicomp.training.state import seed_random
-from mpicomp.training.stopping import Agreement, Reason, Signs, StopRequests
-
-SAMPLED_ENTRIES = 4096
-"""Parameters from which the records' consensus distance is estimated; result.json has the exact one."""
-
-EVALUATION_BATCH = 500
+from mpicomp.training.stopping import Agreement, Reason, Signs, StopRequests, stopped
 
 RUNAWAY_RECORDS = 3
 """Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
-
-PARTS = ("gradient", "compress", "exchange", "mix")
-"""Where a step's seconds go; `mix` is what the others leave."""
-
-_loading = threading.Lock()
-_loaded: dict[str, Dataset] = {}
-
-
-@dataclass
-class _Setup:
-    """What a rank has built before training starts."""
-
-    dataset: Dataset
-    deal: Deal
-    schedule: Schedule
-    algorithm: Algorithm[Any]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    training: TrainingSection
-
-    @property
-    def steps(self) -> int:
-        """The steps of the whole run, from its start."""
-        epochs = self.training.epochs or 0
-        return self.training.steps or self.deal.course.offset + self.deal.per_epoch * epochs
-
-    def epoch(self, step: int) -> float:
-        """Return the epochs that are over after `step` steps."""
-        return (step - self.deal.course.offset) / self.deal.per_epoch
 
 
 def train(
@@ -104,11 +66,14 @@ def train(
     """
     with Watchdog(world, config.run.hang_timeout_s) as watchdog:
         with together(world):
-            setup = _set_up(config, world)
+            setup = set_up(config, world)
         watchdog.moved()
+        use_clock(world.now)
+        if isinstance(setup.algorithm, AsynchronousAlgorithm):
+            return train_asynchronously(config, world, setup, watchdog, folder, progress, checkpoint, resize, requests)
         gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
-        gossip.local.slowness = config.slow.build(world.rank, config.run.seed)
-        meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device))
+        gossip.local.pace = config.pace(world)
+        meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device), world.now)
         seed_random(config.run.seed, world.rank)
         if checkpoint:
             _restore_(checkpoint, gossip, meter, setup, config, resize)
@@ -120,13 +85,14 @@ def train(
         if folder and world.rank == 0:
             folder.save_ranks(watchdog.members)
         if progress:
-            progress.start(_header(config, setup, world, gossip.steps), gossip.steps / setup.steps)
-        for step, (inputs, targets) in _batches(config, setup, world, gossip.steps):
+            progress.start(header(config, setup, world, gossip.steps), gossip.steps / setup.steps)
+        for step in range(gossip.steps, setup.steps):
             done = step + 1
+            inputs, targets = setup.batch(step, world.rank, world.device)
             for group in setup.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
             with meter:
-                meter.loss += gossip.step(partial(_loss, setup.model, inputs, targets))
+                meter.loss += gossip.step(partial(setup.loss, inputs, targets))
             watchdog.moved(done)
             evaluate_now = done == setup.steps or setup.epoch(done) % config.run.evaluate_every_epochs == 0
             if evaluate_now or done % config.run.log_every == 0:
@@ -142,7 +108,7 @@ def train(
                 if folder and world.rank == 0:  # not at the next start: a request may arrive while it begins
                     folder.stop_path.unlink(missing_ok=True)
                 if progress:
-                    progress.finish(_stopped(done, setup.steps, reason, folder))
+                    progress.finish(stopped(done, setup.steps, reason, folder.path if folder else None))
                 return None
         result = _result(config, gossip, setup, meter, record)
         with gossip.averaged() as model:
@@ -161,6 +127,7 @@ class _Meter:
 
     Attributes:
         loss: the sum over these steps, a scalar.
+        now: tells the time.
         steps: how many they are.
         seconds: of these steps, by part, in the order of `PARTS`.
         total_seconds: of all steps.
@@ -169,6 +136,7 @@ class _Meter:
     """
 
     loss: Tensor
+    now: Callable[[], float] = field(metadata=SCRATCH)
     steps: int = 0
     seconds: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
     total_seconds: float = 0.0
@@ -177,10 +145,10 @@ class _Meter:
 
     def __enter__(self) -> None:
         take_seconds()
-        self.start = time.perf_counter()
+        self.start = self.now()
 
     def __exit__(self, *error: object) -> None:
-        seconds = time.perf_counter() - self.start
+        seconds = self.now() - self.start
         parts = take_seconds()
         parts["mix"] = seconds - sum(parts.values())
         self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, PARTS, strict=True)]
@@ -282,7 +250,7 @@ def _ignore(line: str) -> None:
 
 
 def _restore_(
-    checkpoint: Checkpoint, gossip: Distributed, meter: _Meter, setup: _Setup, config: RunConfig, resize: bool
+    checkpoint: Checkpoint, gossip: Distributed, meter: _Meter, setup: Setup, config: RunConfig, resize: bool
 ) -> None:
     """Take over the state in `checkpoint`; collective on all ranks."""
     world, size = gossip.world, checkpoint.manifest.size
@@ -299,76 +267,15 @@ def _restore_(
     setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
 
 
-def _stopped(step: int, steps: int, reason: Reason, folder: RunFolder | None) -> list[str]:
-    lines = [f"Stopped after step {step} of {steps}: {reason}."]
-    return [*lines, f"Go on with: mpicomp train --resume {folder.path}"] if folder else lines
-
-
-def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return loss(model(inputs), targets)
-
-
-def _set_up(config: RunConfig, world: World) -> _Setup:
-    """Check everything, cheapest first, and build what this rank needs; no communication."""
-    schedule, algorithm = config.check(world.size)
-    dataset = _load(config)
-    deal = Deal(
-        lru_cache(partial(config.data.split, dataset.train_labels, seed=config.run.seed)),
-        len(dataset.train),
-        world.size,
-        config.training.batch_size,
-        config.run.seed,
-    )
-    deal.split(world.size)  # raises what is wrong with it
-    model = config.model.build(dataset, config.run.seed).to(world.device)
-    optimizer = config.optimizer.build(model)
-    return _Setup(dataset, deal, schedule, algorithm, model, optimizer, config.training)
-
-
-def _load(config: RunConfig) -> Dataset:
-    """Return the data set; ranks that are threads of one process share it."""
-    key = config.data.model_dump_json()
-    with _loading:
-        if key not in _loaded:
-            dataset = config.data.load()
-            _loaded.clear()
-            _loaded[key] = dataset
-        return _loaded[key]
-
-
-def _header(config: RunConfig, setup: _Setup, world: World, start: int) -> list[str]:
-    """Return what a user should know before the first step."""
-    n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
-    resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
-    return [
-        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
-        f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}",
-        f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {steps} steps "
-        f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} samples a rank",
-        *resumed,
-    ]
-
-
-def _batches(config: RunConfig, setup: _Setup, world: World, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Yield step and batch of this rank from step `start` on; a batch depends on (seed, epoch, rank, step) alone."""
-    size, seed = config.training.batch_size, config.run.seed
-    for step in range(start, setup.steps):
-        epoch, place = setup.deal.position(step)
-        if place == 0 or step == start:
-            order = setup.deal.order(epoch, world.rank)
-        chosen = order[place * size : (place + 1) * size]
-        yield step, setup.dataset.batch("train", chosen, world.device, (seed, epoch, world.rank, place))
-
-
-def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bool) -> Record:
+def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
     mean_loss, seconds = meter.take()
-    distance = _sampled_consensus_distance(gossip)
+    distance = sampled_consensus_distance(gossip)
     rows = gossip.world.all_gather(
         (mean_loss, gossip.bytes_sent, seconds, gossip.algorithm.diagnostics(gossip.local, gossip.state))
     )
     losses, sent, parts, diagnostics = zip(*rows, strict=True)
-    accuracy = _averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
+    accuracy = averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
     return Record(
         step=gossip.steps,
         epoch=setup.epoch(gossip.steps),
@@ -382,51 +289,7 @@ def _record(gossip: Distributed, setup: _Setup, meter: _Meter, with_accuracy: bo
     )
 
 
-def _sampled_consensus_distance(gossip: Distributed) -> float:
-    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange."""
-    x = gossip.local.x
-    if len(x) > SAMPLED_ENTRIES:
-        generator = torch.Generator().manual_seed(gossip.steps)
-        x = x[torch.randint(len(x), (SAMPLED_ENTRIES,), generator=generator).to(x.device)]
-    mean = x.clone()
-    gossip.world.mean_(mean)
-    scale = (len(gossip.local.x) / len(x)) ** 0.5
-    return root_mean_square(gossip.world, scale * float((x - mean).norm()))
-
-
-class Score(NamedTuple):
-    """How well a model did on some predictions: summed cross entropy, right ones, all of them."""
-
-    loss_sum: float
-    right: int
-    total: int
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int = 0, size: int = 1) -> Score:
-    """Return the score on every `size`-th test sample, from sample `rank` on."""
-    chosen = np.arange(rank, len(dataset.test), size)
-    total = Score(0.0, 0, 0)
-    model.eval()
-    for start in range(0, len(chosen), EVALUATION_BATCH):
-        inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
-        logits, n = model(inputs), targets.numel()
-        total = Score(
-            total.loss_sum + n * float(loss(logits, targets)), total.right + correct(logits, targets), total.total + n
-        )
-    model.train()
-    return total
-
-
-def _averaged_accuracy(gossip: Distributed, dataset: Dataset) -> float:
-    """Return the test accuracy of the mean model, each rank testing its part; collective on all ranks."""
-    world = gossip.world
-    with gossip.averaged() as model:
-        parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
-    return sum(part.right for part in parts) / sum(part.total for part in parts)
-
-
-def _result(config: RunConfig, gossip: Distributed, setup: _Setup, meter: _Meter, last: Record) -> Result:
+def _result(config: RunConfig, gossip: Distributed, setup: Setup, meter: _Meter, last: Record) -> Result:
     """Return what the whole run came to; collective on all ranks."""
     world = gossip.world
     own = evaluate(gossip.local.model, setup.dataset, world.device)

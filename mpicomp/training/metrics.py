@@ -29,21 +29,28 @@ EVALUATION_S = 1.0
 
 BYTES_PER_PARAMETER = 4
 
+PARTS = ("gradient", "compress", "exchange", "mix")
+"""Where a step's seconds go; `mix` is what the others leave."""
+
 
 @dataclass(frozen=True)
 class Record:
     """The state of a run after some step: means over ranks since the last record, unless it says otherwise.
 
     Attributes:
-        step: steps done.
+        step: steps done; of a rank on average, where ranks go at their own pace.
         epoch: epochs done, fractional.
         loss: of the training batches.
         lr: the learning rate of this step.
         bytes_sent: by all ranks together since the start.
-        seconds: of a rank since the last record, by part: gradient, compress, exchange, mix.
-        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now.
+        seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
+            also wait, when there was nothing to do.
+        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
         test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated.
         diagnostics: further numbers of the algorithm.
+        gradients: how many each rank has computed, where ranks go at their own pace.
+        delays: by ``"rank<source"``, how many contributions of the source have been 0, 1, ... updates late since the
+            start; where it was evaluated.
 
     """
 
@@ -53,9 +60,11 @@ class Record:
     lr: float
     bytes_sent: int
     seconds: dict[str, float]
-    consensus_distance: float
+    consensus_distance: float | None
     test_accuracy: float | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
+    gradients: list[int] = field(default_factory=list)
+    delays: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Result:
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` at the end.
         parameters: trainable entries of the model.
         spectral_gap: of the topology.
+        gradients: how many each rank has computed, where ranks go at their own pace.
+        delays: as in `Record`.
 
     """
 
@@ -92,6 +103,8 @@ class Result:
     consensus_distance: float
     parameters: int
     spectral_gap: float
+    gradients: list[int] = field(default_factory=list)
+    delays: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def all_reduce_nbytes(self) -> int:
@@ -117,10 +130,13 @@ def summary(result: Result, folder: Path) -> list[str]:
     local = result.test_accuracy_local
     ranks = f"{result.ranks} ranks" if result.ranks > 1 else "1 rank"
     accuracy = f"Test accuracy: {result.test_accuracy:.2%}"
-    if result.ranks > 1:
-        accuracy += f" of the averaged model ({min(local):.2%} to {max(local):.2%} of the ranks' own)"
+    if result.ranks > 1 and local:
+        model = "the hub's model" if 0 in result.gradients else "the averaged model"
+        accuracy += f" of {model} ({min(local):.2%} to {max(local):.2%} of the ranks' own)"
+    own = [f"{count}" if count else "none" for count in result.gradients]
     return [
         f"Trained {result.steps} steps on {ranks} in {result.seconds:.1f} s.",
+        *([f"Gradients by rank: {', '.join(own)}."] if own else []),
         accuracy + ".",
         _traffic(result),
         f"Results: {folder}",
@@ -239,8 +255,11 @@ class Progress:
         done = self._done(record)
         left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
         sent = f"{readable_bytes(record.bytes_sent):>8} ({rate:.3g} MB/s)"
+        trained = [count for count in record.gradients if count]
+        ranks = f"gradients a rank {min(trained)}-{max(trained)}  " if trained else ""
+        distance = record.consensus_distance
+        consensus = f"consensus {distance:8.2e}  " if distance is not None else ""
         return (
             f"epoch {record.epoch:6.2f}  step {record.step:6}  loss {record.loss:7.4f}  accuracy {accuracy}  "
-            f"sent {sent}  consensus {record.consensus_distance:8.2e}  "
-            f"{readable_time(left)} left"
+            f"sent {sent}  {ranks}{consensus}{readable_time(left)} left"
         )

@@ -34,8 +34,8 @@ from mpicomp.checkpoint.tree import Leaf, resize_rules
 from mpicomp.errors import MpicompError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree
-from mpicomp.training.distributed import Distributed
 from mpicomp.training.partition import Indices, epoch_indices, steps_per_epoch
+from mpicomp.training.replica import Replica
 from mpicomp.training.state import seed_random
 
 PARAMETERS = "model/parameters"
@@ -73,7 +73,7 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
     return combined
 
 
-def load_resized(gossip: Distributed, checkpoint: Checkpoint) -> dict[str, Leaf]:
+def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
     """Give every rank the state that `combine` makes, and return it; collective on all ranks.
 
     Raises:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +28,18 @@ from pydantic import (
 )
 from torch import nn
 
-from mpicomp.algorithms import ALGORITHMS, Algorithm
+from mpicomp.algorithms import ALGORITHMS, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.loopback_mailbox import Links
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.base import Schedule
 from mpicomp.training import data, models
+from mpicomp.training.pace import Pace, Spread
 from mpicomp.training.parameters import Choice, Factory, parameters
 from mpicomp.training.partition import PARTITIONS, Indices, partition
 from mpicomp.training.schedule import SCHEDULES
 from mpicomp.training.schedule import Schedule as LearningRate
-from mpicomp.training.slow import Slowness, Spread
 from mpicomp.training.stopping import signal_number
 
 Values = dict[str, Any]
@@ -215,6 +216,10 @@ class CompressionSection(Section):
         self.build()
 
 
+class DownlinkSection(CompressionSection):
+    """``[downlink]``: what hubs answer, for algorithms that compress in both directions."""
+
+
 class AlgorithmSection(Section):
     """``[algorithm]``: when to compute and when to talk."""
 
@@ -222,33 +227,37 @@ class AlgorithmSection(Section):
 
     kind: str = "dpsgd"
 
-    def build(self, compressor: Compressor) -> Algorithm[Any]:
-        """Return the algorithm, which sends with `compressor`.
+    def build(self, compressor: Compressor, downlink: Compressor) -> AnyAlgorithm:
+        """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
 
         Raises:
-            ConfigError: a parameter out of its range, or a compressor for an algorithm that does not compress.
+            ConfigError: a parameter out of its range, or a compressor for an algorithm that has no use for it.
 
         """
         target = ALGORITHMS[self.kind]
         arguments = self.arguments()
-        if "compressor" in inspect.signature(target).parameters:
-            arguments["compressor"] = compressor
-        elif not isinstance(compressor, Identity):
-            raise ConfigError(
-                f"algorithm.kind = {self.kind!r} sends uncompressed messages, so the section [compression] must be "
-                "left out (or compression.kind = 'identity'). Algorithms that compress: 'choco', 'adagossip', "
-                "'deep_squeeze'."
-            )
-        return _built(self, Algorithm, lambda: target(**arguments))
+        for key, section, value in (("compressor", "compression", compressor), ("downlink", "downlink", downlink)):
+            if key in inspect.signature(target).parameters:
+                arguments[key] = value
+            elif not isinstance(value, Identity):
+                users = [
+                    f"'{name}'" for name, entry in ALGORITHMS.items() if key in inspect.signature(entry).parameters
+                ]
+                raise ConfigError(
+                    f"algorithm.kind = {self.kind!r} has no use for the section [{section}], so leave it out (or "
+                    f"{section}.kind = 'identity'). Algorithms that have: {', '.join(users)}."
+                )
+        return cast(AnyAlgorithm, _built(self, (Algorithm, AsynchronousAlgorithm), lambda: target(**arguments)))
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the algorithm; a compressor that cannot be built is reported by its own section."""
-        compression = others.get("compression")
-        compressor: Compressor = Identity()
-        if isinstance(compression, CompressionSection):
-            with contextlib.suppress(ConfigError):
-                compressor = compression.build()
-        self.build(compressor)
+        compressors: list[Compressor] = [Identity(), Identity()]
+        for i, name in enumerate(("compression", "downlink")):
+            section = others.get(name)
+            if isinstance(section, CompressionSection):
+                with contextlib.suppress(ConfigError):
+                    compressors[i] = section.build()
+        self.build(*compressors)
 
 
 class OptimizerSection(Section):
@@ -358,11 +367,38 @@ class SlowSection(Section):
     """By how many seconds beside."""
 
     spread: Spread = "fixed"
-    """Whether the extra time is the same in each step, or ``"exponential"`` with that mean."""
+    """Whether the extra time is the same in each step, or random: ``"uniform"`` or ``"exponential"``, of that mean."""
 
-    def build(self, rank: int, seed: int) -> Slowness:
-        """Return the slowness of `rank`."""
-        return Slowness(self.factor, self.seconds, self.spread, seed, rank) if rank in self.ranks else Slowness()
+    def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> Pace:
+        """Return the pace of `rank`, in real time or in that of `simulation`."""
+        simulated = {} if simulation is None else simulation.gradient()
+        if rank not in self.ranks:
+            return Pace(seed=seed, rank=rank, **simulated)
+        return Pace(self.factor, self.seconds, self.spread, seed, rank, **simulated)
+
+
+class SimulationSection(Section):
+    """``[simulation]``: the time that things take with ``--simulate``."""
+
+    gradient_s: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The mean time of a gradient, in seconds; the section ``[slow]`` comes on top."""
+
+    spread: Spread = "fixed"
+    """Whether each takes that time, or a random one: ``"uniform"`` or ``"exponential"``, of that mean."""
+
+    latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """How long a message travels after it has been sent, in seconds."""
+
+    bytes_per_s: float = Field(float("inf"), gt=0)
+    """How fast a link takes bytes; each pair of ranks has one in each direction."""
+
+    def gradient(self) -> Values:
+        """Return the arguments of a `Pace`."""
+        return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}
+
+    def links(self) -> Links:
+        """Return the network."""
+        return Links(self.latency_s, self.bytes_per_s)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -371,12 +407,14 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "topology": TopologySection,
     "compression": CompressionSection,
+    "downlink": DownlinkSection,
     "algorithm": AlgorithmSection,
     "optimizer": OptimizerSection,
     "schedule": ScheduleSection,
     "training": TrainingSection,
     "checkpoint": CheckpointSection,
     "slow": SlowSection,
+    "simulation": SimulationSection,
 }
 SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
 
@@ -391,7 +429,8 @@ def _built(section: Section, kind: Any, make: Callable[[], B]) -> B:
         raise ConfigError(f"{section.section()}: {error}") from error
     if not isinstance(made, kind):
         name = getattr(section, "kind", None)
-        raise ConfigError(f"{section.section()}.kind = {name!r} makes a {type(made).__name__}, not a {kind.__name__}")
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(f"{section.section()}.kind = {name!r} makes a {type(made).__name__}, not a {wanted}")
     return made
 
 

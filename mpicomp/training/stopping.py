@@ -42,6 +42,12 @@ class Reason(enum.IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+def stopped(step: int, steps: int, reason: Reason, folder: Path | None) -> list[str]:
+    """Return the lines for a user whose run has stopped."""
+    lines = [f"Stopped after step {step} of {steps}: {reason}."]
+    return [*lines, f"Go on with: mpicomp train --resume {folder}"] if folder else lines
+
+
 def signal_number(name: str) -> signal.Signals:
     """Return the signal of that name, ``"USR1"`` or ``"SIGUSR1"``; raise ConfigError if it cannot be caught."""
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"

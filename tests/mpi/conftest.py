@@ -11,15 +11,12 @@ Fixtures: `world`, a fresh `MpiWorld` per test, so that what a failed test left 
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.world import MpiWorld
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 GRACE_S = 15.0
 VERDICTS = MpiWorld.from_environment(device="cpu")

@@ -1,0 +1,225 @@
+"""DC-gossip: asynchronous gossip on any connected graph, with the own gradient corrected for the mixing it has missed.
+
+    rank i, at its own pace:
+      q_i = C(x_i - xhat_i);  put q_i into the mailboxes of all neighbors, if all have room;  xhat_i = xhat_i + q_i
+      g = gradient at x_i                                    meanwhile the neighbors write
+      s_i = s_i + W_ij q_j for all that has arrived          (s_i = sum_j W_ij xhat_j, as far as it is known)
+      d = gamma (s_i - xhat_i)                               the mixing
+      g~ = g + lambda_t g g d                                elementwise; lambda_t as in DC-ASGD
+      x_i = x_i - lr u(g~) + d                               u: the optimizer
+
+The model that g is applied to has moved by d since g was begun, which the correction makes up for to first order, with
+no traffic and no memory of other models: DC-ASGD's idea at the place where it costs nothing on a graph. lambda0 = 0 is
+asynchronous gossip in the manner of AD-PSGD (Lian et al. 2018, arXiv 1710.06952), without its pairwise lock, on the
+public copies of CHOCO-SGD. Increments are never lost, because the mailbox refuses them instead: what a slow neighbor
+has no room for stays in ``x_i - xhat_i``.
+
+``max_staleness`` bounds how many steps a rank may be ahead of what it knows of each neighbor; with 0 it waits for all
+of them in every step, and (lambda0 = 0) does bit for bit what CHOCO-SGD does in its overlapped order.
+
+Wire: one compressed message to each neighbor and step, at most. Memory: ``xhat``, ``s``, one scratch vector, and the
+mean square of the adaptive variant, whatever the degree. Not from a paper: a design of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.asynchronous import (
+    DELAYS,
+    AsynchronousAlgorithm,
+    DelayCompensation,
+    Share,
+    count_delay_,
+    require_connected,
+)
+from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_feedback, require_positive
+from mpicomp.algorithms.choco import compression_error
+from mpicomp.compression.base import SCRATCH, Compressor, Spec, State
+from mpicomp.compression.identity import Identity
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Mailbox
+from mpicomp.topology.base import Schedule
+
+UNREAD = 8
+"""How many messages a rank may be ahead of a neighbor that does not read: enough for one that is that much slower."""
+
+
+@dataclass
+class DCGossipState:
+    """What a rank keeps.
+
+    Attributes:
+        x_hat: (n,) the public copy of the own model.
+        s: (n,) sum of the public copies of the neighborhood, weighted by the own row of W.
+        gradient: (n,) the gradient of the model, which a checkpoint keeps for a step that waits for neighbors.
+        mean_square: (n,) of the gradients, for the adaptive correction.
+        compressor: state of the compressor.
+        steps: steps done.
+        is_computed: whether the gradient of the step under way has been computed.
+        heard: for each source, ascending, the last of its steps that is known.
+        delays: (sources, DELAYS) int64, how often what was mixed in was how many steps old.
+        scratch: (n,) room for a difference.
+
+    """
+
+    x_hat: Tensor
+    s: Tensor
+    gradient: Tensor
+    mean_square: Tensor | None
+    compressor: State
+    steps: int
+    is_computed: bool
+    heard: list[int]
+    delays: Tensor
+    scratch: Tensor = field(metadata=SCRATCH)
+
+
+@dataclass(frozen=True)
+class DCGossip(AsynchronousAlgorithm[DCGossipState]):
+    """Asynchronous gossip with compressed increments and delay compensation.
+
+    Attributes:
+        gamma: consensus step, > 0; as for CHOCO-SGD it must shrink with what the compressor keeps.
+        compressor: any contractive compressor.
+        lambda0: strength of the correction, >= 0.
+        adaptive: whether it adapts to the size of the gradients, as in DC-ASGD-a.
+        decay: of the mean square, in [0, 1).
+        epsilon: added below the root, > 0.
+        max_staleness: steps that a rank may be ahead of what it knows of a neighbor; None for any number.
+        share: who computes how many gradients.
+
+    """
+
+    gamma: float
+    compressor: Compressor = Identity()
+    lambda0: float = 2.0
+    adaptive: bool = True
+    decay: float = 0.95
+    epsilon: float = 1e-7
+    max_staleness: int | None = None
+    share: Share = "by_speed"
+
+    def __post_init__(self) -> None:
+        require_positive(gamma=self.gamma)
+        require_no_feedback("DC-gossip", self.compressor)
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise ConfigError(f"algorithm.max_staleness = {self.max_staleness} must be at least 0")
+        _ = self._compensation  # checks the values
+
+    def check(self, schedule: Schedule) -> None:
+        """Need one connected undirected graph."""
+        require_fixed_symmetric("DC-gossip", schedule)
+        require_connected("DC-gossip", schedule)
+
+    def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
+        """The model is the mean over all ranks."""
+        return []
+
+    def message_nbytes(self, spec: Spec, size: int) -> int:
+        """One compressed message."""
+        return self.compressor.layout(spec).nbytes
+
+    @property
+    def depth(self) -> int:
+        """As many as a neighbor may be behind."""
+        return UNREAD if self.max_staleness is None else self.max_staleness + 2
+
+    def init(self, local: Local, mailbox: Mailbox) -> DCGossipState:
+        """Start the public copies at the common model."""
+        sources = mailbox.topology.sources(mailbox.rank)
+        return DCGossipState(
+            x_hat=local.x.clone(),
+            s=local.x.clone(),  # the rows of W sum to one
+            gradient=local.g,
+            mean_square=self._compensation.init(local.x),
+            compressor=self.compressor.init(local.spec, local.x.device, mailbox.rank),
+            steps=0,
+            is_computed=False,
+            heard=[-1] * len(sources),
+            delays=torch.zeros((len(sources), DELAYS), dtype=torch.int64),
+            scratch=torch.empty_like(local.x),
+        )
+
+    def step(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
+        """Send, compute, and finish the step, unless that must wait for a neighbor."""
+        begun = state.is_computed
+        if not begun:
+            if not self._send(local, state, mailbox) and self.max_staleness is not None:
+                return False
+            local.gradient()
+            state.is_computed = True
+        self._receive(local, state, mailbox, self._horizon(state))
+        if self._is_ahead(state, mailbox):
+            return not begun
+        torch.sub(state.s, state.x_hat, out=state.scratch)
+        if self.lambda0:
+            self._compensation.correct_(state.gradient, self.gamma * state.scratch, state.mean_square)
+        local.update()
+        local.x.add_(state.scratch, alpha=self.gamma)
+        for i, heard in enumerate(state.heard):
+            count_delay_(state.delays[i], state.steps - heard)
+        state.steps += 1
+        state.is_computed = False
+        return True
+
+    def serve(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
+        """Take in what has arrived, so that no neighbor runs out of room."""
+        return self._receive(local, state, mailbox, self._horizon(state))
+
+    def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> None:
+        """Take in all that has arrived, from however far ahead."""
+        self._receive(local, state, mailbox, math.inf)
+
+    def delays(self, state: DCGossipState, mailbox: Mailbox) -> dict[int, list[int]]:
+        """Return, by neighbor, how often what was mixed in was how many steps old."""
+        return dict(zip(mailbox.topology.sources(mailbox.rank), state.delays.tolist(), strict=True))
+
+    def diagnostics(self, local: Local, state: DCGossipState) -> dict[str, float]:
+        """``compression_error`` as for CHOCO-SGD."""
+        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+
+    def _send(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
+        targets = mailbox.topology.targets(mailbox.rank)
+        if not all(mailbox.room(target) for target in targets):
+            return False
+        torch.sub(local.x, state.x_hat, out=state.scratch)
+        own = self.compressor.compress(state.scratch, local.spec, state.compressor)
+        mailbox.put(own, self.compressor.layout(local.spec), targets, state.steps)
+        self.compressor.accumulate(own, local.spec, state.x_hat)
+        weight = mailbox.topology.weight(mailbox.rank, mailbox.rank)
+        self.compressor.accumulate(own, local.spec, state.s, weight)
+        return True
+
+    def _horizon(self, state: DCGossipState) -> float:
+        """Return the last step of a neighbor that is mixed in now: a bound holds in both directions."""
+        return math.inf if self.max_staleness is None else state.steps + self.max_staleness
+
+    def _receive(self, local: Local, state: DCGossipState, mailbox: Mailbox, up_to: float) -> bool:
+        """Add what has arrived, by ascending rank."""
+        arrived = mailbox.receive(self.compressor.layout(local.spec), up_to)
+        sources = mailbox.topology.sources(mailbox.rank)
+        for source, mails in arrived.items():
+            weight = mailbox.topology.weight(mailbox.rank, source)
+            for mail in mails:
+                self.compressor.accumulate(mail.payload, local.spec, state.s, weight)
+            state.heard[sources.index(source)] = mails[-1].step
+        return bool(arrived)
+
+    def _is_ahead(self, state: DCGossipState, mailbox: Mailbox) -> bool:
+        if self.max_staleness is None:
+            return False
+        sources = mailbox.topology.sources(mailbox.rank)
+        late = [s for s, heard in zip(sources, state.heard, strict=True) if heard < state.steps - self.max_staleness]
+        if not late:
+            return False
+        peers = mailbox.peers()
+        return any(not peers[source].is_done for source in late)
+
+    @property
+    def _compensation(self) -> DelayCompensation:
+        return DelayCompensation(self.lambda0, self.adaptive and self.lambda0 > 0, self.decay, self.epsilon)

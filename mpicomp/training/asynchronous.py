@@ -1,0 +1,601 @@
+"""A run without common steps: every rank computes, sends and receives at its own pace.
+
+What the ranks must know of each other travels in the *pulse*: numbers of all ranks are gathered again and again, and
+nobody waits for them. All ranks see the same numbers, so all decide alike: to evaluate, to store a checkpoint, to stop,
+or to end because all batches are used up. Only for these they come together.
+
+Batches come from one pile (``algorithm.share = "by_speed"``: whoever is free takes the next, and each sample is used
+once an epoch) or each rank has its own (``"equal"``). A rank without batches goes on to serve the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm
+from mpicomp.checkpoint.folder import Checkpoint
+from mpicomp.checkpoint.tree import flatten, restore_
+from mpicomp.compression.base import SCRATCH
+from mpicomp.errors import CheckpointError, ConfigError, ExchangeError
+from mpicomp.exchange.base import Gather, World
+from mpicomp.exchange.guard import together
+from mpicomp.exchange.watchdog import Waiting, Watchdog
+from mpicomp.timing import take_seconds
+from mpicomp.topology import spectral_gap
+from mpicomp.topology.base import Topology
+from mpicomp.training.config import RunConfig
+from mpicomp.training.evaluation import averaged_accuracy, evaluate
+from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary
+from mpicomp.training.replica import Replica
+from mpicomp.training.run_folder import RunFolder
+from mpicomp.training.saving import Saver, check_fits
+from mpicomp.training.setup import Setup, header
+from mpicomp.training.state import seed_random
+from mpicomp.training.stopping import Reason, StopRequests, stopped
+
+PULSE_S = 0.05
+"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
+
+SLICE_S = 2e-3
+"""How long a rank that is slow on purpose sleeps from poke to poke, where messages need that."""
+
+PEERS_S = 0.5
+"""How often a rank looks whether its neighbors are still there."""
+
+ASYNCHRONOUS_PARTS = (*PARTS, "wait")
+
+
+class AsynchronousReplica(Replica):
+    """A model that is trained together with those of ranks that do not wait for it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: AsynchronousAlgorithm[Any],
+        topology: Topology,
+        world: World,
+    ) -> None:
+        super().__init__(model, optimizer, algorithm, topology, world)
+        spec = self.local.spec
+        self.link = self.mailbox = world.mailbox(topology, algorithm.message_nbytes(spec, world.size), algorithm.depth)
+        self.state = algorithm.init(self.local, self.mailbox)
+        self._owners = algorithm.owners(world.size, spec)
+        if self.mailbox.needs_poke:
+            for module in model.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(self._poke)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]
+
+    def average_(self) -> None:
+        """Take the model from its owners, if it has any; statistics are averaged over the ranks that train."""
+        if not self._owners:
+            super().average_()
+            return
+        for rank, part in self._owners:
+            self.world.broadcast_(self.local.x[part], rank)
+        hubs = len(self._owners)
+        for buffer in self.local.buffers():
+            if self.world.rank < hubs:
+                buffer.zero_()
+            self.world.mean_(buffer)
+            buffer.mul_(self.world.size / (self.world.size - hubs))
+
+    def _poke(self, *_: object) -> None:
+        self.mailbox.poke()
+
+
+@dataclass
+class _Meter:
+    """What a rank has done since the start of the run.
+
+    Attributes:
+        gradients: how many it has computed.
+        served: how many pieces of what arrived it has taken in; on a hub, its updates.
+        loss: the sum over its batches.
+        seconds: by part, in the order of `ASYNCHRONOUS_PARTS`.
+        elapsed_s: of training, without evaluations.
+        since: when the time was taken last.
+
+    """
+
+    gradients: int = 0
+    served: int = 0
+    loss: float = 0.0
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(ASYNCHRONOUS_PARTS))
+    elapsed_s: float = 0.0
+    since: float = field(default=0.0, metadata=SCRATCH)
+
+    def work(self, now: float) -> None:
+        """Book the time since the last call as work."""
+        parts = take_seconds()
+        parts["mix"] = now - self.since - sum(parts.values())
+        self._book(now, parts)
+
+    def wait(self, now: float) -> None:
+        """Book the time since the last call as waiting."""
+        take_seconds()
+        self._book(now, {"wait": now - self.since})
+
+    def skip(self, now: float) -> None:
+        """Book the time since the last call as no training."""
+        take_seconds()
+        self.since = now
+
+    def _book(self, now: float, parts: dict[str, float]) -> None:
+        self.seconds = [
+            total + parts.get(part, 0.0) for total, part in zip(self.seconds, ASYNCHRONOUS_PARTS, strict=True)
+        ]
+        self.elapsed_s += now - self.since
+        self.since = now
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells all others in a pulse; totals since the start.
+
+    Attributes:
+        gradients: how many it has computed.
+        loss: the sum over its batches.
+        bytes_sent: in training messages.
+        is_done: 1 if it has no batch left.
+        stop: a `Reason`.
+        save: 1 if a checkpoint is due by the clock.
+        writing: 1 if it still writes one.
+        seconds: by part, in the order of `ASYNCHRONOUS_PARTS`.
+
+    """
+
+    gradients: int
+    loss: float
+    bytes_sent: int
+    is_done: int
+    stop: int
+    save: int
+    writing: int
+    seconds: tuple[float, ...]
+
+    def numbers(self) -> list[float]:
+        """Return the fields, one behind the other."""
+        *fields, seconds = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return [*fields, *seconds]
+
+    @classmethod
+    def read(cls, numbers: list[float]) -> _Report:
+        """Take apart what `numbers` gave."""
+        gradients, loss, sent, is_done, stop, save, writing, *seconds = numbers
+        return cls(int(gradients), loss, int(sent), int(is_done), int(stop), int(save), int(writing), tuple(seconds))
+
+
+class _Pulse:
+    """Reports of all ranks, gathered again and again."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: Gather | None = None
+        self._last = world.now()
+
+    def beat(self, report: Callable[[], _Report]) -> list[_Report] | None:
+        """Return the reports of all ranks by rank, if they are complete; each of them once on every rank."""
+        if self._pending is None:
+            now = self._world.now()
+            if self._world.rank == 0 and now - self._last < PULSE_S:
+                return None
+            self._pending, self._last = self._world.start_gather(report().numbers()), now
+        if not self._pending.test():
+            return None
+        rows, self._pending = self._pending.wait(), None
+        return [_Report.read(row) for row in rows]
+
+
+class _Batches:
+    """The batches that a rank takes, by number: from one pile for all ranks, or its own."""
+
+    def __init__(self, setup: Setup, world: World, place: int, start: int, held: int | None) -> None:
+        self.held = held
+        self._total = setup.steps
+        self._counter = world.counter(start) if setup.deal.size == 1 and setup.trainers > 1 else None
+        self._next = start
+        self._is_trainer = place >= 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank knows that there is no batch left for it."""
+        return not self._is_trainer or (self.held is not None and self.held >= self._total)
+
+    def is_ready(self) -> bool:
+        """Return whether a batch can be taken now."""
+        if self._is_trainer and self.held is None:
+            if self._counter is None:
+                self.held, self._next = self._next, self._next + 1
+            elif self._counter.test():
+                self.held = self._counter.take()
+        return not self.is_over and self.held is not None
+
+    def take(self) -> int:
+        """Return the number of the batch that is ready, and begin to get the next one."""
+        assert self.held is not None
+        number, self.held = self.held, None
+        if self._counter is not None:
+            self._counter.prefetch()
+        return number
+
+    def hold(self) -> None:
+        """Wait for the batch that is on its way, so that it can be stored."""
+        while self._is_trainer and self.held is None:
+            self.is_ready()
+
+    def free(self) -> None:
+        """Give the counter back (collective on all ranks)."""
+        if self._counter is not None:
+            self._counter.free()
+
+
+def train_asynchronously(
+    config: RunConfig,
+    world: World,
+    setup: Setup,
+    watchdog: Watchdog,
+    folder: RunFolder | None,
+    progress: Progress | None,
+    checkpoint: Checkpoint | None,
+    resize: bool,
+    requests: StopRequests | None,
+) -> Result | None:
+    """Train with an asynchronous algorithm; see `mpicomp.training.loop.train`."""
+    run = _Run(config, world, setup, watchdog, folder, progress, requests)
+    run.begin(checkpoint, resize)
+    while True:
+        reports = run.pulse()
+        if reports is not None:
+            if all(report.is_done for report in reports):
+                return run.end()
+            if reason := Reason(max(report.stop for report in reports)):
+                run.stop(reason)
+                return None
+            run.look_after(reports)
+        run.work()
+
+
+class _Run:
+    """One rank of an asynchronous run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        setup: Setup,
+        watchdog: Watchdog,
+        folder: RunFolder | None,
+        progress: Progress | None,
+        requests: StopRequests | None,
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._setup = setup
+        self._watchdog = watchdog
+        self._folder = folder
+        self._progress = progress
+        self._requests = requests
+        assert isinstance(setup.algorithm, AsynchronousAlgorithm) and isinstance(setup.schedule, Topology)
+        self._algorithm = setup.algorithm
+        self._replica = AsynchronousReplica(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+        self._mailbox = self._replica.mailbox
+        self._meter = _Meter()
+        trainers = self._algorithm.trainers(world.size)
+        self._place = trainers.index(world.rank) if world.rank in trainers else -1
+        self._share = 0 if setup.deal.size == 1 else self._place
+        self._pace = self._replica.local.pace = config.pace(world)
+        if self._mailbox.needs_poke:
+            self._pace.sleep = self._sleep_and_poke
+        self._learning_rate = config.schedule.build(setup.epoch(setup.steps))
+        self._saver: Saver | None = None
+        if folder:
+            self._saver = Saver(
+                world,
+                folder.checkpoints_path,
+                self._replica.identity(config.to_toml()),
+                config.checkpoint.keep_last,
+                config.checkpoint.keep_every,
+                progress.warn if progress else lambda line: None,
+            )
+        self._begun_before_save = False
+        self._last_save = self._last_look = time.monotonic()
+
+    def begin(self, checkpoint: Checkpoint | None, resize: bool) -> None:
+        """Start, or go on from a checkpoint; collective on all ranks."""
+        world, setup, config = self._world, self._setup, self._config
+        if resize:
+            raise ConfigError(
+                f"--resize: algorithm.kind = {config.algorithm.kind!r} cannot go on with another number of ranks yet"
+            )
+        seed_random(config.run.seed, world.rank)
+        start, held = 0, None
+        if checkpoint:
+            stored = self._restore(checkpoint)
+            start, number = int(stored["data/next"]), int(stored["data/held"])
+            held = None if number < 0 else number
+            if self._folder and world.rank == 0:
+                self._folder.save_config(config)
+                self._folder.rewind(checkpoint.manifest.step)
+        self._pace.gradients = self._meter.gradients
+        self._batches = _Batches(setup, world, self._place, start, held)
+        self._last_reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
+        done = self._step(self._last_reports)
+        self._logged = done
+        self._evaluations = self._due_evaluations(self._last_reports)
+        self._saves = self._due_saves(done)
+        if self._folder and world.rank == 0:
+            self._folder.save_ranks(self._watchdog.members)
+        if self._progress:
+            lines = header(config, setup, world, done)
+            whole = setup.steps * setup.deal.size
+            self._progress.start(lines, sum(report.gradients for report in self._last_reports) / whole)
+        self._pulse = _Pulse(world)
+        self._meter.skip(world.now())
+
+    def pulse(self) -> list[_Report] | None:
+        """Return the reports of all ranks, if there are new ones."""
+        reports = self._pulse.beat(self._report)
+        if reports is not None:
+            self._watchdog.moved(self._step(reports))
+        return reports
+
+    def work(self) -> None:
+        """Compute a gradient, or serve; pause if there is nothing to do."""
+        replica, algorithm = self._replica, self._algorithm
+        for group in self._setup.optimizer.param_groups:
+            group["lr"] = self._config.optimizer.lr * self._learning_rate(self._own_epoch())
+        if self._batches.is_ready():
+            before = self._meter.gradients
+            replica.local.closure = self._closure
+            has_moved = algorithm.step(replica.local, replica.state, self._mailbox)
+            if self._meter.gradients > before:
+                replica.steps = self._meter.gradients
+                replica.check_finite()
+                self._meter.loss += float(replica.local.loss)
+        else:
+            has_moved = algorithm.serve(replica.local, replica.state, self._mailbox)
+            self._meter.served += has_moved
+        self._meter.work(self._world.now())
+        if has_moved:
+            self._watchdog.moved()
+            return
+        with Waiting("mail or the reports"):
+            self._look_at_peers()
+            self._mailbox.pause()
+        self._meter.wait(self._world.now())
+
+    def look_after(self, reports: list[_Report]) -> None:
+        """Do what all ranks do now: evaluate, record, store a checkpoint."""
+        step = self._step(reports)
+        is_writing = self._begun_before_save or any(report.writing for report in reports)
+        if self._saver and self._saver.is_pending and not is_writing:
+            self._saver.publish()
+        self._begun_before_save = False
+        evaluations = self._due_evaluations(reports)
+        if evaluations > self._evaluations:
+            self._evaluations = evaluations
+            self._record(reports, with_accuracy=True)
+        elif step - self._logged >= self._config.run.log_every:
+            self._record(reports, with_accuracy=False)
+        saves = self._due_saves(step)
+        if saves > self._saves or any(report.save for report in reports):
+            self._saves = saves
+            self._save(step)
+
+    def stop(self, reason: Reason) -> None:
+        """Store the last checkpoint of a run that is asked to stop."""
+        step = self._save_last()
+        self._free()
+        if self._folder and self._world.rank == 0:
+            self._folder.stop_path.unlink(missing_ok=True)
+        if self._progress:
+            steps = self._setup.steps * self._setup.deal.size // self._setup.trainers
+            self._progress.finish(stopped(step, steps, reason, self._folder.path if self._folder else None))
+
+    def end(self) -> Result:
+        """Take in what is under way, and finish the run."""
+        self._drain()
+        self._meter.work(self._world.now())
+        world, replica = self._world, self._replica
+        reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
+        record = self._record(reports, with_accuracy=True)
+        own = evaluate(replica.local.model, self._setup.dataset, world.device)
+        assert record.test_accuracy is not None
+        result = Result(
+            algorithm=self._config.algorithm.kind,
+            topology=self._config.topology.kind,
+            compressor=self._config.compression.kind,
+            ranks=world.size,
+            steps=self._step(reports),
+            seconds=max(world.all_gather(self._meter.elapsed_s)),
+            train_loss=record.loss,
+            test_accuracy=record.test_accuracy,
+            test_accuracy_local=world.all_gather(own.right / own.total),
+            bytes_sent=[report.bytes_sent for report in reports],
+            consensus_distance=replica.consensus_distance(),
+            parameters=replica.local.spec.numel,
+            spectral_gap=spectral_gap(self._setup.schedule),
+            gradients=record.gradients,
+            delays=record.delays,
+        )
+        with replica.averaged() as model:
+            if self._folder and world.rank == 0:
+                self._folder.save_model(model, self._config)
+                self._folder.save_result(result)
+        self._save_last()
+        self._free()
+        if self._folder and self._progress:
+            self._progress.finish(summary(result, self._folder.path))
+        return result
+
+    def _closure(self) -> Tensor:
+        """Return the loss of the next batch."""
+        number = self._batches.take()
+        self._meter.gradients += 1
+        inputs, targets = self._setup.batch(number, self._share, self._world.device)
+        return self._setup.loss(inputs, targets)
+
+    def _own_epoch(self) -> float:
+        """Return how far the run is, as this rank sees it."""
+        if self._place < 0:
+            return self._meter.served / self._gradients_per_epoch
+        number = self._batches.held
+        return self._setup.epoch(self._meter.gradients * self._setup.trainers if number is None else number)
+
+    @property
+    def _gradients_per_epoch(self) -> int:
+        return self._setup.deal.per_epoch * self._setup.deal.size
+
+    def _step(self, reports: list[_Report]) -> int:
+        """Return the steps of a rank on average."""
+        return sum(report.gradients for report in reports) // self._setup.trainers
+
+    def _due_evaluations(self, reports: list[_Report]) -> int:
+        """Return how many evaluations are due by now, without the one at the end."""
+        done, whole = sum(report.gradients for report in reports), self._setup.steps * self._setup.deal.size
+        epochs = min(done, whole - 1) / self._gradients_per_epoch
+        return int(epochs / self._config.run.evaluate_every_epochs)
+
+    def _due_saves(self, step: int) -> int:
+        every = self._config.checkpoint.every_steps
+        return step // every if every else 0
+
+    def _report(self) -> _Report:
+        minutes = (time.monotonic() - self._last_save) / 60
+        due = 0 < self._config.checkpoint.every_minutes <= minutes
+        return _Report(
+            gradients=self._meter.gradients,
+            loss=self._meter.loss,
+            bytes_sent=self._replica.bytes_sent,
+            is_done=int(self._batches.is_over),
+            stop=self._requests.reason() if self._requests else Reason.NONE,
+            save=int(due and self._saver is not None and self._world.rank == 0),
+            writing=int(self._saver is not None and self._saver.is_writing),
+            seconds=tuple(self._meter.seconds),
+        )
+
+    def _record(self, reports: list[_Report], with_accuracy: bool) -> Record:
+        """Write and show a record; with accuracy it is collective on all ranks."""
+        world, last = self._world, self._last_reports
+        self._last_reports, self._logged = reports, self._step(reports)
+        computed = sum(r.gradients for r in reports) - sum(r.gradients for r in last)
+        accuracy, distance, delays, diagnostics = None, None, {}, {}
+        if with_accuracy:
+            self._meter.work(world.now())
+            accuracy = averaged_accuracy(self._replica, self._setup.dataset)
+            distance = self._replica.consensus_distance()
+            own = self._algorithm.delays(self._replica.state, self._mailbox)
+            for rank, histograms in enumerate(world.all_gather(own)):
+                delays.update({f"{rank}<{source}": _trimmed(counts) for source, counts in histograms.items()})
+            rows = world.all_gather(self._algorithm.diagnostics(self._replica.local, self._replica.state))
+            diagnostics = {key: fmean(row[key] for row in rows) for key in rows[0]}
+            self._meter.skip(world.now())
+            self._watchdog.moved()
+        record = Record(
+            step=self._step(reports),
+            epoch=sum(r.gradients for r in reports) / self._gradients_per_epoch,
+            loss=(sum(r.loss for r in reports) - sum(r.loss for r in last)) / max(computed, 1),
+            lr=self._replica.local.lr,
+            bytes_sent=sum(r.bytes_sent for r in reports),
+            seconds={
+                part: fmean(new.seconds[i] - old.seconds[i] for new, old in zip(reports, last, strict=True))
+                for i, part in enumerate(ASYNCHRONOUS_PARTS)
+            },
+            consensus_distance=distance,
+            test_accuracy=accuracy,
+            diagnostics=diagnostics,
+            gradients=[r.gradients for r in reports],
+            delays=delays,
+        )
+        if self._folder and world.rank == 0:
+            self._folder.append(record)
+        if self._progress:
+            self._progress.update(record)
+        return record
+
+    def _drain(self) -> None:
+        """Take in all that is on its way: first what was sent, then the answers to it; collective on all ranks."""
+        for _ in range(2):
+            self._mailbox.settle()
+            self._algorithm.drain(self._replica.local, self._replica.state, self._mailbox)
+
+    def _save(self, step: int) -> None:
+        """Begin to store a checkpoint; collective on all ranks."""
+        if not self._saver:
+            return
+        self._drain()
+        self._batches.hold()
+        taken = self._meter.gradients + (self._batches.held is not None)
+        leaves = {
+            **self._replica.state_dict(),
+            **{f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()},
+            "data/next": sum(self._world.all_gather(taken)) if self._setup.deal.size == 1 else taken,
+            "data/held": -1 if self._batches.held is None else self._batches.held,
+        }
+        self._saver.start(step, leaves)
+        self._last_save = time.monotonic()
+        self._begun_before_save = True
+        self._watchdog.moved()
+
+    def _save_last(self) -> int:
+        """Store a checkpoint and wait for it; return its step."""
+        self._drain()
+        step = sum(self._world.all_gather(self._meter.gradients)) // self._setup.trainers
+        self._save(step)
+        if self._saver:
+            if not self._saver.finish():
+                raise CheckpointError(f"the last checkpoint, of step {step}, could not be written: see above")
+            self._saver.close()
+        return step
+
+    def _restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        world = self._world
+        with together(world):
+            check_fits(checkpoint, self._replica.identity(self._config.to_toml()), world.size)
+            stored = checkpoint.read(world.rank)
+            self._replica.load_state_dict(stored)
+            prefix = "meter/"
+            meter = {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)}
+            restore_(self._meter, meter)
+        return stored
+
+    def _free(self) -> None:
+        self._batches.free()
+        self._mailbox.free()
+
+    def _look_at_peers(self) -> None:
+        now = time.monotonic()
+        if now - self._last_look < PEERS_S:
+            return
+        self._last_look = now
+        for rank, peer in self._mailbox.peers().items():
+            if peer.has_ended:
+                raise ExchangeError(
+                    f"{self._watchdog.members[rank]} has ended, which rank {self._world.rank} shares an edge with: "
+                    "go on from the last checkpoint with --resume"
+                )
+
+    def _sleep_and_poke(self, seconds: float) -> None:
+        end = self._world.now() + seconds
+        while (left := end - self._world.now()) > 0:
+            self._mailbox.poke()
+            self._world.sleep(min(left, SLICE_S))
+
+
+def _trimmed(counts: list[int]) -> list[int]:
+    """Return a histogram without the zeros at its end."""
+    while counts and not counts[-1]:
+        counts = counts[:-1]
+    return counts

@@ -1,0 +1,72 @@
+"""How long gradients take: ranks that are slow on purpose, and ranks whose time is simulated.
+
+What a method gains where ranks are unequal can be tried so on equal ones. Random times are drawn from (seed, rank,
+number of the gradient), so that a run that goes on has those of the run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+Spread = Literal["fixed", "uniform", "exponential"]
+"""The distribution of a time with a given mean: always the same, or between zero and twice the mean, or exponential."""
+
+
+class Pace:
+    """The time that the gradients of a rank take; its process sleeps, and takes no core from others.
+
+    Args:
+        factor: how many times as long as without, >= 1.
+        seconds: by which each takes longer beside.
+        spread: of the time that comes on top.
+        seed: of the random numbers; together with `rank`.
+        rank: whose pace it is.
+        gradient_s: the mean time of a gradient of an ordinary rank, in simulated seconds; None to take the real time.
+        gradient_spread: of that.
+
+    Attributes:
+        sleep: passes the time.
+        gradients: how many there have been.
+
+    """
+
+    def __init__(
+        self,
+        factor: float = 1.0,
+        seconds: float = 0.0,
+        spread: Spread = "fixed",
+        seed: int = 0,
+        rank: int = 0,
+        gradient_s: float | None = None,
+        gradient_spread: Spread = "fixed",
+    ) -> None:
+        self.sleep: Callable[[float], None] = time.sleep
+        self.gradients = 0
+        self._factor = factor
+        self._seconds = seconds
+        self._spread = spread
+        self._key = (seed, rank)
+        self._gradient_s = gradient_s
+        self._gradient_spread = gradient_spread
+
+    def keep(self, computed_s: float) -> None:
+        """Sleep for as long as a gradient that took `computed_s` seconds is to take longer."""
+        random = np.random.default_rng([*self._key, self.gradients])
+        self.gradients += 1
+        longer_s = 0.0
+        if self._gradient_s is not None:
+            longer_s = computed_s = self._gradient_s * _draw(self._gradient_spread, random)
+        longer_s += ((self._factor - 1) * computed_s + self._seconds) * _draw(self._spread, random)
+        if longer_s > 0:
+            self.sleep(longer_s)
+
+
+def _draw(spread: Spread, random: np.random.Generator) -> float:
+    """Return a random number >= 0 of mean one."""
+    if spread == "fixed":
+        return 1.0
+    return float(random.exponential() if spread == "exponential" else random.uniform(0.0, 2.0))

@@ -1,0 +1,192 @@
+"""The model of one rank among those of the others: its state, its checkpoints, and the mean over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mpicomp.algorithms import AnyAlgorithm
+from mpicomp.checkpoint.tree import Leaf
+from mpicomp.errors import CheckpointError, DivergenceError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import together
+from mpicomp.topology.base import Schedule
+from mpicomp.training.flat import FlatModel
+from mpicomp.training.saving import Identity, Saver, check_fits, find_checkpoint, topology_name
+from mpicomp.training.state import (
+    algorithm_leaves,
+    load_algorithm_,
+    load_model_,
+    load_optimizer_,
+    load_random,
+    model_leaves,
+    optimizer_leaves,
+    random_leaves,
+)
+
+
+class Link(Protocol):
+    """What takes the messages of training: an `Exchange` or a `Mailbox`."""
+
+    bytes_sent: int
+
+
+class Replica:
+    """A model that is trained together with those of the other ranks. Making one is collective on all ranks.
+
+    Attributes:
+        world: the ranks.
+        algorithm: how they train.
+        schedule: who talks to whom.
+        local: the flat model.
+        link: what takes the messages.
+        state: of the algorithm.
+        steps: how many are done.
+
+    """
+
+    link: Link
+    state: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: AnyAlgorithm,
+        schedule: Schedule,
+        world: World,
+    ) -> None:
+        algorithm.check(schedule)
+        self.world = world
+        self.algorithm = algorithm
+        self.schedule = schedule
+        self.local = FlatModel(model, optimizer)
+        world.broadcast_(self.local.x)
+        for buffer in self.local.buffers():
+            world.broadcast_(buffer)
+        self.steps = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """The bytes that this rank has sent in training messages."""
+        return self.link.bytes_sent
+
+    def check_finite(self) -> None:
+        """Raise DivergenceError if the last loss is NaN or infinite."""
+        if not bool(torch.isfinite(self.local.loss)):
+            raise self.diverged(f"the loss is {self.local.loss.item()}")
+
+    def diverged(self, what: str) -> DivergenceError:
+        """Return the error for a step in which something is not a number."""
+        return DivergenceError(
+            f"{what} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, "
+            "or lengthen schedule.warmup"
+        )
+
+    def average_(self) -> None:
+        """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
+        self.world.mean_(self.local.x)
+        for buffer in self.local.buffers():
+            self.world.mean_(buffer)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Give the model the parameters and batch-norm statistics that the ranks have trained, within the block.
+
+        Collective on all ranks; not counted as training traffic. This is the model to evaluate and to keep.
+        """
+        snapshot = self.local.snapshot()
+        self.average_()
+        try:
+            yield self.local.model
+        finally:
+            self.local.restore_(snapshot)
+
+    def consensus_distance(self) -> float:
+        """Return ``sqrt(mean_i |x_i - xbar|^2)``, the distance of the ranks' models from their mean; collective."""
+        mean = self.local.x.clone()
+        self.world.mean_(mean)
+        return root_mean_square(self.world, float((self.local.x - mean).norm()))
+
+    def identity(self, config: str = "") -> Identity:
+        """Return what checkpoints of this rank belong to; `config` is the text of a configuration, if there is one."""
+        return Identity(
+            algorithm=repr(self.algorithm),
+            topology=topology_name(self.schedule),
+            model=f"{type(self.local.model).__name__} with {self.local.spec.numel:,} parameters",
+            config=config,
+        )
+
+    def state_dict(self) -> dict[str, Leaf]:
+        """Return all that this rank needs to go on later, by path (see `mpicomp.training.state`); nothing is copied.
+
+        Model, optimizer, public copies, moments, residuals, random generators. Not the caller's own: loader, scheduler.
+        """
+        return {
+            **model_leaves(self.local),
+            **optimizer_leaves(self.local),
+            **algorithm_leaves(self.state),
+            "exchange/steps": self.steps,
+            "exchange/bytes_sent": self.link.bytes_sent,
+            **random_leaves(self.world.device),
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
+        """Take over what `state_dict` gave on this rank.
+
+        Raises:
+            CheckpointError: the state of another algorithm, compressor, optimizer or model.
+
+        """
+        load_model_(self.local, stored)
+        load_optimizer_(self.local, stored)
+        load_algorithm_(self.state, stored)
+        self.steps = int(stored["exchange/steps"])
+        self.link.bytes_sent = int(stored["exchange/bytes_sent"])
+        load_random(self.world.device, stored)
+
+    def save(self, folder: Path | str, extra: Mapping[str, Leaf] | None = None, keep_last: int = 2) -> None:
+        """Store a checkpoint of all ranks in `folder`, which they share, and wait for it; collective on all ranks.
+
+        `extra` is given back by `resume`: say, the state of the caller's scheduler.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are intact.
+
+        """
+        problems: list[str] = []
+        saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
+        saver.start(
+            self.steps, {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in (extra or {}).items()}}
+        )
+        is_sound = saver.finish()
+        saver.close()
+        if not is_sound:
+            raise CheckpointError("; ".join(self.world.broadcast(problems)))
+
+    def resume(self, folder: Path | str) -> dict[str, Leaf] | None:
+        """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
+
+        Raises:
+            CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
+
+        """
+        checkpoint = find_checkpoint(self.world, Path(folder))
+        if checkpoint is None:
+            return None
+        with together(self.world):
+            check_fits(checkpoint, self.identity(), self.world.size)
+            stored = checkpoint.read(self.world.rank)
+            self.load_state_dict(stored)
+        return {path.removeprefix("extra/"): leaf for path, leaf in stored.items() if path.startswith("extra/")}
+
+
+def root_mean_square(world: World, value: float) -> float:
+    """Return the root of the mean over ranks of `value` squared; collective on all ranks."""
+    values = world.all_gather(value)
+    return float((sum(v * v for v in values) / len(values)) ** 0.5)
