@@ -137,6 +137,7 @@ class DelayCompensation:
         adaptive: whether lambda_t adapts to the size of the gradients.
         decay: of the mean square, in [0, 1).
         epsilon: added below the root, > 0.
+        is_limited: whether the correction is shortened to the length of the gradient, where it is longer.
 
     """
 
@@ -144,6 +145,7 @@ class DelayCompensation:
     adaptive: bool
     decay: float
     epsilon: float
+    is_limited: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.lambda0 < math.inf:
@@ -164,4 +166,7 @@ class DelayCompensation:
         moved.mul_(gradient).mul_(gradient)
         if mean_square is not None:
             moved.div_((mean_square + self.epsilon).sqrt_())
-        gradient.add_(moved, alpha=self.lambda0)
+        strength = self.lambda0
+        if self.is_limited:
+            strength = min(strength, float(gradient.norm() / moved.norm().clamp_min(1e-30)))
+        gradient.add_(moved, alpha=strength)

@@ -1,21 +1,25 @@
 """DC-gossip: asynchronous gossip on any connected graph, with the own gradient corrected for the mixing it has missed.
 
     rank i, at its own pace:
-      q_i = C(x_i - xhat_i);  put q_i into the mailboxes of all neighbors, if all have room;  xhat_i = xhat_i + q_i
+      if all neighbors have room in their mailboxes:
+          q_i = C(x_i - xhat_i);  put q_i into them;  xhat_i = xhat_i + q_i
       g = gradient at x_i                                    meanwhile the neighbors write
       s_i = s_i + W_ij q_j for all that has arrived          (s_i = sum_j W_ij xhat_j, as far as it is known)
-      d = gamma (s_i - xhat_i)                               the mixing
-      g~ = g + lambda_t g g d                                elementwise; lambda_t as in DC-ASGD
+      d = gamma (s_i - xhat_i), 0 if nothing was put         the mixing
+      g~ = g + lambda_t g g d                                elementwise; lambda_t as in DC-ASGD, but no longer than g
       x_i = x_i - lr u(g~) + d                               u: the optimizer
 
 The model that g is applied to has moved by d since g was begun, which the correction makes up for to first order, with
-no traffic and no memory of other models: DC-ASGD's idea at the place where it costs nothing on a graph. lambda0 = 0 is
+no traffic and no memory of other models: DC-ASGD's idea at the place where it costs nothing on a graph. The correction
+is shortened to the length of g where it is longer, as in DC-S3GD (Rigazzi 2019, arXiv 1911.02516): mixing moves a model
+farther than stale gradients do, and without a limit a quadratic diverged at the published lambda0 = 2. lambda0 = 0 is
 asynchronous gossip in the manner of AD-PSGD (Lian et al. 2018, arXiv 1710.06952), without its pairwise lock, on the
 public copies of CHOCO-SGD. Increments are never lost, because the mailbox refuses them instead: what a slow neighbor
-has no room for stays in ``x_i - xhat_i``.
+has no room for stays in ``x_i - xhat_i``; a step without a message does not mix, because it would move ``x_i`` by an
+old difference once more.
 
 ``max_staleness`` bounds how many steps a rank may be ahead of what it knows of each neighbor; with 0 it waits for all
-of them in every step, and (lambda0 = 0) does bit for bit what CHOCO-SGD does in its overlapped order.
+of them in every step, and (lambda0 = 0) does what CHOCO-SGD does in its overlapped order, but for the order of sums.
 
 Wire: one compressed message to each neighbor and step, at most. Memory: ``xhat``, ``s``, one scratch vector, and the
 mean square of the adaptive variant, whatever the degree. Not from a paper: a design of this package.
@@ -60,6 +64,7 @@ class DCGossipState:
         mean_square: (n,) of the gradients, for the adaptive correction.
         compressor: state of the compressor.
         steps: steps done.
+        has_sent: whether the step under way has sent a message.
         is_computed: whether the gradient of the step under way has been computed.
         heard: for each source, ascending, the last of its steps that is known.
         delays: (sources, DELAYS) int64, how often what was mixed in was how many steps old.
@@ -73,6 +78,7 @@ class DCGossipState:
     mean_square: Tensor | None
     compressor: State
     steps: int
+    has_sent: bool
     is_computed: bool
     heard: list[int]
     delays: Tensor
@@ -139,6 +145,7 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
             mean_square=self._compensation.init(local.x),
             compressor=self.compressor.init(local.spec, local.x.device, mailbox.rank),
             steps=0,
+            has_sent=False,
             is_computed=False,
             heard=[-1] * len(sources),
             delays=torch.zeros((len(sources), DELAYS), dtype=torch.int64),
@@ -149,7 +156,8 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
         """Send, compute, and finish the step, unless that must wait for a neighbor."""
         begun = state.is_computed
         if not begun:
-            if not self._send(local, state, mailbox) and self.max_staleness is not None:
+            state.has_sent = self._send(local, state, mailbox)
+            if not state.has_sent and self.max_staleness is not None:
                 return False
             local.gradient()
             state.is_computed = True
@@ -157,6 +165,8 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
         if self._is_ahead(state, mailbox):
             return not begun
         torch.sub(state.s, state.x_hat, out=state.scratch)
+        if not state.has_sent:
+            state.scratch.zero_()
         if self.lambda0:
             self._compensation.correct_(state.gradient, self.gamma * state.scratch, state.mean_square)
         local.update()
@@ -222,4 +232,6 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
 
     @property
     def _compensation(self) -> DelayCompensation:
-        return DelayCompensation(self.lambda0, self.adaptive and self.lambda0 > 0, self.decay, self.epsilon)
+        return DelayCompensation(
+            self.lambda0, self.adaptive and self.lambda0 > 0, self.decay, self.epsilon, is_limited=True
+        )

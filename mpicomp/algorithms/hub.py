@@ -106,7 +106,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
                 f"so start at least {self.hubs + 1} ranks"
             )
         for worker in workers:
-            if missing := set(hubs) - set(topology.sources(worker)) & set(topology.targets(worker)):
+            if missing := set(hubs) - (set(topology.sources(worker)) & set(topology.targets(worker))):
                 remedy = "'star'" if self.hubs == 1 else f"'complete_bipartite' with topology.hubs = {self.hubs}"
                 raise TopologyError(
                     f"topology.kind = {topology.name!r}: {self.name} needs an edge between hub {min(missing)} and "

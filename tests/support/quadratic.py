@@ -5,17 +5,19 @@ Rank i has F_i(x) = 1/2 (x - c_i)' D (x - c_i) with a common diagonal D, so the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms import Algorithm
+from mpicomp.algorithms import Algorithm, AsynchronousAlgorithm
 from mpicomp.compression import Spec
 from mpicomp.exchange.base import World
 from mpicomp.exchange.loopback import run
-from mpicomp.topology import Schedule
+from mpicomp.exchange.loopback_mailbox import Links
+from mpicomp.topology import Schedule, Topology
 
 DIM = 24
 
@@ -46,7 +48,7 @@ class Quadratic:
     def gradient(self) -> Tensor:
         return self.g.copy_(self.d * (self.x - self.center))
 
-    def update(self) -> None:
+    def update(self, part: slice | None = None) -> None:
         self.m.mul_(self.momentum).add_(self.g)
         self.x.sub_(self.m, alpha=self.lr)
 
@@ -84,6 +86,78 @@ def train(
 
     xs, states, sent = zip(*run(schedule.size, serve), strict=True)
     return Trained(np.stack(xs), list(states), list(sent))
+
+
+@dataclass
+class Asynchronous:
+    """The outcome of an asynchronous algorithm in simulated time.
+
+    Attributes:
+        x: (size, DIM) the models.
+        states: of the algorithm.
+        served: by rank, the source of each message that was taken in, in that order (hubs only).
+
+    """
+
+    x: np.ndarray
+    states: list
+    served: list[list[int]]
+
+
+def train_asynchronously(
+    algorithm: AsynchronousAlgorithm,
+    topology: Topology,
+    gradients: int,
+    paces: Sequence[float],
+    *,
+    lr: float = 0.1,
+    common: bool = False,
+    links: Links | None = None,
+) -> Asynchronous:
+    """Run `algorithm`: rank i computes `gradients` gradients, and each takes it ``paces[i]`` times a random time.
+
+    With `common`, all ranks have the same optimum.
+    """
+
+    def serve(world: World):
+        c = centers(world.size)[0 if common else world.rank]
+        local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.as_tensor(c), lr)
+        mailbox = world.mailbox(topology, algorithm.message_nbytes(local.spec, world.size), algorithm.depth)
+        state = algorithm.init(local, mailbox)
+        times = np.random.default_rng(world.rank)
+        compute, computed, order = local.gradient, 0, []
+
+        def gradient():
+            nonlocal computed
+            computed += 1
+            found = compute().clone()
+            world.sleep(paces[world.rank] * times.uniform(0.5, 1.5))
+            return local.g.copy_(found)
+
+        local.gradient = gradient
+        trains = world.rank in algorithm.trainers(world.size)
+        awaited = gradients * sum(edge in algorithm.trainers(world.size) for edge in topology.sources(world.rank))
+        while computed < gradients if trains else len(order) < awaited:
+            answered = list(getattr(state, "answered", []))
+            has_moved = (algorithm.step if trains else algorithm.serve)(local, state, mailbox)
+            changed = [
+                i for i, (a, b) in enumerate(zip(answered, getattr(state, "answered", []), strict=True)) if a != b
+            ]
+            order += [algorithm.hubs + worker for worker in changed]
+            if not has_moved:
+                mailbox.pause()
+        mailbox.announce(computed, is_done=True)
+        while trains and getattr(state, "is_computed", False):
+            if not algorithm.step(local, state, mailbox):
+                mailbox.pause()
+        for _ in range(2):
+            mailbox.settle()
+            algorithm.drain(local, state, mailbox)
+        return local.x.numpy(), state, order
+
+    outcomes = run(topology.size, serve, simulated=links or Links())
+    xs, states, served = zip(*outcomes, strict=True)
+    return Asynchronous(np.stack(xs), list(states), list(served))
 
 
 def top_k(v: np.ndarray, k: int) -> np.ndarray:

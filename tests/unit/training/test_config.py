@@ -157,7 +157,7 @@ def test_all_problems_are_found_at_once(load):
 
 def test_a_compressor_without_use_is_refused(load):
     message = refusal(load, "algorithm.kind=ssgd", "compression.kind=topk", "compression.ratio=0.1")
-    assert "algorithm.kind = 'ssgd' sends uncompressed messages" in message
+    assert "algorithm.kind = 'ssgd' has no use for the section [compression]" in message
     assert "compression.kind = 'identity'" in message
 
 
