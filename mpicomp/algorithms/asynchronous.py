@@ -84,6 +84,10 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         while self.serve(local, state, mailbox):
             pass
 
+    @abstractmethod
+    def updates(self, state: S) -> int:
+        """Return how many gradients this rank has applied to its model so far."""
+
     def delays(self, state: S, mailbox: Mailbox) -> dict[int, list[int]]:
         """Return, by the rank that sent, how many contributions were 0, 1, ... updates late (DELAYS,)."""
         return {}

@@ -185,6 +185,10 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
         """Take in all that has arrived, from however far ahead."""
         self._receive(local, state, mailbox, math.inf)
 
+    def updates(self, state: DCGossipState) -> int:
+        """One in each step."""
+        return state.steps
+
     def delays(self, state: DCGossipState, mailbox: Mailbox) -> dict[int, list[int]]:
         """Return, by neighbor, how often what was mixed in was how many steps old."""
         return dict(zip(mailbox.topology.sources(mailbox.rank), state.delays.tolist(), strict=True))

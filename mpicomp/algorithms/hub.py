@@ -198,6 +198,10 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         mailbox.put(answer, self.downlink.layout(spec), [source], state.updates)
         return True
 
+    def updates(self, state: HubState | WorkerState) -> int:
+        """Those of the hub; a worker applies none."""
+        return state.updates if isinstance(state, HubState) else 0
+
     def delays(self, state: HubState | WorkerState, mailbox: Mailbox) -> dict[int, list[int]]:
         """Return on a hub, by worker, how many gradients were how many updates late."""
         if isinstance(state, WorkerState):

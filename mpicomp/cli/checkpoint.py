@@ -20,7 +20,7 @@ from mpicomp.errors import CheckpointError
 from mpicomp.training.metrics import readable_bytes
 from mpicomp.training.run_folder import RunFolder
 
-VOLATILE = ("random/", "meter/seconds", "meter/total_seconds")
+VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
 """What differs between two runs that are otherwise the same."""
 
 _path = click.argument("path", type=click.Path(path_type=Path), metavar="RUN_DIR|CHECKPOINT")

@@ -53,6 +53,7 @@ class _Message:
 class _Seat:
     """What the hub knows of one rank."""
 
+    rank: int
     woken: threading.Condition
     may_run: bool = False
     inbox: defaultdict[_Sender, deque[_Message]] = field(default_factory=lambda: defaultdict(deque))
@@ -95,7 +96,7 @@ class _Hub:
         self.error: BaseException | None = None
         self.failed_rank: int | None = None
         self._lock = threading.Lock()
-        self._seats = [_Seat(threading.Condition(self._lock)) for _ in range(size)]
+        self._seats = [_Seat(rank, threading.Condition(self._lock)) for rank in range(size)]
         self._round = _Round(size)
         self._tallies: defaultdict[int, _Tally] = defaultdict(lambda: _Tally(size))
         self._counters: dict[int, int] = {}
@@ -312,16 +313,16 @@ class _Hub:
 class _SimulatedHub(_Hub):
     """A hub whose time goes on only when every rank sleeps or waits: to the next moment at which one has work.
 
-    One rank runs at a time, and ranks that wake at the same moment do so in the order in which that was decided; so a
-    run can be repeated exactly, on any machine. Computing takes no time by itself: ranks `sleep` for as long as it is
-    to take.
+    One rank runs at a time, and ranks that wake at the same moment do so in their order; so a run can be repeated
+    exactly, on any machine, and goes on from a checkpoint as if it had not been interrupted. Computing takes no time by
+    itself: ranks `sleep` for as long as it is to take.
     """
 
     def __init__(self, size: int, links: Links) -> None:
         super().__init__(size, cores=1)
         self._links = links
         self._now_ns = 0
-        self._events: list[tuple[int, int, _Seat, int]] = []
+        self._events: list[tuple[int, int, int, int]] = []
         self._decided = 0
 
     def now(self) -> float:
@@ -335,6 +336,12 @@ class _SimulatedHub(_Hub):
     def sleep(self, rank: int, seconds: float) -> None:
         """Wake up after `seconds` of simulated time."""
         self._nap(rank, self._now_ns + round(1e9 * seconds), is_awaiting_mail=False)
+
+    def gather(self, rank: int, value: T, operation: str) -> list[T]:
+        """Return the values of all ranks, which then go on in their order, whoever came last."""
+        values = super().gather(rank, value, operation)
+        self.sleep(rank, 0.0)
+        return values
 
     def await_mail(self, rank: int, until_ns: int) -> None:
         """Wake up at that time, or when something arrives before."""
@@ -370,12 +377,13 @@ class _SimulatedHub(_Hub):
             self._at(at_ns, seat)
 
     def _at(self, at_ns: int, seat: _Seat) -> None:
-        heapq.heappush(self._events, (at_ns, self._decided, seat, seat.naps))
+        heapq.heappush(self._events, (at_ns, seat.rank, self._decided, seat.naps))
         self._decided += 1
 
     def _hand_on_core(self) -> None:
         while not self._ready and self._events:
-            at_ns, _, seat, nap = heapq.heappop(self._events)
+            at_ns, rank, _, nap = heapq.heappop(self._events)
+            seat = self._seats[rank]
             if nap == seat.naps:  # else it was woken by an earlier event
                 self._now_ns = max(self._now_ns, at_ns)
                 seat.naps += 1

@@ -101,7 +101,6 @@ class _Meter:
 
     Attributes:
         gradients: how many it has computed.
-        served: how many pieces of what arrived it has taken in; on a hub, its updates.
         loss: the sum over its batches.
         seconds: by part, in the order of `ASYNCHRONOUS_PARTS`.
         elapsed_s: of training, without evaluations.
@@ -110,7 +109,6 @@ class _Meter:
     """
 
     gradients: int = 0
-    served: int = 0
     loss: float = 0.0
     seconds: list[float] = field(default_factory=lambda: [0.0] * len(ASYNCHRONOUS_PARTS))
     elapsed_s: float = 0.0
@@ -366,7 +364,6 @@ class _Run:
                 self._meter.loss += float(replica.local.loss)
         else:
             has_moved = algorithm.serve(replica.local, replica.state, self._mailbox)
-            self._meter.served += has_moved
         self._meter.work(self._world.now())
         if has_moved:
             self._watchdog.moved()
@@ -383,16 +380,10 @@ class _Run:
         if self._saver and self._saver.is_pending and not is_writing:
             self._saver.publish()
         self._begun_before_save = False
-        evaluations = self._due_evaluations(reports)
-        if evaluations > self._evaluations:
-            self._evaluations = evaluations
-            self._record(reports, with_accuracy=True)
-        elif step - self._logged >= self._config.run.log_every:
+        if not self._evaluate_if_due(reports) and step - self._logged >= self._config.run.log_every:
             self._record(reports, with_accuracy=False)
-        saves = self._due_saves(step)
-        if saves > self._saves or any(report.save for report in reports):
-            self._saves = saves
-            self._save(step)
+        if self._due_saves(step) > self._saves or any(report.save for report in reports):
+            self._save()
 
     def stop(self, reason: Reason) -> None:
         """Store the last checkpoint of a run that is asked to stop."""
@@ -450,7 +441,7 @@ class _Run:
     def _own_epoch(self) -> float:
         """Return how far the run is, as this rank sees it."""
         if self._place < 0:
-            return self._meter.served / self._gradients_per_epoch
+            return self._algorithm.updates(self._replica.state) / self._gradients_per_epoch
         number = self._batches.held
         return self._setup.epoch(self._meter.gradients * self._setup.trainers if number is None else number)
 
@@ -467,6 +458,15 @@ class _Run:
         done, whole = sum(report.gradients for report in reports), self._setup.steps * self._setup.deal.size
         epochs = min(done, whole - 1) / self._gradients_per_epoch
         return int(epochs / self._config.run.evaluate_every_epochs)
+
+    def _evaluate_if_due(self, reports: list[_Report]) -> bool:
+        """Evaluate if it is time to, and return whether it was; collective on all ranks then."""
+        due = self._due_evaluations(reports)
+        is_due = due > self._evaluations
+        if is_due:
+            self._evaluations = due
+            self._record(reports, with_accuracy=True)
+        return is_due
 
     def _due_saves(self, step: int) -> int:
         every = self._config.checkpoint.every_steps
@@ -531,29 +531,35 @@ class _Run:
             self._mailbox.settle()
             self._algorithm.drain(self._replica.local, self._replica.state, self._mailbox)
 
-    def _save(self, step: int) -> None:
-        """Begin to store a checkpoint; collective on all ranks."""
-        if not self._saver:
-            return
+    def _save(self) -> int:
+        """Begin to store a checkpoint, and return its step; collective on all ranks."""
         self._drain()
         self._batches.hold()
+        reports = [_Report.read(row) for row in self._world.all_gather(self._report().numbers())]
+        step = self._step(reports)
+        self._evaluate_if_due(reports)
+        self._saves = self._due_saves(step)
         taken = self._meter.gradients + (self._batches.held is not None)
-        leaves = {
-            **self._replica.state_dict(),
-            **{f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()},
-            "data/next": sum(self._world.all_gather(taken)) if self._setup.deal.size == 1 else taken,
-            "data/held": -1 if self._batches.held is None else self._batches.held,
-        }
-        self._saver.start(step, leaves)
-        self._last_save = time.monotonic()
-        self._begun_before_save = True
+        taken_by_all = sum(self._world.all_gather(taken))
+        if self._saver:
+            leaves = {
+                **self._replica.state_dict(),
+                **{f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()},
+                "data/next": taken_by_all if self._setup.deal.size == 1 else taken,
+                "data/held": -1 if self._batches.held is None else self._batches.held,
+            }
+            self._saver.start(step, leaves)
+            if self._world.is_simulated:  # when a thread has written is not for simulated time to know
+                self._saver.publish()
+            self._last_save = time.monotonic()
+            self._begun_before_save = True
+        self._pulse = _Pulse(self._world)
         self._watchdog.moved()
+        return step
 
     def _save_last(self) -> int:
         """Store a checkpoint and wait for it; return its step."""
-        self._drain()
-        step = sum(self._world.all_gather(self._meter.gradients)) // self._setup.trainers
-        self._save(step)
+        step = self._save()
         if self._saver:
             if not self._saver.finish():
                 raise CheckpointError(f"the last checkpoint, of step {step}, could not be written: see above")
