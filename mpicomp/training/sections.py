@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -227,7 +227,7 @@ class AlgorithmSection(Section):
 
     kind: str = "dpsgd"
 
-    def build(self, compressor: Compressor, downlink: Compressor) -> AnyAlgorithm:
+    def build(self, compressor: Compressor, downlink: Compressor = Identity()) -> AnyAlgorithm:
         """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
 
         Raises:
@@ -354,27 +354,40 @@ class CheckpointSection(Section):
     """How long before the end of the time limit to stop; at most a quarter of the limit."""
 
 
+_Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class SlowSection(Section):
     """``[slow]``: ranks that are made slow on purpose, to try what a method gains where ranks are unequal."""
 
     ranks: list[NonNegativeInt] = []
     """Whose gradients take longer; those that the run does not have are ignored."""
 
-    factor: float = Field(1.0, ge=1, allow_inf_nan=False)
-    """How many times as long; of the time on the host, so give `seconds` where a GPU computes."""
+    factor: _Factor | list[_Factor] = 1.0
+    """How many times as long, or a number for each of `ranks`; of the host's time, so give `seconds` for a GPU."""
 
-    seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """By how many seconds beside."""
+    seconds: _Seconds | list[_Seconds] = 0.0
+    """By how many seconds beside, or a number for each of `ranks`."""
 
     spread: Spread = "fixed"
     """Whether the extra time is the same in each step, or random: ``"uniform"`` or ``"exponential"``, of that mean."""
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> SlowSection:
+        for key, value in (("factor", self.factor), ("seconds", self.seconds)):
+            if isinstance(value, list) and len(value) != len(self.ranks):
+                raise ValueError(f"needs as many slow.{key} as slow.ranks, or one number: {len(value)} are given")
+        return self
 
     def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> Pace:
         """Return the pace of `rank`, in real time or in that of `simulation`."""
         simulated = {} if simulation is None else simulation.gradient()
         if rank not in self.ranks:
             return Pace(seed=seed, rank=rank, **simulated)
-        return Pace(self.factor, self.seconds, self.spread, seed, rank, **simulated)
+        place = self.ranks.index(rank)
+        factor, seconds = (v[place] if isinstance(v, list) else v for v in (self.factor, self.seconds))
+        return Pace(factor, seconds, self.spread, seed, rank, **simulated)
 
 
 class SimulationSection(Section):

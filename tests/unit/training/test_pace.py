@@ -43,6 +43,13 @@ def test_only_the_chosen_ranks_are_slow():
     assert [slept(section.build(rank, 0, None), 0.1) for rank in range(3)] == [[], [0.25], []]
 
 
+def test_each_rank_may_have_a_time_of_its_own():
+    section = SlowSection(ranks=[2, 0], factor=[1.0, 3.0], seconds=[0.5, 0.0])
+    assert [slept(section.build(rank, 0, None), 0.1) for rank in range(3)] == [[pytest.approx(0.2)], [], [0.5]]
+    with pytest.raises(ValueError, match=r"needs as many slow\.seconds as slow\.ranks, or one number: 1 are given"):
+        SlowSection(ranks=[0, 1], seconds=[0.5])
+
+
 def test_simulated_time_takes_the_place_of_the_real_one():
     simulation = SimulationSection(gradient_s=2.0)
     section = SlowSection(ranks=[1], factor=4.0)
