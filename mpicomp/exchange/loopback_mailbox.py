@@ -79,7 +79,6 @@ class LoopbackBoard:
         pause: Callable[[], None],
         meet: Callable[[_Memory | None], Sequence[_Memory | None]],
     ) -> None:
-        self.local: dict[int, int] = {}
         self._rank = rank
         self._pause = pause
         self._meet = meet
@@ -167,7 +166,6 @@ class SimulatedBoard:
         clock: Clock,
         meet: Callable[[_Memory | None], Sequence[_Memory | None]],
     ) -> None:
-        self.local: dict[int, int] = {}
         self._rank = rank
         self._links = links
         self._clock = clock

@@ -22,7 +22,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +30,7 @@ import torch
 from mpicomp.compression.base import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Mail, Peer, World, check_message
+from mpicomp.exchange.process import Process
 from mpicomp.exchange.staging import Bytes, make_staging
 from mpicomp.timing import timed
 from mpicomp.topology.base import Topology
@@ -42,7 +42,15 @@ NOTE = 32
 """Bytes of a note: messages read, step, count of notes with the lowest bit for done, and CRC, as int64."""
 
 DAMAGED_S = 10.0
-"""After how long a message that shows its number but not its CRC is damaged, rather than on its way."""
+"""How long a message may show its number, but not its CRC, and not change, until it is damaged rather than on its way.
+
+Long messages may stop on their way while this rank computes: of the time between two looks, `LOOK_S` counts at most.
+"""
+
+LOOK_S = 1.0
+
+SUSPECT_S = 0.5
+"""After how long a silence a neighbor's process is looked for."""
 
 _CRC_WORDS = struct.Struct("=3q")
 
@@ -100,7 +108,6 @@ class Board(Protocol):
         how: the way the bytes take, for people.
         needs_poke: whether bytes move only while their target calls `poll`.
         beat_s: how often `poke` writes notes though nothing has happened: the sign of life.
-        local: the process of each neighbor on this machine, by rank.
 
     """
 
@@ -108,7 +115,6 @@ class Board(Protocol):
     how: str
     needs_poke: bool
     beat_s: float
-    local: dict[int, int]
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
         """Begin to write `data` into this rank's slot `index` at `target`, or its note there if None.
@@ -141,7 +147,9 @@ class _Inbox:
 
     def __init__(self) -> None:
         self.read = 0
-        self.torn_since: float | None = None
+        self.torn_crc: int | None = None
+        self.looked = 0.0
+        self.quiet_s = 0.0
 
 
 class _Outbox:
@@ -159,19 +167,34 @@ class _Known:
         self.count = 0
         self.step = 0
         self.is_done = False
+        self.has_ended = False
         self.heard = time.monotonic()
 
 
 class SlotMailbox:
-    """The `Mailbox` over a `Board`."""
+    """The `Mailbox` over a `Board`.
 
-    def __init__(self, world: World, board: Board, topology: Topology, nbytes: int, depth: int) -> None:
+    Attributes:
+        processes: those of the ranks on this machine, as far as this rank can see them.
+
+    """
+
+    def __init__(
+        self,
+        world: World,
+        board: Board,
+        topology: Topology,
+        nbytes: int,
+        depth: int,
+        processes: Mapping[int, Process] | None = None,
+    ) -> None:
         self.rank = world.rank
         self.size = world.size
         self.topology = topology
         self.bytes_sent = 0
         self.torn = 0
         self.board = board
+        self.processes = dict(processes or {})
         self.progress: Stoppable | None = None
         self.failure: BaseException | None = None
         self._device = world.device
@@ -257,7 +280,7 @@ class SlotMailbox:
             self._look()
             now = time.monotonic()
             return {
-                rank: Peer(known.step, known.is_done, now - known.heard, self._has_ended(rank, known))
+                rank: Peer(known.step, known.is_done, now - known.heard, self._has_ended(rank, known, now))
                 for rank, known in self._known.items()
             }
 
@@ -323,27 +346,31 @@ class SlotMailbox:
         found, step, nbytes, crc = memory[:HEADER].copy().view(np.int64).tolist()
         if found != number:
             return None
-        if 0 <= nbytes <= self._slots.nbytes:
-            data = memory[HEADER : HEADER + nbytes].copy()
-            if crc == _crc(found, step, nbytes, data):
-                if step > up_to:
-                    return None
-                inbox.read, inbox.torn_since = number, None
-                payload = layout.unpack(torch.from_numpy(data))
-                check_message(payload, layout, nbytes, source)
-                return Mail(number, step, {name: field.to(self._device) for name, field in payload.items()})
+        data = memory[HEADER : HEADER + min(max(nbytes, 0), self._slots.nbytes)].copy()
+        found_crc = _crc(found, step, nbytes, data)
+        if crc == found_crc and data.size == nbytes:
+            if step > up_to:
+                return None
+            inbox.read, inbox.torn_crc = number, None
+            payload = layout.unpack(torch.from_numpy(data))
+            check_message(payload, layout, nbytes, source)
+            return Mail(number, step, {name: field.to(self._device) for name, field in payload.items()})
         self.torn += 1
         now = time.monotonic()
-        inbox.torn_since = inbox.torn_since or now
-        if now - inbox.torn_since > DAMAGED_S:
+        inbox.quiet_s = inbox.quiet_s + min(now - inbox.looked, LOOK_S) if found_crc == inbox.torn_crc else 0.0
+        inbox.torn_crc, inbox.looked = found_crc, now
+        if inbox.quiet_s > DAMAGED_S:
             raise ExchangeError(
                 f"rank {self.rank}: message {number} from rank {source} has had a wrong checksum for {DAMAGED_S:g} s: "
                 "the transport damages messages, or the sender died while it wrote; mpicomp doctor tries both"
             )
         return None
 
-    def _has_ended(self, rank: int, known: _Known) -> bool:
-        return not known.is_done and rank in self.board.local and not _is_alive(self.board.local[rank])
+    def _has_ended(self, rank: int, known: _Known, now: float) -> bool:
+        if known.is_done or now - known.heard < SUSPECT_S:
+            return False
+        known.has_ended = known.has_ended or (rank in self.processes and not self.processes[rank].is_alive())
+        return known.has_ended
 
 
 def _crc(number: int, step: int, nbytes: int, data: Bytes) -> int:
@@ -359,11 +386,3 @@ def _message(number: int, step: int, packed: Bytes) -> Bytes:
     data[:HEADER].view(np.int64)[:] = number, step, packed.nbytes, _crc(number, step, packed.nbytes, packed)
     data[HEADER:] = packed
     return data
-
-
-def _is_alive(process: int) -> bool:
-    """Return whether `process` of this machine runs: one that nobody has waited for yet does not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import Board, SlotMailbox, slots_of
 from mpicomp.exchange.mailbox_messages import MessageBoard
+from mpicomp.exchange.process import Process
 from mpicomp.exchange.progress import ProgressThread, is_possible
 from mpicomp.exchange.wait import SLEEP_MIN_S
 from mpicomp.exchange.window import WindowBoard, is_passive
@@ -81,11 +82,22 @@ def make_mailbox(
             places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
             near = WindowBoard(node, places, world.rank, slots_at, is_direct=True, nap_s=SLEEP_MIN_S)
         board = MessageBoard(world.comm.Dup(), slots_at, near, nap_s=SLEEP_MIN_S)
-    mailbox = SlotMailbox(world, board, topology, nbytes, depth)
+    mailbox = SlotMailbox(world, board, topology, nbytes, depth, _processes(world))
     is_helpless = isinstance(board, MessageBoard) or not reach.is_everywhere
     if progress == "thread" or (progress == "auto" and is_helpless and is_possible()):
         mailbox.progress = ProgressThread(mailbox)
     return mailbox
+
+
+def _processes(world: MpiWorld) -> dict[int, Process]:
+    """Return the processes that this rank can see, by rank (collective on all ranks).
+
+    In containers, processes of one machine may not see each other.
+    """
+    processes = world.all_gather((world.host, Process.own()))
+    return {
+        rank: process for rank, (host, process) in enumerate(processes) if host == world.host and process.is_alive()
+    }
 
 
 def _node(world: MpiWorld) -> MPI.Intracomm:

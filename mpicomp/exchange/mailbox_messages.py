@@ -45,7 +45,6 @@ class MessageBoard:
         self._nap_s = nap_s
         self.memory: Bytes = np.zeros(self._slots.total, dtype=np.uint8) if near is None else near.memory
         self.how = "messages" if near is None else "window on a machine, messages between machines"
-        self.local = {} if near is None else near.local
         self._sends: list[MPI.Request] = []
         self._receives: list[MPI.Request] = []
         self._note_sends: dict[int, MPI.Request] = {}

@@ -11,7 +11,6 @@ write where flushing costs nothing, and none where it would wait for the owner.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
@@ -57,9 +56,6 @@ class WindowBoard:
         self._requests: list[MPI.Request] = []
         self._win = allocate(comm, slots_at(rank).total)
         self.memory: Bytes = _memory(self._win)
-        processes = comm.allgather((MPI.Get_processor_name(), os.getpid()))
-        host, _ = processes[comm.rank]
-        self.local = {other: processes[place][1] for other, place in places.items() if processes[place][0] == host}
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
         """Put `data` into the slot of this rank at `target`."""
