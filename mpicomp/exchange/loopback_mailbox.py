@@ -111,7 +111,7 @@ class LoopbackBoard:
         self._mine.turn += 1
         self._mine.arrive(self._mine.turn)
 
-    def pause(self) -> None:
+    def pause(self, idle_s: float) -> None:
         """Nothing more: every poll is a pause."""
 
     def settle(self) -> None:
@@ -189,7 +189,7 @@ class SimulatedBoard:
         """See what has arrived by now."""
         self._mine.arrive(self._clock.now_ns())
 
-    def pause(self) -> None:
+    def pause(self, idle_s: float) -> None:
         """Wait until something arrives, but not for ever: the rank may have other things to look after."""
         until_ns = self._clock.now_ns() + PAUSE_NS
         coming_ns = self._mine.coming[0][0] if self._mine.coming else until_ns

@@ -125,8 +125,8 @@ class Board(Protocol):
     def poll(self) -> None:
         """Move what can be moved, without waiting; afterwards `memory` shows what has arrived."""
 
-    def pause(self) -> None:
-        """Leave the core to others for a moment."""
+    def pause(self, idle_s: float) -> None:
+        """Leave the core to others for a moment; nothing was sent or received for `idle_s` seconds."""
 
     def settle(self) -> None:
         """Wait until everything that any rank has written is in the memory it was written to."""
@@ -208,6 +208,7 @@ class SlotMailbox:
         self._is_done = False
         self._notes = 0
         self._told = time.monotonic()
+        self._news = time.monotonic()
         # A progress thread may poke while the owner reads.
         self._lock = threading.RLock()
 
@@ -242,6 +243,8 @@ class SlotMailbox:
                 self.board.write(target, (outbox.sent - 1) % self._depth, data)
                 self.bytes_sent += data.nbytes
             self.board.poll()
+            if taken:
+                self._news = time.monotonic()
         return taken
 
     def room(self, target: int) -> int:
@@ -263,7 +266,7 @@ class SlotMailbox:
                     mails.append(mail)
                 if mails:
                     arrived[source] = mails
-                    self._known[source].heard = time.monotonic()
+                    self._news = self._known[source].heard = time.monotonic()
                     self._tell(source)
         return arrived
 
@@ -294,7 +297,7 @@ class SlotMailbox:
     def pause(self) -> None:
         """Leave the core to others for a moment; in every loop that waits for mail."""
         self.poke()
-        self.board.pause()
+        self.board.pause(time.monotonic() - self._news)
 
     def settle(self) -> None:
         """Wait until everything that was put has arrived, and can be received (collective on all ranks)."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from mpicomp.errors import ConfigError
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import Board, SlotMailbox, slots_of
 from mpicomp.exchange.mailbox_messages import MessageBoard
 from mpicomp.exchange.process import Process
-from mpicomp.exchange.progress import ProgressThread, is_possible
-from mpicomp.exchange.wait import SLEEP_MIN_S
+from mpicomp.exchange.progress import ProgressThread, check_thread_level, is_possible
 from mpicomp.exchange.window import WindowBoard, is_passive
 from mpicomp.topology.base import Topology
 
@@ -66,25 +66,34 @@ def try_reach(world: MpiWorld) -> Reach:
 def make_mailbox(
     world: MpiWorld, topology: Topology, nbytes: int, depth: int, transport: Transport, progress: Progress
 ) -> SlotMailbox:
-    """Return the mailbox over the edges of `topology` (collective on all ranks)."""
+    """Return the mailbox over the edges of `topology` (collective on all ranks).
+
+    Raises:
+        ConfigError: `transport` is "window" where puts wait for their target, or a thread is asked for in vain.
+
+    """
     slots_at = partial(slots_of, topology, nbytes=nbytes, depth=depth)
     reach = world.reach()
-    board: Board
-    everyone = {rank: rank for rank in range(world.size)}
-    if transport == "window" or (transport == "auto" and reach.is_everywhere):
-        board = WindowBoard(
-            world.comm.Dup(), everyone, world.rank, slots_at, is_direct=reach.is_everywhere, nap_s=SLEEP_MIN_S
+    if transport == "window" and not reach.is_everywhere:
+        raise ConfigError(
+            "transport = 'window' needs puts that arrive while their target computes, and on these hosts they do not: "
+            "take 'auto' or 'messages'"
         )
+    if progress == "thread":
+        check_thread_level()
+    board: Board
+    if transport != "messages" and reach.is_everywhere:
+        everyone = {rank: rank for rank in range(world.size)}
+        board = WindowBoard(world.comm.Dup(), everyone, world.rank, slots_at, world.is_polite)
     else:
         near = None
         if transport == "auto" and reach.near:
             node = _node(world)
             places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
-            near = WindowBoard(node, places, world.rank, slots_at, is_direct=True, nap_s=SLEEP_MIN_S)
-        board = MessageBoard(world.comm.Dup(), slots_at, near, nap_s=SLEEP_MIN_S)
+            near = WindowBoard(node, places, world.rank, slots_at, world.is_polite)
+        board = MessageBoard(world.comm.Dup(), slots_at, near, world.is_polite)
     mailbox = SlotMailbox(world, board, topology, nbytes, depth, _processes(world))
-    is_helpless = isinstance(board, MessageBoard) or not reach.is_everywhere
-    if progress == "thread" or (progress == "auto" and is_helpless and is_possible()):
+    if progress == "thread" or (progress == "auto" and isinstance(board, MessageBoard) and is_possible()):
         mailbox.progress = ProgressThread(mailbox)
     return mailbox
 

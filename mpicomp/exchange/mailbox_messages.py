@@ -9,7 +9,6 @@ Neighbors on the same machine are written to through a window, where that is pas
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +17,7 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import Slots
 from mpicomp.exchange.staging import Bytes
+from mpicomp.exchange.wait import poll, rest
 from mpicomp.exchange.window import WindowBoard
 
 _NOTE_TAG = 0
@@ -37,12 +37,12 @@ class MessageBoard:
         comm: MPI.Comm,
         slots_at: Callable[[int], Slots],
         near: WindowBoard | None,
-        nap_s: float,
+        is_polite: bool,
     ) -> None:
         self._comm = comm
         self._slots = slots_at(comm.rank)
         self._near = near
-        self._nap_s = nap_s
+        self._is_polite = is_polite
         self.memory: Bytes = np.zeros(self._slots.total, dtype=np.uint8) if near is None else near.memory
         self.how = "messages" if near is None else "window on a machine, messages between machines"
         self._sends: list[MPI.Request] = []
@@ -76,9 +76,9 @@ class MessageBoard:
         if self._near is not None:
             self._near.poll()
 
-    def pause(self) -> None:
+    def pause(self, idle_s: float) -> None:
         """Leave the core to others for a moment."""
-        time.sleep(self._nap_s)
+        rest(idle_s, is_polite=self._is_polite)
 
     def settle(self) -> None:
         """Wait until all that was sent has been received, by all ranks (collective on all ranks)."""
@@ -125,7 +125,8 @@ class MessageBoard:
             self._receives.append(message.Irecv(place))
 
     def _poll_until(self, is_done: Callable[[], bool]) -> None:
-        self.poll()
-        while not is_done():
-            self.pause()
+        def look() -> bool:
             self.poll()
+            return is_done()
+
+        poll(look)

@@ -6,6 +6,7 @@ the rank pokes by itself, between the layers of its model, say.
 
 from __future__ import annotations
 
+import atexit
 import threading
 
 from mpicomp.errors import ConfigError
@@ -21,29 +22,30 @@ def is_possible() -> bool:
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
+def check_thread_level() -> None:
+    """Raise `ConfigError` unless two threads may be in MPI at a time."""
+    if not is_possible():
+        raise ConfigError(
+            "progress = 'thread' needs an MPI that provides the thread level 'multiple', and this one was started "
+            "without: set MPI4PY_RC_THREAD_LEVEL=multiple in the environment, or take progress = 'poke'"
+        )
+
+
 class ProgressThread:
-    """Pokes `mailbox` until `stop`.
-
-    Raises:
-        ConfigError: the MPI library was started without the thread level MULTIPLE.
-
-    """
+    """Pokes `mailbox` until `stop`, or until the program ends: MPI must not end while a thread is in it."""
 
     def __init__(self, mailbox: SlotMailbox) -> None:
-        if not is_possible():
-            raise ConfigError(
-                "progress = 'thread' needs an MPI that provides the thread level 'multiple', and this one was started "
-                "without: set MPI4PY_RC_THREAD_LEVEL=multiple in the environment, or take progress = 'poke'"
-            )
         self._mailbox = mailbox
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="mailbox progress", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """End the thread, and wait for it."""
         self._is_over.set()
         self._thread.join()
+        atexit.unregister(self.stop)
 
     def _serve(self) -> None:
         while not self._is_over.wait(INTERVAL_S):

@@ -2,11 +2,9 @@
 
 The window is allocated by MPI in host memory, and locked for all once, for as long as it lives. On one machine such
 memory is shared, and MPICH 5.0.2 and Open MPI 5.0.11 both write it at once, whatever its owner is doing. Between hosts
-neither moves a byte before the owner enters MPI, unless the hardware does; memory that the caller allocates
-(`Win.Create`) is no better on one machine. `is_passive` tries which it is, rather than trusting this.
-
-No write needs to be ordered after another: checksums say when a message is complete. So there is one flush after a
-write where flushing costs nothing, and none where it would wait for the owner.
+neither moves a byte before the owner enters MPI, unless the hardware does, and a flush waits for that: messages are
+better then. Memory that the caller allocates (`Win.Create`) is no better on one machine. `is_passive` tries which it
+is, rather than trusting this.
 """
 
 from __future__ import annotations
@@ -20,14 +18,16 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import Slots
 from mpicomp.exchange.staging import Bytes
-from mpicomp.exchange.wait import poll
+from mpicomp.exchange.wait import poll, rest
 
 PATIENCE_S = 0.3
 """How long a put may take to show up while its target does nothing, for the window to count as passive."""
 
 
 class WindowBoard:
-    """The memory of a `Mailbox` in an MPI window over `comm`, for the neighbors that are in `comm`.
+    """The memory of a `Mailbox` in an MPI window over `comm`, for the neighbors that are in `comm`; it is passive.
+
+    Takes the communicator over, and frees it.
 
     Attributes:
         places: the rank in `comm` of each rank of the world that is in it.
@@ -36,24 +36,22 @@ class WindowBoard:
 
     beat_s = 0.25
 
+    how = "window"
+    needs_poke = False
+
     def __init__(
         self,
         comm: MPI.Intracomm,
         places: dict[int, int],
         rank: int,
         slots_at: Callable[[int], Slots],
-        is_direct: bool,
-        nap_s: float,
+        is_polite: bool,
     ) -> None:
         self.places = places
-        self.needs_poke = not is_direct
-        self.how = "window" if is_direct else "window, moved by poke"
         self._comm = comm
         self._rank = rank
         self._slots_at = slots_at
-        self._is_direct = is_direct
-        self._nap_s = nap_s
-        self._requests: list[MPI.Request] = []
+        self._is_polite = is_polite
         self._win = allocate(comm, slots_at(rank).total)
         self.memory: Bytes = _memory(self._win)
 
@@ -63,29 +61,21 @@ class WindowBoard:
         begin = slots.note(self._rank) if index is None else slots.message(self._rank, index)
         place = self.places[target]
         try:
-            if self._is_direct:
-                self._win.Put(data, place, begin)
-                self._win.Flush(place)
-            else:
-                self._requests.append(self._win.Rput(data, place, begin))
+            self._win.Put(data, place, begin)
+            self._win.Flush(place)
         except MPI.Exception as error:
             raise _failure(error, target) from error
 
     def poll(self) -> None:
-        """Enter MPI, which moves what others put here and what this rank has put there."""
-        if not self._is_direct:
-            self._comm.Iprobe()
-            self._requests = [request for request in self._requests if not request.Test()]
+        """Make what others put here visible."""
         self._win.Sync()
 
-    def pause(self) -> None:
+    def pause(self, idle_s: float) -> None:
         """Leave the core to others for a moment."""
-        time.sleep(self._nap_s)
+        rest(idle_s, is_polite=self._is_polite)
 
     def settle(self) -> None:
         """Wait until all puts of all ranks have arrived (collective on the ranks of the communicator)."""
-        MPI.Request.Waitall(self._requests)
-        self._requests = []
         self._win.Flush_all()
         self._comm.Barrier()
         self._win.Sync()
