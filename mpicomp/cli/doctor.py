@@ -56,7 +56,7 @@ class Report:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds that one stage may take.")
 def doctor(as_json: bool, timeout: float) -> None:
-    """Examine MPI, launcher, cores and GPUs, and try a neighbor exchange and a one-sided window.
+    """Examine MPI, launcher, cores and GPUs, and try a neighbor exchange, a one-sided window and the mailbox.
 
     Run it alone, and as you run training: mpiexec -n 4 mpicomp doctor. The exit code is 0 if nothing is broken.
     """
@@ -76,6 +76,9 @@ def doctor(as_json: bool, timeout: float) -> None:
             trials["neighbor exchange"] = probe.attempt(world, probe.try_neighbors)
         watchdog.stage = "writing to a one-sided window"
         trials["one-sided window"] = probe.attempt(world, probe.try_window)
+        if world.size > 1:
+            watchdog.stage = "sending by mailbox"
+            trials["mailbox"] = probe.attempt(world, probe.try_mailbox)
         watchdog.stage = "leaving"
         library = probe.examine_library()
         watchdog.stage = "asking Slurm"
@@ -83,7 +86,8 @@ def doctor(as_json: bool, timeout: float) -> None:
         job, srun_speaks = world.broadcast(_ask_slurm() if world.rank == 0 else (None, []))
         report = Report(
             problems=find_problems(library, places, trials),
-            advice=find_advice(places) + find_slurm_advice(library.version, len(places), job, srun_speaks, os.environ),
+            advice=find_advice(places, trials)
+            + find_slurm_advice(library.version, len(places), job, srun_speaks, os.environ),
             software=_versions(),
             library=library,
             places=places,
@@ -116,9 +120,16 @@ def find_problems(library: Library, places: list[Place], trials: dict[str, Trial
     return problems
 
 
-def find_advice(places: list[Place]) -> list[str]:
+def find_advice(places: list[Place], trials: Mapping[str, Trial]) -> list[str]:
     """Return what works, but could be better."""
     advice = []
+    how = trials["mailbox"].how if "mailbox" in trials else ""
+    if "messages" in how and "thread" not in how:
+        advice.append(
+            "between these hosts nothing is written into the memory of a rank that computes: messages over 64 KB of "
+            "asynchronous methods move while their target pokes its mailbox, between layers or steps. With "
+            "MPI4PY_RC_THREAD_LEVEL=multiple a thread does that"
+        )
     if len(places) == 1:
         advice.append("one rank only: try the same under your launcher, e.g. mpiexec -n 4 mpicomp doctor")
     crowded = [place for place in places if place.core_share < 1 - 1e-9]
@@ -197,6 +208,7 @@ _REMEDIES = {
         "Training with neighbor exchanges still works; with Open MPI try another component for windows "
         "(OMPI_MCA_osc=rdma)"
     ),
+    "mailbox": "Training with neighbor exchanges still works; asynchronous methods do not",
 }
 
 
@@ -286,7 +298,7 @@ def _trials(trials: dict[str, Trial]) -> Table:
     table = Table("tried", "result", "latency", "bandwidth")
     for name, trial in trials.items():
         table.add_row(
-            name,
+            f"{name}: {trial.how}" if trial.how else name,
             trial.problem or "right",
             f"{trial.latency_us:.0f} us" if trial.latency_us is not None else "-",
             f"{trial.mb_per_s:.0f} MB/s" if trial.mb_per_s is not None else "-",

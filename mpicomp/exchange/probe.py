@@ -6,10 +6,11 @@ Importing this module starts MPI.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -18,8 +19,10 @@ import torch
 
 from mpicomp.compression.base import Field, Layout
 from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import Mail
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.library import MPI
+from mpicomp.exchange.window import allocate
 from mpicomp.exchange.world import MpiWorld
 from mpicomp.topology import ring
 
@@ -92,12 +95,14 @@ class Trial:
         problem: what is wrong; empty if the bytes that arrived were the right ones.
         latency_us: microseconds for one small operation.
         mb_per_s: 1e6 bytes a second that a rank has sent in large ones; None if that was not measured.
+        how: the way that was chosen, where there are several.
 
     """
 
     problem: str
     latency_us: float | None = None
     mb_per_s: float | None = None
+    how: str = ""
 
 
 def examine_library() -> Library:
@@ -160,11 +165,10 @@ def try_neighbors(world: MpiWorld) -> Trial:
 
 def try_window(world: MpiWorld) -> Trial:
     """Put bytes into the right-hand neighbor's window and compare them there; collective on all ranks."""
-    window = MPI.Win.Allocate(WINDOW, 1, comm=world.comm)
-    window.Set_errhandler(MPI.ERRORS_RETURN)
+    comm = world.comm.Dup()
+    window = allocate(comm, WINDOW)
     target, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     data = _pattern(WINDOW, world.rank).numpy()
-    window.Lock_all()
 
     def put() -> None:
         window.Put(data, target)
@@ -176,7 +180,41 @@ def try_window(world: MpiWorld) -> Trial:
     is_right = window.tomemory().tobytes() == _pattern(WINDOW, source).numpy().tobytes()
     window.Unlock_all()
     window.Free()
+    comm.Free()
     return _slowest(world, Trial("" if is_right else "wrong bytes arrived in the window", seconds * 1e6))
+
+
+def try_mailbox(world: MpiWorld) -> Trial:
+    """Send messages round a ring by the mailbox that these ranks get, and compare every byte; collective on all ranks.
+
+    Between hosts the neighbors look for their mail all the time here, as they do not while they compute.
+    """
+    topology = ring(world.size)
+    mailbox = world.mailbox(topology, LARGE)
+    sources, targets = topology.sources(world.rank), topology.targets(world.rank)
+
+    def once(numel: int, step: int) -> bool:
+        layout = Layout((Field("bytes", torch.uint8, numel),))
+        payload = {"bytes": _pattern(numel, world.rank + step)}
+        while not all(mailbox.room(target) for target in targets):
+            mailbox.pause()
+        mailbox.put(payload, layout, targets, step)
+        arrived: dict[int, list[Mail]] = {}
+        while len(arrived) < len(sources):
+            arrived |= mailbox.receive(layout, up_to=step)
+            mailbox.pause()
+        return all(
+            torch.equal(mails[0].payload["bytes"].cpu(), _pattern(numel, source + step))
+            for source, mails in arrived.items()
+        )
+
+    steps = itertools.count()
+    outcomes = [once(numel, next(steps)) for numel in (1, 65_537, LARGE)]
+    seconds = _median_seconds(lambda: outcomes.append(once(SMALL, next(steps))), 20)
+    how = mailbox.how
+    mailbox.free()
+    trial = _slowest(world, Trial("" if all(outcomes) else "wrong bytes arrived in the mailbox", seconds * 1e6))
+    return replace(trial, how=how)
 
 
 def attempt(world: MpiWorld, trial: Callable[[MpiWorld], Trial]) -> Trial:

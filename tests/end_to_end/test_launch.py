@@ -138,7 +138,9 @@ def test_doctor_examines_all_ranks():
     assert {name: trial["problem"] for name, trial in report["trials"].items()} == {
         "neighbor exchange": "",
         "one-sided window": "",
+        "mailbox": "",
     }
+    assert report["trials"]["mailbox"]["how"] == "window"
 
 
 def test_doctor_alone():

@@ -3,7 +3,15 @@
 import pytest
 
 from mpicomp.exchange.library import MPI
-from mpicomp.exchange.probe import Trial, attempt, examine_library, examine_place, try_neighbors, try_window
+from mpicomp.exchange.probe import (
+    Trial,
+    attempt,
+    examine_library,
+    examine_place,
+    try_mailbox,
+    try_neighbors,
+    try_window,
+)
 
 
 def test_neighbors_are_tried_for_real(world):
@@ -18,6 +26,13 @@ def test_a_window_is_tried_for_real(world):
     trial = attempt(world, try_window)
     assert trial.problem == ""
     assert trial.latency_us > 0
+
+
+def test_the_mailbox_is_tried_for_real(world):
+    trial = attempt(world, try_mailbox)
+    assert trial.problem == ""
+    assert trial.latency_us > 0
+    assert trial.how == "window"
 
 
 def test_a_trial_that_fails_is_a_problem_and_no_exception(world):

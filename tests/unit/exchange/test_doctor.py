@@ -37,7 +37,19 @@ def test_too_low_a_thread_level_is_a_problem():
 
 
 def test_crowded_ranks_and_a_lonely_one_get_advice():
-    crowded = find_advice([place(rank, core_share=0.5) for rank in range(4)])
+    crowded = find_advice([place(rank, core_share=0.5) for rank in range(4)], {})
     assert any("4 ranks on node1 share cores" in line for line in crowded)
     assert not any("one rank only" in line for line in crowded)
-    assert any("one rank only" in line for line in find_advice([place(0)]))
+    assert any("one rank only" in line for line in find_advice([place(0)], {}))
+
+
+def test_a_mailbox_that_needs_pokes_gets_advice():
+    places = [place(0), place(1)]
+    way = "window on a machine, messages between machines"
+    advice = [
+        line
+        for how in (way, f"{way}, progress thread", "window", "")
+        for line in find_advice(places, {"mailbox": SimpleNamespace(how=how)})
+        if "MPI4PY_RC_THREAD_LEVEL=multiple" in line
+    ]
+    assert len(advice) == 1
