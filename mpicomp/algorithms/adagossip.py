@@ -32,16 +32,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpicomp import kernels
 from mpicomp.algorithms.base import Algorithm, Local, require_fixed_symmetric, require_no_feedback, require_positive
 from mpicomp.algorithms.choco import (
     ChocoState,
     Start,
+    add_messages_,
     compression_error,
     initial_copies,
     send_difference,
-    update_copies_,
 )
-from mpicomp.compression.base import Compressor, blocks
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -129,20 +130,22 @@ class AdaGossip(Algorithm[AdaGossipState]):
             state.momentum.copy_(local.x)  # x^t, until the displacement is known
         local.update()
         own, pending = send_difference(self.compressor, local, state, exchange)
-        update_copies_(self.compressor, local, state, exchange, own, pending)
+        add_messages_(self.compressor, local, state, exchange, own, pending)
         state.t += 1
-        self._mix_(local.x, state)
+        correction = 1 - self.beta**state.t if self.bias_correction else 1.0
+        kernels.adaptive_mix_(
+            local.x,
+            state.s,
+            state.x_hat,
+            state.v,
+            self.gamma,
+            self.beta,
+            correction,
+            self.epsilon,
+            self.gamma_clip,
+        )
         if state.momentum is not None:
             state.momentum.sub_(local.x).div_(local.lr)
-
-    def _mix_(self, x: Tensor, state: AdaGossipState) -> None:
-        """``v`` and ``x += Gamma * r``, block by block."""
-        correction = 1 - self.beta**state.t if self.bias_correction else 1.0
-        for start, stop in blocks(len(x)):
-            r = state.s[start:stop] - state.x_hat[start:stop]
-            v = state.v[start:stop].mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
-            step = self.gamma / (v / correction).sqrt_().add_(self.epsilon)
-            x[start:stop].addcmul_(r, step.clamp_max_(self.gamma_clip))
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|."""

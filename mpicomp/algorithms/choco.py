@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mpicomp import kernels
 from mpicomp.algorithms.base import (
     Algorithm,
     Local,
@@ -98,15 +99,14 @@ class Choco(Algorithm[ChocoState]):
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
             local.gradient()
-            update_copies_(self.compressor, local, state, exchange, own, pending)
+            add_messages_(self.compressor, local, state, exchange, own, pending)
             local.update()
         else:
             local.gradient()
             local.update()
             own, pending = send_difference(self.compressor, local, state, exchange)
-            update_copies_(self.compressor, local, state, exchange, own, pending)
-        torch.sub(state.s, state.x_hat, out=state.scratch)
-        local.x.add_(state.scratch, alpha=self.gamma)
+            add_messages_(self.compressor, local, state, exchange, own, pending)
+        kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|: it grows without end if gamma is too large."""
@@ -127,18 +127,16 @@ def initial_copies(start: Start, compressor: Compressor, local: Local, exchange:
 def send_difference(
     compressor: Compressor, local: Local, state: ChocoState, exchange: Exchange
 ) -> tuple[Payload, Pending]:
-    """Form ``q_i = C(x_i - xhat_i)`` and begin to exchange it."""
-    torch.sub(local.x, state.x_hat, out=state.scratch)
-    own = compressor.compress(state.scratch, local.spec, state.compressor)
+    """Form ``q_i = C(x_i - xhat_i)``, begin to exchange it, and have ``xhat_i += q_i``."""
+    own = compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
     return own, exchange.start(own, compressor.layout(local.spec), exchange.schedule(0))
 
 
-def update_copies_(
+def add_messages_(
     compressor: Compressor, local: Local, state: ChocoState, exchange: Exchange, own: Payload, pending: Pending
 ) -> None:
-    """``xhat_i += q_i`` and ``s_i += sum_j W_ij q_j``, the own message first, then by ascending rank."""
+    """``s_i += sum_j W_ij q_j``, the own message first, then by ascending rank."""
     rank, topology = exchange.rank, exchange.schedule(0)
-    compressor.accumulate(own, local.spec, state.x_hat)
     compressor.accumulate(own, local.spec, state.s, topology.weight(rank, rank))
     for source, payload in pending.wait().items():
         compressor.accumulate(payload, local.spec, state.s, topology.weight(rank, source))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpicomp.timing import timed
+
 BLOCK = 2**16
 """Entries that are decoded at a time: a multiple of 8, and few enough to stay in the cache."""
 
@@ -183,16 +185,11 @@ class Layout:
 def index_dtype(numel: int) -> torch.dtype:
     """Return the narrowest type that holds the indices of a vector of `numel` entries: 16 or 32 bits.
 
-    Indices from 32768 on are stored modulo 2**16 in int16; `read_index` undoes it.
+    Indices from 32768 on are stored modulo 2**16 in int16.
     """
     if numel > 2**31:
         raise ValueError(f"a vector of {numel} entries is too long for 32-bit indices: compress per tensor")
     return torch.int16 if numel <= 2**16 else torch.int32
-
-
-def read_index(index: Tensor) -> Tensor:
-    """Return indices (k,) from the wire as int32 (k,), which torch can index with."""
-    return index.to(torch.int32) & 0xFFFF if index.dtype == torch.int16 else index
 
 
 def blocks(n: int) -> Iterator[tuple[int, int]]:
@@ -233,6 +230,16 @@ class Compressor(ABC):
     @abstractmethod
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Add ``weight * Q(x)`` to `out` (n,), where `payload` is the message of some rank."""
+
+    @timed("compress")
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
+        """Return the message ``q = Q(x - x_hat)`` and add it to the public copy: ``x_hat += q``.
+
+        All are (n,). The content of `scratch` is lost; the message may be a view of it.
+        """
+        payload = self.compress(torch.sub(x, x_hat, out=scratch), spec, state)
+        self.accumulate(payload, spec, x_hat)
+        return payload
 
     def decompress(self, payload: Payload, spec: Spec) -> Tensor:
         """Return Q(x) as a new vector (n,)."""

@@ -6,7 +6,9 @@ Bytes: those of the inner compressor, tensor by tensor; at least one entry of ea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.random import mix64
 from mpicomp.errors import DivergenceError
 from mpicomp.timing import timed
+
+V = TypeVar("V")
 
 
 @dataclass
@@ -56,10 +60,29 @@ class PerTensor(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
         """Compress each tensor; DivergenceError names one with a NaN."""
+        return self._each(self.inner.compress, spec, state, spec.split(x))
+
+    @timed("compress")
+    def compress_difference_(
+        self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
+    ) -> Payload:
+        """Compress the difference of each tensor; DivergenceError names one with a NaN."""
+
+        def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
+            values, public, room = vectors
+            return self.inner.compress_difference_(values, public, part, inner, room)
+
+        vectors = zip(spec.split(x), spec.split(x_hat), spec.split(scratch), strict=True)
+        return self._each(compress, spec, state, vectors)
+
+    def _each(
+        self, compress: Callable[[V, Spec, State], Payload], spec: Spec, state: PerTensorState, vectors: Iterable[V]
+    ) -> Payload:
+        """Return the messages that `compress` makes of the `vectors` of each tensor, as one."""
         payload: Payload = {}
-        for i, (part, values) in enumerate(zip(spec.parts, spec.split(x), strict=True)):
+        for i, (part, values) in enumerate(zip(spec.parts, vectors, strict=True)):
             try:
-                message = self.inner.compress(values, part, state.parts[i])
+                message = compress(values, part, state.parts[i])
             except DivergenceError as error:
                 raise DivergenceError(f"{part.names[0]}: {error}") from error
             payload.update({f"{i}.{name}": tensor for name, tensor in message.items()})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpicomp import kernels
 from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
@@ -73,4 +74,4 @@ class RandomK(Compressor):
         """Draw the indices again, and ``out[indices] += weight * values``."""
         values = payload["values"]
         indices = random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
-        out.index_add_(0, indices, values, alpha=weight)
+        kernels.scatter_add_(out, indices, values, weight)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype, read_index
-from mpicomp.errors import ConfigError, DivergenceError
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype
+from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
 
 
@@ -44,13 +45,10 @@ class HardThreshold(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select; a NaN is below every threshold and is not sent, so refuse it: DivergenceError."""
-        magnitude = x.abs()
-        if bool(magnitude.isnan().any()):
-            raise DivergenceError("NaN among the values to be compressed")
-        indices = (magnitude >= self.threshold).nonzero().flatten().int()
-        return {"values": x[indices], "indices": indices.to(index_dtype(spec.numel))}
+        values, indices = kernels.above(x, self.threshold)
+        return {"values": values, "indices": indices.to(index_dtype(spec.numel))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out[indices] += weight * values``."""
-        out.index_add_(0, read_index(payload["indices"]), payload["values"], alpha=weight)
+        kernels.scatter_add_(out, payload["indices"], payload["values"], weight)

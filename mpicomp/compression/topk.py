@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype, read_index
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype
 from mpicomp.compression.ratio import check_ratio, kept
-from mpicomp.kernels.reference import top_k_indices
 from mpicomp.timing import timed
 
 
@@ -39,10 +39,20 @@ class TopK(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select the largest entries; DivergenceError if there is a NaN."""
-        indices = top_k_indices(x, kept(spec.numel, self.ratio))
-        return {"values": x[indices], "indices": indices.to(index_dtype(spec.numel))}
+        return _payload(*kernels.top_k(x, kept(spec.numel, self.ratio)), spec)
+
+    @timed("compress")
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
+        """Select without forming the difference; DivergenceError if there is a NaN."""
+        values, indices = kernels.top_k_of_difference(x, x_hat, kept(spec.numel, self.ratio))
+        kernels.scatter_add_(x_hat, indices, values)
+        return _payload(values, indices, spec)
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out[indices] += weight * values``."""
-        out.index_add_(0, read_index(payload["indices"]), payload["values"], alpha=weight)
+        kernels.scatter_add_(out, payload["indices"], payload["values"], weight)
+
+
+def _payload(values: Tensor, indices: Tensor, spec: Spec) -> Payload:
+    return {"values": values, "indices": indices.to(index_dtype(spec.numel))}

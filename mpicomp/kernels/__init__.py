@@ -1,1 +1,72 @@
-"""Fast versions of single operations on flat tensors: one function an operation, the same signature in each version."""
+"""Fast versions of single operations on flat tensors: one function an operation, the same signature in each version.
+
+`reference` defines every operation in plain torch. `cpu` has compiled versions, with the same results bit for bit, for
+contiguous float32 and float64 vectors in host memory; they need numba (``pip install 'mpicomp[fast]'``) and take the
+place of the definition where they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpicomp.errors import ConfigError
+from mpicomp.kernels import reference
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_VARIABLE = "MPICOMP_KERNELS"
+
+
+@functools.cache
+def compiled() -> ModuleType | None:
+    """Return the compiled versions, or None where they cannot be used or are not wanted.
+
+    Raises:
+        ConfigError: an unknown word in the environment.
+
+    """
+    wanted = os.environ.get(_VARIABLE, "auto")
+    if wanted not in ("auto", "reference"):
+        raise ConfigError(f"{_VARIABLE} = {wanted!r} must be 'auto' or 'reference'")
+    if wanted == "reference" or sys.byteorder != "little":
+        return None
+    try:
+        from mpicomp.kernels import cpu
+    except ImportError:  # numba is an optional dependency
+        return None
+    return cpu
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
+
+
+def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that calls the fast version of `definition` where there is one, by its first argument."""
+
+    @functools.wraps(definition)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        fast = compiled() if _is_plain(x) else None
+        version: Callable[P, R] = getattr(fast, definition.__name__, definition)
+        return version(*args, **kwargs)
+
+    return call
+
+
+top_k = _chosen(reference.top_k)
+top_k_of_difference = _chosen(reference.top_k_of_difference)
+above = _chosen(reference.above)
+scatter_add_ = _chosen(reference.scatter_add_)
+mix_ = _chosen(reference.mix_)
+adaptive_mix_ = _chosen(reference.adaptive_mix_)

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from mpicomp.errors import DivergenceError
 
+NAN = "NaN among the values to be compressed"
+
 _ROUNDS = 4
+_BLOCK = 2**16  # entries that stay in the cache
 _ODD = 0x9E3779B1  # 2**32 / golden ratio, odd: a bijection modulo powers of two
 
 
-def top_k_indices(x: Tensor, k: int) -> Tensor:
-    """Return the indices (k,) of the `k` entries of `x` (n,) largest in magnitude, int32, ascending.
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return values (k,) and indices (k,) int32, ascending, of the `k` entries of `x` (n,) largest in magnitude.
 
     Ties go to the lowest index, so that all devices choose the same. `k` is in ``[0, n]``.
 
@@ -24,15 +27,38 @@ def top_k_indices(x: Tensor, k: int) -> Tensor:
         DivergenceError: a NaN in `x`, which has no place in an order.
 
     """
+    magnitude = _magnitude(x)
+    if k == 0:
+        return x[:0].clone(), torch.empty(0, dtype=torch.int32, device=x.device)
+    threshold = magnitude.kthvalue(len(x) - k + 1).values if x.is_cuda else _kth_largest(magnitude, k)
+    larger = (magnitude > threshold).nonzero().flatten().int()
+    ties = (magnitude == threshold).nonzero().flatten()[: k - len(larger)].int()
+    indices = torch.cat([larger, ties]).sort().values
+    return x[indices], indices
+
+
+def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return `top_k` of ``x - y``."""
+    return top_k(x - y, k)
+
+
+def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return values and indices, int32 and ascending, of the entries of `x` (n,) with ``|x_i| >= threshold``.
+
+    Raises:
+        DivergenceError: a NaN in `x`, which is below every threshold.
+
+    """
+    indices = (_magnitude(x) >= threshold).nonzero().flatten().int()
+    return x[indices], indices
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    """Return |x|; DivergenceError with a NaN."""
     magnitude = x.abs()
     if bool(magnitude.isnan().any()):
-        raise DivergenceError("NaN among the values to be compressed")
-    if k == 0:
-        return torch.empty(0, dtype=torch.int32, device=x.device)
-    threshold = magnitude.kthvalue(len(x) - k + 1).values if x.is_cuda else _kth_largest(magnitude, k)
-    above = (magnitude > threshold).nonzero().flatten().int()
-    ties = (magnitude == threshold).nonzero().flatten()[: k - len(above)].int()
-    return torch.cat([above, ties]).sort().values
+        raise DivergenceError(NAN)
+    return magnitude
 
 
 def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
@@ -41,6 +67,50 @@ def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
     numpy = values.numpy()
     position = len(numpy) - k
     return torch.tensor(np.partition(numpy, position)[position], dtype=magnitude.dtype)
+
+
+def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float = 1.0) -> None:
+    """``out[indices] += weight * values`` for different indices (k,), int32, or int16 modulo 2**16."""
+    out.index_add_(
+        0, indices.to(torch.int32) & 0xFFFF if indices.dtype == torch.int16 else indices, values, alpha=weight
+    )
+
+
+def mix_(x: Tensor, s: Tensor, x_hat: Tensor, gamma: float) -> None:
+    """``x += gamma (s - x_hat)``, all (n,)."""
+    for start in range(0, len(x), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        x[block].add_(s[block] - x_hat[block], alpha=gamma)
+
+
+def adaptive_mix_(
+    x: Tensor,
+    s: Tensor,
+    x_hat: Tensor,
+    v: Tensor,
+    gamma: float,
+    beta: float,
+    correction: float,
+    epsilon: float,
+    clip: float,
+) -> None:
+    """Mix with a step for each entry, all (n,).
+
+    r = s - x_hat;  v = beta v + (1 - beta) r r;  x += min(gamma / (sqrt(v / correction) + epsilon), clip) r
+    """
+    for start in range(0, len(x), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        r = s[block] - x_hat[block]
+        second = v[block].mul_(beta).addcmul_(r, r, value=1 - beta)
+        step = gamma / _sqrt(second / correction).add_(epsilon)
+        x[block].addcmul_(r, step.clamp_max_(clip))
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Return the root, rounded correctly; torch's on the CPU may come from a library that is off in the last bit."""
+    if x.is_cpu and x.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sqrt(x.numpy()))
+    return x.sqrt()
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -1,0 +1,242 @@
+"""Every version of every operation passes the same tests: those of the definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpicomp import kernels
+from mpicomp.errors import ConfigError, DivergenceError
+from mpicomp.kernels import reference
+
+cpu = pytest.importorskip("mpicomp.kernels.cpu")
+VERSIONS = {"reference": reference, "cpu": cpu, "chosen": kernels}
+DTYPES = [torch.float32, torch.float64]
+HALF = [torch.float16, torch.bfloat16]
+SIZES = [1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1000]
+LARGE = [2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1, 2**16, 2**16 + 1, 272_474]
+
+every = pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS.keys())
+both = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def vector(n, dtype=torch.float32, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(a, b):
+    """Equal bit for bit: +0 is not -0."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
+
+
+def sorted_top(x, k):
+    """Top-k by a stable sort."""
+    order = np.argsort(-np.abs(x.double().numpy()), kind="stable")[:k]
+    indices = torch.from_numpy(np.sort(order)).int()
+    return x[indices], indices
+
+
+AWKWARD = {
+    "normal": lambda x: x,
+    "zeros": torch.zeros_like,
+    "one value": torch.ones_like,
+    "both signs": torch.sign,
+    "mostly zeros": lambda x: torch.where(x > 2.2, x, -torch.zeros_like(x)),
+    "few values": lambda x: (4 * x).round(),
+    "denormal": lambda x: x * torch.finfo(x.dtype).tiny / 8,
+    "huge": lambda x: x.clamp(-3, 3) * (torch.finfo(x.dtype).max / 4),
+    "heavy tails": lambda x: x.double().mul(8).exp().to(x.dtype),
+    "infinite": lambda x: torch.where(x > 1, torch.inf, x),
+    "ascending": lambda x: torch.arange(1.0, len(x) + 1).to(x.dtype),
+    "periodic": lambda x: torch.where(torch.arange(len(x)) % 64 == 0, x, 1e-3 * x),
+    "all large at the end": lambda x: torch.cat([x[: -len(x) // 8] * 1e-6, x[-len(x) // 8 :]])[: len(x)],
+}
+
+
+@every
+@pytest.mark.parametrize("name", AWKWARD)
+@both
+def test_top_k_of_awkward_vectors(version, dtype, name):
+    for n in (5, 1000, 100_003):
+        x = AWKWARD[name](vector(n, dtype))
+        for k in {0, 1, n // 1000, n // 100, n // 10, n // 2, n - 1, n}:
+            values, indices = version.top_k(x, k)
+            expected = sorted_top(x, k)
+            assert same(indices, expected[1]), (n, k)
+            assert same(values, expected[0])
+
+
+@every
+@both
+@pytest.mark.parametrize("n", SIZES + LARGE)
+def test_top_k_of_every_size(version, dtype, n):
+    x = vector(n, dtype, n)
+    for k in {1, n // 100, n // 10, n}:
+        assert same(version.top_k(x, k)[1], sorted_top(x, k)[1])
+
+
+@every
+def test_top_k_of_nothing(version):
+    values, indices = version.top_k(torch.empty(0), 0)
+    assert values.shape == indices.shape == (0,) and indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("version", [reference, kernels])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_top_k_of_half_types(version, dtype):
+    x = vector(1001, dtype)
+    values, indices = version.top_k(x, 100)
+    assert values.dtype == dtype and same(indices, sorted_top(x, 100)[1])
+
+
+@pytest.mark.parametrize("version", [reference, kernels])
+def test_a_vector_with_gaps_in_memory(version):
+    x = vector(2000)[::2]
+    assert same(version.top_k(x, 50)[1], sorted_top(x, 50)[1])
+
+
+def test_compiled_versions_refuse_gaps_in_memory():
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.top_k(vector(20)[::2], 3)
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.top_k_of_difference(vector(10), vector(20)[::2], 3)
+
+
+@every
+@both
+@pytest.mark.parametrize("n", [1, 70, 100_000])
+@pytest.mark.parametrize("where", [0, -1, 0.5])
+def test_a_nan_is_refused(version, dtype, n, where):
+    x = vector(n, dtype)
+    x[int(where * n) if where > 0 else where] = -torch.nan
+    for k in {0, 1, n // 100, n}:
+        with pytest.raises(DivergenceError, match="NaN"):
+            version.top_k(x, k)
+        with pytest.raises(DivergenceError, match="NaN"):
+            version.top_k_of_difference(x, vector(n, dtype, 1), k)
+    with pytest.raises(DivergenceError, match="NaN"):
+        version.above(x, 1.0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, -3e38, float("inf")]), min_size=1, max_size=300),
+    st.floats(0, 1),
+)
+def test_ties_go_to_the_lowest_index(values, ratio):
+    x = torch.tensor(values)
+    k = int(ratio * len(x))
+    for version in VERSIONS.values():
+        assert same(version.top_k(x, k)[1], sorted_top(x, k)[1])
+
+
+@every
+@both
+@pytest.mark.parametrize("n", [3, 1000, 100_003])
+def test_top_k_of_a_difference(version, dtype, n):
+    x, y = vector(n, dtype), vector(n, dtype, 1) * 1e-3
+    y[: n // 3] = x[: n // 3]
+    for k in {0, 1, n // 100, n // 10, n}:
+        values, indices = version.top_k_of_difference(x, y, k)
+        expected = sorted_top(x - y, k)
+        assert same(values, expected[0]) and same(indices, expected[1])
+
+
+@every
+@both
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 10_000])
+def test_entries_above_a_threshold(version, dtype, n):
+    x = vector(n, dtype)
+    for threshold in (0.7, 1e-300, 1e30):
+        x[: n // 2 : 3] = threshold  # the nearest float, which may lie below, is meant
+        values, indices = version.above(x, threshold)
+        expected = (x.abs() >= threshold).nonzero().flatten().int()
+        assert same(indices, expected) and same(values, x[expected])
+
+
+@every
+@both
+@pytest.mark.parametrize("index", [torch.int16, torch.int32])
+def test_scattered_values_are_added(version, dtype, index):
+    for n, k in ((1, 1), (100, 0), (2**16, 5000)):
+        out, values = vector(n, dtype), vector(k, dtype, 1)
+        indices = torch.randperm(n, generator=torch.Generator().manual_seed(2))[:k].sort().values
+        for weight in (1.0, -1.0, 1 / 3):
+            expected = out.clone()
+            expected[indices] += values * torch.tensor(weight, dtype=dtype)
+            version.scatter_add_(out, indices.to(index), values, weight)
+            assert same(out, expected)
+
+
+@pytest.mark.parametrize("index", [100, -1])
+def test_an_index_out_of_range_is_refused(index):
+    """A damaged message must not write beyond the vector."""
+    for version in (cpu, kernels):
+        out = torch.zeros(100)
+        with pytest.raises(IndexError, match="100"):
+            version.scatter_add_(out, torch.tensor([1, index], dtype=torch.int32), torch.ones(2))
+        assert out.eq(0).all()
+
+
+def test_scattered_values_must_fit():
+    with pytest.raises(ValueError, match="float64"):
+        cpu.scatter_add_(torch.zeros(3), torch.tensor([1]).int(), torch.ones(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="2 values"):
+        cpu.scatter_add_(torch.zeros(3), torch.tensor([1]).int(), torch.ones(2))
+
+
+@both
+@pytest.mark.parametrize("n", [0, 1, 7, 15, 17, 2**16 + 5])
+def test_mixing_is_the_same_bit_for_bit(dtype, n):
+    for gamma in (1 / 3, 1.0):
+        mixed = []
+        for version in VERSIONS.values():
+            x, s, x_hat = (vector(n, dtype, seed) for seed in range(3))
+            version.mix_(x, s, x_hat, gamma)
+            mixed.append(x)
+        torch.testing.assert_close(mixed[0], vector(n, dtype) + gamma * (s - x_hat))
+        assert all(same(mixed[0], other) for other in mixed)
+
+
+@both
+@pytest.mark.parametrize("n", [0, 1, 7, 15, 17, 2**16 + 5])
+@pytest.mark.parametrize("clip", [1.0, float("inf")])
+def test_the_adaptive_mix_is_the_same_bit_for_bit(dtype, n, clip):
+    mixed = []
+    for version in VERSIONS.values():
+        x, s, x_hat, v = (vector(n, dtype, seed) for seed in range(4))
+        v.square_().mul_(0.1)
+        s[: n // 4] = x_hat[: n // 4]  # no error yet
+        v[: n // 5] = 0
+        before = x.clone(), v.clone()
+        version.adaptive_mix_(x, s, x_hat, v, 0.01, 0.9, 0.19, 1e-8, clip)
+        mixed.append((x, v))
+    r = s - x_hat
+    second = 0.9 * before[1] + 0.1 * r * r
+    torch.testing.assert_close(mixed[0][1], second)
+    step = (0.01 / ((second / 0.19).sqrt() + 1e-8)).clamp(max=clip)
+    torch.testing.assert_close(mixed[0][0], before[0] + step * r)
+    assert all(same(mixed[0][0], x) and same(mixed[0][1], v) for x, v in mixed)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_types_are_mixed_by_the_definition(dtype):
+    x, s, x_hat, v = (vector(100, dtype, seed).abs() for seed in range(4))
+    kernels.mix_(x, s, x_hat, 0.5)
+    kernels.adaptive_mix_(x, s, x_hat, v, 0.01, 0.9, 0.19, 1e-4, 1.0)
+    assert x.isfinite().all()
+
+
+def test_the_environment_can_insist_on_the_definitions(monkeypatch):
+    monkeypatch.setenv("MPICOMP_KERNELS", "reference")
+    kernels.compiled.cache_clear()
+    assert kernels.compiled() is None
+    monkeypatch.setenv("MPICOMP_KERNELS", "fast")
+    kernels.compiled.cache_clear()
+    with pytest.raises(ConfigError, match=r"MPICOMP_KERNELS = 'fast' must be"):
+        kernels.compiled()
+    monkeypatch.undo()
+    kernels.compiled.cache_clear()
+    assert kernels.compiled() is cpu
