@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, blocks
-from mpicomp.compression.random import Draws, uniform
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.random import Draws, next_seed
 from mpicomp.errors import ConfigError
-from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.kernels.reference import packed_nbytes
 from mpicomp.timing import timed
 
 
@@ -65,17 +66,12 @@ class QSGD(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Round at random and pack; the scale holds |x| / S and the shrinkage."""
-        noise = uniform(x, self.seed, state)
-        values = x.to(torch.float32) if x.dtype != torch.float64 else x
-        # by the largest entry first, whose square neither overflows nor vanishes
-        largest = values.abs().max() if len(values) else values.new_zeros(())
-        norm = largest * (values / largest.clamp_min(torch.finfo(values.dtype).tiny)).norm()
-        position = values.abs() * (self._levels / norm.clamp_min(torch.finfo(values.dtype).tiny))
-        levels = (position + noise).floor_().clamp_(0, self._levels).to(torch.int16)
+        """Round at random and pack; the scale holds |x| / S and the shrinkage. NaN and infinity: DivergenceError."""
+        seed = next_seed(self.seed, state)
+        unit = kernels.norm(x) / self._levels
         shrink = 1 / (1 + self._variance(spec.numel)) if self.contractive else 1.0
-        scale = (norm * (shrink / self._levels)).to(torch.float32).reshape(1)
-        return {"scale": scale, "codes": pack_codes(levels << 1 | (values < 0), self.bits + 1)}
+        scale = torch.tensor([unit * shrink], dtype=torch.float32, device=x.device)
+        return {"scale": scale, "codes": kernels.quantize(x, unit, self.bits, seed)}
 
     def _variance(self, n: int) -> float:
         return min(n / self._levels**2, math.sqrt(n) / self._levels)
@@ -83,8 +79,4 @@ class QSGD(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * (1 - 2 sign) * level``."""
-        scale = weight * float(payload["scale"])
-        for start, stop in blocks(spec.numel):
-            codes = unpack_codes(payload["codes"], self.bits + 1, spec.numel, start, stop)
-            signed = (codes >> 1) * (1 - 2 * (codes & 1))
-            out[start:stop].add_(signed.to(out.dtype), alpha=scale)
+        kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))

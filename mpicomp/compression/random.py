@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from mpicomp import kernels
 from mpicomp.compression.base import OWN
 
 _MASK = 2**64 - 1
@@ -40,8 +40,13 @@ def mix64(*key: int) -> int:
     return state
 
 
-def uniform(like: Tensor, seed: int, draws: Draws) -> Tensor:
-    """Return noise in ``[0, 1)`` of the shape and device of `like`, float32, and move `draws` on by one message."""
-    generator = torch.Generator(like.device).manual_seed(mix64(seed, draws.step, draws.stream) >> 1)
+def next_seed(seed: int, draws: Draws) -> int:
+    """Return the 64 bits that key the noise of one message, and move `draws` on by one message."""
+    key = mix64(seed, draws.step, draws.stream)
     draws.step += 1
-    return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+    return key
+
+
+def uniform(like: Tensor, seed: int, draws: Draws) -> Tensor:
+    """Return noise in ``[0, 1)`` of the length and device of `like`, float32; `draws` moves on by one message."""
+    return kernels.noise(like, next_seed(seed, draws))

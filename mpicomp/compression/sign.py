@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
-from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.kernels.reference import packed_nbytes
 from mpicomp.timing import timed
 
 
@@ -26,15 +27,11 @@ class SignNorm(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Form the scale and pack the signs."""
-        total = x.abs().sum(dtype=torch.float64)  # wide, for a sum of huge entries must not overflow
-        scale = (total / max(1, spec.numel)).to(torch.float32).reshape(1)
-        return {"scale": scale, "signs": pack_bits(x >= 0)}
+        """Form the scale and pack the signs; NaN and infinity: DivergenceError."""
+        mean = kernels.absolute_sum(x) / max(1, spec.numel)
+        return {"scale": torch.tensor([mean], dtype=torch.float32, device=x.device), "signs": kernels.pack_signs(x)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * signs``."""
-        scale = weight * float(payload["scale"])
-        for start, stop in blocks(spec.numel):
-            signs = unpack_bits(payload["signs"], spec.numel, start, stop).to(out.dtype).mul_(2).sub_(1)
-            out[start:stop].add_(signs, alpha=scale)
+        kernels.add_signs_(out, payload["signs"], weight * float(payload["scale"]))

@@ -5,6 +5,9 @@ One function an operation, on flat tensors; no kernel knows of messages, ranks o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,9 +15,12 @@ from torch import Tensor
 from mpicomp.errors import DivergenceError
 
 NAN = "NaN among the values to be compressed"
+NOT_FINITE = "NaN or infinity among the values to be compressed"
 
 _ROUNDS = 4
 _BLOCK = 2**16  # entries that stay in the cache
+_FOLD = 2**10  # entries that are summed by folding
+_MASK = 2**32 - 1
 _ODD = 0x9E3779B1  # 2**32 / golden ratio, odd: a bijection modulo powers of two
 
 
@@ -111,6 +117,108 @@ def _sqrt(x: Tensor) -> Tensor:
     if x.is_cpu and x.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.sqrt(x.numpy()))
     return x.sqrt()
+
+
+def absolute_sum(x: Tensor) -> float:
+    """Return ``sum |x_i|`` of `x` (n,), summed in float64 in an order that is the same on every device.
+
+    Raises:
+        DivergenceError: a NaN or an infinity in `x`.
+
+    """
+    return finite(_sum(x, torch.abs))
+
+
+def norm(x: Tensor) -> float:
+    """Return the Euclidean norm of `x` (n,), summed in float64 in an order that is the same on every device.
+
+    Raises:
+        DivergenceError: a NaN or an infinity in `x`.
+
+    """
+    if x.dtype != torch.float64:  # the squares of float32 neither overflow nor vanish in float64
+        return finite(math.sqrt(_sum(x, torch.square)))
+    largest = finite(float(x.abs().max()) if len(x) else 0.0)
+    return largest * math.sqrt(_sum(x / largest, torch.square)) if largest else 0.0
+
+
+def finite(total: float) -> float:
+    """Return `total`; DivergenceError if it is a NaN or infinite."""
+    if not math.isfinite(total):
+        raise DivergenceError(NOT_FINITE)
+    return total
+
+
+def _sum(x: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+    """Return the sum of ``function(x)``, which must not be negative: blocks of 2**10, then their sums, ever again."""
+    sums = [_folded(function(part.double())) for part in torch.split(x, _FOLD * 2**8)]
+    while (total := torch.cat([*sums, x.new_zeros(0, dtype=torch.float64)])).numel() > 1:
+        sums = [_folded(total)]
+    return float(total) if total.numel() else 0.0
+
+
+def _folded(x: Tensor) -> Tensor:
+    """Return the sums of the blocks of `x`, the second half of each added to the first until one entry is left."""
+    sums = torch.nn.functional.pad(x, (0, -len(x) % _FOLD)).view(-1, _FOLD)
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums.flatten()
+
+
+def noise(x: Tensor, seed: int) -> Tensor:
+    """Return noise in ``[0, 1)`` of the length and device of `x`, float32, the same on every device.
+
+    Entry i is a hash of i and the 64 bits of `seed`: the finalizer of MurmurHash3 (Appleby 2011), keyed in its middle.
+    """
+    bounds = [(start, min(start + _BLOCK, len(x))) for start in range(0, len(x), _BLOCK)]
+    return torch.cat([_noise(seed, 0, 0, x.device), *(_noise(seed, *bound, x.device) for bound in bounds)])
+
+
+def _noise(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
+    word = torch.arange(start, stop, dtype=torch.int64, device=device) * _ODD + (seed & _MASK) & _MASK
+    word = (word ^ word >> 16) * 0x85EBCA6B & _MASK
+    word ^= seed >> 32 & _MASK
+    word = (word ^ word >> 13) * 0xC2B2AE35 & _MASK
+    return ((word ^ word >> 16) >> 8).to(torch.float32) * 2.0**-24
+
+
+def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
+    """Return `x` (n,) in units of `unit`, rounded at random, at most ``2**bits - 1`` of them, as `pack_codes`.
+
+    A code is twice the level plus one if x is negative, of ``bits + 1`` bits; a unit of 0, or one that is 0 in the type
+    of `x`, makes all levels 0.
+    """
+    unit = float(torch.tensor(unit, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)) or math.inf
+    codes = []
+    for start in range(0, len(x), _BLOCK):
+        part = x[start : start + _BLOCK]
+        wide = part if part.dtype == torch.float64 else part.float()
+        level = (wide.abs() / unit + _noise(seed, start, start + len(part), x.device)).floor_()
+        codes.append(level.clamp_(max=2**bits - 1).to(torch.int16) << 1 | (part < 0))
+    return pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), bits + 1)
+
+
+def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
+    """``out += scale * levels`` for the levels, with their signs, that `quantize` has packed."""
+    for start in range(0, len(out), _BLOCK):
+        stop = min(len(out), start + _BLOCK)
+        codes = unpack_codes(packed, bits + 1, len(out), start, stop)
+        signed = (codes >> 1) * (1 - 2 * (codes & 1))
+        out[start:stop].add_(signed.to(out.dtype), alpha=scale)
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """Return ``x >= 0`` (n,) as `pack_bits`."""
+    return pack_bits(x >= 0)
+
+
+def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
+    """``out += scale`` where a bit of `packed` is set, ``out -= scale`` elsewhere."""
+    for start in range(0, len(out), _BLOCK):
+        stop = min(len(out), start + _BLOCK)
+        signs = unpack_bits(packed, len(out), start, stop).to(out.dtype).mul_(2).sub_(1)
+        out[start:stop].add_(signs, alpha=scale)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

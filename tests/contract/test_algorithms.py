@@ -7,6 +7,7 @@ import torch
 from support import small
 from support.methods import DETERMINISTIC
 
+from mpicomp import kernels
 from mpicomp.algorithms import SSGD
 from mpicomp.exchange import loopback
 
@@ -57,6 +58,19 @@ def test_restart_is_exact(name):
 def test_same_again(name):
     first, second = (loopback.run(3, small.train, METHODS[name]) for _ in range(2))
     for (x, loss, sent), (x2, loss2, sent2) in zip(first, second, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(loss, loss2)
+        assert sent == sent2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_kernels_train_as_their_definitions_do(name, monkeypatch):
+    """Bit for bit: parameters, losses and bytes."""
+    if kernels.compiled() is None:
+        pytest.skip("numba is not installed")
+    fast = loopback.run(3, small.train, METHODS[name])
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    for (x, loss, sent), (x2, loss2, sent2) in zip(fast, loopback.run(3, small.train, METHODS[name]), strict=True):
         assert torch.equal(x, x2)
         assert torch.equal(loss, loss2)
         assert sent == sent2

@@ -5,15 +5,18 @@ The functions here take tensors; what they call takes arrays, in memory that the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mpicomp.errors import DivergenceError
+from mpicomp.kernels.cpu import quantize as quantizer
 from mpicomp.kernels.cpu import select, update
-from mpicomp.kernels.reference import NAN
+from mpicomp.kernels.reference import NAN, finite, packed_nbytes
 
 
 def _array(x: Tensor, like: Tensor | None = None) -> npt.NDArray[Any]:
@@ -81,3 +84,59 @@ def adaptive_mix_(
 ) -> None:
     """See `reference.adaptive_mix_`."""
     update.adaptive_mix(_array(x), _array(s, x), _array(x_hat, x), _array(v, x), gamma, beta, correction, epsilon, clip)
+
+
+def absolute_sum(x: Tensor) -> float:
+    """See `reference.absolute_sum`."""
+    return finite(quantizer.total(_array(x), square=False))
+
+
+def norm(x: Tensor) -> float:
+    """See `reference.norm`."""
+    array = _array(x)
+    if x.dtype != torch.float64:
+        return finite(math.sqrt(quantizer.total(array, square=True)))
+    largest = finite(float(np.abs(array).max(initial=0.0)))
+    return largest * math.sqrt(quantizer.total(array / largest, square=True)) if largest else 0.0
+
+
+def noise(x: Tensor, seed: int) -> Tensor:
+    """See `reference.noise`."""
+    out = torch.empty(len(x), dtype=torch.float32)
+    quantizer.noise(out.numpy(), *_halves(seed))
+    return out
+
+
+def _halves(seed: int) -> tuple[np.uint32, np.uint32]:
+    return np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32 & 0xFFFFFFFF)
+
+
+def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
+    """See `reference.quantize`."""
+    packed = torch.empty(packed_nbytes(len(x), bits + 1), dtype=torch.uint8)
+    quantizer.quantize(_array(x), unit, bits, *_halves(seed), packed.numpy())
+    return packed
+
+
+def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
+    """See `reference.add_quantized_`."""
+    quantizer.add_quantized(_array(out), _packed(packed, len(out), bits + 1), bits, scale)
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """See `reference.pack_signs`."""
+    packed = torch.empty(packed_nbytes(len(x), 1), dtype=torch.uint8)
+    quantizer.pack_signs(_array(x), packed.numpy())
+    return packed
+
+
+def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
+    """See `reference.add_signs_`."""
+    quantizer.add_signs(_array(out), _packed(packed, len(out), 1), scale)
+
+
+def _packed(packed: Tensor, n: int, bits: int) -> npt.NDArray[Any]:
+    """Return `packed` as an array; ValueError unless it holds `n` codes of so many `bits`."""
+    if packed.dtype != torch.uint8 or len(packed) != packed_nbytes(n, bits):
+        raise ValueError(f"{len(packed)} entries of {packed.dtype} for {n} codes of {bits} bits")
+    return _array(packed)

@@ -39,13 +39,16 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(data, [index], inbounds=True)
 
 
+def _vector_at(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Return the address of entries ``index ... index + LANES - 1``."""
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), LANES)
+    return builder.bitcast(_address(context, builder, array_type, array, index), vector.as_pointer())
+
+
 def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """Return entries ``index ... index + LANES - 1`` as a vector."""
-    lane = context.get_value_type(array_type.dtype)
-    pointer = builder.bitcast(
-        _address(context, builder, array_type, array, index), ir.VectorType(lane, LANES).as_pointer()
-    )
-    return builder.load(pointer, align=array_type.dtype.bitwidth // 8, typ=ir.VectorType(lane, LANES))
+    pointer = _vector_at(context, builder, array_type, array, index)
+    return builder.load(pointer, align=array_type.dtype.bitwidth // 8, typ=pointer.type.pointee)
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
@@ -59,6 +62,11 @@ def _splat(builder: Any, scalar: Any) -> Any:
 def _word(builder: Any, lanes: Any) -> Any:
     """Return booleans as the bits of a word, the first in the lowest bit."""
     return builder.bitcast(lanes, ir.IntType(LANES))
+
+
+def _lanes(builder: Any, word: Any) -> Any:
+    """Return the bits of a word as booleans."""
+    return builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
 
 
 def _compare(builder: Any, floats: Any, low: Any) -> Any:
@@ -127,6 +135,37 @@ def bit_plane(typing: Any, codes: Any, start: Any, bit: Any) -> Any:
         return _word(builder, builder.icmp_unsigned("!=", chosen, ir.Constant(lanes.type, None)))
 
     return types.uint64(codes, types.int64, codes.dtype), generate
+
+
+@intrinsic
+def set_plane(typing: Any, codes: Any, start: Any, word: Any, bit: Any) -> Any:
+    """Add `bit` to those of ``codes[start + i]`` whose bit i is set in `word`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, start, word, bit = arguments
+        pointer = _vector_at(context, builder, signature.args[0], codes, start)
+        before = builder.load(pointer, align=1, typ=pointer.type.pointee)
+        chosen = builder.select(_lanes(builder, word), _splat(builder, bit), ir.Constant(before.type, None))
+        builder.store(builder.or_(before, chosen), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.int64, types.uint64, codes.dtype), generate
+
+
+@intrinsic
+def add_signed(typing: Any, out: Any, start: Any, word: Any, value: Any) -> Any:
+    """Add `value` to those of ``out[start + i]`` whose bit i is set in `word`, and subtract it from the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, start, word, value = arguments
+        pointer = _vector_at(context, builder, signature.args[0], out, start)
+        align = signature.args[0].dtype.bitwidth // 8
+        before = builder.load(pointer, align=align, typ=pointer.type.pointee)
+        plus, minus = _splat(builder, value), _splat(builder, builder.fneg(value))
+        builder.store(builder.fadd(before, builder.select(_lanes(builder, word), plus, minus)), pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.uint64, out.dtype), generate
 
 
 @intrinsic

@@ -221,6 +221,109 @@ def test_the_adaptive_mix_is_the_same_bit_for_bit(dtype, n, clip):
     assert all(same(mixed[0][0], x) and same(mixed[0][1], v) for x, v in mixed)
 
 
+@both
+@pytest.mark.parametrize("n", [0, 1, 1000, 1023, 1024, 1025, 2**18 + 1, 2**20 + 3])
+def test_sums_are_the_same_bit_for_bit(dtype, n):
+    x = vector(n, dtype)
+    for name, exact in (("absolute_sum", x.double().abs().sum()), ("norm", x.double().norm())):
+        first, *others = (getattr(version, name)(x) for version in VERSIONS.values())
+        assert first == pytest.approx(float(exact), rel=1e-12)
+        assert others == [first, first]
+
+
+@every
+@both
+def test_sums_of_tiny_and_huge_entries(version, dtype):
+    for scale in (torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max / 64):
+        x = vector(100, dtype) * scale
+        assert version.norm(x) == pytest.approx(float((x.double() / scale).norm()) * scale, rel=1e-6)
+
+
+@every
+@both
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_sums_refuse_what_is_not_finite(version, dtype, bad):
+    for n in (1, 2000):
+        x = vector(n, dtype)
+        x[-1] = bad
+        for operation in (version.absolute_sum, version.norm):
+            with pytest.raises(DivergenceError, match="infinity"):
+                operation(x)
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, 2**16 + 1])
+def test_noise_is_the_same_bit_for_bit(n):
+    for seed in (0, 1, 2**64 - 1, 0x123456789ABCDEF0):
+        first, *others = (version.noise(torch.zeros(n), seed) for version in VERSIONS.values())
+        assert first.dtype == torch.float32 and first.shape == (n,)
+        assert all(same(first, other) for other in others)
+
+
+def test_noise_is_pinned():
+    """A restart draws it again, maybe with another version."""
+    assert (reference.noise(torch.zeros(3), 7) * 2**24).tolist() == [1624494, 3595957, 13110550]
+
+
+@every
+def test_noise_is_uniform_and_not_correlated(version):
+    n = 100_000
+    a, b = version.noise(torch.zeros(n), 5), version.noise(torch.zeros(n), 6)
+    assert a.min() >= 0 and a.max() < 1
+    counts = torch.histc(a, 50, 0, 1)
+    assert float(((counts - n / 50) ** 2 / (n / 50)).sum()) < 95  # chi-square of 49 degrees: 1e-4
+    for other in (b, a.roll(1), a.roll(64)):
+        assert abs(float(torch.corrcoef(torch.stack([a, other]))[0, 1])) < 5 / n**0.5
+
+
+@both
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 2**16 + 9])
+def test_levels_are_the_same_bit_for_bit(dtype, bits, n):
+    x = vector(n, dtype)
+    x[: n // 5] = 0
+    for unit in (reference.norm(x) / (2**bits - 1), 1e-3, 0.0, 1e-320, 1e30):
+        first, *others = (version.quantize(x, unit, bits, 99 << 33) for version in VERSIONS.values())
+        assert all(same(first, other) for other in others)
+        sums = []
+        for version in VERSIONS.values():
+            out = vector(n, dtype, 1)
+            version.add_quantized_(out, first, bits, 0.3)
+            sums.append(out)
+        assert all(same(sums[0], other) for other in sums)
+
+
+@every
+@both
+def test_levels_are_right_on_average(version, dtype):
+    x = torch.tensor([0.0, 0.25, -0.5, 2.9, -3.0, 100.0], dtype=dtype).repeat(20_000)
+    out = torch.zeros_like(x)
+    version.add_quantized_(out, version.quantize(x, 1.0, 2, 3), 2, 1.0)
+    assert set(out.tolist()) == {0.0, 1.0, -1.0, 2.0, 3.0, -3.0}
+    mean = out.view(-1, 6).mean(dim=0)
+    torch.testing.assert_close(mean, torch.tensor([0, 0.25, -0.5, 2.9, -3, 3], dtype=dtype), rtol=0, atol=0.02)
+
+
+@every
+@both
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 2**16 + 9])
+def test_signs(version, dtype, n):
+    x = vector(n, dtype)
+    x[: n // 4] = -0.0
+    packed = version.pack_signs(x)
+    assert same(packed, reference.pack_bits(x >= 0))
+    out = vector(n, dtype, 1)
+    step = torch.tensor(0.3, dtype=dtype)
+    expected = out + torch.where(x >= 0, step, -step)
+    version.add_signs_(out, packed, 0.3)
+    assert same(out, expected)
+
+
+def test_packed_bits_must_fit():
+    for packed in (torch.zeros(2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="8 codes of 1 bits"):
+            cpu.add_signs_(torch.zeros(8), packed, 1.0)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_types_are_mixed_by_the_definition(dtype):
     x, s, x_hat, v = (vector(100, dtype, seed).abs() for seed in range(4))
