@@ -1,8 +1,9 @@
 """Hard threshold: the entries above an absolute size.
 
 ``Q(x)_i = x_i`` where ``|x_i| >= threshold``, else 0. An absolute compressor: ``|Q(x) - x|^2 <= n threshold^2``,
-however large x is; not contractive, since a small x is not sent at all. Needs error feedback. Bytes: two counts
-of 4, and a value and an index (2 or 4 bytes) per entry sent, at most all n. Sahu et al. 2021, arXiv 2108.00951.
+however large x is; not contractive, since a small x is not sent at all. Needs error feedback. Bytes: two counts of 4,
+and per entry sent a value of 4, or fewer by `values`, and a coded index (see `mpicomp.compression.indices`).
+Sahu et al. 2021, arXiv 2108.00951.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype
+from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
+from mpicomp.compression.values import Values, check_values, read_values, value_fields, write_values
 from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
 
@@ -23,14 +26,17 @@ class HardThreshold(Compressor):
 
     Attributes:
         threshold: in the unit of the entries, > 0.
+        values: how they travel, as in `TopK`.
 
     """
 
     threshold: float
+    values: Values = "full"
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < float("inf"):
             raise ConfigError(f"compression.threshold = {self.threshold} must be a finite number > 0")
+        check_values(self.values)
 
     @property
     def is_contractive(self) -> bool:
@@ -38,17 +44,18 @@ class HardThreshold(Compressor):
         return False
 
     def layout(self, spec: Spec) -> Layout:
-        """``values`` and ``indices``, at most (n,)."""
+        """``values``, at most (n,), after their ``scale`` if they have one; ``indices``, coded."""
         n = spec.numel
-        return Layout((Field("values", spec.dtype, n, True), Field("indices", index_dtype(n), n, True)))
+        return Layout((*value_fields(self.values, spec.dtype, n, variable=True), any_index_field(n)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select; a NaN is below every threshold and is not sent, so refuse it: DivergenceError."""
         values, indices = kernels.above(x, self.threshold)
-        return {"values": values, "indices": indices.to(index_dtype(spec.numel))}
+        n = spec.numel
+        return {**write_values(values, self.values), "indices": write_indices(indices, n, any_index_field(n))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out[indices] += weight * values``."""
-        kernels.scatter_add_(out, payload["indices"], payload["values"], weight)
+        scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)

@@ -2,7 +2,8 @@
 
 ``Q(x)_i = x_i`` for the ``k = max(1, floor(ratio n))`` entries of largest ``|x_i|``, else 0; ties go to the lowest
 index. Contractive with delta >= k/n: needs error feedback, or a method that has it built in (CHOCO-SGD, AdaGossip,
-DeepSqueeze). Bytes: k values and k indices of 2 bytes (n <= 65536) or 4. Stich et al. 2018, arXiv 1809.07599.
+DeepSqueeze). Bytes: k values, 4 each or fewer by `values`, and k indices, of 8.1 bits each where 1 % is kept and 4.8
+where 10 % is (see `mpicomp.compression.indices`). Stich et al. 2018, arXiv 1809.07599.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, index_dtype
+from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.indices import index_field, scatter_add_, write_indices
 from mpicomp.compression.ratio import check_ratio, kept
+from mpicomp.compression.values import Values, check_values, read_values, value_fields, write_values
 from mpicomp.timing import timed
 
 
@@ -23,36 +26,41 @@ class TopK(Compressor):
 
     Attributes:
         ratio: the fraction of the entries that is kept, in (0, 1].
+        values: how they travel: ``"full"``, ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` with a scale.
 
     """
 
     ratio: float
+    values: Values = "full"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_values(self.values)
 
     def layout(self, spec: Spec) -> Layout:
-        """``values`` (k,), ``indices`` (k,) ascending."""
+        """``values`` (k,), after their ``scale`` if they have one; ``indices`` of k, ascending, as they take less."""
         k = kept(spec.numel, self.ratio)
-        return Layout((Field("values", spec.dtype, k), Field("indices", index_dtype(spec.numel), k)))
+        return Layout((*value_fields(self.values, spec.dtype, k), index_field(spec.numel, k)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select the largest entries; DivergenceError if there is a NaN."""
-        return _payload(*kernels.top_k(x, kept(spec.numel, self.ratio)), spec)
+        values, indices = kernels.top_k(x, kept(spec.numel, self.ratio))
+        return self._message(values, indices, spec)
 
     @timed("compress")
     def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
         """Select without forming the difference; DivergenceError if there is a NaN."""
         values, indices = kernels.top_k_of_difference(x, x_hat, kept(spec.numel, self.ratio))
-        kernels.scatter_add_(x_hat, indices, values)
-        return _payload(values, indices, spec)
+        message = self._message(values, indices, spec)
+        kernels.scatter_add_(x_hat, indices, read_values(message, x_hat.dtype))
+        return message
+
+    def _message(self, values: Tensor, indices: Tensor, spec: Spec) -> Payload:
+        field = index_field(spec.numel, len(indices))
+        return {**write_values(values, self.values), "indices": write_indices(indices, spec.numel, field)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out[indices] += weight * values``."""
-        kernels.scatter_add_(out, payload["indices"], payload["values"], weight)
-
-
-def _payload(values: Tensor, indices: Tensor, spec: Spec) -> Payload:
-    return {"values": values, "indices": indices.to(index_dtype(spec.numel))}
+        scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)

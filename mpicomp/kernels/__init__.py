@@ -46,8 +46,11 @@ def compiled() -> ModuleType | None:
     return cpu
 
 
+_DTYPES = (torch.float32, torch.float64, torch.int32)  # int32 is of indices
+
+
 def _is_plain(x: Tensor) -> bool:
-    return x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
+    return x.is_cpu and x.is_contiguous() and x.dtype in _DTYPES
 
 
 def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
@@ -70,6 +73,8 @@ above = _chosen(reference.above)
 scatter_add_ = _chosen(reference.scatter_add_)
 mix_ = _chosen(reference.mix_)
 adaptive_mix_ = _chosen(reference.adaptive_mix_)
+encode_indices = _chosen(reference.encode_indices)
+add_coded_ = _chosen(reference.add_coded_)
 absolute_sum = _chosen(reference.absolute_sum)
 norm = _chosen(reference.norm)
 noise = _chosen(reference.noise)

@@ -18,6 +18,8 @@ NAN = "NaN among the values to be compressed"
 NOT_FINITE = "NaN or infinity among the values to be compressed"
 
 _ROUNDS = 4
+DAMAGED = "the indices of a message do not fit the vector: it is damaged, or its sender has another model"
+
 _BLOCK = 2**16  # entries that stay in the cache
 _FOLD = 2**10  # entries that are summed by folding
 _MASK = 2**32 - 1
@@ -117,6 +119,63 @@ def _sqrt(x: Tensor) -> Tensor:
     if x.is_cpu and x.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.sqrt(x.numpy()))
     return x.sqrt()
+
+
+def index_shift(n: int, k: int) -> int:
+    """Return how many low bits of the gaps between `k` of `n` indices `encode_indices` splits off.
+
+    The best whole number for gaps of geometric distribution (Kiely 2004, IPN Progress Report 42-159), in integers, so
+    that all machines agree; 0 makes the code a bitmap.
+    """
+    return (n * 493 // (k * 1024)).bit_length() if k else 0
+
+
+def index_code_nbytes(n: int, k: int) -> int:
+    """Return the bytes of the longest code of `k` of `n` indices."""
+    shift = index_shift(n, k)
+    return packed_nbytes(k, shift) + -(-(k + (n - k >> shift)) // 8) if k else 0
+
+
+def encode_indices(indices: Tensor, n: int) -> Tensor:
+    """Return ascending, different `indices` (k,) int32 below `n` as bytes, uint8: a Rice code in two streams.
+
+    ``gap_i = index_i - index_{i-1} - 1`` is cut into its `index_shift` low bits, packed by `pack_codes`, and the rest
+    q, which is q zeros and a one in the second stream. Expected bits are within 1.5 % of the entropy of a random choice
+    for k/n from 0.1 % to 10 %.
+    """
+    if not len(indices):
+        return torch.empty(0, dtype=torch.uint8, device=indices.device)
+    shift = index_shift(n, len(indices))
+    gaps = torch.diff(indices, prepend=indices.new_full((1,), -1)) - 1
+    ends = ((gaps >> shift) + 1).cumsum(0) - 1
+    ones = torch.zeros(int(ends[-1]) + 1, dtype=torch.bool, device=indices.device)
+    ones[ends] = True
+    return torch.cat([pack_codes(gaps & (1 << shift) - 1, shift), pack_bits(ones)])
+
+
+def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
+    """Return the `k` indices, int32, of the `code` that `encode_indices` made of them.
+
+    Raises:
+        IndexError: a damaged code.
+
+    """
+    shift = index_shift(n, k)
+    nbytes = packed_nbytes(k, shift)
+    ends = unpack_bits(code[nbytes:], 8 * max(0, len(code) - nbytes)).nonzero().flatten()
+    if len(ends) != k:
+        raise IndexError(DAMAGED)
+    low = unpack_codes(code[:nbytes], shift, k)
+    high = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
+    indices = ((high << shift | low) + 1).cumsum(0) - 1
+    if k and int(indices[-1]) >= n:
+        raise IndexError(DAMAGED)
+    return indices.int()
+
+
+def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -> None:
+    """``out[indices] += weight * values`` for the indices in `code`; IndexError for a damaged one."""
+    scatter_add_(out, decode_indices(code, len(values), len(out)), values, weight)
 
 
 def absolute_sum(x: Tensor) -> float:
@@ -243,7 +302,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     keep every byte within one pass over contiguous memory for any number of bits, also for 3, 5 or 7.
     """
     groups = -(-len(codes) // 8)
-    padded = torch.nn.functional.pad(codes.to(torch.int16), (0, 8 * groups - len(codes))).view(groups, 8)
+    wide = codes.to(torch.int16 if bits < 16 else torch.int32)
+    padded = torch.nn.functional.pad(wide, (0, 8 * groups - len(codes))).view(groups, 8)
     packed = torch.zeros(bits, groups, dtype=torch.uint8, device=codes.device)
     for plane in range(bits):
         for place in range(8):
@@ -252,13 +312,17 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, n: int, start: int = 0, stop: int | None = None) -> Tensor:
-    """Return codes `start` (a multiple of 8) to `stop` of the `n` in `packed`, int16; undoes `pack_codes`."""
+    """Return codes `start` (a multiple of 8) to `stop` of the `n` in `packed`; undoes `pack_codes`.
+
+    They are int16, or int32 from 16 bits on.
+    """
+    dtype = torch.int16 if bits < 16 else torch.int32
     stop = n if stop is None else stop
     planes = packed.view(bits, -(-n // 8))[:, start // 8 : -(-stop // 8)]
-    codes = torch.zeros(planes.shape[1], 8, dtype=torch.int16, device=packed.device)
+    codes = torch.zeros(planes.shape[1], 8, dtype=dtype, device=packed.device)
     for plane in range(bits):
         for place in range(8):
-            codes[:, place] |= (planes[plane] >> place & 1).to(torch.int16) << plane
+            codes[:, place] |= (planes[plane] >> place & 1).to(dtype) << plane
     return codes.flatten()[: stop - start]
 
 

@@ -10,9 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.methods import COMPRESSORS as CONFIGURED
 
-from mpicomp.compression import COMPRESSORS, QSGD, ErrorFeedback, PerTensor, RandomBlock, RandomK, Spec, TopK
+from mpicomp.compression import (
+    COMPRESSORS,
+    QSGD,
+    ErrorFeedback,
+    HardThreshold,
+    PerTensor,
+    RandomBlock,
+    RandomK,
+    Spec,
+    TopK,
+)
 from mpicomp.compression.base import BLOCK
-from mpicomp.errors import DivergenceError
+from mpicomp.compression.indices import scatter_add_
+from mpicomp.errors import ConfigError, DivergenceError
 
 CPU = torch.device("cpu")
 CASES = {
@@ -20,6 +31,10 @@ CASES = {
     "randk_unbiased": RandomK(0.2, unbiased=True),
     "qsgd_unbiased": QSGD(bits=3),
     "qsgd8": QSGD(bits=8),
+    "topk_1_percent": TopK(0.01),
+    "topk_all": TopK(1.0),
+    **{f"topk_{values}": TopK(0.1, values=values) for values in ("float32", "bfloat16", "float16", "int8")},
+    "threshold_int8": HardThreshold(0.05, values="int8"),
 }
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1000]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -90,7 +105,7 @@ def test_indices_are_narrow_and_never_floats(compressor):
     for field in compressor.layout(spec_of(1000)).fields:
         assert field.dtype != torch.int64 or field.name.endswith("seed")
         if "indices" in field.name or "offset" in field.name:
-            assert field.dtype in (torch.int16, torch.int32)
+            assert field.dtype in (torch.int16, torch.int32, torch.uint8)  # numbers, or a code
 
 
 @every
@@ -198,7 +213,9 @@ def test_top_k_breaks_ties_by_lowest_index(values, ratio):
     payload = TopK(ratio).compress(x, Spec.flat(len(x)), None)
     k = max(1, int(len(x) * ratio + 1e-9))
     expected = np.sort(np.argsort(-np.abs(x.numpy()), kind="stable")[:k])
-    assert payload["indices"].tolist() == expected.tolist()
+    sent = torch.zeros(len(x))
+    scatter_add_(sent, payload["indices"], torch.ones(k), 1.0)
+    assert sent.nonzero().flatten().tolist() == expected.tolist()
 
 
 def test_shared_random_choice_is_the_same_on_all_ranks_and_the_private_one_is_not():
@@ -233,3 +250,46 @@ def test_vectors_longer_than_a_block(compressor):
     for start, stop in ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, n)):
         if not isinstance(compressor, RandomBlock):
             assert float((x[start:stop] * y[start:stop]).sum()) > 0
+
+
+@pytest.mark.parametrize("compressor", [c for c in CASES.values() if not isinstance(c, ErrorFeedback)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_public_copy_gets_just_what_was_sent(compressor, dtype):
+    """Whatever is rounded off or left out stays in the difference."""
+    spec, x, x_hat = spec_of(1000, dtype), vector(1000, dtype), vector(1000, dtype, 1) * 0.9
+    expected = x_hat.clone()
+    payload = compressor.compress_difference_(x, x_hat, spec, compressor.init(spec, CPU, 1), torch.empty_like(x))
+    reference = compressor.compress(x - expected, spec, compressor.init(spec, CPU, 1))
+    assert list(payload) == list(reference)
+    for name, tensor in reference.items():
+        assert torch.equal(payload[name], tensor), name
+    compressor.accumulate(payload, spec, expected)
+    assert torch.equal(x_hat, expected)
+
+
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16", "int8"])
+def test_rounded_values_are_close_and_take_their_bytes(values):
+    n, k = 10_000, 1000
+    x, spec = vector(n, torch.float64) * 1e3, Spec.flat(n, torch.float64)
+    compressor = TopK(k / n, values=values)
+    payload, wire = send(compressor, x, spec)
+    assert payload["values"].element_size() == {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[values]
+    exact, _ = send(TopK(k / n), x, spec)
+    assert len(wire) < k * (payload["values"].element_size() + 0.7)
+    error = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11, "int8": 2**-8 * 1.01}[values]
+    y = compressor.decompress(payload, spec)
+    assert (y - TopK(k / n).decompress(exact, spec)).abs().max() <= error * x.abs().max()
+    kept_ones = y != 0
+    assert ((y - x)[kept_ones].abs() <= x[kept_ones].abs()).all()
+
+
+def test_values_beyond_16_bits_saturate():
+    x = torch.tensor([1e38, -1e38, 1.0])
+    y = TopK(1.0, values="float16").decompress(send(TopK(1.0, values="float16"), x, Spec.flat(3))[0], Spec.flat(3))
+    assert y.tolist() == [65504.0, -65504.0, 1.0]
+
+
+def test_values_of_an_unknown_type_are_refused():
+    for build in (lambda: TopK(0.1, values="int4"), lambda: HardThreshold(0.1, values="int4")):
+        with pytest.raises(ConfigError, match=r"compression.values = 'int4' must be one of 'full', "):
+            build()

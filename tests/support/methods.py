@@ -19,6 +19,7 @@ from mpicomp.compression import (
 COMPRESSORS = {
     "identity": Identity(),
     "topk": TopK(ratio=0.2),
+    "topk_int8": TopK(ratio=0.2, values="int8"),
     "topk_per_tensor": PerTensor(TopK(ratio=0.2)),
     "randk_shared": RandomK(ratio=0.2),
     "randk_private": RandomK(ratio=0.2, shared=False),

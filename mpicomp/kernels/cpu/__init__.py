@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mpicomp.errors import DivergenceError
+from mpicomp.kernels.cpu import indices as codes
 from mpicomp.kernels.cpu import quantize as quantizer
 from mpicomp.kernels.cpu import select, update
-from mpicomp.kernels.reference import NAN, finite, packed_nbytes
+from mpicomp.kernels.reference import DAMAGED, NAN, finite, index_code_nbytes, index_shift, packed_nbytes
 
 
 def _array(x: Tensor, like: Tensor | None = None) -> npt.NDArray[Any]:
@@ -63,7 +64,33 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float = 1
             f"{len(values)} values of {values.dtype} for {len(indices)} indices, to be added to {out.dtype}"
         )
     if not update.scatter_add(_array(out), places.view(f"u{places.itemsize}"), _array(values), weight):
-        raise IndexError(f"an index beyond the {len(out)} entries of the vector")
+        raise IndexError(DAMAGED)
+
+
+def encode_indices(indices: Tensor, n: int) -> Tensor:
+    """See `reference.encode_indices`."""
+    k = len(indices)
+    if not k:
+        return torch.empty(0, dtype=torch.uint8)
+    code = torch.empty(index_code_nbytes(n, k) + codes.SLACK, dtype=torch.uint8)
+    return code[: codes.encode(_array(indices), index_shift(n, k), code.numpy())]
+
+
+def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
+    """See `reference.decode_indices`."""
+    indices = torch.empty(k, dtype=torch.int32)
+    if not codes.decode(_array(code), index_shift(n, k), n, None, 0.0, indices.numpy(), k):
+        raise IndexError(DAMAGED)
+    return indices
+
+
+def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -> None:
+    """See `reference.add_coded_`; before a damaged index is met, others may have been added."""
+    k, n = len(values), len(out)
+    if values.dtype != out.dtype:
+        raise ValueError(f"values of {values.dtype} cannot be added to {out.dtype}")
+    if not codes.decode(_array(code), index_shift(n, k), n, _array(values), weight, _array(out), k):
+        raise IndexError(DAMAGED)
 
 
 def mix_(x: Tensor, s: Tensor, x_hat: Tensor, gamma: float) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic as _intrinsic
@@ -144,9 +145,10 @@ def set_plane(typing: Any, codes: Any, start: Any, word: Any, bit: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, start, word, bit = arguments
         pointer = _vector_at(context, builder, signature.args[0], codes, start)
-        before = builder.load(pointer, align=1, typ=pointer.type.pointee)
+        align = signature.args[0].dtype.bitwidth // 8
+        before = builder.load(pointer, align=align, typ=pointer.type.pointee)
         chosen = builder.select(_lanes(builder, word), _splat(builder, bit), ir.Constant(before.type, None))
-        builder.store(builder.or_(before, chosen), pointer, align=1)
+        builder.store(builder.or_(before, chosen), pointer, align=align)
         return context.get_dummy_value()
 
     return types.void(codes, types.int64, types.uint64, codes.dtype), generate
@@ -221,3 +223,24 @@ def write_word(typing: Any, data: Any, offset: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(data, types.int64, types.uint64), generate
+
+
+@compiled
+def write_bytes(word: Any, data: Any, offset: int, nbytes: int) -> None:
+    """Write the first `nbytes` bytes of `word`."""
+    if nbytes == 8:
+        write_word(data, offset, word)
+    else:
+        for i in range(nbytes):
+            data[offset + i] = np.uint8((word >> np.uint64(8 * i)) & np.uint64(0xFF))
+
+
+@compiled
+def read_bytes(data: Any, offset: int, nbytes: int) -> Any:
+    """Return `nbytes` bytes as the lowest ones of a word."""
+    if nbytes == 8:
+        return read_word(data, offset)
+    word = np.uint64(0)
+    for i in range(nbytes):
+        word |= np.uint64(data[offset + i]) << np.uint64(8 * i)
+    return word

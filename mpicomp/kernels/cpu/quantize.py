@@ -18,8 +18,10 @@ from mpicomp.kernels.cpu.compiled import (
     compiled,
     fused,
     nonnegative,
+    read_bytes,
     read_word,
     set_plane,
+    write_bytes,
     write_word,
 )
 
@@ -81,27 +83,6 @@ def noise(out: Array, low: Any, high: Any) -> None:
 
 
 @compiled
-def _write(word: Any, packed: Array, offset: int, nbytes: int) -> None:
-    """Write the first `nbytes` bytes of `word`."""
-    if nbytes == 8:
-        write_word(packed, offset, word)
-    else:
-        for i in range(nbytes):
-            packed[offset + i] = np.uint8((word >> np.uint64(8 * i)) & np.uint64(0xFF))
-
-
-@compiled
-def _read(packed: Array, offset: int, nbytes: int) -> Any:
-    """Return `nbytes` bytes as the lowest ones of a word."""
-    if nbytes == 8:
-        return read_word(packed, offset)
-    word = np.uint64(0)
-    for i in range(nbytes):
-        word |= np.uint64(packed[offset + i]) << np.uint64(8 * i)
-    return word
-
-
-@compiled
 def quantize(x: Array, unit: float, bits: int, low: Any, high: Any, packed: Array) -> None:
     """Write signs and levels, plane after plane; see `reference.quantize`."""
     n, groups, most = len(x), len(packed) // (bits + 1), x.dtype.type(2**bits - 1)
@@ -120,10 +101,10 @@ def quantize(x: Array, unit: float, bits: int, low: Any, high: Any, packed: Arra
             level = np.abs(entries[i]) / size + _noise(start + i, low, high)
             levels[i] = np.uint8(np.int32(level if level < most else most))
         at = start // 8
-        _write(~nonnegative(entries, 0) & used, packed, at, nbytes)
+        write_bytes(~nonnegative(entries, 0) & used, packed, at, nbytes)
         for plane in range(bits):
             word = bit_plane(levels, 0, np.uint8(1 << plane))
-            _write(word & used, packed, at + (plane + 1) * groups, nbytes)
+            write_bytes(word & used, packed, at + (plane + 1) * groups, nbytes)
 
 
 @compiled
@@ -142,9 +123,9 @@ def add_quantized(out: Array, packed: Array, bits: int, scale: float) -> None:
         at = start // 8
         levels[:] = 0
         signs[:] = 0
-        set_plane(signs, 0, _read(packed, at, nbytes), np.uint8(1))
+        set_plane(signs, 0, read_bytes(packed, at, nbytes), np.uint8(1))
         for plane in range(bits):
-            set_plane(levels, 0, _read(packed, at + (plane + 1) * groups, nbytes), np.uint8(1 << plane))
+            set_plane(levels, 0, read_bytes(packed, at + (plane + 1) * groups, nbytes), np.uint8(1 << plane))
         for i in range(LANES):
             sign = np.int32(signs[i])
             signed = np.int32((np.int32(levels[i]) ^ -sign) + sign)

@@ -1,0 +1,58 @@
+"""How the values of a sparse message travel: as they are, or rounded to fewer bits.
+
+What is rounded off is not lost: the decoded values are what every rank, the sender included, adds to its copies, so the
+rest stays with whoever keeps the error. Rounding never increases ``|Q(x)_i - x_i|`` beyond ``|x_i|``: contractive stays
+contractive. ``int8`` is ``round(127 v / max|v|)`` with the scale ``max|v| / 127`` in front, float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Field, Payload
+from mpicomp.errors import ConfigError
+
+Values = Literal["full", "float32", "bfloat16", "float16", "int8"]
+"""``"full"`` is the type of the model."""
+
+_LEVELS = 127
+
+
+def check_values(values: str) -> None:
+    """Raise ConfigError for an unknown type of values."""
+    if values not in get_args(Values):
+        raise ConfigError(f"compression.values = {values!r} must be one of {', '.join(map(repr, get_args(Values)))}")
+
+
+def value_fields(values: Values, dtype: torch.dtype, k: int, variable: bool = False) -> tuple[Field, ...]:
+    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (1,) where it is needed."""
+    if values == "full":
+        return (Field("values", dtype, k, variable),)
+    sent = Field("values", getattr(torch, values), k, variable)
+    return (Field("scale", torch.float32, 1), sent) if values == "int8" else (sent,)
+
+
+def write_values(x: Tensor, values: Values) -> Payload:
+    """Return `x` (k,) rounded; what is beyond the range of 16 bits saturates."""
+    if values == "full":
+        return {"values": x}
+    if values == "int8":
+        wide = x.to(torch.float32) if x.dtype != torch.float64 else x
+        largest = wide.abs().max() if len(x) else wide.new_zeros(())
+        scale = (largest / _LEVELS).to(torch.float32).reshape(1)
+        codes = (wide / scale.clamp_min(torch.finfo(torch.float32).smallest_normal)).round_()
+        return {"scale": scale, "values": codes.clamp_(-_LEVELS, _LEVELS).to(torch.int8)}
+    target: torch.dtype = getattr(torch, values)
+    largest_finite = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
+    return {"values": x.clamp(-largest_finite, largest_finite).to(target)}
+
+
+def read_values(payload: Payload, dtype: torch.dtype) -> Tensor:
+    """Return the values (k,) of a message in `dtype`."""
+    values = payload["values"]
+    if "scale" in payload:
+        return values.to(dtype).mul_(payload["scale"].to(dtype))
+    return values.to(dtype)
