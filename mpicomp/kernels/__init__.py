@@ -46,7 +46,7 @@ def compiled() -> ModuleType | None:
     return cpu
 
 
-_DTYPES = (torch.float32, torch.float64, torch.int32)  # int32 is of indices
+_DTYPES = (torch.float32, torch.float64, torch.int32, torch.uint8)  # the last two are of indices and their codes
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -74,6 +74,7 @@ scatter_add_ = _chosen(reference.scatter_add_)
 mix_ = _chosen(reference.mix_)
 adaptive_mix_ = _chosen(reference.adaptive_mix_)
 encode_indices = _chosen(reference.encode_indices)
+decode_indices = _chosen(reference.decode_indices)
 add_coded_ = _chosen(reference.add_coded_)
 absolute_sum = _chosen(reference.absolute_sum)
 norm = _chosen(reference.norm)

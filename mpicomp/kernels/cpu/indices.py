@@ -58,7 +58,7 @@ def encode(indices: Array, shift: int, code: Array) -> int:
                 done += LANES
             word |= np.uint64(1) << np.uint64(place - done)
     write_word(code, high_at + done // 8, word)
-    return high_at + place // 8 + 1
+    return int(high_at + place // 8 + 1)
 
 
 @compiled

@@ -1,0 +1,293 @@
+"""``mpicomp bench``: how long things take, as multiples of what the machine does at best, measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mpicomp import kernels
+from mpicomp.cli import debug_option
+from mpicomp.compression import QSGD, Compressor, SignNorm, Spec, TopK
+from mpicomp.compression.ratio import kept
+
+RATIOS = (0.1, 0.01, 0.001)
+"""The fractions of the entries that top-k is measured with."""
+
+RATIO = 0.01
+"""The fraction for what is measured with one."""
+
+_WIDTH = 140
+"""Columns of the table, which must not depend on where it is printed."""
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something to be timed.
+
+    Attributes:
+        name: what it is.
+        run: does it once.
+        torch: does what torch has for it, or nearest to it; None where there is nothing.
+        indices: how many indices it encodes or decodes, if it does.
+        bits: bits an index of that code.
+        entropy: the same by the entropy of a random choice.
+
+    """
+
+    name: str
+    run: Run
+    torch: Run | None = None
+    indices: int | None = None
+    bits: float | None = None
+    entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The medians of one operation.
+
+    Attributes:
+        name: what it is.
+        ms: milliseconds.
+        copies: how many times as long as a copy of the vector, which was timed in turns with it.
+        torch_ms: milliseconds of torch's own.
+        torch_copies: the same as copies.
+        indices_per_s: for index codes.
+        bits_per_index: for index codes.
+        entropies: the same as multiples of the entropy of a random choice.
+
+    """
+
+    name: str
+    ms: float
+    copies: float
+    torch_ms: float | None = None
+    torch_copies: float | None = None
+    indices_per_s: float | None = None
+    bits_per_index: float | None = None
+    entropies: float | None = None
+
+
+@click.group(short_help="Measure kernels and compressors, as multiples of a memory copy.")
+def bench() -> None:
+    """Measure how long things take, as multiples of what the machine does at best."""
+
+
+@bench.command()
+@click.option("--entries", default=11_000_000, show_default=True, type=click.IntRange(1), help="Length of the vector.")
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@debug_option
+def compress(entries: int, rounds: int, as_json: bool) -> None:
+    """Time selection, packing, mixing and index codes on one thread, against a copy of the vector and against torch.
+
+    The vector is float32 with normally distributed entries; 1 % of them are kept where nothing is said.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        source = torch.randn(entries, generator=torch.Generator().manual_seed(0))
+        target = torch.zeros(entries)
+        copy_ms, results = _measure(list(_operations(source)), lambda: target.copy_(source), rounds)
+    finally:
+        torch.set_num_threads(threads)
+    machine = {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "kernels": "reference" if kernels.compiled() is None else "compiled",
+    }
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "machine": machine,
+                    "entries": entries,
+                    "rounds": rounds,
+                    "copy_ms": copy_ms,
+                    "results": [asdict(result) for result in results],
+                },
+                indent=2,
+            )
+        )
+        return
+    console = Console(highlight=False, width=_WIDTH)
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True, markup=False)
+    console.print(f"{entries:,} float32, copied in {copy_ms:.3f} ms; one thread, medians of {rounds}")
+    console.print(_table(results))
+
+
+def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float, list[Result]]:
+    """Time every operation in turns with torch's and a copy, so that all meet the same moods of the machine."""
+    copies_ms, results = [], []
+    for operation in operations:
+        runs = [copy, operation.run, *([operation.torch] if operation.torch else [])]
+        for run in runs:
+            run()  # compiles, and touches memory for the first time
+        taken = [[_seconds(run) for run in runs] for _ in range(rounds)]
+        copy_ms, ms, *torch_ms = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
+        copies_ms.append(copy_ms)
+        results.append(
+            Result(
+                operation.name,
+                ms,
+                ms / copy_ms,
+                torch_ms[0] if torch_ms else None,
+                torch_ms[0] / copy_ms if torch_ms else None,
+                operation.indices / ms * 1e3 if operation.indices else None,
+                operation.bits,
+                operation.bits / operation.entropy if operation.bits and operation.entropy else None,
+            )
+        )
+    return statistics.median(copies_ms), results
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _operations(x: Tensor) -> Iterator[Operation]:
+    """Yield what is to be timed on the vector `x` (n,)."""
+    n = len(x)
+    for ratio in RATIOS:
+        k = kept(n, ratio)
+        yield Operation(f"top-k, {ratio:.1%}", _top_k(x, k), _torch_top_k(x, k))
+    yield from _updates(x)
+    yield from _dense(x)
+    for ratio in RATIOS:
+        yield from _codes(x, ratio)
+
+
+def _top_k(x: Tensor, k: int) -> Run:
+    return lambda: kernels.top_k(x, k)
+
+
+def _torch_top_k(x: Tensor, k: int) -> Run:
+    return lambda: x.abs().topk(k, sorted=False)
+
+
+def _updates(x: Tensor) -> Iterator[Operation]:
+    """Yield the steps of CHOCO-SGD and AdaGossip."""
+    n = len(x)
+    k, spec, top = kept(n, RATIO), Spec.flat(n), TopK(RATIO)
+    x_hat, scratch, s, v, y = (torch.zeros_like(x) for _ in range(5))
+    generator = torch.Generator().manual_seed(1)
+    s.normal_(generator=generator)
+    v.uniform_(generator=generator)
+
+    def torch_step() -> None:
+        torch.sub(x, x_hat, out=scratch)
+        indices = scratch.abs().topk(k, sorted=False).indices
+        x_hat.index_add_(0, indices, scratch[indices])
+
+    def torch_mix() -> None:
+        r = s - x_hat
+        v.mul_(0.9).addcmul_(r, r, value=0.1)
+        y.addcmul_(r, (0.01 / (v / 0.19).sqrt_().add_(1e-8)).clamp_max_(1.0))
+
+    def select(threshold: float) -> Run:
+        return lambda: (x.abs() >= threshold).nonzero()
+
+    threshold = 2.5758  # of a normal distribution, 1 % lie beyond
+    yield Operation("threshold, 1.0%", lambda: kernels.above(x, threshold), select(threshold))
+    message = top.compress(x, spec, None)
+    plain = kernels.top_k(x, k)
+    yield Operation(
+        "CHOCO: difference, top-k, public copy",
+        lambda: top.compress_difference_(x, x_hat, spec, None, scratch),
+        torch_step,
+    )
+    yield Operation(
+        "add a top-k message",
+        lambda: top.accumulate(message, spec, y, 0.5),
+        lambda: y.index_add_(0, plain[1], plain[0], alpha=0.5),
+    )
+    yield Operation("CHOCO mix", lambda: kernels.mix_(y, s, x_hat, 0.1), lambda: y.add_(s - x_hat, alpha=0.1))
+    yield Operation(
+        "AdaGossip mix", lambda: kernels.adaptive_mix_(y, s, x_hat, v, 0.01, 0.9, 0.19, 1e-8, 1.0), torch_mix
+    )
+
+
+def _dense(x: Tensor) -> Iterator[Operation]:
+    """Yield packing and unpacking of signs and levels, by themselves and with their scales."""
+    spec, y = Spec.flat(len(x)), torch.zeros_like(x)
+    unit = kernels.norm(x) / 15
+    sign, qsgd = SignNorm(), QSGD(bits=4)
+
+    def torch_levels() -> Tensor:
+        return (x.abs() / unit + torch.rand_like(x)).floor_().to(torch.uint8)
+
+    yield Operation("pack signs", lambda: kernels.pack_signs(x), lambda: x.sign())
+    yield from _both_ways(sign, "sign", x, y, spec)
+    yield Operation("pack 4-bit levels", lambda: kernels.quantize(x, unit, 4, 1), torch_levels)
+    yield from _both_ways(qsgd, "QSGD, 4 bits", x, y, spec)
+
+
+def _both_ways(compressor: Compressor, name: str, x: Tensor, y: Tensor, spec: Spec) -> Iterator[Operation]:
+    state = compressor.init(spec, x.device)
+    message = compressor.compress(x, spec, state)
+    yield Operation(f"{name}: compress", lambda: compressor.compress(x, spec, state))
+    yield Operation(f"{name}: add a message", lambda: compressor.accumulate(message, spec, y, 0.5))
+
+
+def _codes(x: Tensor, ratio: float) -> Iterator[Operation]:
+    """Yield encoding and decoding of the indices of the largest entries."""
+    n, k = len(x), kept(len(x), ratio)
+    _, indices = kernels.top_k(x, k)
+    code = kernels.encode_indices(indices, n)
+    bits, share = 8 * len(code) / k, k / n
+    entropy = -(math.log2(share) + (1 / share - 1) * math.log2(1 - share)) if k < n else None
+    for name, run in (
+        ("encode", lambda: kernels.encode_indices(indices, n)),
+        ("decode", lambda: kernels.decode_indices(code, k, n)),
+    ):
+        yield Operation(f"{name} indices, {ratio:.1%}", run, indices=k, bits=bits, entropy=entropy)
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(box=None)
+    table.add_column("operation", no_wrap=True)
+    for column in ("ms", "copies", "torch ms", "torch copies", "million indices/s", "bits/index", "entropies"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.ms:.3f}",
+            f"{result.copies:.2f}",
+            _number(result.torch_ms, 3),
+            _number(result.torch_copies, 2),
+            _number(result.indices_per_s and result.indices_per_s / 1e6, 0),
+            _number(result.bits_per_index, 2),
+            _number(result.entropies, 3),
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,33 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mpicomp.cli import main
+
+
+@pytest.mark.parametrize("entries", [1, 1000, 50_000])
+def test_json_has_every_figure(entries):
+    result = CliRunner().invoke(main, ["bench", "compress", "--entries", str(entries), "--rounds", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output)
+    assert report["entries"] == entries and report["rounds"] == 2 and report["copy_ms"] > 0
+    rows = {row["name"]: row for row in report["results"]}
+    assert len(rows) == len(report["results"]) > 15
+    for row in rows.values():
+        assert row["ms"] > 0 and row["copies"] > 0
+        assert (row["torch_ms"] is None) == (row["torch_copies"] is None)
+        assert (row["indices_per_s"] is None) == (row["bits_per_index"] is None) == ("indices" not in row["name"])
+    assert rows["top-k, 1.0%"]["torch_ms"] > 0
+
+
+def test_the_table_names_machine_and_operations():
+    result = CliRunner().invoke(main, ["bench", "compress", "--entries", "2000", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    for text in ("2,000 float32", "cpu ", "top-k, 10.0%", "AdaGossip mix", "copies"):
+        assert text in result.output
+
+
+@pytest.mark.parametrize("option", ["--entries", "--rounds"])
+def test_a_zero_is_refused(option):
+    assert CliRunner().invoke(main, ["bench", "compress", option, "0"]).exit_code == 2
