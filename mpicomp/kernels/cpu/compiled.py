@@ -7,7 +7,10 @@ written as vectors of 64 lanes, which LLVM cuts to the width that the processor 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -28,10 +31,28 @@ LANES = 64
 def compiled(function: F) -> F:
     """Have `function` compiled for the types of its arguments when it is first called with them."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = _folder(before)
     try:
         return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder that can be written to
         return cast(F, numba.njit(**options)(function))
+    finally:
+        config.CACHE_DIR = before
+
+
+@functools.cache
+def _folder(wanted: str) -> str:
+    """Return the folder for machine code; its name tells apart the sources of all kernels.
+
+    numba itself looks only at the file of a function, and would go on using code with an old version of what it calls.
+    """
+    here = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    return str(
+        (Path(wanted) if wanted else here / "__pycache__") / f"mpicomp-{hashlib.sha256(sources).hexdigest()[:16]}"
+    )
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
