@@ -201,10 +201,8 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
         targets = mailbox.topology.targets(mailbox.rank)
         if not all(mailbox.room(target) for target in targets):
             return False
-        torch.sub(local.x, state.x_hat, out=state.scratch)
-        own = self.compressor.compress(state.scratch, local.spec, state.compressor)
+        own = self.compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
         mailbox.put(own, self.compressor.layout(local.spec), targets, state.steps)
-        self.compressor.accumulate(own, local.spec, state.x_hat)
         weight = mailbox.topology.weight(mailbox.rank, mailbox.rank)
         self.compressor.accumulate(own, local.spec, state.s, weight)
         return True

@@ -192,9 +192,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
             answer = self.downlink.compress(model, spec, None)
             backup.copy_(model)
         else:
-            torch.sub(model, backup, out=state.scratch)
-            answer = self.downlink.compress(state.scratch, spec, state.compressors[worker])
-            self.downlink.accumulate(answer, spec, backup)
+            answer = self.downlink.compress_difference_(model, backup, spec, state.compressors[worker], state.scratch)
         mailbox.put(answer, self.downlink.layout(spec), [source], state.updates)
         return True
 

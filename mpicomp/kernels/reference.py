@@ -304,10 +304,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     groups = -(-len(codes) // 8)
     wide = codes.to(torch.int16 if bits < 16 else torch.int32)
     padded = torch.nn.functional.pad(wide, (0, 8 * groups - len(codes))).view(groups, 8)
-    packed = torch.zeros(bits, groups, dtype=torch.uint8, device=codes.device)
+    places = torch.arange(8, dtype=padded.dtype, device=codes.device)
+    packed = torch.empty(bits, groups, dtype=torch.uint8, device=codes.device)
     for plane in range(bits):
-        for place in range(8):
-            packed[plane] |= ((padded[:, place] >> plane & 1) << place).to(torch.uint8)
+        packed[plane] = ((padded >> plane & 1) << places).sum(dim=1, dtype=torch.uint8)
     return packed.flatten()
 
 
@@ -320,9 +320,9 @@ def unpack_codes(packed: Tensor, bits: int, n: int, start: int = 0, stop: int | 
     stop = n if stop is None else stop
     planes = packed.view(bits, -(-n // 8))[:, start // 8 : -(-stop // 8)]
     codes = torch.zeros(planes.shape[1], 8, dtype=dtype, device=packed.device)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     for plane in range(bits):
-        for place in range(8):
-            codes[:, place] |= (planes[plane] >> place & 1).to(dtype) << plane
+        codes |= (planes[plane, :, None] >> places & 1).to(dtype) << plane
     return codes.flatten()[: stop - start]
 
 

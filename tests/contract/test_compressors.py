@@ -203,6 +203,15 @@ def test_nan_is_refused_and_the_tensor_named(compressor):
         PerTensor(compressor).compress(x, spec_of(30), PerTensor(compressor).init(spec_of(30), CPU))
 
 
+@pytest.mark.parametrize("kind", ["sign", "qsgd"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_no_scale_and_the_tensor_is_named(kind, bad):
+    x, spec, compressor = vector(30), spec_of(30), PerTensor(CASES[kind])
+    x[5] = bad
+    with pytest.raises(DivergenceError, match="a: NaN or infinity"):
+        compressor.compress(x, spec, compressor.init(spec, CPU))
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, -3e38, float("inf")]), min_size=1, max_size=70),
