@@ -29,6 +29,9 @@ RATIOS = (0.1, 0.01, 0.001)
 RATIO = 0.01
 """The fraction for what is measured with one."""
 
+_LEAST_S = 1e-3
+"""The shortest time that is measured."""
+
 _WIDTH = 140
 """Columns of the table, which must not depend on where it is printed."""
 
@@ -134,13 +137,17 @@ def compress(entries: int, rounds: int, as_json: bool) -> None:
 
 
 def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float, list[Result]]:
-    """Time every operation in turns with torch's and a copy, so that all meet the same moods of the machine."""
+    """Time every operation in turns with torch's and a copy, so that all meet the same moods of the machine.
+
+    What takes less than a millisecond is repeated for that long, for the clock's and the caches' sake.
+    """
     copies_ms, results = [], []
     for operation in operations:
         runs = [copy, operation.run, *([operation.torch] if operation.torch else [])]
         for run in runs:
             run()  # compiles, and touches memory for the first time
-        taken = [[_seconds(run) for run in runs] for _ in range(rounds)]
+        calls = [max(1, int(_LEAST_S / _seconds(run, 1))) for run in runs]
+        taken = [[_seconds(*pair) for pair in zip(runs, calls, strict=True)] for _ in range(rounds)]
         copy_ms, ms, *torch_ms = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
         copies_ms.append(copy_ms)
         results.append(
@@ -158,10 +165,12 @@ def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float
     return statistics.median(copies_ms), results
 
 
-def _seconds(run: Run) -> float:
+def _seconds(run: Run, calls: int) -> float:
+    """Return the mean seconds of so many calls."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
 
 
 def _operations(x: Tensor) -> Iterator[Operation]:
