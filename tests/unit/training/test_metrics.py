@@ -72,6 +72,8 @@ def test_reports_are_json():
         "consensus_distance",
         "test_accuracy",
         "diagnostics",
+        "gradients",
+        "delays",
     ]
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 
