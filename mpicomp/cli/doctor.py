@@ -216,10 +216,15 @@ def _versions() -> dict[str, str]:
     import h5py
     import torch
 
+    from mpicomp import kernels
+
     return {
         "python": sys.version.split()[0],
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "HDF5": f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, MPI {'yes' if h5py.get_config().mpi else 'no'}",
+        "compression": "compiled kernels (numba)"
+        if kernels.compiled()
+        else "plain torch, several times slower on the CPU: pip install 'mpicomp[fast]'",
     }
 
 
