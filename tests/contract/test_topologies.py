@@ -14,6 +14,7 @@ SCHEDULES = {"one_peer_exponential", "random_matching"}
 GRIDS = {"ring", "chain", "torus", "hypercube"}
 
 exists = {
+    "complete_bipartite": lambda size: size != 2,
     "dyck": lambda size: size == 32,
     "hypercube": lambda size: size & (size - 1) == 0,
     "random_regular": lambda size: size > 4,

@@ -129,6 +129,13 @@ def test_star_has_its_hub_at_rank_zero():
     np.testing.assert_allclose(np.diag(graph.mixing), [1 / 4, 3 / 4, 3 / 4, 3 / 4])
 
 
+def test_complete_bipartite_joins_hubs_and_others():
+    assert neighbors(topologies.complete_bipartite(5, 2)) == [[2, 3, 4], [2, 3, 4], [0, 1], [0, 1], [0, 1]]
+    np.testing.assert_array_equal(topologies.complete_bipartite(4, 1).mixing, topologies.star(4).mixing)
+    with pytest.raises(TopologyError, match=r"topology\.hubs = 4: must be fewer than the 4 ranks"):
+        topologies.complete_bipartite(4, 4)
+
+
 @pytest.mark.parametrize("kind", ["random_regular", "erdos_renyi"])
 def test_random_graphs_depend_on_the_seed_alone(kind):
     first, again, other = (topologies.make_topology(kind, 16, seed=seed) for seed in (3, 3, 4))
