@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local
-from mpicomp.compression.base import Spec
+from mpicomp.compression.base import Compressor, Spec
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Mailbox
 from mpicomp.topology.base import Schedule, Topology
@@ -54,6 +54,11 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         """Return the ranks that compute gradients, ascending: those that own no part of the model."""
         owners = {rank for rank, _ in self.owners(size, Spec.flat(size))}
         return [rank for rank in range(size) if rank not in owners]
+
+    @property
+    @abstractmethod
+    def compressors(self) -> tuple[Compressor, ...]:
+        """What this algorithm compresses with."""
 
     @abstractmethod
     def message_nbytes(self, spec: Spec, size: int) -> int:

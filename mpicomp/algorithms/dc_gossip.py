@@ -126,6 +126,11 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
         """The model is the mean over all ranks."""
         return []
 
+    @property
+    def compressors(self) -> tuple[Compressor, ...]:
+        """The one."""
+        return (self.compressor,)
+
     def message_nbytes(self, spec: Spec, size: int) -> int:
         """One compressed message."""
         return self.compressor.layout(spec).nbytes

@@ -118,6 +118,11 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         cuts = [spec.numel * hub // self.hubs for hub in range(self.hubs + 1)]
         return [(hub, slice(cuts[hub], cuts[hub + 1])) for hub in range(self.hubs)]
 
+    @property
+    def compressors(self) -> tuple[Compressor, ...]:
+        """For both directions."""
+        return self._uplink, self.downlink
+
     def message_nbytes(self, spec: Spec, size: int) -> int:
         """The longest gradient or answer."""
         parts = [_part(spec, part) for _, part in self.owners(size, spec)]

@@ -66,6 +66,9 @@ class AsynchronousReplica(Replica):
     ) -> None:
         super().__init__(model, optimizer, algorithm, topology, world)
         spec = self.local.spec
+        # Loading kernels takes seconds, in which a rank that has done so already would take all batches.
+        for compressor in algorithm.compressors:
+            compressor.rehearse(self.local.x, spec)
         self.link = self.mailbox = world.mailbox(topology, algorithm.message_nbytes(spec, world.size), algorithm.depth)
         self.state = algorithm.init(self.local, self.mailbox)
         self._owners = algorithm.owners(world.size, spec)

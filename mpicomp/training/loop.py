@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -123,14 +124,14 @@ def train(
 
 @dataclass
 class _Meter:
-    """Adds up loss and seconds over the steps; enter it for each step, `take` what came since the last record.
+    """Adds up loss and seconds; enter it for each step, `take` what came since the last record.
 
     Attributes:
         loss: the sum over these steps, a scalar.
         now: tells the time.
         steps: how many they are.
-        seconds: of these steps, by part, in the order of `PARTS`.
-        total_seconds: of all steps.
+        seconds: of these steps and of meetings, by part, in the order of `PARTS`.
+        total_seconds: of all.
         runaway: records in a row with public copies that have left the models.
 
     """
@@ -154,6 +155,15 @@ class _Meter:
         self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, PARTS, strict=True)]
         self.total_seconds += seconds
         self.steps += 1
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Book the time within the block, in which this rank waits for the others, as exchange."""
+        begun = self.now()
+        yield
+        seconds = self.now() - begun
+        self.seconds[PARTS.index("exchange")] += seconds
+        self.total_seconds += seconds
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return the mean loss and the seconds by part since the last call."""
@@ -209,7 +219,8 @@ class _Pause:
         """Save if it is time to, and return why to stop now, if so; the last checkpoint is then stored."""
         agreed = Signs()
         if self._agreement.is_due(step):
-            agreed = self._agreement.next_round(step, self._signs())
+            with self._meter.meeting():
+                agreed = self._agreement.next_round(step, self._signs())
             if self._saver and self._saver.is_pending and not agreed.writing and not self._begun_before_save:
                 self._saver.publish()
             self._begun_before_save = False
@@ -269,6 +280,8 @@ def _restore_(
 
 def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
+    with meter.meeting():  # ranks that are ahead of others owe the time until these are here
+        gossip.world.barrier()
     mean_loss, seconds = meter.take()
     distance = sampled_consensus_distance(gossip)
     rows = gossip.world.all_gather(
