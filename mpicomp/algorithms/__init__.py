@@ -8,7 +8,10 @@ from mpicomp.algorithms.choco import Choco
 from mpicomp.algorithms.dc_asgd import DCASGD
 from mpicomp.algorithms.dc_gossip import DCGossip
 from mpicomp.algorithms.deep_squeeze import DeepSqueeze
+from mpicomp.algorithms.dgc import DGC
 from mpicomp.algorithms.dpsgd import DPSGD
+from mpicomp.algorithms.ef_sgd import EFSGD
+from mpicomp.algorithms.gmc import GMC
 from mpicomp.algorithms.local_sgd import LocalSGD
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.ssgd import SSGD
@@ -21,6 +24,9 @@ ALGORITHMS: dict[str, type] = {
     "choco": Choco,
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
+    "ef_sgd": EFSGD,
+    "gmc": GMC,
+    "dgc": DGC,
     "asgd": ASGD,
     "dc_asgd": DCASGD,
     "dc_gossip": DCGossip,
@@ -31,7 +37,10 @@ __all__ = [
     "ALGORITHMS",
     "ASGD",
     "DCASGD",
+    "DGC",
     "DPSGD",
+    "EFSGD",
+    "GMC",
     "SGD",
     "SSGD",
     "AdaGossip",

@@ -215,6 +215,11 @@ class Compressor(ABC):
         """Whether E|Q(x) - x|^2 <= (1 - delta) |x|^2 for some delta in (0, 1]."""
         return True
 
+    @property
+    def has_common_support(self) -> bool:
+        """Whether ``values`` of all ranks' messages belong to the same entries in each step, and so can be added up."""
+        return False
+
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
         """Return the initial state for the vectors of `spec`; random ones of different `stream`s are independent."""
         return None

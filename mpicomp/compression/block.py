@@ -35,6 +35,11 @@ class RandomBlock(Compressor):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
 
+    @property
+    def has_common_support(self) -> bool:
+        """The block of the step."""
+        return True
+
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
         """Start the stream that all ranks share."""
         return Draws(0)

@@ -22,6 +22,11 @@ class Identity(Compressor):
         """Nothing is changed."""
         return True
 
+    @property
+    def has_common_support(self) -> bool:
+        """All entries."""
+        return True
+
     def layout(self, spec: Spec) -> Layout:
         """``values`` (n,)."""
         return Layout((Field("values", spec.dtype, spec.numel),))

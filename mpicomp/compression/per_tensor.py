@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.identity import Identity
 from mpicomp.compression.random import mix64
 from mpicomp.errors import DivergenceError
 from mpicomp.timing import timed
@@ -34,10 +35,19 @@ class PerTensor(Compressor):
 
     Attributes:
         inner: the compressor of each.
+        dense_1d: whether tensors of less than two dimensions (biases, scales of normalizations) are sent as they are.
 
     """
 
     inner: Compressor
+    dense_1d: bool = False
+
+    def is_dense(self, part: Spec) -> bool:
+        """Return whether the tensor of `part` is sent as it is."""
+        return self.dense_1d and len(part.shapes[0]) < 2
+
+    def _of(self, part: Spec) -> Compressor:
+        return Identity() if self.is_dense(part) else self.inner
 
     @property
     def is_unbiased(self) -> bool:
@@ -51,16 +61,21 @@ class PerTensor(Compressor):
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
         """Start the inner compressor for each tensor."""
-        return PerTensorState([self.inner.init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)])
+        states = [self._of(part).init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)]
+        return PerTensorState(states)
 
     def layout(self, spec: Spec) -> Layout:
         """The inner layouts, one behind the other."""
-        return Layout.concatenate([self.inner.layout(part) for part in spec.parts])
+        return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
         """Compress each tensor; DivergenceError names one with a NaN."""
-        return self._each(self.inner.compress, spec, state, spec.split(x))
+
+        def compress(values: Tensor, part: Spec, inner: State) -> Payload:
+            return self._of(part).compress(values, part, inner)
+
+        return self._each(compress, spec, state, spec.split(x))
 
     @timed("compress")
     def compress_difference_(
@@ -70,7 +85,7 @@ class PerTensor(Compressor):
 
         def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
             values, public, room = vectors
-            return self.inner.compress_difference_(values, public, part, inner, room)
+            return self._of(part).compress_difference_(values, public, part, inner, room)
 
         vectors = zip(spec.split(x), spec.split(x_hat), spec.split(scratch), strict=True)
         return self._each(compress, spec, state, vectors)
@@ -96,4 +111,4 @@ class PerTensor(Compressor):
             i, _, name = key.partition(".")
             messages[int(i)][name] = tensor
         for message, part, values in zip(messages, spec.parts, spec.split(out), strict=True):
-            self.inner.accumulate(message, part, values, weight)
+            self._of(part).accumulate(message, part, values, weight)

@@ -201,14 +201,19 @@ class CompressionSection(Section):
     per_tensor: bool = False
     """Whether each tensor is compressed by itself, instead of the model as one vector."""
 
+    dense_1d: bool = False
+    """Whether tensors of less than two dimensions (biases, scales) are sent as they are; with `per_tensor`."""
+
     error_feedback: bool = False
-    """Whether what was not sent is added to the next message; CHOCO-SGD and AdaGossip do that by themselves."""
+    """Whether what was not sent is added to the next message; most algorithms do that by themselves."""
 
     def build(self) -> Compressor:
         """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
         compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.arguments()))
+        if self.dense_1d and not self.per_tensor:
+            raise ConfigError(f"{self.section()}.dense_1d needs {self.section()}.per_tensor = true")
         if self.per_tensor:
-            compressor = PerTensor(compressor)
+            compressor = PerTensor(compressor, self.dense_1d)
         return ErrorFeedback(compressor) if self.error_feedback else compressor
 
     def try_out(self, others: Mapping[str, Section]) -> None:

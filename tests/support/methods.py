@@ -1,6 +1,18 @@
 """Every synchronous algorithm and every compressor, for the tests that run over all of them."""
 
-from mpicomp.algorithms import ALGORITHMS, DPSGD, SSGD, AdaGossip, Algorithm, Choco, DeepSqueeze, LocalSGD
+from mpicomp.algorithms import (
+    ALGORITHMS,
+    DGC,
+    DPSGD,
+    EFSGD,
+    GMC,
+    SSGD,
+    AdaGossip,
+    Algorithm,
+    Choco,
+    DeepSqueeze,
+    LocalSGD,
+)
 from mpicomp.compression import (
     QSGD,
     Cast,
@@ -21,6 +33,7 @@ COMPRESSORS = {
     "topk": TopK(ratio=0.2),
     "topk_int8": TopK(ratio=0.2, values="int8"),
     "topk_per_tensor": PerTensor(TopK(ratio=0.2)),
+    "topk_dense_1d": PerTensor(TopK(ratio=0.2), dense_1d=True),
     "randk_shared": RandomK(ratio=0.2),
     "randk_private": RandomK(ratio=0.2, shared=False),
     "threshold": HardThreshold(threshold=0.05),
@@ -47,6 +60,15 @@ DETERMINISTIC = {
     "adagossip": AdaGossip(0.01, TOP),
     "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),
     "deep_squeeze": DeepSqueeze(0.05, TOP),
+    "ef_sgd": EFSGD(TOP),
+    "ef_sgd_momentum": EFSGD(TOP, momentum=0.9),
+    "ef_sgd_block": EFSGD(COMPRESSORS["block"]),
+    "ef_sgd_sign": EFSGD(COMPRESSORS["sign"]),
+    "gmc": GMC(TOP),
+    "gmc_block": GMC(COMPRESSORS["block"]),
+    "gmc_plus": GMC(TOP, detachment=0.3),
+    "dgc": DGC(COMPRESSORS["topk_dense_1d"]),
+    "dgc_warmup": DGC(TOP, nesterov=True, clip="rms", warmup_stages=2, warmup_steps=2),
     **{f"choco_{name}": Choco(0.1, c) for name, c in COMPRESSORS.items() if not isinstance(c, ErrorFeedback)},
 }
 

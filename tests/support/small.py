@@ -14,7 +14,8 @@ def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         for p in model.parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.4
-    momentum = 0.0 if getattr(algorithm, "quasi_global_momentum", 0) else 0.9
+    has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
+    momentum = 0.0 if has_own_momentum else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
     gossip = distribute(model, optimizer, algorithm, topology, world=world)
     centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))

@@ -1,0 +1,76 @@
+"""EF-SGD: the sum of compressed gradients, with an error memory and the momentum of each rank for itself.
+
+    g_k = gradient at x
+    u_k = mu u_k + g_k                                     local momentum (u_k = g_k for mu = 0)
+    p_k = e_k + u_k;  q_k = C(p_k);  e_k = p_k - q_k
+    x = x - lr u(sum_k w_k q_k)                            u: the optimizer, on all ranks alike
+
+The error is in the unit of a gradient, so a change of the learning rate does not touch it. The control for GMC and DGC:
+momentum before the compression, from the own gradients alone.
+
+Wire: see `mpicomp.exchange.aggregate`. Memory: ``e``, and ``u`` with momentum. Stich et al. 2018, arXiv 1809.07599;
+Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
+from mpicomp.algorithms.base import Local
+from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
+from mpicomp.exchange.base import Exchange
+
+
+@dataclass
+class EFSGDState:
+    """What a rank keeps.
+
+    Attributes:
+        feedback: the error memory (n,), and the state of the compressor.
+        velocity: (n,) the sum of the own gradients; None without momentum.
+
+    """
+
+    feedback: FeedbackState
+    velocity: Tensor | None
+
+
+@dataclass(frozen=True)
+class EFSGD(AggregatedAlgorithm[EFSGDState]):
+    """SGD on sums of compressed gradients.
+
+    Attributes:
+        momentum: mu in [0, 1), of each rank for itself.
+
+    """
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_momentum(self.momentum)
+
+    def init(self, local: Local, exchange: Exchange) -> EFSGDState:
+        """Start without an error."""
+        self.rank_weights(exchange.size)  # raises what is wrong with them
+        if self.momentum:
+            require_no_momentum("EF-SGD", local)
+        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        return EFSGDState(feedback, torch.zeros_like(local.x) if self.momentum else None)
+
+    def step(self, local: Local, state: EFSGDState, exchange: Exchange) -> None:
+        """Do one step in the order of the module's docstring."""
+        direction = local.gradient()
+        if state.velocity is not None:
+            direction = state.velocity.mul_(self.momentum).add_(direction)
+        payload = ErrorFeedback(self.compressor).compress(direction, local.spec, state.feedback)
+        self.average_(payload, local, exchange, local.g)
+        local.update()
+
+    def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
+        """``error_norm``, |e|."""
+        return {"error_norm": float(state.feedback.residual.norm())}

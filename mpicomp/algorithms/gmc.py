@@ -1,0 +1,94 @@
+"""GMC and GMC+: compressed gradients with the global momentum, the last step of the model that all ranks share.
+
+    x~ = x_t - lambda lr e_k                               detached point of GMC+; lambda = 0 is GMC
+    g_k = gradient at x~
+    p_k = e_k + g_k - (beta / lr) (x_t - x_{t-1})          all in the unit of a gradient
+    q_k = C(p_k);  e_k = p_k - q_k
+    x_{t+1} = x_t - lr sum_k w_k q_k                       by the optimizer, on all ranks alike
+
+Without compression this is heavy-ball momentum on the mean gradient (tested to 1e-12). What is compressed contains the
+step that all ranks have made together, where DGC and EF-SGD with momentum know the own gradients only: that is to help
+most where the data of the ranks differ. A change of the learning rate keeps the size of the last step and not its unit
+(heavy-ball convention; torch's SGD scales it), and leaves e as it is.
+
+Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
+detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
+lambda = 0.3 is DEF's remembered default. Treat ``detachment`` as unverified.
+
+Wire: see `mpicomp.exchange.aggregate`. Memory: ``e`` and ``x_{t-1}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
+from mpicomp.algorithms.base import Local
+from mpicomp.compression.base import PUBLIC_COPY
+from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+
+
+@dataclass
+class GMCState:
+    """What a rank keeps.
+
+    Attributes:
+        feedback: the error memory (n,), and the state of the compressor.
+        previous: (n,) the model of the step before.
+
+    """
+
+    feedback: FeedbackState
+    previous: Tensor = field(metadata=PUBLIC_COPY)
+
+
+@dataclass(frozen=True)
+class GMC(AggregatedAlgorithm[GMCState]):
+    """Global momentum compression.
+
+    Attributes:
+        momentum: beta in [0, 1).
+        detachment: lambda in [0, 1] of GMC+, unverified; 0 for GMC.
+
+    """
+
+    momentum: float = 0.9
+    detachment: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_momentum(self.momentum)
+        if not 0 <= self.detachment <= 1:
+            raise ConfigError(f"algorithm.detachment = {self.detachment} must be in [0, 1]")
+
+    def init(self, local: Local, exchange: Exchange) -> GMCState:
+        """Start without an error, at rest."""
+        self.rank_weights(exchange.size)  # raises what is wrong with them
+        require_no_momentum("GMC", local)
+        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        return GMCState(feedback, local.x.clone())
+
+    def step(self, local: Local, state: GMCState, exchange: Exchange) -> None:
+        """Do one step in the order of the module's docstring."""
+        error, previous = state.feedback.residual, state.previous
+        if self.detachment:
+            torch.mul(error, self.detachment * local.lr, out=local.g)  # room, until there is a gradient
+        if local.lr:  # a schedule that begins at zero has made no step yet
+            error.add_(previous.sub_(local.x), alpha=self.momentum / local.lr)
+        previous.copy_(local.x)
+        if self.detachment:
+            local.x.sub_(local.g)
+        local.gradient()
+        local.x.copy_(previous)
+        payload = ErrorFeedback(self.compressor).compress(local.g, local.spec, state.feedback)
+        self.average_(payload, local, exchange, local.g)
+        local.update()
+
+    def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
+        """``error_norm``, |e|."""
+        return {"error_norm": float(state.feedback.residual.norm())}

@@ -1,0 +1,57 @@
+"""Nonzero: the vector as it is, of which only the entries travel that are not zero.
+
+``Q(x) = x``. For sums of sparse messages, which a hub sends back: nothing is lost, so all ranks hold the same bits.
+Bytes of k entries: two counts of 4, k values, and k coded indices (see `mpicomp.compression.indices`); the plain vector
+where that is shorter. A negative zero arrives as a positive one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class Nonzero(Compressor):
+    """No compression of what is not zero."""
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Nothing is changed."""
+        return True
+
+    def layout(self, spec: Spec) -> Layout:
+        """``values``, at most (n,); ``indices``, coded, or none if all values are there."""
+        n = spec.numel
+        return Layout((Field("values", spec.dtype, n, variable=True), any_index_field(n)))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """Leave out the zeros; DivergenceError if there is a NaN."""
+        values, indices = kernels.above(x, _smallest(x.dtype))
+        code = write_indices(indices, spec.numel, any_index_field(spec.numel))
+        if values.numel() * x.element_size() + code.numel() < spec.numel * x.element_size():
+            return {"values": values, "indices": code}
+        return {"values": x, "indices": code[:0]}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out[indices] += weight * values``."""
+        values, code = payload["values"], payload["indices"]
+        if values.numel() == spec.numel and not code.numel():
+            out.add_(values, alpha=weight)
+        else:
+            scatter_add_(out, code, values, weight)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Return the smallest number above zero, a denormal one."""
+    limits = torch.finfo(dtype)
+    return float(limits.smallest_normal * limits.eps)
