@@ -9,6 +9,7 @@ from mpicomp.compression.natural import Natural
 from mpicomp.compression.per_tensor import PerTensor
 from mpicomp.compression.qsgd import QSGD
 from mpicomp.compression.randk import RandomK
+from mpicomp.compression.sampled_topk import SampledTopK
 from mpicomp.compression.sign import SignNorm
 from mpicomp.compression.terngrad import TernGrad
 from mpicomp.compression.threshold import HardThreshold
@@ -17,6 +18,7 @@ from mpicomp.compression.topk import TopK
 COMPRESSORS: dict[str, type[Compressor]] = {
     "identity": Identity,
     "topk": TopK,
+    "sampled_topk": SampledTopK,
     "randk": RandomK,
     "threshold": HardThreshold,
     "block": RandomBlock,
@@ -43,6 +45,7 @@ __all__ = [
     "PerTensor",
     "RandomBlock",
     "RandomK",
+    "SampledTopK",
     "SignNorm",
     "Spec",
     "TernGrad",

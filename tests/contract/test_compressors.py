@@ -18,6 +18,7 @@ from mpicomp.compression import (
     PerTensor,
     RandomBlock,
     RandomK,
+    SampledTopK,
     Spec,
     TopK,
 )
@@ -302,3 +303,21 @@ def test_values_of_an_unknown_type_are_refused():
     for build in (lambda: TopK(0.1, values="int4"), lambda: HardThreshold(0.1, values="int4")):
         with pytest.raises(ConfigError, match=r"compression.values = 'int4' must be one of 'full', "):
             build()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_sampled_top_k_keeps_nearly_the_largest(heavy):
+    """At most k entries, nearly k of them, and nearly those of the exact selection."""
+    n, k = 200_000, 2000
+    x = vector(n, torch.float64)
+    x = x**5 if heavy else x
+    spec, sampled, exact = Spec.flat(n, torch.float64), SampledTopK(0.01), TopK(0.01)
+    state = sampled.init(spec, CPU, 3)
+    counts = []
+    for _ in range(20):
+        payload = sampled.compress(x, spec, state)
+        counts.append(len(payload["values"]))
+        best = exact.decompress(exact.compress(x, spec, None), spec).norm()
+        assert sampled.decompress(payload, spec).norm() > 0.8 * best
+    assert max(counts) <= k and min(counts) >= 0.8 * k
+    assert len(set(counts)) > 1  # another sample each time

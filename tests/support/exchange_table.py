@@ -3,12 +3,27 @@
 `test_exchanges.py` runs the table over the loopback, `tests/mpi/test_neighbor.py` over MPI.
 """
 
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression import QSGD, HardThreshold, Identity, PerTensor, RandomBlock, SignNorm, TopK
+from mpicomp.compression.base import Field, Layout, Spec
 from mpicomp.errors import ExchangeError, TopologyError
+from mpicomp.exchange.aggregate import Aggregator
 from mpicomp.topology import OnePeerExponential, RandomMatching, Topology, chain, complete, ring, star, torus
+
+SUMMED = [
+    TopK(0.05),
+    PerTensor(TopK(0.05), dense_1d=True),
+    HardThreshold(2.0),
+    SignNorm(),
+    QSGD(bits=4),
+    RandomBlock(0.3),
+    Identity(),
+]
 
 VARIABLE = Layout(
     (Field("index", torch.int16, 97, True), Field("sign", torch.uint8, 13), Field("value", torch.float32, 97, True))
@@ -168,6 +183,60 @@ def refusing_a_message_of_another_layout(world):
             pending.wait()
 
 
+def summing_over_a_star_and_round_a_ring(world):
+    """The sum that a server would form: the same bits on all ranks, and those of the messages added up by rank."""
+    spec = Spec(("a", "b"), ((40, 20), (203,)))
+    vectors = [
+        torch.randn(spec.numel, generator=torch.Generator().manual_seed(rank)) * (rank + 1)
+        for rank in range(world.size)
+    ]
+    weights = [(rank + 1) / 10 for rank in range(world.size)]
+    shapes = (ring, star, lambda size: ring(size) if size < 4 else _crossed_ring(size))
+    for topology, compressor in product(shapes, SUMMED):
+        exchange = world.exchange(topology(world.size))
+        aggregator = Aggregator(exchange)
+        states = [compressor.init(spec, world.device, rank) for rank in range(world.size)]
+        for _ in range(3):
+            payloads = [compressor.compress(x, spec, state) for x, state in zip(vectors, states, strict=True)]
+            expected = torch.zeros(spec.numel)
+            for payload, weight in zip(payloads, weights, strict=True):
+                compressor.accumulate(payload, spec, expected, weight)
+            out = torch.full((spec.numel,), torch.nan)
+            aggregator.average_(payloads[world.rank], compressor, spec, out, weights)
+            assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(out, expected) or compressor.has_common_support
+            assert len({digest.tobytes() for digest in world.all_gather((out + 0.0).numpy())}) == 1
+            pending = aggregator.start(payloads[world.rank], compressor, spec, weights)
+            at_servers = torch.full((spec.numel,), torch.nan)
+            pending.wait_on_servers(at_servers)
+            assert not aggregator.is_server or torch.allclose(at_servers, expected, rtol=1e-5, atol=1e-5)
+        assert any(world.all_gather(aggregator.is_server))
+
+
+def _crossed_ring(size):
+    """A ring whose ranks are not in order."""
+    order = [*range(0, size, 2), *range(1, size, 2)]
+    mixing = np.eye(size) / 3
+    for i, rank in enumerate(order):
+        mixing[rank, order[i - 1]] = mixing[order[i - 1], rank] = 1 / 3
+    return Topology("crossed", mixing)
+
+
+def answering_from_the_servers(world):
+    for topology in (ring, star):
+        aggregator = Aggregator(world.exchange(topology(world.size)))
+        layout = Layout((Field("x", torch.float32, 5),))
+        mine = torch.arange(5.0) if aggregator.is_server else torch.full((5,), torch.nan)
+        assert torch.equal(aggregator.answer({"x": mine}, layout)["x"], torch.arange(5.0))
+
+
+def averaging_over_neighbors_alone(world):
+    for topology in (ring, star):
+        x = torch.arange(7.0) + 3 * world.rank
+        Aggregator(world.exchange(topology(world.size))).mean_(x)
+        assert torch.allclose(x, torch.arange(7.0) + 1.5 * (world.size - 1))
+
+
 def averaging_over_all_ranks(world):
     exchange = world.exchange(ring(world.size))
     sent = 0
@@ -241,6 +310,9 @@ TABLE = [
     refusing_a_second_start,
     refusing_a_topology_of_another_size,
     refusing_a_message_of_another_layout,
+    summing_over_a_star_and_round_a_ring,
+    answering_from_the_servers,
+    averaging_over_neighbors_alone,
     averaging_over_all_ranks,
     averaging_in_the_order_of_ranks,
     averaging_parameters_in_place,

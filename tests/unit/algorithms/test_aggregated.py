@@ -1,0 +1,287 @@
+"""Sums of compressed gradients: transcriptions of the listings in NumPy, identities, bytes, memory and bad input."""
+
+import numpy as np
+import pytest
+import torch
+from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+
+from mpicomp.algorithms import DGC, EFSGD, GMC, SGD, Choco
+from mpicomp.checkpoint.tree import flatten
+from mpicomp.compression import ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
+from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.exchange import loopback
+from mpicomp.topology import OnePeerExponential, chain, complete, ring, star, torus
+
+LR = 0.1
+KEPT = 6
+TOP = TopK(ratio=KEPT / DIM)
+GRAPHS = [ring(5), star(4), ring(4), star(3), ring(2), ring(1), chain(3)]
+
+
+def gradients(x):
+    return curvature() * (x - centers(len(x)))
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def everywhere(x, size):
+    """The model (DIM,) of all ranks, (size, DIM)."""
+    return np.tile(x, (size, 1))
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+class TestTranscriptions:
+    @pytest.mark.parametrize("mu", [0.0, 0.9])
+    def test_ef_sgd(self, graph, mu):
+        n = graph.size
+        x, e, u = np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for _ in range(30):
+            u = mu * u + gradients(everywhere(x, n))
+            q = top_k(e + u, KEPT)
+            e = e + u - q
+            x = x - LR * q.mean(axis=0)
+        trained = train(EFSGD(TOP, momentum=mu), graph, 30)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([state.feedback.residual for state in trained.states]), e)
+
+    @pytest.mark.parametrize("detachment", [0.0, 0.3])
+    def test_gmc(self, graph, detachment):
+        n = graph.size
+        x, before, e = np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM))
+        for _ in range(30):
+            g = gradients(everywhere(x, n) - detachment * LR * e)
+            p = e + g - 0.9 / LR * (x - before)
+            q = top_k(p, KEPT)
+            e = p - q
+            before, x = x, x - LR * q.mean(axis=0)
+        trained = train(GMC(TOP, momentum=0.9, detachment=detachment), graph, 30)
+        close(trained.x, everywhere(x, n), 1e-10)
+        close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    @pytest.mark.parametrize("masking", [False, True])
+    def test_dgc(self, graph, nesterov, masking):
+        n = graph.size
+        x, u, v = np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for _ in range(30):
+            g = gradients(everywhere(x, n))
+            g = g * np.minimum(1, 2.0 / np.sqrt(n) / np.linalg.norm(g, axis=1, keepdims=True))
+            u = 0.9 * (u + g) if nesterov else 0.9 * u + g
+            v = v + u + (g if nesterov else 0)
+            q = top_k(v, KEPT)
+            v = v - q
+            u = np.where((q != 0) & masking, 0, u)
+            x = x - LR * q.mean(axis=0)
+        method = DGC(TOP, momentum=0.9, nesterov=nesterov, masking=masking, clip="norm", clip_norm=2.0)
+        trained = train(method, graph, 30)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([state.u for state in trained.states]), u)
+        close(np.stack([state.v for state in trained.states]), v)
+
+    def test_weights_by_volume(self, graph):
+        n = graph.size
+        volumes = tuple(range(1, n + 1))
+        share = np.array(volumes)[:, None] / sum(volumes)
+        x, e = np.zeros(DIM), np.zeros((n, DIM))
+        for _ in range(30):
+            p = e + gradients(everywhere(x, n))
+            q = top_k(p, KEPT)
+            e = p - q
+            x = x - LR * (share * q).sum(axis=0)
+        close(train(EFSGD(TOP, "volume", volumes), graph, 30).x, everywhere(x, n))
+
+
+class TestIdentities:
+    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+    def test_gmc_without_compression_is_heavy_ball_on_the_mean_gradient(self, graph):
+        x, before = np.zeros(DIM), np.zeros(DIM)
+        for _ in range(200):
+            mean = gradients(everywhere(x, graph.size)).mean(axis=0)
+            before, x = x, x - LR * mean + 0.9 * (x - before)
+        close(train(GMC(Identity(), momentum=0.9), graph, 200).x, everywhere(x, graph.size))
+
+    def test_gmc_keeps_the_size_of_the_last_step_when_the_rate_drops(self):
+        """Heavy ball: the displacement counts, not the velocity of torch's SGD."""
+
+        def serve(world):
+            local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.as_tensor(centers(3)[world.rank]))
+            exchange = world.exchange(ring(3))
+            method = GMC(Identity(), momentum=0.9)
+            state = method.init(local, exchange)
+            for step in range(40):
+                local.lr = 0.1 if step < 20 else 0.01
+                method.step(local, state, exchange)
+            return local.x.numpy()
+
+        x, before = np.zeros(DIM), np.zeros(DIM)
+        for step in range(40):
+            mean = gradients(everywhere(x, 3)).mean(axis=0)
+            before, x = x, x - (0.1 if step < 20 else 0.01) * mean + 0.9 * (x - before)
+        close(np.stack(loopback.run(3, serve)), everywhere(x, 3))
+
+    def test_gmc_plus_without_an_error_is_gmc_bit_for_bit(self):
+        a, b = (train(GMC(Identity(), detachment=detachment), ring(5), 20) for detachment in (0.0, 1.0))
+        assert np.array_equal(a.x, b.x)
+
+    def test_dgc_that_sends_and_masks_all_is_sgd(self):
+        mean = train(EFSGD(), ring(5), 25).x
+        assert np.array_equal(train(DGC(TopK(ratio=1.0)), ring(5), 25).x, train(DGC(TopK(1.0)), star(5), 25).x)
+        close(train(DGC(TopK(ratio=1.0)), ring(5), 25).x, mean)
+
+    def test_dgc_without_masking_that_sends_all_is_sgd_with_momentum(self):
+        x, m = np.zeros(DIM), np.zeros(DIM)
+        for _ in range(25):
+            m = 0.9 * m + gradients(everywhere(x, 5)).mean(axis=0)
+            x = x - LR * m
+        close(train(DGC(TopK(ratio=1.0), masking=False), ring(5), 25).x, everywhere(x, 5))
+
+    def test_dgc_sends_tensors_of_one_dimension_whole_and_does_not_mask_them(self):
+        x, m = np.zeros(DIM), np.zeros(DIM)
+        for _ in range(25):
+            m = 0.9 * m + gradients(everywhere(x, 5)).mean(axis=0)
+            x = x - LR * m
+        trained = train(DGC(PerTensor(TOP, dense_1d=True)), ring(5), 25).x
+        close(trained[:, : DIM // 2], everywhere(x, 5)[:, : DIM // 2])  # tensor "a"
+        assert np.abs(trained - x)[:, DIM // 2 :].max() > 1e-3
+
+    @pytest.mark.parametrize("method", [EFSGD(TOP, momentum=0.9), GMC(TOP), DGC(TOP)], ids=lambda m: m.name)
+    def test_star_and_ring_agree_bit_for_bit(self, method):
+        on_a_star, on_a_ring = train(method, star(5), 30), train(method, ring(5), 30)
+        assert np.array_equal(on_a_star.x, on_a_ring.x)
+        assert (on_a_star.x == on_a_star.x[0]).all()
+
+    @pytest.mark.parametrize("compressor", [RandomBlock(0.25), Identity()], ids=lambda c: type(c).__name__)
+    def test_an_all_reduce_round_the_ring_agrees_to_rounding(self, compressor):
+        on_a_star, on_a_ring = (train(GMC(compressor), graph, 30) for graph in (star(5), ring(5)))
+        close(on_a_star.x, on_a_ring.x, 1e-11)
+        assert (on_a_ring.x == on_a_ring.x[0]).all()
+
+    @pytest.mark.parametrize("method", [EFSGD(), DGC(Identity())], ids=lambda m: m.name)
+    def test_one_rank_is_plain_sgd(self, method):
+        assert np.array_equal(train(method, ring(1), 15).x, train(SGD(), ring(1), 15).x)
+
+    def test_clipping_by_the_root_mean_square(self):
+        def serve(world):
+            local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.zeros(DIM, dtype=torch.float64), lr=1.0)
+            local.gradient = lambda: local.g.zero_().index_fill_(0, torch.tensor([2]), -10.0 * (world.rank == 1))
+            exchange = world.exchange(ring(3))
+            method = DGC(clip="rms")
+            method.step(local, method.init(local, exchange), exchange)
+            return local.x[2].item()
+
+        assert loopback.run(3, serve) == pytest.approx([10 / np.sqrt(3) / 3] * 3, rel=1e-12)
+
+    def test_warmup_sends_more_at_first(self):
+        method = DGC(TopK(ratio=1 / DIM), warmup=(0.5, 0.25), warmup_steps=3)
+        kept = [method.compressor_at(step).ratio for step in (0, 2, 3, 5, 6, 100)]
+        assert kept == [0.5, 0.5, 0.25, 0.25, 1 / DIM, 1 / DIM]
+        official = DGC(PerTensor(TopK(ratio=0.001)), warmup_stages=5, warmup_steps=1)
+        ratios = [official.compressor_at(step).inner.ratio for step in range(6)]
+        np.testing.assert_allclose(ratios, [0.316, 0.1, 0.0316, 0.01, 0.00316, 0.001], rtol=2e-3)
+
+
+class TestConvergence:
+    """To the known optimum, of ranks whose own optima lie apart."""
+
+    @pytest.mark.parametrize("compressor", [TopK(1 / DIM), RandomBlock(1 / 8), SignNorm()], ids=str)
+    @pytest.mark.parametrize("graph", [star(8), ring(8)], ids=lambda g: g.name)
+    def test_error_feedback_finds_it(self, compressor, graph):
+        x = train(EFSGD(compressor), graph, 600, lr=0.01).x
+        assert np.abs(x - centers(8).mean(axis=0)).max() < 0.06
+
+    def test_global_momentum_is_nearer_than_that_of_each_rank(self):
+        """With 1 of 24 entries sent and a momentum of 0.9, as the paper claims for ranks that differ."""
+        distances = {
+            method.name: np.linalg.norm(train(method, star(8), 600, lr=0.01).x[0] - centers(8).mean(axis=0))
+            for method in (GMC(TopK(1 / DIM)), DGC(TopK(1 / DIM)), EFSGD(TopK(1 / DIM), momentum=0.9))
+        }
+        assert distances["GMC"] < 0.8 * min(distances["DGC"], distances["EFSGD"]), distances
+
+
+class TestTraffic:
+    STEPS = 7
+
+    def test_relay(self):
+        one = 8 + 2  # a float64 value and a 16-bit index: shorter than a code
+        assert train(EFSGD(TopK(1 / DIM)), ring(5), self.STEPS).bytes_sent == [self.STEPS * 4 * one] * 5
+
+    def test_star(self):
+        one = 8 + 2
+        hub, *workers = train(EFSGD(TopK(1 / DIM)), star(5), self.STEPS).bytes_sent
+        assert workers == [self.STEPS * one] * 4
+        # Two counts, and at most 5 values with a bitmap, to 4 workers: never a dense vector.
+        assert hub <= self.STEPS * 4 * (2 * 4 + 5 * 8 + DIM // 8)
+
+    def test_ring_all_reduce_of_a_block(self):
+        block = DIM // 4 * 8
+        # Two and a half pieces of the block, padded to 2: 2 (n - 1) pieces a rank, which know nothing of the offset.
+        assert train(GMC(RandomBlock(0.25)), ring(3), self.STEPS).bytes_sent == [self.STEPS * 2 * 2 * block // 3] * 3
+        assert train(GMC(RandomBlock(0.25)), ring(5), self.STEPS).bytes_sent == [self.STEPS * 2 * 4 * 2 * 8] * 5
+
+    def test_star_of_a_block(self):
+        block = 4 + 4 + DIM // 4 * 8  # its offset, its count, its values
+        hub, *workers = train(GMC(RandomBlock(0.25)), star(5), self.STEPS).bytes_sent
+        assert workers == [self.STEPS * block] * 4
+        assert hub == self.STEPS * 4 * block
+
+
+@pytest.mark.parametrize(
+    ("method", "vectors"),
+    [(EFSGD(TOP), 1), (EFSGD(TOP, momentum=0.9), 2), (GMC(TOP), 2), (DGC(TOP), 3)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_memory(method, vectors):
+    (state, *_) = train(method, ring(5), 1).states
+    held = [*flatten(state).values(), getattr(state, "scratch", None)]
+    assert [len(leaf) for leaf in held if isinstance(leaf, torch.Tensor)] == [DIM] * vectors
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("graph", [torus(8), chain(4), complete(4), OnePeerExponential(4)], ids=lambda g: g.name)
+    def test_another_graph(self, graph):
+        with pytest.raises(TopologyError, match=r"Use topology\.kind = 'ring' or 'star'"):
+            EFSGD(TOP).check(graph)
+
+    @pytest.mark.parametrize("method", [EFSGD, GMC, DGC])
+    def test_error_feedback_twice(self, method):
+        with pytest.raises(ConfigError, match="twice"):
+            method(ErrorFeedback(TOP))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"momentum": 1.0}, r"algorithm\.momentum"),
+            ({"weights": "mass"}, r"algorithm\.weights = 'mass'"),
+            ({"volumes": (3, 0), "weights": "volume"}, "rank 1 has 0 samples"),
+            ({"clip": "hard"}, r"algorithm\.clip"),
+            ({"clip_norm": 0.0}, r"algorithm\.clip_norm"),
+            ({"warmup": (0.5,)}, r"algorithm\.warmup_steps = 0"),
+            ({"warmup": (1.5,), "warmup_steps": 2}, r"algorithm\.warmup: 1\.5"),
+            ({"warmup": (0.5,), "warmup_stages": 2, "warmup_steps": 2}, "leave out"),
+            ({"warmup_stages": -1}, "at least 0"),
+        ],
+        ids=str,
+    )
+    def test_parameters(self, arguments, message):
+        with pytest.raises(ConfigError, match=message):
+            DGC(TOP, **arguments)
+
+    def test_detachment(self):
+        with pytest.raises(ConfigError, match=r"algorithm\.detachment"):
+            GMC(detachment=2.0)
+
+    def test_a_warmup_needs_a_ratio(self):
+        with pytest.raises(ConfigError, match="keeps no fraction"):
+            DGC(SignNorm(), warmup=(0.5,), warmup_steps=2)
+
+    def test_volumes_of_another_number_of_ranks(self):
+        with pytest.raises(ConfigError, match="each of 3 ranks"):
+            train(EFSGD(TOP, "volume", (1, 2)), ring(3), 1)
+
+    @pytest.mark.parametrize("method", [GMC(), DGC(), EFSGD(momentum=0.9)], ids=lambda m: m.name)
+    def test_momentum_twice(self, method):
+        with pytest.raises(ConfigError, match=r"optimizer\.momentum = 0\.9"):
+            train(method, ring(3), 1, momentum=0.9)
+        train(Choco(0.1), ring(3), 1, momentum=0.9)
