@@ -8,9 +8,10 @@ where it regroups:
     agree       each survivor tells its dead to all others, message by message, until all of them name the same
     regroup     MPI_Comm_create_group, which is collective on the members of the new group only; with ULFM
                 MPI_Comm_shrink, because Open MPI then refuses the former
-    rebuild     mailboxes and counters are made anew; the old ones can never be freed
+    rebuild     mailboxes and counters are made anew; the old ones can never be freed, nor MPI be finalized
 
-To regroup and rebuild takes calls that block. A rank that dies in these milliseconds ends the run: a thread looks.
+To regroup and rebuild takes calls that block. They take 4 to 40 ms (4 ranks on 2 cores); a rank
+that dies meanwhile ends the run: a thread looks.
 
 The launcher must let the survivors live. Open MPI 5.0.11 does with ``mpiexec --with-ft ulfm``; without it, it kills all
 ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell that outlives

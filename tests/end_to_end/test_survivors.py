@@ -12,11 +12,11 @@ from support.runs import OPEN_MPI_HERE, records, wait_until
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(ROOT.glob(".venv*/bin/mpiexec"))
-BATCHES = 8 * (1437 // 16)
+BATCHES = 5 * (1437 // 16)
 RUN = [
     "configs/methods/dc_gossip.toml",
     *("--set", "run.on_peer_loss=continue"),
-    *("--set", "training.epochs=8"),
+    *("--set", "training.epochs=5"),
     *("--set", "run.log_every=5"),
     *("--set", "slow.ranks=[0,1,2,3]"),
     *("--set", "slow.seconds=0.02"),
