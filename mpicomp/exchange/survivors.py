@@ -10,8 +10,8 @@ where it regroups:
                 MPI_Comm_shrink, because Open MPI then refuses the former
     rebuild     mailboxes and counters are made anew; the old ones can never be freed, nor MPI be finalized
 
-To regroup and rebuild takes calls that block. They take 4 to 40 ms (4 ranks on 2 cores); a rank
-that dies meanwhile ends the run: a thread looks.
+To regroup and rebuild takes calls that block, for 4 to 40 ms (4 ranks on 2 cores). A rank that dies meanwhile ends the
+run: a thread looks.
 
 The launcher must let the survivors live. Open MPI 5.0.11 does with ``mpiexec --with-ft ulfm``; without it, it kills all
 ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell that outlives
