@@ -42,7 +42,7 @@ class Record:
         epoch: epochs done, fractional.
         loss: of the training batches.
         lr: the learning rate of this step.
-        bytes_sent: by all ranks together since the start.
+        bytes_sent: by all ranks together since the start; where some have died, by those that are left.
         seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
             also wait, when there was nothing to do.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
