@@ -34,6 +34,19 @@ class ExchangeError(MpicompError):
     exit_code = 4
 
 
+class RankLost(ExchangeError):
+    """Ranks whose processes have died while others live on.
+
+    Attributes:
+        ranks: their numbers, ascending.
+
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class DivergenceError(MpicompError):
     """Training that left the numbers: NaN or infinite loss, or public copies that run away."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mpicomp.algorithms.base import Algorithm, Local
 from mpicomp.compression.base import Compressor, Spec
 from mpicomp.errors import ConfigError, TopologyError
-from mpicomp.exchange.base import Mailbox
+from mpicomp.exchange.base import Exchange, Mailbox
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.topology.spectral import is_connected
 
@@ -105,6 +105,17 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     def name(self) -> str:
         """The class name, for messages."""
         return type(self).__name__
+
+
+class RegroupingAlgorithm(AsynchronousAlgorithm[S]):
+    """One whose ranks can go on when some of them have died, because none of them is special."""
+
+    @abstractmethod
+    def regroup_(self, local: Local, state: S, mailbox: Mailbox, exchange: Exchange) -> None:
+        """Go on with `mailbox`, over another graph of fewer ranks; collective on these.
+
+        What was under way in the old mailbox is lost; `exchange` has the edges of the new one.
+        """
 
 
 AnyAlgorithm = Algorithm[Any] | AsynchronousAlgorithm[Any]

@@ -21,6 +21,10 @@ old difference once more.
 ``max_staleness`` bounds how many steps a rank may be ahead of what it knows of each neighbor; with 0 it waits for all
 of them in every step, and (lambda0 = 0) does what CHOCO-SGD does in its overlapped order, but for the order of sums.
 
+When ranks have died (``run.on_peer_loss``), the others go on along the edges that are left, with new weights W: each
+tells its neighbors its model as it is, and ``xhat_i = x_i``, ``s_i = sum_j W_ij x_j``. Models, optimizers and mean
+squares stay; increments under way are lost, and the mean over ranks is now that of the survivors.
+
 Wire: one compressed message to each neighbor and step, at most. Memory: ``xhat``, ``s``, one scratch vector, and the
 mean square of the adaptive variant, whatever the degree. Not from a paper: a design of this package.
 """
@@ -35,18 +39,18 @@ from torch import Tensor
 
 from mpicomp.algorithms.asynchronous import (
     DELAYS,
-    AsynchronousAlgorithm,
     DelayCompensation,
+    RegroupingAlgorithm,
     Share,
     count_delay_,
     require_connected,
 )
 from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_feedback, require_positive
 from mpicomp.algorithms.choco import compression_error
-from mpicomp.compression.base import SCRATCH, Compressor, Spec, State
+from mpicomp.compression.base import SCRATCH, Compressor, Field, Layout, Spec, State
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import Mailbox
+from mpicomp.exchange.base import Exchange, Mailbox
 from mpicomp.topology.base import Schedule
 
 UNREAD = 8
@@ -86,7 +90,7 @@ class DCGossipState:
 
 
 @dataclass(frozen=True)
-class DCGossip(AsynchronousAlgorithm[DCGossipState]):
+class DCGossip(RegroupingAlgorithm[DCGossipState]):
     """Asynchronous gossip with compressed increments and delay compensation.
 
     Attributes:
@@ -201,6 +205,20 @@ class DCGossip(AsynchronousAlgorithm[DCGossipState]):
     def diagnostics(self, local: Local, state: DCGossipState) -> dict[str, float]:
         """``compression_error`` as for CHOCO-SGD."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+
+    def regroup_(self, local: Local, state: DCGossipState, mailbox: Mailbox, exchange: Exchange) -> None:
+        """Start the public copies anew at the models of all ranks, which neighbors get in one dense exchange."""
+        topology, rank = mailbox.topology, mailbox.rank
+        layout = Layout((Field("model", local.x.dtype, local.x.numel()), Field("steps", torch.int64, 1)))
+        pending = exchange.start({"model": local.x, "steps": torch.tensor([state.steps])}, layout, topology)
+        state.x_hat.copy_(local.x)
+        torch.mul(local.x, topology.weight(rank, rank), out=state.s)
+        arrived = pending.wait()
+        for source, payload in arrived.items():
+            state.s.add_(payload["model"].to(local.x.device), alpha=topology.weight(rank, source))
+        # As if the message of its step had come: a neighbor in the middle of it has sent that to the old mailbox.
+        state.heard = [int(payload["steps"]) for payload in arrived.values()]
+        state.delays = torch.zeros((len(arrived), DELAYS), dtype=torch.int64)
 
     def _send(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
         targets = mailbox.topology.targets(mailbox.rank)

@@ -208,6 +208,8 @@ def _train_on_mpi(request: _Request) -> bool:
         requests = StopRequests(config.run.stop_signal)
         world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
         is_finished = _train_rank(world, config, request, requests)
+        if world.has_lost_ranks:
+            world.leave(0 if is_finished else EXIT_UNFINISHED)
         everyone.barrier()  # a launcher ends the others as soon as one has left with an exit code that is not 0
     return is_finished
 
@@ -230,12 +232,13 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
     if folder is None:
         return True
     go_on = partial(train_model, checkpoint=checkpoint, resize=request.resize, requests=requests)
+    if world.rank == 0 or config.run.on_peer_loss == "continue":
+        end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
+        requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)
     if world.rank != 0:
         return go_on(config, world, folder) is not None
     for notice in world.notices:
         click.echo(notice)
-    end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
-    requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)
     undo = nullcontext() if checkpoint else folder.kept_if_used()
     with undo, Progress(config.training.steps, config.training.epochs) as progress:
         return go_on(config, world, folder, progress) is not None

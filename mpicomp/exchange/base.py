@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
@@ -189,6 +190,21 @@ class Counter(Protocol):
         """Give the memory back."""
 
 
+class Lookout(Protocol):
+    """Sees which ranks die, and makes a world of the others."""
+
+    def look(self) -> None:
+        """Raise RankLost if a rank has died; not collective. Waiting for all ranks looks too."""
+
+    def regrouped(self) -> AbstractContextManager[list[int]]:
+        """Make the world that of the survivors, numbered anew; the block gets those that have died, ascending.
+
+        Collective on the survivors, after RankLost on each of them. All that was made for the old world, an exchange, a
+        mailbox or a counter, is of no use any more, and must not be freed. A rank that dies while the block makes new
+        ones ends the run.
+        """
+
+
 class World(Protocol):
     """All ranks, seen from one of them. Every method is collective on all ranks, unless it says otherwise."""
 
@@ -227,6 +243,9 @@ class World(Protocol):
 
     def counter(self, start: int = 0) -> Counter:
         """Return a counter whose first value is `start`, the same on all ranks."""
+
+    def lookout(self, names: Sequence[str]) -> Lookout | None:
+        """Look after the ranks, of these `names`, from now on; None where one cannot die alone, or not be seen to."""
 
     def now(self) -> float:
         """Return the time in seconds, from any origin; not collective. A simulated world has a time of its own."""

@@ -514,6 +514,9 @@ class LoopbackWorld:
         self._counters += 1
         return LoopbackCounter(self._hub, self._counters, start)
 
+    def lookout(self, names: Sequence[str]) -> None:
+        """Return None: threads of one process live and die together."""
+
     def now(self) -> float:
         """Return the time in seconds; simulated time where the hub simulates it."""
         return self._hub.now()

@@ -102,21 +102,21 @@ def make_mailbox(
     board: Board
     if transport != "messages" and reach.is_everywhere:
         everyone = {rank: rank for rank in range(world.size)}
-        board = WindowBoard(world.comm.Dup(), everyone, world.rank, slots_at, world.is_polite)
+        board = WindowBoard(world.comm.Dup(), everyone, world.rank, slots_at, world.is_polite, world.wait)
     else:
         near = None
         if transport == "auto" and reach.near:
             node = _node(world)
             places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
-            near = WindowBoard(node, places, world.rank, slots_at, world.is_polite)
+            near = WindowBoard(node, places, world.rank, slots_at, world.is_polite, world.wait)
         board = MessageBoard(world.comm.Dup(), slots_at, near, world.is_polite)
-    mailbox = SlotMailbox(world, board, topology, nbytes, depth, _processes(world))
+    mailbox = SlotMailbox(world, board, topology, nbytes, depth, visible_processes(world))
     if progress == "thread" or (progress == "auto" and isinstance(board, MessageBoard) and is_possible()):
         mailbox.progress = ProgressThread(mailbox)
     return mailbox
 
 
-def _processes(world: MpiWorld) -> dict[int, Process]:
+def visible_processes(world: MpiWorld) -> dict[int, Process]:
     """Return the processes that this rank can see, by rank (collective on all ranks).
 
     In containers, processes of one machine may not see each other.

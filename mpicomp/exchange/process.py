@@ -38,6 +38,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
     try:
         # The second field, the name in brackets, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:  # ProcessLookupError, too: it may end while it is being read
+    # It may end while it is being read. Other errors, as of too many open files, say nothing of it.
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     return fields[0], int(fields[19])

@@ -46,12 +46,14 @@ class WindowBoard:
         rank: int,
         slots_at: Callable[[int], Slots],
         is_polite: bool,
+        wait: Callable[[MPI.Request, str], None],
     ) -> None:
         self.places = places
         self._comm = comm
         self._rank = rank
         self._slots_at = slots_at
         self._is_polite = is_polite
+        self._wait = wait
         self._win = allocate(comm, slots_at(rank).total)
         self.memory: Bytes = _memory(self._win)
 
@@ -77,7 +79,7 @@ class WindowBoard:
     def settle(self) -> None:
         """Wait until all puts of all ranks have arrived (collective on the ranks of the communicator)."""
         self._win.Flush_all()
-        self._comm.Barrier()
+        self._wait(self._comm.Ibarrier(), "arrival of all messages")
         self._win.Sync()
 
     def free(self) -> None:

@@ -19,10 +19,11 @@ from mpicomp.exchange.base import check_schedule, mean_in_order
 from mpicomp.exchange.guard import agree
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.mailbox import SlotMailbox
-from mpicomp.exchange.mailbox_choice import Progress, Reach, Transport, make_mailbox, try_reach
+from mpicomp.exchange.mailbox_choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.neighbor import NeighborExchange
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, core_share, shared_gpus, thread_count
-from mpicomp.exchange.wait import wait_all
+from mpicomp.exchange.survivors import Survivors
+from mpicomp.exchange.wait import poll, wait_all
 from mpicomp.exchange.window import WindowCounter
 from mpicomp.topology.base import Schedule, Topology
 
@@ -34,6 +35,9 @@ _BLOCK = 2**20
 
 _OUTPUT_S = 0.2
 """What a launcher gets to pass on the last lines of a rank before it is told to kill all of them."""
+
+LEAVE_S = 5.0
+"""How long a rank that leaves waits for the others, which a launcher may kill as soon as one has left."""
 
 
 class MpiWorld:
@@ -47,11 +51,20 @@ class MpiWorld:
     """
 
     def __init__(self, comm: MPI.Intracomm, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> None:
-        self.comm = comm.Dup()
+        self.host = socket.gethostname()
+        self._survivors: Survivors | None = None
+        self.join_(comm.Dup())
+        self.device = self._choose_device(device, allow_shared_gpu)
+        self._reach: Reach | None = None
+        self.is_simulated = False
+        self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
+
+    def join_(self, comm: MPI.Intracomm) -> None:
+        """Become the world of the ranks of `comm`, which is taken over; collective on these."""
+        self.comm = comm
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        self.host = socket.gethostname()
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
         self.local_rank = node.Get_rank()
         self.local_size = node.Get_size()
@@ -60,10 +73,6 @@ class MpiWorld:
         self.is_polite = self.core_share < 1 - 1e-9
         node.Free()
         torch.set_num_threads(thread_count(self.core_share))
-        self.device = self._choose_device(device, allow_shared_gpu)
-        self._reach: Reach | None = None
-        self.is_simulated = False
-        self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
 
     @classmethod
     def from_environment(cls, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> MpiWorld:
@@ -142,6 +151,18 @@ class MpiWorld:
         """Return a counter in the memory of rank 0."""
         return WindowCounter(self.comm.Dup(), start)
 
+    def lookout(self, names: Sequence[str]) -> Survivors | None:
+        """Look after the processes of all ranks from now on; None unless all are on this machine, and can be seen."""
+        processes = visible_processes(self)
+        is_seen = all(self.all_gather(len(processes) == self.size))
+        self._survivors = Survivors(self, names, [processes[rank] for rank in range(self.size)]) if is_seen else None
+        return self._survivors
+
+    @property
+    def has_lost_ranks(self) -> bool:
+        """Whether this is a world of survivors, which `leave` because MPI_Finalize would wait for the dead."""
+        return self._survivors is not None and self._survivors.has_lost_ranks
+
     def now(self) -> float:
         """Return the time in seconds."""
         return time.perf_counter()
@@ -177,6 +198,14 @@ class MpiWorld:
         """Wait for all ranks."""
         self.wait(self.comm.Ibarrier(), "barrier")
 
+    def leave(self, exit_code: int) -> NoReturn:
+        """End this process without MPI_Finalize; collective on all ranks, of which none is waited for for long."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._survivors = None  # ranks that have left have not died
+        poll(self.comm.Ibarrier().Test, LEAVE_S)
+        os._exit(exit_code)
+
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once; the launcher ends with `exit_code`.
 
@@ -189,8 +218,20 @@ class MpiWorld:
         os._exit(exit_code)
 
     def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
-        """Wait for the `request` of a collective operation, politely where ranks outnumber cores."""
-        wait_all([request], is_polite=self.is_polite, operation=operation)
+        """Wait for the `request` of a collective operation, politely where ranks outnumber cores.
+
+        Raises:
+            RankLost: a rank has died, if there is a `lookout`.
+
+        """
+        if self._survivors is not None:
+            self._survivors.wait(request, operation)
+        else:
+            wait_all([request], is_polite=self.is_polite, operation=operation)
+
+    def test(self, request: MPI.Request) -> bool:
+        """Return whether the `request` of a collective operation is complete."""
+        return bool(request.Test()) if self._survivors is None else self._survivors.test(request)
 
     def _choose_device(self, kind: DeviceKind, allow_shared_gpu: bool) -> torch.device:
         device, error = torch.device("cpu"), None
@@ -224,7 +265,7 @@ class MpiGather:
 
     def test(self) -> bool:
         """Return whether all ranks have given theirs."""
-        return bool(self._request.Test())
+        return self._world.test(self._request)
 
     def wait(self) -> list[list[float]]:
         """Return the numbers by rank."""

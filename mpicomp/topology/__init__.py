@@ -10,6 +10,7 @@ from mpicomp.errors import TopologyError, nearest, unknown_name
 from mpicomp.topology.base import TOLERANCE, Schedule, Topology
 from mpicomp.topology.custom import from_file, from_graph
 from mpicomp.topology.dynamic import OnePeerExponential, RandomMatching
+from mpicomp.topology.induced import induced
 from mpicomp.topology.spectral import (
     PeriodicSchedule,
     best_diffusion_step,
@@ -53,6 +54,7 @@ __all__ = [
     "from_file",
     "from_graph",
     "hypercube",
+    "induced",
     "is_connected",
     "make_topology",
     "period_product",

@@ -6,6 +6,9 @@ or to end because all batches are used up. Only for these they come together.
 
 Batches come from one pile (``algorithm.share = "by_speed"``: whoever is free takes the next, and each sample is used
 once an epoch) or each rank has its own (``"equal"``). A rank without batches goes on to serve the others.
+
+With ``run.on_peer_loss = "continue"`` ranks may die: whatever a rank is at then, `RankLost` takes it to the one place
+where the survivors regroup (see `mpicomp.exchange.survivors`).
 """
 
 from __future__ import annotations
@@ -20,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm
+from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm, RegroupingAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.tree import flatten, restore_
 from mpicomp.compression.base import SCRATCH
-from mpicomp.errors import CheckpointError, ConfigError, ExchangeError
-from mpicomp.exchange.base import Gather, World
+from mpicomp.errors import CheckpointError, ConfigError, ExchangeError, RankLost, TopologyError
+from mpicomp.exchange.base import Gather, Lookout, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Waiting, Watchdog
 from mpicomp.timing import take_seconds
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Topology
 from mpicomp.training.config import RunConfig
+from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
 from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary
 from mpicomp.training.replica import Replica
@@ -48,7 +52,7 @@ SLICE_S = 2e-3
 """How long a rank that is slow on purpose sleeps from poke to poke, where messages need that."""
 
 PEERS_S = 0.5
-"""How often a rank looks whether its neighbors are still there."""
+"""How often a rank looks whether the others are still there."""
 
 ASYNCHRONOUS_PARTS = (*PARTS, "wait")
 
@@ -79,6 +83,17 @@ class AsynchronousReplica(Replica):
             for p in model.parameters():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]
+
+    def regroup(self, topology: Topology) -> None:
+        """Go on over another graph, that of the survivors; collective on these."""
+        assert isinstance(self.algorithm, RegroupingAlgorithm)
+        sent, spec = self.bytes_sent, self.local.spec
+        nbytes = self.algorithm.message_nbytes(spec, self.world.size)
+        self.schedule = topology
+        self.link = self.mailbox = self.world.mailbox(topology, nbytes, self.algorithm.depth)
+        exchange = self.world.exchange(topology)
+        self.algorithm.regroup_(self.local, self.state, self.mailbox, exchange)
+        self.mailbox.bytes_sent = sent + exchange.bytes_sent
 
     def average_(self) -> None:
         """Take the model from its owners, if it has any; statistics are averaged over the ranks that train."""
@@ -200,13 +215,19 @@ class _Pulse:
 
 
 class _Batches:
-    """The batches that a rank takes, by number: from one pile for all ranks, or its own."""
+    """The batches that a rank takes, by number: from one pile for all ranks, or its own.
+
+    Attributes:
+        held: the one that it has taken, and not begun.
+        next: the number after the last one that it has taken.
+
+    """
 
     def __init__(self, setup: Setup, world: World, place: int, start: int, held: int | None) -> None:
         self.held = held
         self._total = setup.steps
         self._counter = world.counter(start) if setup.deal.size == 1 and setup.trainers > 1 else None
-        self._next = start
+        self.next = start
         self._is_trainer = place >= 0
 
     @property
@@ -218,9 +239,11 @@ class _Batches:
         """Return whether a batch can be taken now."""
         if self._is_trainer and self.held is None:
             if self._counter is None:
-                self.held, self._next = self._next, self._next + 1
+                self.held = self.next
             elif self._counter.test():
                 self.held = self._counter.take()
+            if self.held is not None:
+                self.next = self.held + 1
         return not self.is_over and self.held is not None
 
     def take(self) -> int:
@@ -254,18 +277,16 @@ def train_asynchronously(
     requests: StopRequests | None,
 ) -> Result | None:
     """Train with an asynchronous algorithm; see `mpicomp.training.loop.train`."""
-    run = _Run(config, world, setup, watchdog, folder, progress, requests)
+    crew = Crew.of(world, checkpoint)
+    if crew.lost:
+        setup.schedule, setup.trainers = crew.graph(config.topology.build(crew.size)), crew.size
+    run = _Run(config, world, setup, crew, watchdog, folder, progress, requests)
     run.begin(checkpoint, resize)
     while True:
-        reports = run.pulse()
-        if reports is not None:
-            if all(report.is_done for report in reports):
-                return run.end()
-            if reason := Reason(max(report.stop for report in reports)):
-                run.stop(reason)
-                return None
-            run.look_after(reports)
-        run.work()
+        try:
+            return run.train()
+        except RankLost:
+            run.regroup()
 
 
 class _Run:
@@ -276,6 +297,7 @@ class _Run:
         config: RunConfig,
         world: World,
         setup: Setup,
+        crew: Crew,
         watchdog: Watchdog,
         folder: RunFolder | None,
         progress: Progress | None,
@@ -284,6 +306,7 @@ class _Run:
         self._config = config
         self._world = world
         self._setup = setup
+        self._crew = crew
         self._watchdog = watchdog
         self._folder = folder
         self._progress = progress
@@ -300,17 +323,10 @@ class _Run:
         if self._mailbox.needs_poke:
             self._pace.sleep = self._sleep_and_poke
         self._learning_rate = config.schedule.build(setup.epoch(setup.steps))
-        self._saver: Saver | None = None
-        if folder:
-            self._saver = Saver(
-                world,
-                folder.checkpoints_path,
-                self._replica.identity(config.to_toml()),
-                config.checkpoint.keep_last,
-                config.checkpoint.keep_every,
-                progress.warn if progress else lambda line: None,
-            )
-        self._begun_before_save = False
+        self._saver = self._make_saver()
+        self._lookout: Lookout | None = None
+        # MPI may yet write into the buffers of a pulse that was given up.
+        self._given_up: list[_Pulse] = []
         self._last_save = self._last_look = time.monotonic()
 
     def begin(self, checkpoint: Checkpoint | None, resize: bool) -> None:
@@ -321,6 +337,8 @@ class _Run:
                 f"--resize: algorithm.kind = {config.algorithm.kind!r} cannot go on with another number of ranks yet"
             )
         seed_random(config.run.seed, world.rank)
+        if config.run.on_peer_loss == "continue":
+            self._look_out()
         start, held = 0, None
         if checkpoint:
             stored = self._restore(checkpoint)
@@ -330,20 +348,94 @@ class _Run:
                 self._folder.save_config(config)
                 self._folder.rewind(checkpoint.manifest.step)
         self._pace.gradients = self._meter.gradients
-        self._batches = _Batches(setup, world, self._place, start, held)
+        self._begin(start, held)
+        if self._progress:
+            self._progress.start(header(config, setup, world, self._logged), self._part_done)
+        self._meter.skip(world.now())
+
+    def train(self) -> Result | None:
+        """Train until all batches are used up, or somebody asks to stop."""
+        while True:
+            reports = self.pulse()
+            if reports is not None:
+                if all(report.is_done for report in reports):
+                    return self.end()
+                if reason := Reason(max(report.stop for report in reports)):
+                    self.stop(reason)
+                    return None
+                self.look_after(reports)
+            self.work()
+
+    def regroup(self) -> None:
+        """Go on without the ranks that have died; collective on the others."""
+        assert self._lookout is not None
+        self._given_up.append(self._pulse)
+        if self._saver:
+            self._saver.close()  # a checkpoint under way is given up
+        self._batches.hold()
+        world, setup, crew, members = self._world, self._setup, self._crew, self._watchdog.members
+        with self._lookout.regrouped() as dead:
+            names = [str(members[rank]) for rank in dead]
+            self._watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]
+            crew.lose(dead, names)
+            setup.schedule = crew.graph(self._config.topology.build(crew.size))
+            try:
+                self._algorithm.check(setup.schedule)
+            except TopologyError as error:
+                raise ExchangeError(
+                    f"{', '.join(names)} died, which leaves a graph that is not connected, so that the other ranks "
+                    "cannot go on: go on from the last checkpoint with --resume"
+                ) from error
+            self._replica.regroup(setup.schedule)
+            self._mailbox = self._replica.mailbox
+            start = max(world.all_gather(self._batches.next))
+            crew.taken = start - sum(world.all_gather(self._taken))
+            if world.rank == 0 and self._folder and not self._progress:
+                training = self._config.training
+                self._progress = Progress(training.steps, training.epochs)
+                self._progress.start([], self._part_done)
+            self._saver = self._make_saver()
+            self._begin(start, self._batches.held)
+        if self._progress:
+            ranks = "the other rank goes on" if world.size == 1 else f"the other {world.size} ranks go on"
+            self._progress.warn(f"{', '.join(names)} died; {ranks}, numbered anew")
+        self._meter.skip(world.now())
+        self._watchdog.moved()
+
+    def _begin(self, start: int, held: int | None) -> None:
+        """Begin to take batches, and to pulse; collective on all ranks."""
+        world = self._world
+        self._batches = _Batches(self._setup, world, self._place, start, held)
         self._last_reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
-        done = self._step(self._last_reports)
-        self._logged = done
+        self._logged = self._step(self._last_reports)
         self._evaluations = self._due_evaluations(self._last_reports)
-        self._saves = self._due_saves(done)
+        self._saves = self._due_saves(self._logged)
+        self._begun_before_save = False
         if self._folder and world.rank == 0:
             self._folder.save_ranks(self._watchdog.members)
-        if self._progress:
-            lines = header(config, setup, world, done)
-            whole = setup.steps * setup.deal.size
-            self._progress.start(lines, sum(report.gradients for report in self._last_reports) / whole)
         self._pulse = _Pulse(world)
-        self._meter.skip(world.now())
+
+    def _look_out(self) -> None:
+        """Look after all ranks, where they can go on without one; collective on all ranks."""
+        if self._mailbox.how == "window":
+            self._lookout = self._world.lookout([str(member) for member in self._watchdog.members])
+        if self._lookout is None and self._progress:
+            self._progress.warn(
+                "run.on_peer_loss = 'continue' needs ranks that are processes of one machine, see each other there and "
+                "write into windows; here it is 'stop'"
+            )
+
+    def _make_saver(self) -> Saver | None:
+        if self._folder is None:
+            return None
+        return Saver(
+            self._world,
+            self._folder.checkpoints_path,
+            self._replica.identity(self._config.to_toml()),
+            self._config.checkpoint.keep_last,
+            self._config.checkpoint.keep_every,
+            self._progress.warn if self._progress else lambda line: None,
+        )
 
     def pulse(self) -> list[_Report] | None:
         """Return the reports of all ranks, if there are new ones."""
@@ -355,6 +447,7 @@ class _Run:
     def work(self) -> None:
         """Compute a gradient, or serve; pause if there is nothing to do."""
         replica, algorithm = self._replica, self._algorithm
+        self._look_at_peers()
         for group in self._setup.optimizer.param_groups:
             group["lr"] = self._config.optimizer.lr * self._learning_rate(self._own_epoch())
         if self._batches.is_ready():
@@ -372,7 +465,6 @@ class _Run:
             self._watchdog.moved()
             return
         with Waiting("mail or the reports"):
-            self._look_at_peers()
             self._mailbox.pause()
         self._meter.wait(self._world.now())
 
@@ -423,6 +515,7 @@ class _Run:
             spectral_gap=spectral_gap(self._setup.schedule),
             gradients=record.gradients,
             delays=record.delays,
+            lost=self._crew.lost,
         )
         with replica.averaged() as model:
             if self._folder and world.rank == 0:
@@ -454,11 +547,24 @@ class _Run:
 
     def _step(self, reports: list[_Report]) -> int:
         """Return the steps of a rank on average."""
-        return sum(report.gradients for report in reports) // self._setup.trainers
+        return self._done(reports) // self._setup.trainers
+
+    def _done(self, reports: list[_Report]) -> int:
+        """Return the batches that are done, and those that the dead had taken."""
+        return sum(report.gradients for report in reports) + self._crew.taken
+
+    @property
+    def _part_done(self) -> float:
+        return self._done(self._last_reports) / (self._setup.steps * self._setup.deal.size)
+
+    @property
+    def _taken(self) -> int:
+        """The batches that this rank has taken."""
+        return self._meter.gradients + (self._batches.held is not None)
 
     def _due_evaluations(self, reports: list[_Report]) -> int:
         """Return how many evaluations are due by now, without the one at the end."""
-        done, whole = sum(report.gradients for report in reports), self._setup.steps * self._setup.deal.size
+        done, whole = self._done(reports), self._setup.steps * self._setup.deal.size
         epochs = min(done, whole - 1) / self._gradients_per_epoch
         return int(epochs / self._config.run.evaluate_every_epochs)
 
@@ -508,7 +614,7 @@ class _Run:
             self._watchdog.moved()
         record = Record(
             step=self._step(reports),
-            epoch=sum(r.gradients for r in reports) / self._gradients_per_epoch,
+            epoch=self._done(reports) / self._gradients_per_epoch,
             loss=(sum(r.loss for r in reports) - sum(r.loss for r in last)) / max(computed, 1),
             lr=self._replica.local.lr,
             bytes_sent=sum(r.bytes_sent for r in reports),
@@ -542,13 +648,13 @@ class _Run:
         step = self._step(reports)
         self._evaluate_if_due(reports)
         self._saves = self._due_saves(step)
-        taken = self._meter.gradients + (self._batches.held is not None)
-        taken_by_all = sum(self._world.all_gather(taken))
+        taken_by_all = sum(self._world.all_gather(self._taken)) + self._crew.taken
         if self._saver:
             leaves = {
                 **self._replica.state_dict(),
                 **{f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()},
-                "data/next": taken_by_all if self._setup.deal.size == 1 else taken,
+                **self._crew.leaves(),
+                "data/next": taken_by_all if self._setup.deal.size == 1 else self._taken,
                 "data/held": -1 if self._batches.held is None else self._batches.held,
             }
             self._saver.start(step, leaves)
@@ -581,14 +687,18 @@ class _Run:
         return stored
 
     def _free(self) -> None:
-        self._batches.free()
-        self._mailbox.free()
+        if not self._given_up:
+            self._batches.free()
+            self._mailbox.free()
 
     def _look_at_peers(self) -> None:
         now = time.monotonic()
         if now - self._last_look < PEERS_S:
             return
         self._last_look = now
+        if self._lookout:
+            self._lookout.look()
+            return
         for rank, peer in self._mailbox.peers().items():
             if peer.has_ended:
                 raise ExchangeError(

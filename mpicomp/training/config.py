@@ -25,6 +25,7 @@ from typing import Any
 import tomli_w
 
 from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms.asynchronous import RegroupingAlgorithm
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.topology.base import Schedule
@@ -64,6 +65,7 @@ FREE = {
     "run.allow_shared_gpu",
     "run.stop_signal",
     "run.hang_timeout_s",
+    "run.on_peer_loss",
     "training.epochs",
     "training.steps",
 }
@@ -162,7 +164,27 @@ class RunConfig:
         algorithm.check(schedule)
         if isinstance(algorithm, AsynchronousAlgorithm):
             self._check_asynchronous(algorithm, size)
+        if self.run.on_peer_loss == "continue":
+            self._check_survivable(algorithm)
         return schedule, algorithm
+
+    def _check_survivable(self, algorithm: AnyAlgorithm) -> None:
+        """Raise ConfigError where the ranks cannot go on without one of them."""
+        if not isinstance(algorithm, RegroupingAlgorithm):
+            why = (
+                "the part of the model that a hub holds is gone with it"
+                if isinstance(algorithm, AsynchronousAlgorithm)
+                else "its ranks wait for the messages of all of their neighbors in every step"
+            )
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue' does not go with algorithm.kind = {self.algorithm.kind!r}: {why}. Take "
+                "algorithm.kind = 'dc_gossip', or 'stop' and --resume"
+            )
+        if algorithm.share != "by_speed":
+            raise ConfigError(
+                "run.on_peer_loss = 'continue' needs algorithm.share = 'by_speed': with 'equal', the samples of a rank "
+                "would be lost with it"
+            )
 
     def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
         """Raise ConfigError where other sections contradict an asynchronous algorithm."""

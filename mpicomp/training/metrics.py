@@ -42,7 +42,7 @@ class Record:
         epoch: epochs done, fractional.
         loss: of the training batches.
         lr: the learning rate of this step.
-        bytes_sent: by all ranks together since the start.
+        bytes_sent: by all ranks together since the start; where some have died, by those that are left.
         seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
             also wait, when there was nothing to do.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
@@ -87,6 +87,7 @@ class Result:
         spectral_gap: of the topology.
         gradients: how many each rank has computed, where ranks go at their own pace.
         delays: as in `Record`.
+        lost: the ranks that have died on the way; all other fields are of those that are left, numbered anew.
 
     """
 
@@ -105,6 +106,7 @@ class Result:
     spectral_gap: float
     gradients: list[int] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
     @property
     def all_reduce_nbytes(self) -> int:
@@ -136,6 +138,7 @@ def summary(result: Result, folder: Path) -> list[str]:
     own = [f"{count}" if count else "none" for count in result.gradients]
     return [
         f"Trained {result.steps} steps on {ranks} in {result.seconds:.1f} s.",
+        *([f"Lost on the way: {', '.join(result.lost)}."] if result.lost else []),
         *([f"Gradients by rank: {', '.join(own)}."] if own else []),
         accuracy + ".",
         _traffic(result),

@@ -101,8 +101,8 @@ class Replica:
         Collective on all ranks; not counted as training traffic. This is the model to evaluate and to keep.
         """
         snapshot = self.local.snapshot()
-        self.average_()
         try:
+            self.average_()
             yield self.local.model
         finally:
             self.local.restore_(snapshot)

@@ -135,6 +135,9 @@ class RunSection(Section):
     hang_timeout_s: float = Field(600.0, ge=0, allow_inf_nan=False)
     """Seconds without a step after which a rank says what it waits for, and the run is ended; 0 for never."""
 
+    on_peer_loss: Literal["stop", "continue"] = "stop"
+    """What the other ranks do when one has died; ``"continue"`` for ``dc_gossip`` on one machine."""
+
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Look the signal up."""
         signal_number(self.stop_signal)

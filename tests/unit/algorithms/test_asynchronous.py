@@ -8,14 +8,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.quadratic import DIM, centers, curvature, top_k, train, train_asynchronously
+from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train, train_asynchronously
 
 from mpicomp.algorithms import ASGD, DCASGD, Choco, DCGossip
 from mpicomp.algorithms.asynchronous import DelayCompensation
 from mpicomp.compression import Identity, TopK
 from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback_mailbox import Links
-from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, ring, star
+from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, induced, ring, star
 
 LR = 0.1
 KEPT = 6
@@ -166,6 +167,48 @@ def test_public_copies_are_what_the_neighbors_know():
     hats = np.stack([state.x_hat.numpy() for state in trained.states])
     sums = np.stack([state.s.numpy() for state in trained.states])
     np.testing.assert_allclose(sums, graph.mixing @ hats, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bound", [None, 0, 2])
+def test_survivors_start_their_public_copies_anew(bound):
+    graph, kept = ring(4), [0, 1, 3]
+    left = induced(graph, kept)
+    algorithm = DCGossip(0.3, TopK(ratio=0.25), max_staleness=bound)
+    locals_, states = {}, {}
+
+    def train_until(world, rank, mailbox, end):
+        local, state = locals_[rank], states[rank]
+        local.gradient = lambda: (world.sleep([1.0, 1.1, 1.3, 2.0][rank]), type(local).gradient(local))[1]
+        while world.now() < end:
+            if not algorithm.step(local, state, mailbox):
+                mailbox.pause()
+
+    def begin(world):
+        local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.as_tensor(centers(4)[0]), LR)
+        mailbox = world.mailbox(graph, algorithm.message_nbytes(local.spec, 4), algorithm.depth)
+        locals_[world.rank], states[world.rank] = local, algorithm.init(local, mailbox)
+        train_until(world, world.rank, mailbox, 10)
+
+    def go_on(world):
+        rank = kept[world.rank]
+        local, state = locals_[rank], states[rank]
+        mailbox = world.mailbox(left, algorithm.message_nbytes(local.spec, 3), algorithm.depth)
+        algorithm.regroup_(local, state, mailbox, world.exchange(left))
+        hats, steps = world.all_gather(state.x_hat.numpy().copy()), world.all_gather(state.steps)
+        np.testing.assert_array_equal(hats[world.rank], local.x.numpy())
+        np.testing.assert_allclose(state.s.numpy(), left.mixing[world.rank] @ hats, rtol=0, atol=1e-12)
+        assert state.heard == [steps[source] for source in left.sources(world.rank)]
+        train_until(world, rank, mailbox, 250)
+        mailbox.settle()
+        algorithm.drain(local, state, mailbox)
+        hats = world.all_gather(state.x_hat.numpy().copy())
+        np.testing.assert_allclose(state.s.numpy(), left.mixing[world.rank] @ hats, rtol=0, atol=1e-12)
+        return state.steps - steps[world.rank], local.x.numpy()
+
+    run(4, begin, simulated=Links(0.2, 1e4))
+    steps, found = zip(*run(3, go_on, simulated=Links(0.2, 1e4)), strict=True)
+    assert min(steps) > 100
+    np.testing.assert_allclose(found, np.tile(centers(4)[0], (3, 1)), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,9 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (GOSSIP, ["downlink.kind=sign"], "has no use for the section \\[downlink\\]"),
         (HUB, ["downlink.error_feedback=true"], "downlink.error_feedback = true: a hub knows"),
         (GOSSIP, ["compression.error_feedback=true"], "compression.error_feedback = true: DC-gossip has"),
+        (HUB, ["run.on_peer_loss=continue"], "'continue' does not go with algorithm.kind = 'dc_asgd': the part of the"),
+        ("configs/methods/choco.toml", ["run.on_peer_loss=continue"], "'choco': its ranks wait for the messages"),
+        (GOSSIP, ["run.on_peer_loss=continue", "algorithm.share=equal"], "needs algorithm.share = 'by_speed'"),
         (GOSSIP, ["simulation.gradient_s=0.0"], "simulation.gradient_s = 0.0 must be greater than 0"),
     ],
 )
@@ -138,6 +141,14 @@ def test_a_loop_of_ones_own_is_told_to_take_another_method():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="train with it by `mpicomp train`"):
         run(2, lambda world: distribute(model, optimizer, ASGD(), "star", world=world))
+
+
+def test_threads_cannot_outlive_one_of_them(tmp_path):
+    options = [word for option in ("training.epochs=1", "schedule.warmup=0") for word in ("--set", option)]
+    arguments = ["train", GOSSIP, *options, "--set", "run.on_peer_loss=continue", "--run-dir", str(tmp_path / "run")]
+    outcome = CliRunner().invoke(main, [*arguments, "--loopback", "2"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "run.on_peer_loss = 'continue' needs ranks that are processes of one machine" in outcome.output
 
 
 def test_another_number_of_ranks_is_refused(tmp_path):
