@@ -19,6 +19,7 @@ from mpicomp.compression import (
     ErrorFeedback,
     HardThreshold,
     Identity,
+    LogGrid,
     Natural,
     PerTensor,
     RandomBlock,
@@ -26,6 +27,7 @@ from mpicomp.compression import (
     SignNorm,
     TernGrad,
     TopK,
+    UniformGrid,
 )
 
 COMPRESSORS = {
@@ -42,6 +44,8 @@ COMPRESSORS = {
     "qsgd": QSGD(bits=4, contractive=True),
     "terngrad": TernGrad(),
     "natural": Natural(),
+    "log_grid": LogGrid(k=2),
+    "uniform_grid": UniformGrid(bits=4),
     "float16": Cast(dtype="float16"),
     "bfloat16": Cast(dtype="bfloat16"),
     "topk_error_feedback": ErrorFeedback(PerTensor(TopK(ratio=0.1))),

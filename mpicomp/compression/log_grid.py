@@ -1,0 +1,70 @@
+"""Logarithmic grid: magnitudes rounded to zero or a power of two times the largest one.
+
+``Q(x)_i = max|x|`` times whichever of ``0, ±2**-k, ..., ±1/2, ±1`` is nearest to ``x_i / max|x|``; halfway, the one of
+larger magnitude. ``k = 0`` is ternary. No entry is moved by more than its own magnitude, and the largest not at all, so
+Q contracts with ``delta >= max|x|^2 / |x|^2``; it is biased and needs error feedback. Bytes:
+``4 + ceil(n / 8) ceil(log2(2 k + 3))``. The grid that Quantized Adam (Chen et al. 2020, arXiv 2004.14180) and
+Efficient-Adam (arXiv 2205.14473) use for updates, tensor by tensor; its definition is from memory of the papers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
+from mpicomp.compression.uniform_grid import in_units
+from mpicomp.errors import ConfigError
+from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.timing import timed
+
+
+@dataclass(frozen=True)
+class LogGrid(Compressor):
+    """Round to powers of two of the largest magnitude.
+
+    Attributes:
+        k: the smallest magnitude that is kept is ``2**-k`` of the largest, 0 to 30; 2 k + 3 values.
+
+    """
+
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= 30:
+            raise ConfigError(f"compression.k = {self.k} must be in 0...30: powers of two below the largest magnitude")
+
+    @property
+    def _bits(self) -> int:
+        return 1 + (self.k + 1).bit_length()
+
+    def layout(self, spec: Spec) -> Layout:
+        """``scale`` (1,), ``codes`` packed: the sign in the lowest bit, the place on the grid above."""
+        nbytes = packed_nbytes(spec.numel, self._bits)
+        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """Round and pack; NaN and infinity: DivergenceError."""
+        # between 0 and 2**-k the middle is half of that, between two powers three quarters of the larger one
+        middles = torch.tensor([2.0 ** -(self.k + 1), *(0.75 * 2.0**-i for i in reversed(range(self.k)))])
+        middles = middles.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        scale, parts = in_units(x, 1)
+        codes = [
+            torch.bucketize(part, middles, right=True).to(torch.int16) << 1 | (x[start:stop] < 0)
+            for part, (start, stop) in zip(parts, blocks(spec.numel), strict=True)
+        ]
+        packed = pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), self._bits)
+        return {"scale": scale, "codes": packed}
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """``out += weight * scale * value``."""
+        grid = [0.0, *(2.0**-i for i in reversed(range(self.k + 1)))]
+        table = torch.tensor([sign * value for value in grid for sign in (1, -1)], dtype=out.dtype, device=out.device)
+        scale = weight * float(payload["scale"])
+        for start, stop in blocks(spec.numel):
+            codes = unpack_codes(payload["codes"], self._bits, spec.numel, start, stop)
+            out[start:stop].add_(table[codes.int()], alpha=scale)
