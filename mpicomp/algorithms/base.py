@@ -44,6 +44,10 @@ class Local(Protocol):
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
 
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay of the optimizer, 0 if it has none."""
+
     def gradient(self) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
 

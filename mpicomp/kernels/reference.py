@@ -110,11 +110,11 @@ def adaptive_mix_(
         block = slice(start, start + _BLOCK)
         r = s[block] - x_hat[block]
         second = v[block].mul_(beta).addcmul_(r, r, value=1 - beta)
-        step = gamma / _sqrt(second / correction).add_(epsilon)
+        step = gamma / sqrt(second / correction).add_(epsilon)
         x[block].addcmul_(r, step.clamp_max_(clip))
 
 
-def _sqrt(x: Tensor) -> Tensor:
+def sqrt(x: Tensor) -> Tensor:
     """Return the root, rounded correctly; torch's on the CPU may come from a library that is off in the last bit."""
     if x.is_cpu and x.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.sqrt(x.numpy()))
