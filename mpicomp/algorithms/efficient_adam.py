@@ -8,12 +8,15 @@
     x = (1 - lr weight_decay) x - q                        all ranks alike; the model itself is never sent
 
 Moments are each rank's own and never sent: without compression this is the mean of the ranks' Adam steps, and *not*
-Adam on the mean gradient. Errors are in the unit of a parameter, so a change of the learning rate does not touch them.
+Adam on the mean gradient. Where the ranks' gradients differ by more than their noise, its fixed point is not the
+optimum of the mean: without noise each rank's step is near a sign, and the model goes to the median of the ranks'
+optima (tested). Deal the samples at random. Errors are in the unit of a parameter, so a change of the learning rate
+does not touch them.
 
 ``alpha_t`` is the learning rate, with Adam's bias correction in it (``bias_correction``, off in the paper's listing),
 and ``theta_t`` is ``beta2``. ``rates = "decaying"`` takes those of the theory instead, ``alpha_t = lr / sqrt(t)`` and
-``theta_t = 1 - beta2 / t``, as they are. The paper compresses tensor by tensor (``per_tensor``). The listing follows its
-abstract; quantizers and the schedules of the theory are from memory, the place of weight decay is ours.
+``theta_t = 1 - beta2 / t``, as they are. The paper compresses tensor by tensor (``per_tensor``). The listing follows
+its abstract; quantizers and the schedules of the theory are from memory, the place of weight decay is ours.
 
 Wire: star: a worker one message, the hub one answer to each worker; ring: ``size - 1`` messages a rank. Memory: the two
 moments, ``e_k``, and ``e`` on servers. Chen et al. 2023, arXiv 2205.14473, IEEE TSP 71.

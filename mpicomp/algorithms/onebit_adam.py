@@ -9,9 +9,9 @@
     x = (1 - lr weight_decay) x - lr m / (sqrt(v) + epsilon)                 all ranks alike
 
 Adam's step is no linear function of the gradient, so errors of compressed gradients would not cancel in it; with v
-frozen it is one of the momentum. A sign cannot say zero: entries whose momentum is exactly zero at the freeze (no
-gradient has ever reached them) get ``v = 0``, are sent as zero, and never move again. So freeze late enough that every
-parameter that matters has had a gradient; the reference code's default is 100,000 steps.
+frozen it is one of the momentum. A sign cannot say zero, and would be divided by epsilon where no gradient has come
+before the freeze, so that ``m = v = 0``: such entries are sent as zero, and never move again. So freeze late enough that
+every parameter that matters has had a gradient; the reference code's default is 100,000 steps.
 
 Differences from the reference code (DeepSpeed): any compressor (its sign is scaled by the root mean square, ours by the
 mean magnitude), tensor by tensor on request; a server for the whole vector instead of one for each piece of it; moments
@@ -42,7 +42,7 @@ class OneBitAdamState:
 
     Attributes:
         m: (n,) first moment, the same on all ranks.
-        v: (n,) second moment, the same on all ranks; from the freeze on, 0 marks what does not move.
+        v: (n,) second moment, the same on all ranks; after the freeze, 0 marks what does not move.
         messages: the errors, and the states of the compressors.
         steps: steps done.
 
@@ -82,8 +82,6 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
         if t <= self.freeze_step:
             Aggregator(exchange).mean_(g, self.rank_weights(exchange.size))
             moments_(state.m, state.v, g, self.beta1, self.beta2)
-            if t == self.freeze_step:
-                state.v.masked_fill_(state.m == 0, 0.0)
         else:
             self._agree_on_momentum(g, local, state, exchange)
         self.step_of_(state.m, state.v, lr, (t, min(t, self.freeze_step)), out=g)
