@@ -11,7 +11,9 @@
 Adam's step is no linear function of the gradient, so errors of compressed gradients would not cancel in it; with v
 frozen it is one of the momentum. A sign cannot say zero, and would be divided by epsilon where no gradient has come
 before the freeze, so that ``m = v = 0``: such entries are sent as zero, and never move again. So freeze late enough
-that every parameter that matters has had a gradient; the reference code's default is 100,000 steps.
+that every parameter that matters has had a gradient; the reference code's default is 100,000 steps. Signs also give
+rare entries, of small v, as much momentum as all others of their tensor: in short runs an ``epsilon`` near the usual
+size of a gradient holds them back, without which some diverged.
 
 Differences from the reference code (DeepSpeed): any compressor (its sign is scaled by the root mean square, ours by the
 mean magnitude), tensor by tensor on request; a server for the whole vector instead of one for each piece of it; moments

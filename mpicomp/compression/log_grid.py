@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
-from mpicomp.compression.uniform_grid import in_units
+from mpicomp import kernels
+from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
 from mpicomp.errors import ConfigError
-from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.kernels.reference import finite, packed_nbytes
 from mpicomp.timing import timed
 
 
@@ -48,23 +48,14 @@ class LogGrid(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round and pack; NaN and infinity: DivergenceError."""
+        largest = finite(float(x.abs().max()) if len(x) else 0.0)
+        scale = torch.tensor([largest], dtype=torch.float32, device=x.device)
         # between 0 and 2**-k the middle is half of that, between two powers three quarters of the larger one
-        middles = torch.tensor([2.0 ** -(self.k + 1), *(0.75 * 2.0**-i for i in reversed(range(self.k)))])
-        middles = middles.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        scale, parts = in_units(x, 1)
-        codes = [
-            torch.bucketize(part, middles, right=True).to(torch.int16) << 1 | (x[start:stop] < 0)
-            for part, (start, stop) in zip(parts, blocks(spec.numel), strict=True)
-        ]
-        packed = pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), self._bits)
-        return {"scale": scale, "codes": packed}
+        middles = [2.0 ** -(self.k + 1), *(0.75 * 2.0**-i for i in reversed(range(self.k)))]
+        return {"scale": scale, "codes": kernels.round_to_grid(x, float(scale), middles, self._bits)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * value``."""
         grid = [0.0, *(2.0**-i for i in reversed(range(self.k + 1)))]
-        table = torch.tensor([sign * value for value in grid for sign in (1, -1)], dtype=out.dtype, device=out.device)
-        scale = weight * float(payload["scale"])
-        for start, stop in blocks(spec.numel):
-            codes = unpack_codes(payload["codes"], self._bits, spec.numel, start, stop)
-            out[start:stop].add_(table[codes.int()], alpha=scale)
+        kernels.add_gridded_(out, payload["codes"], grid, self._bits, weight * float(payload["scale"]))

@@ -10,7 +10,6 @@ than half a step, and the largest not at all, so Q contracts; it is biased and n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +46,15 @@ class UniformGrid(Compressor):
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round and pack; the scale holds ``max|x| / S``. NaN and infinity: DivergenceError."""
         levels = (1 << self.bits) - 1
-        scale, parts = in_units(x, levels)
-        codes = [
-            part.round().clamp_(max=levels).to(torch.int16) << 1 | (x[start:stop] < 0)
-            for part, (start, stop) in zip(parts, blocks(spec.numel), strict=True)
-        ]
+        largest = finite(float(x.abs().max()) if len(x) else 0.0)
+        scale = torch.tensor([largest / levels], dtype=torch.float32, device=x.device)
+        unit = float(scale) or math.inf
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        codes = []
+        for start, stop in blocks(spec.numel):
+            part = x[start:stop]
+            multiples = part.to(wide).abs().div_(unit).round_().clamp_(max=levels)
+            codes.append(multiples.to(torch.int16) << 1 | (part < 0))
         packed = pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), self.bits + 1)
         return {"scale": scale, "codes": packed}
 
@@ -59,19 +62,3 @@ class UniformGrid(Compressor):
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """``out += weight * scale * multiple``."""
         kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))
-
-
-def in_units(x: Tensor, levels: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """Return ``max|x| / levels``, float32 (1,), and blocks of the magnitudes of `x` (n,) in that unit.
-
-    They are of at least single precision, and zero if the unit is.
-
-    Raises:
-        DivergenceError: a NaN or an infinity in `x`.
-
-    """
-    largest = finite(float(x.abs().max()) if len(x) else 0.0)
-    scale = torch.tensor([largest / levels], dtype=torch.float32, device=x.device)
-    unit = float(scale) or math.inf
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return scale, (x[start:stop].abs().to(wide).div_(unit) for start, stop in blocks(len(x)))
