@@ -11,8 +11,11 @@ from mpicomp.algorithms.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.dgc import DGC
 from mpicomp.algorithms.dpsgd import DPSGD
 from mpicomp.algorithms.ef_sgd import EFSGD
+from mpicomp.algorithms.efficient_adam import EfficientAdam
 from mpicomp.algorithms.gmc import GMC
 from mpicomp.algorithms.local_sgd import LocalSGD
+from mpicomp.algorithms.onebit_adam import OneBitAdam
+from mpicomp.algorithms.powersgd import PowerSGD
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.ssgd import SSGD
 
@@ -27,6 +30,9 @@ ALGORITHMS: dict[str, type] = {
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
+    "efficient_adam": EfficientAdam,
+    "onebit_adam": OneBitAdam,
+    "powersgd": PowerSGD,
     "asgd": ASGD,
     "dc_asgd": DCASGD,
     "dc_gossip": DCGossip,
@@ -50,6 +56,9 @@ __all__ = [
     "Choco",
     "DCGossip",
     "DeepSqueeze",
+    "EfficientAdam",
     "Local",
     "LocalSGD",
+    "OneBitAdam",
+    "PowerSGD",
 ]

@@ -44,6 +44,10 @@ class Local(Protocol):
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
 
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay of the optimizer, 0 if it has none."""
+
     def gradient(self) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
 
@@ -74,7 +78,10 @@ class Algorithm(ABC, Generic[S]):
         """Do one step of training (collective on all ranks)."""
 
     def diagnostics(self, local: Local, state: S) -> dict[str, float]:
-        """Return numbers of this rank worth a place in the metrics; no communication."""
+        """Return numbers of this rank worth a place in the metrics; no communication.
+
+        Of synchronous methods, the metrics have the mean over the ranks that give a number.
+        """
         return {}
 
     @property

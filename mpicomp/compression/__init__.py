@@ -5,6 +5,7 @@ from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.cast import Cast
 from mpicomp.compression.feedback import ErrorFeedback
 from mpicomp.compression.identity import Identity
+from mpicomp.compression.log_grid import LogGrid
 from mpicomp.compression.natural import Natural
 from mpicomp.compression.per_tensor import PerTensor
 from mpicomp.compression.qsgd import QSGD
@@ -14,6 +15,7 @@ from mpicomp.compression.sign import SignNorm
 from mpicomp.compression.terngrad import TernGrad
 from mpicomp.compression.threshold import HardThreshold
 from mpicomp.compression.topk import TopK
+from mpicomp.compression.uniform_grid import UniformGrid
 
 COMPRESSORS: dict[str, type[Compressor]] = {
     "identity": Identity,
@@ -26,6 +28,8 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "qsgd": QSGD,
     "terngrad": TernGrad,
     "natural": Natural,
+    "log_grid": LogGrid,
+    "uniform_grid": UniformGrid,
     "cast": Cast,
 }
 """The values of ``compression.kind``."""
@@ -40,6 +44,7 @@ __all__ = [
     "HardThreshold",
     "Identity",
     "Layout",
+    "LogGrid",
     "Natural",
     "Payload",
     "PerTensor",
@@ -50,4 +55,5 @@ __all__ = [
     "Spec",
     "TernGrad",
     "TopK",
+    "UniformGrid",
 ]

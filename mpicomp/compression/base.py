@@ -42,6 +42,9 @@ ERROR_MEMORY = {"resize": "sum"}
 PUBLIC_COPY = {"resize": "model"}
 """A field that copies of models make up: after a dense exchange of the mean model it is that model."""
 
+SERVERS = {"resize": "servers"}
+"""A field (n,) that servers hold, all of them alike, and other ranks as (0,): new servers get it."""
+
 OWN = {"resize": "own"}
 """A field that tells a rank from the others: new ranks keep what `init` gave them."""
 

@@ -6,7 +6,7 @@ One function an operation, on flat tensors; no kernel knows of messages, ranks o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -110,11 +110,11 @@ def adaptive_mix_(
         block = slice(start, start + _BLOCK)
         r = s[block] - x_hat[block]
         second = v[block].mul_(beta).addcmul_(r, r, value=1 - beta)
-        step = gamma / _sqrt(second / correction).add_(epsilon)
+        step = gamma / sqrt(second / correction).add_(epsilon)
         x[block].addcmul_(r, step.clamp_max_(clip))
 
 
-def _sqrt(x: Tensor) -> Tensor:
+def sqrt(x: Tensor) -> Tensor:
     """Return the root, rounded correctly; torch's on the CPU may come from a library that is off in the last bit."""
     if x.is_cpu and x.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.sqrt(x.numpy()))
@@ -265,6 +265,33 @@ def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None
         codes = unpack_codes(packed, bits + 1, len(out), start, stop)
         signed = (codes >> 1) * (1 - 2 * (codes & 1))
         out[start:stop].add_(signed.to(out.dtype), alpha=scale)
+
+
+def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
+    """Return the places of ``|x_i| / unit`` among ascending `middles`, with the signs, as `pack_codes` of `bits` bits.
+
+    A code is twice the number of middles that are not larger, plus one if x is negative. A unit of 0, or one that is 0
+    in the type of `x`, makes all places 0. The middles must be exact in the type of `x`, and above zero.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unit = float(torch.tensor(unit, dtype=wide)) or math.inf
+    bounds = torch.tensor(middles, dtype=wide, device=x.device)
+    codes = []
+    for start in range(0, len(x), _BLOCK):
+        part = x[start : start + _BLOCK]
+        places = torch.bucketize(part.to(wide).abs() / unit, bounds, right=True)
+        codes.append(places.to(torch.int16) << 1 | (part < 0))
+    return pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), bits)
+
+
+def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
+    """``out += scale * grid[place]``, with its sign, for the places that `round_to_grid` has packed."""
+    signed = [sign * value for value in grid for sign in (1, -1)]
+    table = torch.tensor(signed, dtype=out.dtype, device=out.device)
+    for start in range(0, len(out), _BLOCK):
+        stop = min(len(out), start + _BLOCK)
+        codes = unpack_codes(packed, bits, len(out), start, stop)
+        out[start:stop].add_(table[codes.int()], alpha=scale)
 
 
 def pack_signs(x: Tensor) -> Tensor:

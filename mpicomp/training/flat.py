@@ -64,6 +64,11 @@ class FlatModel:
         group = self.optimizer.param_groups[0]
         return float(group.get("momentum", 0.0) or group.get("betas", (0.0,))[0])
 
+    @property
+    def weight_decay(self) -> float:
+        """The largest weight decay of the optimizer's groups, 0 without one."""
+        return max(float(group.get("weight_decay", 0.0)) for group in self.optimizer.param_groups)
+
     @timed("gradient")
     def gradient(self) -> Tensor:
         """Run `closure` and its backward pass; return the flat gradient (n,)."""

@@ -298,7 +298,10 @@ def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: boo
         seconds={part: fmean(p[part] for p in parts) for part in PARTS},
         consensus_distance=distance,
         test_accuracy=accuracy,
-        diagnostics={key: fmean(d[key] for d in diagnostics) for key in diagnostics[0]},
+        diagnostics={
+            key: fmean(numbers[key] for numbers in diagnostics if key in numbers)
+            for key in dict.fromkeys(key for numbers in diagnostics for key in numbers)
+        },
     )
 
 

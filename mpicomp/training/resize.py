@@ -6,6 +6,7 @@ The new ranks all start from the same state, which rank 0 makes of the files of 
     momentum, second moments               the mean
     error memory                           its sum over the old ranks, divided evenly: the sum is kept
     public copies                          the consensus model, which every rank gets in one dense exchange
+    what only servers hold                 as it is, by every new server
     counters and other numbers             those of the old rank 0
     bytes sent                             their sum, divided evenly
     random generators of the process       drawn anew from (steps, rank)
@@ -47,7 +48,7 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
 
     Args:
         checkpoint: of any number of ranks.
-        rules: by path: ``"sum"``, ``"model"``; the mean for all others.
+        rules: by path: ``"sum"``, ``"model"``, ``"servers"``; the mean for all others.
         ranks: the new number.
 
     Raises:
@@ -59,7 +60,10 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
     for file in files[1:]:
         hdf5.check(file, checkpoint.manifest.files[file.name])
     for path, leaf in combined.items():
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not path.startswith("random/"):
+        if rules.get(path) == "servers":
+            held = (cast(Tensor, hdf5.read(file, names=[path])[path]) for file in files)
+            combined[path] = max(held, key=Tensor.numel)
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point() and not path.startswith("random/"):
             total = leaf.to(torch.float64)
             for file in files[1:]:
                 total += cast(Tensor, hdf5.read(file, names=[path])[path])
@@ -90,7 +94,7 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
             error = failure
     agree(gossip.world, error)
     combined = _broadcast(gossip.world, leaves)
-    combined.update({path: own[path] for path, rule in rules.items() if rule == "own" and path in combined})
+    combined.update({path: own[path] for path, rule in rules.items() if path in combined and _keeps(own[path], rule)})
     error = None
     try:
         gossip.load_state_dict(combined)
@@ -99,6 +103,11 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
     agree(gossip.world, error)
     seed_random(gossip.steps, gossip.world.rank)
     return combined
+
+
+def _keeps(leaf: Leaf, rule: str) -> bool:
+    """Return whether a rank keeps what `init` gave it."""
+    return rule == "own" or (rule == "servers" and isinstance(leaf, Tensor) and not leaf.numel())
 
 
 def _broadcast(world: World, leaves: dict[str, Leaf] | None) -> dict[str, Leaf]:

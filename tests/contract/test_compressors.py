@@ -15,12 +15,14 @@ from mpicomp.compression import (
     QSGD,
     ErrorFeedback,
     HardThreshold,
+    LogGrid,
     PerTensor,
     RandomBlock,
     RandomK,
     SampledTopK,
     Spec,
     TopK,
+    UniformGrid,
 )
 from mpicomp.compression.base import BLOCK
 from mpicomp.compression.indices import scatter_add_
@@ -36,6 +38,10 @@ CASES = {
     "topk_all": TopK(1.0),
     **{f"topk_{values}": TopK(0.1, values=values) for values in ("float32", "bfloat16", "float16", "int8")},
     "threshold_int8": HardThreshold(0.05, values="int8"),
+    "ternary": LogGrid(k=0),
+    "log_grid_30": LogGrid(k=30),
+    "uniform_grid_1": UniformGrid(bits=1),
+    "uniform_grid_8": UniformGrid(bits=8),
 }
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1000]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -204,7 +210,7 @@ def test_nan_is_refused_and_the_tensor_named(compressor):
         PerTensor(compressor).compress(x, spec_of(30), PerTensor(compressor).init(spec_of(30), CPU))
 
 
-@pytest.mark.parametrize("kind", ["sign", "qsgd"])
+@pytest.mark.parametrize("kind", ["sign", "qsgd", "log_grid", "uniform_grid"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_has_no_scale_and_the_tensor_is_named(kind, bad):
     x, spec, compressor = vector(30), spec_of(30), PerTensor(CASES[kind])
@@ -321,3 +327,36 @@ def test_sampled_top_k_keeps_nearly_the_largest(heavy):
         assert sampled.decompress(payload, spec).norm() > 0.8 * best
     assert max(counts) <= k and min(counts) >= 0.8 * k
     assert len(set(counts)) > 1  # another sample each time
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_log_grid_takes_the_nearest_power_of_two(k, dtype):
+    """And halfway the larger magnitude; of 2 k + 3 values."""
+    grid = torch.tensor([0.0, *(2.0**-i for i in range(k + 1))], dtype=dtype).sort(descending=True).values
+    middles = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat([grid, middles, vector(200, dtype).clamp(-1, 1)]) * 8  # a power of two, so that middles are exact
+    x = torch.cat([x, -x])
+    nearest = (x.abs()[:, None] / 8 - grid).abs().argmin(dim=1)  # the first of two, which is the larger
+    payload, wire = send(LogGrid(k), x, Spec.flat(len(x), dtype))
+    assert torch.equal(LogGrid(k).decompress(payload, Spec.flat(len(x), dtype)), x.sign() * grid[nearest] * 8)
+    assert len(wire) == 4 + -(-len(x) // 8) * int(np.ceil(np.log2(2 * k + 3)))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_uniform_grid_takes_the_nearest_multiple(bits):
+    levels = 2**bits - 1
+    halves = torch.arange(0, 2 * levels + 1, dtype=torch.float64) / 2
+    x = torch.cat([halves, -halves, vector(200, torch.float64).clamp(-1, 1) * levels])
+    spec = Spec.flat(len(x), torch.float64)
+    payload, wire = send(UniformGrid(bits), x, spec)
+    assert torch.equal(UniformGrid(bits).decompress(payload, spec), torch.from_numpy(np.rint(x.numpy())))
+    assert len(wire) == 4 + -(-len(x) // 8) * (bits + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(lambda: LogGrid(31), "compression.k = 31"), (lambda: UniformGrid(0), "compression.bits = 0")]
+)
+def test_grids_check_their_numbers(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

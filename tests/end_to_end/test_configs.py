@@ -44,3 +44,12 @@ def test_it_begins_to_learn(path):
     assert result.steps == 40
     assert math.isfinite(result.consensus_distance)
     assert result.test_accuracy > 0.5
+
+
+@pytest.mark.parametrize("kind", ["efficient_adam", "onebit_adam", "powersgd"])
+def test_the_server_of_a_star_has_numbers_of_its_own(kind):
+    overrides = ["topology.kind=star", "training.steps=40", "schedule.warmup=0"]
+    config = RunConfig.load(CONFIGS / "methods" / f"{kind}.toml", overrides)
+    (result, *others) = run(3, lambda world: train(config, world, None, None))
+    assert all(other == result for other in others)
+    assert result.test_accuracy > 0.5

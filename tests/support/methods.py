@@ -11,7 +11,10 @@ from mpicomp.algorithms import (
     Algorithm,
     Choco,
     DeepSqueeze,
+    EfficientAdam,
     LocalSGD,
+    OneBitAdam,
+    PowerSGD,
 )
 from mpicomp.compression import (
     QSGD,
@@ -19,6 +22,7 @@ from mpicomp.compression import (
     ErrorFeedback,
     HardThreshold,
     Identity,
+    LogGrid,
     Natural,
     PerTensor,
     RandomBlock,
@@ -27,6 +31,7 @@ from mpicomp.compression import (
     SignNorm,
     TernGrad,
     TopK,
+    UniformGrid,
 )
 
 COMPRESSORS = {
@@ -41,9 +46,13 @@ COMPRESSORS = {
     "threshold": HardThreshold(threshold=0.05),
     "block": RandomBlock(ratio=0.25),
     "sign": SignNorm(),
+    "sign_per_tensor": PerTensor(SignNorm()),
     "qsgd": QSGD(bits=4, contractive=True),
     "terngrad": TernGrad(),
     "natural": Natural(),
+    "log_grid": LogGrid(k=2),
+    "log_grid_per_tensor": PerTensor(LogGrid(k=2)),
+    "uniform_grid": UniformGrid(bits=4),
     "float16": Cast(dtype="float16"),
     "bfloat16": Cast(dtype="bfloat16"),
     "topk_error_feedback": ErrorFeedback(PerTensor(TopK(ratio=0.1))),
@@ -71,6 +80,14 @@ DETERMINISTIC = {
     "gmc_plus": GMC(TOP, detachment=0.3),
     "dgc": DGC(COMPRESSORS["topk_dense_1d"]),
     "dgc_warmup": DGC(TOP, nesterov=True, clip="rms", warmup_stages=2, warmup_steps=2),
+    "efficient_adam": EfficientAdam(COMPRESSORS["log_grid_per_tensor"], downlink=COMPRESSORS["uniform_grid"]),
+    "efficient_adam_decaying": EfficientAdam(
+        TOP, downlink=TOP, weight_decay=1e-3, rates="decaying", bias_correction=False
+    ),
+    "efficient_adam_random": EfficientAdam(COMPRESSORS["qsgd"], downlink=COMPRESSORS["qsgd"]),
+    "onebit_adam": OneBitAdam(COMPRESSORS["sign_per_tensor"], downlink=COMPRESSORS["sign_per_tensor"], freeze_step=4),
+    "powersgd": PowerSGD(rank=1),
+    "powersgd_momentum": PowerSGD(rank=2, momentum=0.9),
     **{f"choco_{name}": Choco(0.1, c) for name, c in COMPRESSORS.items() if not isinstance(c, ErrorFeedback)},
 }
 

@@ -38,6 +38,7 @@ class Quadratic:
     center: Tensor
     lr: float = 0.1
     momentum: float = 0.0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         self.spec = Spec(("a", "b"), ((DIM // 2,), (2, DIM // 4)), self.x.dtype)

@@ -16,7 +16,10 @@ def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable
             p.data = torch.randn(p.shape, generator=generator) * 0.4
     has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
     momentum = 0.0 if has_own_momentum else 0.9
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
+    weight_decay = 1e-3
+    if hasattr(algorithm, "weight_decay"):  # it takes its steps by itself
+        momentum = weight_decay = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=weight_decay)
     gossip = distribute(model, optimizer, algorithm, topology, world=world)
     centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 

@@ -6,6 +6,7 @@ The functions here take tensors; what they call takes arrays, in memory that the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,22 @@ def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
 def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
     """See `reference.add_quantized_`."""
     quantizer.add_quantized(_array(out), _packed(packed, len(out), bits + 1), bits, scale)
+
+
+def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
+    """See `reference.round_to_grid`."""
+    packed = torch.empty(packed_nbytes(len(x), bits), dtype=torch.uint8)
+    entries = _array(x)
+    quantizer.round_to_grid(entries, unit, np.array(middles, entries.dtype), bits, packed.numpy())
+    return packed
+
+
+def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
+    """See `reference.add_gridded_`."""
+    entries = _array(out)
+    table = np.zeros(1 << bits, entries.dtype)
+    table[: 2 * len(grid)] = [sign * value for value in grid for sign in (1, -1)]
+    quantizer.add_gridded(entries, _packed(packed, len(out), bits), table, bits, scale)
 
 
 def pack_signs(x: Tensor) -> Tensor:

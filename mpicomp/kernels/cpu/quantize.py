@@ -135,6 +135,53 @@ def add_quantized(out: Array, packed: Array, bits: int, scale: float) -> None:
 
 
 @compiled
+def round_to_grid(x: Array, unit: float, middles: Array, bits: int, packed: Array) -> None:
+    """Write signs and places, plane after plane; see `reference.round_to_grid`."""
+    n, groups = len(x), len(packed) // bits
+    size = x.dtype.type(unit)
+    size = size if size > 0 else x.dtype.type(np.inf)
+    places, last = np.zeros(LANES, np.uint8), np.zeros(LANES, x.dtype)
+    for start in range(0, n, LANES):
+        entries = x[start : start + LANES]
+        nbytes, used = 8, ~np.uint64(0)
+        if len(entries) < LANES:
+            nbytes = -(-len(entries) // 8)
+            used = (np.uint64(1) << np.uint64(len(entries))) - np.uint64(1)
+            last[: len(entries)] = entries
+            entries = last
+        places[:] = 0
+        for middle in middles:
+            for i in range(LANES):
+                places[i] += np.uint8(np.abs(entries[i]) / size >= middle)
+        at = start // 8
+        write_bytes(~nonnegative(entries, 0) & used, packed, at, nbytes)
+        for plane in range(bits - 1):
+            word = bit_plane(places, 0, np.uint8(1 << plane))
+            write_bytes(word & used, packed, at + (plane + 1) * groups, nbytes)
+
+
+@compiled
+def add_gridded(out: Array, packed: Array, table: Array, bits: int, scale: float) -> None:
+    """``out += scale * table[code]``."""
+    n, groups, step = len(out), len(packed) // bits, out.dtype.type(scale)
+    codes, rest = np.zeros(LANES, np.uint8), np.zeros(LANES, out.dtype)
+    for start in range(0, n, LANES):
+        entries = out[start : start + LANES]
+        nbytes = 8
+        if len(entries) < LANES:
+            nbytes = -(-len(entries) // 8)
+            rest[: len(entries)] = entries
+            entries = rest
+        codes[:] = 0
+        for plane in range(bits):
+            set_plane(codes, 0, read_bytes(packed, start // 8 + plane * groups, nbytes), np.uint8(1 << plane))
+        for i in range(LANES):
+            entries[i] = fused(table[codes[i]], step, entries[i])
+        if len(out) - start < LANES:
+            out[start:] = rest[: n - start]
+
+
+@compiled
 def pack_signs(x: Array, packed: Array) -> None:
     """Write ``x >= 0``, a bit an entry."""
     whole = len(x) - len(x) % LANES

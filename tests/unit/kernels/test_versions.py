@@ -393,6 +393,35 @@ def test_levels_are_right_on_average(version, dtype):
     torch.testing.assert_close(mean, torch.tensor([0, 0.25, -0.5, 2.9, -3, 3], dtype=dtype), rtol=0, atol=0.02)
 
 
+@both
+@pytest.mark.parametrize("places", [1, 3, 7, 31])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 2**16 + 9])
+def test_places_on_a_grid_are_the_same_bit_for_bit(dtype, places, n):
+    x, bits = vector(n, dtype), 1 + places.bit_length()
+    middles, grid = [2.0**i for i in range(-places, 0)], [i / 7 for i in range(places + 1)]
+    x[: n // 5] = 0
+    x[n // 2 : n // 2 + 3] = torch.tensor([0.5, -0.25, -0.0], dtype=dtype)[: len(x[n // 2 : n // 2 + 3])]  # ties
+    for unit in (1.0, 3.7, 0.0, 1e-320, 1e30):
+        first, *others = (version.round_to_grid(x, unit, middles, bits) for version in VERSIONS.values())
+        assert all(same(first, other) for other in others)
+        sums = []
+        for version in VERSIONS.values():
+            out = vector(n, dtype, 1)
+            version.add_gridded_(out, first, grid, bits, 0.3)
+            sums.append(out)
+        assert all(same(sums[0], other) for other in sums)
+
+
+@every
+@both
+def test_places_on_a_grid(version, dtype):
+    """A middle belongs to the place above it; the sign comes back."""
+    x = torch.tensor([0.0, 0.9, 1.0, -1.9, -2.0, 100.0, -0.9], dtype=dtype) * 3
+    out = torch.zeros_like(x)
+    version.add_gridded_(out, version.round_to_grid(x, 3.0, [1.0, 2.0], 3), [0.0, 10.0, 20.0], 3, 0.5)
+    assert out.tolist() == [0, 0, 5, -5, -10, 10, 0]
+
+
 @every
 @both
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 2**16 + 9])

@@ -1,14 +1,16 @@
 from functools import partial
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import AdaGossip, Choco, DeepSqueeze
+from mpicomp.algorithms import AdaGossip, Choco, DeepSqueeze, EfficientAdam
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
 from mpicomp.exchange import loopback
+from mpicomp.topology import from_graph, ring, star
 from mpicomp.training.partition import partition
 from mpicomp.training.resize import Deal, load_resized
 
@@ -107,3 +109,43 @@ def test_a_change_at_the_end_of_an_epoch_begins_the_next():
     full = deal(3)
     assert sorted(visited(after, 1, 0, after.per_epoch)) == list(range(96))
     assert len(visited(after, 1, 0, after.per_epoch)) == len(visited(full, 1, 0, full.per_epoch))
+
+
+SERVED = EfficientAdam(TopK(0.2), downlink=TopK(0.2))
+
+
+def served(world, folder, topology):
+    gossip, closure = small.make(world, SERVED, topology)
+    for step in range(6):
+        gossip.step(closure(step))
+    gossip.save(folder)
+    return copied(gossip.state_dict())
+
+
+def served_again(world, folder, topology):
+    gossip, closure = small.make(world, SERVED, topology, seed=1)
+    load_resized(gossip, Checkpoints(folder).latest())
+    state = copied(gossip.state_dict())
+    for step in range(6, 9):
+        gossip.step(closure(step))
+    return state, gossip.local.x
+
+
+def star_of_2(size):
+    """A star whose hub is rank 2."""
+    return from_graph(nx.Graph((2, rank) for rank in range(size) if rank != 2))
+
+
+@pytest.mark.parametrize("before", [ring, star, star_of_2], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("after", [ring, star, star_of_2], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("size", [3, 5])
+def test_new_servers_get_the_error_of_the_old_ones(tmp_path, before, after, size):
+    path = "algorithm/messages/server_error"
+    old = loopback.run(4, served, tmp_path, before)
+    (error, *others) = [state[path] for state in old if state[path].numel()]
+    assert error.any() and all(torch.equal(error, other) for other in others)
+    new = loopback.run(size, served_again, tmp_path, after)
+    for rank, (state, x) in enumerate(new):
+        is_server = after is ring or rank == (2 if after is star_of_2 else 0)
+        assert torch.equal(state[path], error) if is_server else state[path].numel() == 0
+        assert torch.equal(x, new[0][1])
