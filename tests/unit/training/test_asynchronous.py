@@ -125,6 +125,21 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (GOSSIP, ["downlink.kind=sign"], "has no use for the section \\[downlink\\]"),
         (HUB, ["downlink.error_feedback=true"], "downlink.error_feedback = true: a hub knows"),
         (GOSSIP, ["compression.error_feedback=true"], "compression.error_feedback = true: DC-gossip has"),
+        (
+            HUB,
+            ["compression.allocation=dagc"],
+            "with algorithm.share = 'by_speed' all ranks take batches from one pile",
+        ),
+        (
+            HUB,
+            ["compression.allocation=dagc", "algorithm.share=equal"],
+            "the hubs of algorithm.kind = 'dc_asgd' have none, and count every gradient alike",
+        ),
+        (
+            GOSSIP,
+            ["compression.allocation=dagc"],
+            "set algorithm.share = 'equal', or compression.allocation = 'uniform'",
+        ),
         (GOSSIP, ["simulation.gradient_s=0.0"], "simulation.gradient_s = 0.0 must be greater than 0"),
     ],
 )
