@@ -180,6 +180,7 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
     For a script of one's own, with `TopK` (DAGC-R), `HardThreshold` (DAGC-A), or these in `PerTensor`::
 
         world = MpiWorld.from_environment()                      # mpicomp.exchange.world
+        install_excepthook(world)                                # mpicomp.exchange.guard: an error ends all ranks
         volumes = world.all_gather(len(dataset))                 # one number for each rank, the same list on all
         compressor = allocate(TopK(ratio=0.01), volumes)         # 1 % is the mean over ranks
         gossip = mpicomp.distribute(model, optimizer, Choco(gamma=0.02), ring, compressor, world)
