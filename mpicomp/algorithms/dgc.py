@@ -22,10 +22,9 @@ checked against the authors' code.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from torch import Tensor
 from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
 from mpicomp.algorithms.base import Local, require_positive
 from mpicomp.compression.base import ERROR_MEMORY, SCRATCH, Compressor, Spec, State
+from mpicomp.compression.by_rank import by_rank_of, strength_of, with_strength
 from mpicomp.compression.per_tensor import PerTensor
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.errors import ConfigError
@@ -168,6 +168,8 @@ class DGC(AggregatedAlgorithm[DGCState]):
 
 def _masked(compressor: Compressor, spec: Spec) -> list[slice]:
     """Return the parts of the flat vector whose momentum is masked: those that are not sent whole in every step."""
+    if by_rank := by_rank_of(compressor):
+        compressor = by_rank.compressors[0]  # what is sent whole is so on all ranks
     if not (isinstance(compressor, PerTensor) and compressor.dense_1d):
         return [slice(0, spec.numel)]
     parts, begin = [], 0
@@ -179,19 +181,23 @@ def _masked(compressor: Compressor, spec: Spec) -> list[slice]:
 
 
 def _ratio(compressor: Compressor) -> float:
-    inner = compressor.inner if isinstance(compressor, PerTensor) else compressor
-    if not hasattr(inner, "ratio"):
+    if by_rank_of(compressor):
+        raise ConfigError(
+            "algorithm.warmup gives all ranks one ratio, and compression.allocation each its own: set "
+            "compression.allocation = 'uniform', or leave out the warm-up"
+        )
+    strength = strength_of(compressor)
+    if not (strength and strength[0] == "ratio"):
+        inner = compressor.inner if isinstance(compressor, PerTensor) else compressor
         raise ConfigError(
             f"algorithm.warmup: {type(inner).__name__} keeps no fraction of the entries that could change; use "
             "compression.kind = 'topk', or no warm-up"
         )
-    return float(inner.ratio)
+    return strength[1]
 
 
 def _with_ratio(compressor: Compressor, ratio: float) -> Compressor:
     """Return `compressor` with another ratio."""
     check_ratio(ratio)
     _ratio(compressor)
-    if isinstance(compressor, PerTensor):
-        return dataclasses.replace(compressor, inner=_with_ratio(compressor.inner, ratio))
-    return cast(Compressor, dataclasses.replace(cast(Any, compressor), ratio=ratio))
+    return with_strength(compressor, ratio)

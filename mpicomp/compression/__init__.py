@@ -1,7 +1,9 @@
-"""WHAT is sent: one compressor per file, and two that wrap any of them."""
+"""WHAT is sent: one compressor per file, and three that wrap any of them."""
 
+from mpicomp.compression.allocation import allocate
 from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
 from mpicomp.compression.block import RandomBlock
+from mpicomp.compression.by_rank import ByRank
 from mpicomp.compression.cast import Cast
 from mpicomp.compression.feedback import ErrorFeedback
 from mpicomp.compression.identity import Identity
@@ -37,6 +39,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
 __all__ = [
     "COMPRESSORS",
     "QSGD",
+    "ByRank",
     "Cast",
     "Compressor",
     "ErrorFeedback",
@@ -56,4 +59,5 @@ __all__ = [
     "TernGrad",
     "TopK",
     "UniformGrid",
+    "allocate",
 ]

@@ -164,6 +164,7 @@ class RunConfig:
         algorithm.check(schedule)
         if isinstance(algorithm, AsynchronousAlgorithm):
             self._check_asynchronous(algorithm, size)
+            self._check_allocation(algorithm, size)
         if self.run.on_peer_loss == "continue":
             self._check_survivable(algorithm)
         return schedule, algorithm
@@ -198,6 +199,24 @@ class RunConfig:
             raise ConfigError(
                 f"algorithm.share = 'by_speed' lets all ranks take batches from one pile, so data.partition = "
                 f"{self.data.partition!r} would mean nothing: set algorithm.share = 'equal', or data.partition = 'iid'"
+            )
+
+    def _check_allocation(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
+        """Raise ConfigError where an asynchronous algorithm has no samples of each rank to set ratios by."""
+        rule, kind = self.compression.allocation, self.algorithm.kind
+        if rule == "uniform":
+            return
+        if algorithm.share == "by_speed":
+            raise ConfigError(
+                f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but with "
+                "algorithm.share = 'by_speed' all ranks take batches from one pile: set algorithm.share = 'equal', or "
+                "compression.allocation = 'uniform'"
+            )
+        if len(algorithm.trainers(size)) < size:
+            raise ConfigError(
+                f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but the hubs of "
+                f"algorithm.kind = {kind!r} have none, and count every gradient alike: set compression.allocation = "
+                "'uniform', or use a synchronous algorithm or 'dc_gossip'"
             )
 
 

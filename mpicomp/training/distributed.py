@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.base import Algorithm
 from mpicomp.compression.base import Compressor
+from mpicomp.compression.by_rank import require_size
+from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.topology.base import Schedule, Topology
@@ -76,11 +78,13 @@ def distribute(
         optimizer: any `torch.optim` optimizer over the parameters of `model`; it makes the local step.
         algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
         topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
-        compressor: takes the place of ``algorithm.compressor``.
+        compressor: takes the place of ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio
+            for each rank.
         world: the ranks; by default those of ``mpiexec``. An uncaught exception then ends all of them.
 
     Raises:
-        ConfigError: a compressor for an algorithm that sends no compressed message; an asynchronous algorithm.
+        ConfigError: a compressor for an algorithm that sends no compressed message, or one for another number of ranks;
+            an asynchronous algorithm.
         TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
 
     """
@@ -99,6 +103,7 @@ def distribute(
         algorithm = with_compressor(algorithm, compressor)
     is_schedule = isinstance(getattr(topology, "union", None), Topology)  # a class has a property there, not a graph
     schedule = cast(Schedule, topology if is_schedule else topology(world.size))
+    require_size(getattr(algorithm, "compressor", Identity()), world.size)
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
     return Distributed(model, optimizer, algorithm, schedule, world)

@@ -81,7 +81,8 @@ def volumes(
     """Give ranks unequal numbers of samples, ``n_i ~ logspace(log10(skew), 0, ranks)``, rank 0 the most.
 
     The largest share is `skew` times the smallest. With `alpha`, rank i also prefers classes by
-    ``q_i ~ Dir(alpha * prior)`` over classes, as long as they last; the last ranks take what is left.
+    ``q_i ~ Dir(alpha * prior)`` over classes, as long as they last; the last ranks take what is left. DAGC's authors
+    (arXiv 2311.07324) space one rank fewer on the log scale and give the last two ranks the same share.
 
     Raises:
         ConfigError: `skew` is below 1, `alpha` is not positive, or `alpha` is given but the labels hold one class only.

@@ -30,6 +30,7 @@ from torch import nn
 
 from mpicomp.algorithms import ALGORITHMS, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
+from mpicomp.compression.allocation import Rule, check_rule
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback_mailbox import Links
 from mpicomp.topology import TOPOLOGIES, make_topology
@@ -195,8 +196,8 @@ class TopologySection(Section):
         return make_topology(self.kind, size, **self.arguments())
 
 
-class CompressionSection(Section):
-    """``[compression]``: what is sent."""
+class CompressorSection(Section):
+    """A section that makes a compressor."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(COMPRESSORS)}
 
@@ -224,7 +225,19 @@ class CompressionSection(Section):
         self.build()
 
 
-class DownlinkSection(CompressionSection):
+class CompressionSection(CompressorSection):
+    """``[compression]``: what is sent."""
+
+    allocation: Rule = "uniform"
+    """What sets the ratio or threshold of each rank by its samples: ``"dagc"`` or ``"waterfill"``, with that mean.
+    gamma of a gossip method must suit the smallest ratio."""
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the compressor, and see whether it has what is to be allocated."""
+        check_rule(self.build(), self.allocation)
+
+
+class DownlinkSection(CompressorSection):
     """``[downlink]``: what hubs answer, for algorithms that compress in both directions."""
 
 
@@ -262,7 +275,7 @@ class AlgorithmSection(Section):
         compressors: list[Compressor] = [Identity(), Identity()]
         for i, name in enumerate(("compression", "downlink")):
             section = others.get(name)
-            if isinstance(section, CompressionSection):
+            if isinstance(section, CompressorSection):
                 with contextlib.suppress(ConfigError):
                     compressors[i] = section.build()
         self.build(*compressors)

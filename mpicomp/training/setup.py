@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.compression.allocation import Rule, allocate, summary
+from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import World
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
@@ -95,10 +100,21 @@ def set_up(config: RunConfig, world: World) -> Setup:
         config.training.batch_size,
         config.run.seed,
     )
-    deal.split(sharers)  # raises what is wrong with it
+    volumes = [len(samples) for samples in deal.split(sharers)]  # raises what is wrong with it
+    algorithm = with_volumes(algorithm, volumes, config.compression.allocation)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
     return Setup(dataset, deal, trainers, schedule, algorithm, model, optimizer, config.training)
+
+
+def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
+    """Return `algorithm` for ranks of so many samples: ratios by `rule`, and its field ``volumes`` if it has one."""
+    found: dict[str, Any] = {}
+    if rule != "uniform":
+        found["compressor"] = allocate(cast(Any, algorithm).compressor, volumes, rule)
+    if getattr(algorithm, "volumes", None) == ():
+        found["volumes"] = tuple(volumes)
+    return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), **found)) if found else algorithm
 
 
 def _load(config: RunConfig) -> Dataset:
@@ -117,6 +133,7 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
     resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
     simulated = ", simulated time" if world.is_simulated else ""
+    allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
     is_pile = setup.deal.size == 1 < setup.trainers
     length = f"{steps} batches" if is_pile else f"{steps} steps"
     each = f"samples, from one pile for {setup.trainers} ranks" if is_pile else "samples a rank"
@@ -125,5 +142,6 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
         f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
         f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",
+        *([f"{config.compression.allocation}: {allocated}"] if allocated else []),
         *resumed,
     ]

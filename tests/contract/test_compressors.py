@@ -13,6 +13,7 @@ from support.methods import COMPRESSORS as CONFIGURED
 from mpicomp.compression import (
     COMPRESSORS,
     QSGD,
+    ByRank,
     ErrorFeedback,
     HardThreshold,
     LogGrid,
@@ -42,6 +43,17 @@ CASES = {
     "log_grid_30": LogGrid(k=30),
     "uniform_grid_1": UniformGrid(bits=1),
     "uniform_grid_8": UniformGrid(bits=8),
+    **{
+        f"by_rank_{name}": ByRank(tuple(make(ratio) for ratio in (0.5, 0.003, 0.1, 0.02, 1.0)))
+        for name, make in {
+            "topk": TopK,
+            "topk_int8": lambda ratio: TopK(ratio, values="int8"),
+            "per_tensor": lambda ratio: PerTensor(TopK(ratio)),
+            "randk": RandomK,
+            "block": RandomBlock,
+            "threshold": HardThreshold,
+        }.items()
+    },
 }
 SIZES = [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1000]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -72,6 +84,8 @@ def send(compressor, x, spec, state="new"):
 
 def test_every_registered_kind_is_tested():
     def inner(compressor):
+        if isinstance(compressor, ByRank):
+            return inner(compressor.compressors[0])
         return inner(compressor.inner) if isinstance(compressor, PerTensor | ErrorFeedback) else type(compressor)
 
     assert {inner(compressor) for compressor in CASES.values()} == set(COMPRESSORS.values())
@@ -189,7 +203,7 @@ def test_error_feedback_telescopes(inner):
 
 
 @pytest.mark.parametrize(
-    "compressor", [c for c in CASES.values() if not isinstance(c, PerTensor | ErrorFeedback)], ids=str
+    "compressor", [c for c in CASES.values() if not isinstance(c, PerTensor | ErrorFeedback | ByRank)], ids=str
 )
 def test_per_tensor_is_one_by_one(compressor):
     spec, x = spec_of(100), vector(100)
@@ -263,8 +277,9 @@ def test_vectors_longer_than_a_block(compressor):
     payload, _ = send(compressor, x, spec)
     y = compressor.decompress(payload, spec)
     assert float((x * y).sum()) > 0  # it points the same way, in every block
+    inner = compressor.compressors[0] if isinstance(compressor, ByRank) else compressor
     for start, stop in ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, n)):
-        if not isinstance(compressor, RandomBlock):
+        if not isinstance(inner, RandomBlock):
             assert float((x[start:stop] * y[start:stop]).sum()) > 0
 
 

@@ -5,8 +5,8 @@ import torch
 from support import small
 from support.methods import DETERMINISTIC
 
-from mpicomp.algorithms import SSGD, Choco, DeepSqueeze
-from mpicomp.compression import TopK
+from mpicomp.algorithms import EFSGD, SSGD, Choco, DeepSqueeze
+from mpicomp.compression import HardThreshold, TopK, allocate
 from mpicomp.exchange import loopback
 from mpicomp.topology import OnePeerExponential, chain, star, torus
 
@@ -29,6 +29,15 @@ def test_same_bits_on_a_ring(world, name):
 def test_same_bits_on_other_graphs(world, topology):
     for ours, theirs in zip(*both(world, Choco(0.1, TopK(0.2)), 10, topology), strict=True):
         assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("method", [lambda c: Choco(0.1, c), EFSGD], ids=["choco", "ef_sgd"])
+@pytest.mark.parametrize("compressor", [TopK(0.2), HardThreshold(0.05)], ids=["topk", "threshold"])
+def test_same_bits_if_ranks_send_unequal_parts(world, method, compressor):
+    by_rank = allocate(compressor, world.all_gather((world.rank + 1) ** 3))
+    for ours, theirs in zip(*both(world, method(by_rank)), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert ours[2] == theirs[2]
 
 
 def test_same_bits_on_a_varying_graph(world):

@@ -7,7 +7,7 @@ from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DGC, EFSGD, GMC, SGD, Choco
 from mpicomp.checkpoint.tree import flatten
-from mpicomp.compression import ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
+from mpicomp.compression import ByRank, ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
 from mpicomp.topology import OnePeerExponential, chain, complete, ring, star, torus
@@ -137,12 +137,13 @@ class TestIdentities:
             x = x - LR * m
         close(train(DGC(TopK(ratio=1.0), masking=False), ring(5), 25).x, everywhere(x, 5))
 
-    def test_dgc_sends_tensors_of_one_dimension_whole_and_does_not_mask_them(self):
+    @pytest.mark.parametrize("around", [lambda inner: inner, lambda inner: ByRank((inner,) * 5)], ids=["", "by_rank"])
+    def test_dgc_sends_tensors_of_one_dimension_whole_and_does_not_mask_them(self, around):
         x, m = np.zeros(DIM), np.zeros(DIM)
         for _ in range(25):
             m = 0.9 * m + gradients(everywhere(x, 5)).mean(axis=0)
             x = x - LR * m
-        trained = train(DGC(PerTensor(TOP, dense_1d=True)), ring(5), 25).x
+        trained = train(DGC(around(PerTensor(TOP, dense_1d=True))), ring(5), 25).x
         close(trained[:, : DIM // 2], everywhere(x, 5)[:, : DIM // 2])  # tensor "a"
         assert np.abs(trained - x)[:, DIM // 2 :].max() > 1e-3
 
@@ -275,6 +276,10 @@ class TestBadInput:
     def test_a_warmup_needs_a_ratio(self):
         with pytest.raises(ConfigError, match="keeps no fraction"):
             DGC(SignNorm(), warmup=(0.5,), warmup_steps=2)
+
+    def test_a_warmup_gives_all_ranks_one_ratio(self):
+        with pytest.raises(ConfigError, match=r"compression\.allocation = 'uniform', or leave out the warm-up"):
+            DGC(ByRank((TopK(0.1), TopK(0.2))), warmup=(0.5,), warmup_steps=2)
 
     def test_volumes_of_another_number_of_ranks(self):
         with pytest.raises(ConfigError, match="each of 3 ranks"):

@@ -128,6 +128,21 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (HUB, ["run.on_peer_loss=continue"], "'continue' does not go with algorithm.kind = 'dc_asgd': the part of the"),
         ("configs/methods/choco.toml", ["run.on_peer_loss=continue"], "'choco': its ranks wait for the messages"),
         (GOSSIP, ["run.on_peer_loss=continue", "algorithm.share=equal"], "needs algorithm.share = 'by_speed'"),
+        (
+            HUB,
+            ["compression.allocation=dagc"],
+            "with algorithm.share = 'by_speed' all ranks take batches from one pile",
+        ),
+        (
+            HUB,
+            ["compression.allocation=dagc", "algorithm.share=equal"],
+            "the hubs of algorithm.kind = 'dc_asgd' have none, and count every gradient alike",
+        ),
+        (
+            GOSSIP,
+            ["compression.allocation=dagc"],
+            "set algorithm.share = 'equal', or compression.allocation = 'uniform'",
+        ),
         (GOSSIP, ["simulation.gradient_s=0.0"], "simulation.gradient_s = 0.0 must be greater than 0"),
     ],
 )

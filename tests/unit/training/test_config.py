@@ -40,6 +40,36 @@ def refusal(load, *overrides):
     return str(caught.value).partition(": ")[2]
 
 
+TOPK = ("algorithm.kind=choco", "algorithm.gamma=0.1", "compression.kind=topk", "compression.ratio=0.1")
+THRESHOLD = (*TOPK[:2], "compression.kind=threshold", "compression.threshold=0.1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("compression.allocation=dagc",), "compression.allocation = 'dagc' gives each rank a ratio or a threshold"),
+        ((*TOPK, "compression.allocation=dacg"), "compression.allocation = 'dacg' must be 'uniform', 'dagc' or"),
+        (
+            (*THRESHOLD, "compression.allocation=waterfill"),
+            "'waterfill' gives ratios, and this compressor has a threshold: use compression.allocation = 'dagc'",
+        ),
+        (
+            (*TOPK, "downlink.allocation=dagc"),
+            "downlink.allocation is unknown. Did you mean 'compression.allocation'?",
+        ),
+    ],
+)
+def test_an_allocation_that_has_no_sense_is_refused(load, overrides, message):
+    assert message in refusal(load, *overrides)
+
+
+def test_an_allocation_survives_its_file(load):
+    config = load(*TOPK, "compression.allocation=waterfill")
+    assert config.compression.allocation == "waterfill"
+    assert RunConfig.from_toml(config.to_toml()) == config
+    assert load().compression.allocation == "uniform"
+
+
 def test_a_small_file_is_enough(load):
     config = load()
     assert (config.run.seed, config.run.device, config.run.log_every) == (0, "auto", 10)

@@ -4,7 +4,7 @@ from support import small
 from torch import nn
 
 from mpicomp.algorithms import DPSGD, SSGD, Choco
-from mpicomp.compression import TopK
+from mpicomp.compression import ByRank, TopK, allocate
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange import loopback
 from mpicomp.topology import exponential, ring
@@ -33,6 +33,17 @@ def test_a_compressor_takes_the_place_of_the_algorithms():
         return linear(world, Choco(gamma=0.2), compressor=TopK(ratio=0.5)).algorithm
 
     assert loopback.run(2, serve) == [Choco(0.2, TopK(0.5))] * 2
+
+
+def test_a_script_of_ones_own_shares_out_by_its_volumes():
+    def serve(world):
+        dataset = range([8, 1, 27, 1][world.rank])
+        compressor = allocate(TopK(ratio=0.2), world.all_gather(len(dataset)))
+        return linear(world, Choco(gamma=0.1), compressor=compressor).algorithm.compressor
+
+    (first, *others) = loopback.run(4, serve)
+    assert isinstance(first, ByRank) and others == [first] * 3
+    assert first.compressors[2].ratio == pytest.approx(0.8 * 9 / 15)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,22 @@ def test_volumes_are_log_spaced():
     assert sizes[:-1] / sizes[1:] == pytest.approx(2, rel=0.02)
 
 
+def test_a_hundred_to_one_no_rank_waits_and_small_ones_repeat_their_samples():
+    """60,000 samples on ten ranks of batch 64: an epoch has as many batches for each, whatever it holds."""
+    parts = partition("volumes", labels_of(60_000), 10, 0, skew=100.0, alpha=1.0)
+    sizes = [len(part) for part in parts]
+    assert sizes[0] / sizes[-1] == pytest.approx(100, rel=0.05)
+    steps = steps_per_epoch(60_000, 10, 64)
+    assert steps == 93
+    for rank in (0, 9):
+        visited, counts = np.unique(epoch_indices(parts, 0, 0, rank, steps, 64), return_counts=True)
+        assert set(visited) <= set(parts[rank].tolist())
+        assert counts.sum() == 93 * 64
+        assert counts.max() - counts.min() <= 1
+        expected = 93 * 64 / sizes[rank]  # a quarter of the largest share; the smallest 25 times
+        assert counts.mean() == pytest.approx(max(1.0, expected), rel=0.01)
+
+
 def test_equal_volumes_with_extreme_label_skew_are_always_possible():
     labels = labels_of(1600)
     parts = partition("volumes", labels, 16, 3, skew=1.0, alpha=0.01)

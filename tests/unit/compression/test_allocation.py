@@ -1,0 +1,218 @@
+"""Ratios and thresholds from volumes: by hand, the figures of the docstring, properties, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mpicomp.compression import QSGD, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
+from mpicomp.compression.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
+from mpicomp.errors import ConfigError
+
+RATIO_RULES = [dagc_ratios, waterfill_ratios]
+volume_lists = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
+
+
+def bound(volumes, ratios):
+    """Phi, the bound that is inferred from the authors' code."""
+    p, d = np.array(volumes) / np.sum(volumes), np.array(ratios)
+    return (p / np.sqrt(d)).sum() / math.sqrt(d.min())
+
+
+def log_spaced(skew):
+    """Ten volumes as the authors' code makes them: the last one twice."""
+    return [*np.logspace(math.log10(skew), 0, 9).tolist(), 1.0]
+
+
+def test_dagc_ratios_by_hand():
+    # a = 4, 1, 9, 1 and S = 15. Candidates: a 1 gives 15 + 14 * 15 = 225, the 8 gives 8 * 12 + 11 * 12 = 228, the 27
+    # gives 27 * 7 + 6 * 7 = 231. So a 1 is pinned, and all are 4 * 0.1 * a / 15.
+    expected = [0.4 * a / 15 for a in (4, 1, 9, 1)]
+    assert dagc_ratios([8, 1, 27, 1], 0.1) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_largest_rank_may_be_pinned_to_the_smallest_ratio():
+    # a = 9, 1, 1. A 1 gives 11 + 10 * 11 = 121, the 27 gives 27 * 3 + 2 * 3 = 87: d = 1 / (1 + 2) for all.
+    assert dagc_ratios([27, 1, 1], 0.1) == pytest.approx([0.1] * 3, rel=1e-12)
+
+
+def test_dagc_thresholds_by_hand():
+    # a = 4, 1, 1 of mean 2
+    assert dagc_thresholds([8, 1, 1], 0.3) == pytest.approx([0.15, 0.6, 0.6], rel=1e-12)
+
+
+@pytest.mark.parametrize(("skew", "dagc", "waterfill"), [(10, 13.63, 9.96), (100, 19.31, 9.50)])
+def test_the_inferred_bound_is_not_what_dagc_minimizes(skew, dagc, waterfill):
+    volumes = log_spaced(skew)
+    found = [
+        bound(volumes, ratios) for ratios in (dagc_ratios(volumes, 0.1), [0.1] * 10, waterfill_ratios(volumes, 0.1))
+    ]
+    assert found == pytest.approx([dagc, 10.0, waterfill], abs=0.005)
+
+
+@pytest.mark.parametrize("rule", RATIO_RULES)
+@given(volumes=volume_lists, mean=st.floats(0.001, 1.0))
+def test_the_budget_is_met_or_what_is_above_one_is_cut(rule, volumes, mean):
+    ratios = rule(volumes, mean)
+    assert len(ratios) == len(volumes)
+    assert all(0 < ratio <= 1 for ratio in ratios)
+    if rule is waterfill_ratios or max(ratios) < 1:
+        assert math.fsum(ratios) == pytest.approx(len(volumes) * mean, rel=1e-9)
+    else:
+        assert math.fsum(ratios) <= len(volumes) * mean * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@given(n=st.integers(1, 70), volume=st.integers(1, 10**6), mean=st.floats(0.001, 1.0))
+def test_equal_volumes_get_the_mean(rule, n, volume, mean):
+    assert rule([volume] * n, mean) == pytest.approx([mean] * n, rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@given(volumes=st.lists(st.integers(1, 10**6), min_size=1, max_size=9, unique=True), data=st.data())
+def test_the_order_of_ranks_does_not_matter(rule, volumes, data):
+    order = data.draw(st.permutations(range(len(volumes))))
+    expected = rule(volumes, 0.05)
+    found = rule([volumes[i] for i in order], 0.05)
+    assert found == pytest.approx([expected[i] for i in order], rel=1e-9)
+
+
+@given(volumes=st.lists(st.integers(1, 10**6), min_size=2, max_size=12))
+def test_all_but_one_rank_follow_the_power_two_thirds(volumes):
+    ratios = dagc_ratios(volumes, 0.5 / len(volumes))
+    scales = sorted(ratio / volume ** (2 / 3) for ratio, volume in zip(ratios, volumes, strict=True))
+    # the one that is pinned gets less than its volume asks for, or more if it has the smallest
+    others = min(scales[1:], scales[:-1], key=lambda kept: kept[-1] / kept[0])
+    assert others == pytest.approx([others[0]] * len(others), rel=1e-9)
+    assert sorted(ratios)[:2] == pytest.approx([min(ratios)] * 2, rel=1e-9)
+
+
+@given(volumes=volume_lists, mean=st.floats(1e-6, 1e3))
+def test_thresholds_have_the_harmonic_mean_and_follow_the_power(volumes, mean):
+    thresholds = dagc_thresholds(volumes, mean)
+    assert len(volumes) / math.fsum(1 / each for each in thresholds) == pytest.approx(mean, rel=1e-9)
+    products = [each * volume ** (2 / 3) for each, volume in zip(thresholds, volumes, strict=True)]
+    assert products == pytest.approx([products[0]] * len(products), rel=1e-9)
+
+
+@given(
+    volumes=st.lists(st.integers(1, 10**6), min_size=2, max_size=8),
+    mean=st.floats(0.01, 0.9),
+    seed=st.integers(0, 2**32),
+)
+def test_no_other_ratios_of_that_budget_have_a_smaller_bound(volumes, mean, seed):
+    best = np.array(waterfill_ratios(volumes, mean))
+    reached = bound(volumes, best)
+    n = len(volumes)
+    random = np.random.default_rng(seed)
+    others = [np.full(n, mean), np.array(dagc_ratios(volumes, mean))]
+    others += [np.clip(random.dirichlet(np.ones(n)) * n * mean, 1e-6, 1.0) for _ in range(5)]
+    others += [best + 0.1 * (other - best) for other in others]
+    steps = np.eye(n)[:, None] - np.eye(n)[None]  # from one rank to another
+    others += [best + 0.01 * best.min() * step for step in steps.reshape(-1, n)]
+    for other in others:
+        if other.max() <= 1 and other.sum() <= n * mean * (1 + 1e-12):
+            assert reached <= bound(volumes, other) * (1 + 1e-9)
+
+
+@given(volumes=volume_lists, mean=st.floats(0.01, 0.9))
+def test_more_samples_never_get_a_smaller_filled_ratio(volumes, mean):
+    assume(len(volumes) > 1)
+    ratios = [ratio for _, ratio in sorted(zip(volumes, waterfill_ratios(volumes, mean), strict=True))]
+    assert (np.diff(ratios) >= -1e-12).all()
+
+
+def test_what_is_above_one_goes_to_the_others_or_to_nobody():
+    volumes = [64, 27, 8, 1]
+    assert dagc_ratios(volumes, 0.6)[0] == 1.0
+    assert sum(dagc_ratios(volumes, 0.6)) < 4 * 0.6 - 0.1
+    filled = waterfill_ratios([1000, 1, 1], 0.8)
+    assert filled == pytest.approx([1.0, 0.7, 0.7])
+
+
+def test_a_share_below_one_entry_is_one_entry():
+    from mpicomp.compression import Spec
+
+    (large, small) = allocate(TopK(0.001), [1, 1]), allocate(TopK(0.001), [10**6, 1, 1, 1]).compressors[3]
+    assert small.ratio * 100 < 1
+    assert small.layout(Spec.flat(100)).fields[0].numel == 1
+    assert large.layout(Spec.flat(100)) == TopK(0.001).layout(Spec.flat(100))
+
+
+@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@pytest.mark.parametrize(
+    ("volumes", "message"),
+    [
+        ([5, 5, 0], "rank 2 has 0 samples, and so no part of the budget: give it some"),
+        ([5, -1], "rank 1 has -1 samples"),
+        ([math.nan], "rank 0 has nan samples"),
+        ([], "none is given"),
+    ],
+)
+def test_ranks_without_samples_are_named(rule, volumes, message):
+    with pytest.raises(ConfigError, match=f"compression.allocation: .*{message}"):
+        rule(volumes, 0.1)
+
+
+@pytest.mark.parametrize("rule", RATIO_RULES)
+@pytest.mark.parametrize("mean", [0, -1, 1.01, math.nan])
+def test_a_budget_that_no_ratio_meets_is_refused(rule, mean):
+    with pytest.raises(ConfigError, match=r"compression.ratio = .* must be in \(0, 1\]"):
+        rule([1, 2], mean)
+
+
+@pytest.mark.parametrize("mean", [0, -1, math.inf, math.nan])
+def test_a_threshold_out_of_its_range_is_refused(mean):
+    with pytest.raises(ConfigError, match=r"compression.threshold = .* must be a finite number > 0"):
+        dagc_thresholds([1, 2], mean)
+
+
+def test_error_feedback_stays_outside_and_per_tensor_goes_inside():
+    ratios = dagc_ratios([8, 1, 27, 1], 0.1)
+    made = allocate(ErrorFeedback(PerTensor(TopK(0.1, values="int8"), dense_1d=True)), [8, 1, 27, 1])
+    inner = tuple(PerTensor(TopK(ratio, values="int8"), dense_1d=True) for ratio in ratios)
+    assert made == ErrorFeedback(ByRank(inner))
+    thresholds = dagc_thresholds([8, 1], 0.2)
+    assert allocate(HardThreshold(0.2), [8, 1]) == ByRank(tuple(map(HardThreshold, thresholds)))
+    assert allocate(TopK(0.1), [27, 8, 1], "waterfill") != allocate(TopK(0.1), [27, 8, 1])
+
+
+def test_uniform_leaves_a_compressor_as_it_is():
+    assert allocate(TopK(0.1), [8, 1], "uniform") == TopK(0.1)
+    assert allocate(QSGD(), [8, 1], "uniform") == QSGD()
+
+
+@pytest.mark.parametrize(
+    ("compressor", "rule", "message"),
+    [
+        (
+            QSGD(),
+            "dagc",
+            "allocation = 'dagc' gives each rank a ratio or a threshold of its own, and this compressor has",
+        ),
+        (PerTensor(Identity()), "waterfill", "has neither: use compression.kind = 'topk'"),
+        (
+            HardThreshold(0.1),
+            "waterfill",
+            "gives ratios, and this compressor has a threshold: use compression.allocation",
+        ),
+        (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc', 'waterfill'"),
+        (allocate(TopK(0.1), [1, 2]), "dagc", "has neither"),
+    ],
+)
+def test_what_a_rule_cannot_share_out_is_refused(compressor, rule, message):
+    with pytest.raises(ConfigError, match=message):
+        allocate(compressor, [1, 2], rule)
+
+
+def test_the_summary_is_short_for_many_ranks():
+    assert summary(allocate(TopK(0.1), [8, 1, 27, 1])) == (
+        "ratios of the ranks: 0.0267 to 0.24 (0.107, 0.0267, 0.24, 0.0267)"
+    )
+    line = summary(ErrorFeedback(allocate(PerTensor(HardThreshold(0.1)), range(1, 65))))
+    assert line.startswith("thresholds of the ranks: ") and line.endswith(", ...)")
+    assert len(line) < 90
+    assert summary(TopK(0.1)) is None
+    assert summary(ErrorFeedback(TopK(0.1))) is None
