@@ -95,7 +95,8 @@ def train(
             with meter:
                 meter.loss += gossip.step(partial(setup.loss, inputs, targets))
             watchdog.moved(done)
-            evaluate_now = done == setup.steps or setup.epoch(done) % config.run.evaluate_every_epochs == 0
+            every = config.run.evaluate_every_epochs
+            evaluate_now = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(step) / every)
             if evaluate_now or done % config.run.log_every == 0:
                 gossip.check_finite()
                 record = _record(gossip, setup, meter, evaluate_now)

@@ -127,8 +127,9 @@ class RunSection(Section):
     log_every: PositiveInt = 10
     """Steps from one record in ``metrics.jsonl`` to the next."""
 
-    evaluate_every_epochs: PositiveInt = 1
-    """Epochs from one evaluation of the averaged model to the next; the last step is always evaluated."""
+    evaluate_every_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Epochs from one evaluation of the averaged model to the next, also parts of one; the last step is always
+    evaluated."""
 
     stop_signal: str = "USR1"
     """The signal that asks the run to store a checkpoint and to end with exit code 75; on any rank."""

@@ -12,7 +12,7 @@ import pytest
 from mpicomp.compression import Spec, TopK
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
-SHORT = ["--set", "training.steps=30", "--set", "run.log_every=7"]
+SHORT = ["--set", "training.steps=30", "--set", "run.log_every=7", "--set", "run.evaluate_every_epochs=0.5"]
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 
 
@@ -50,9 +50,10 @@ def test_model_and_records_agree_bit_for_bit(runs):
     assert ours == theirs
 
 
-def test_records_come_every_k_steps_after_an_epoch_and_at_the_end(runs):
+def test_records_come_every_k_steps_with_evaluations_and_at_the_end(runs):
     found = records(runs[0])
-    assert [record["step"] for record in found] == [7, 14, 21, 28, 29, 30]  # an epoch has 29 steps
+    assert [record["step"] for record in found] == [7, 14, 15, 21, 28, 29, 30]  # an epoch has 29 steps
+    assert [record["step"] for record in found if record["test_accuracy"]] == [15, 29, 30]
     for record in found:
         assert set(record["seconds"]) == {"gradient", "compress", "exchange", "mix"}
         assert all(seconds >= 0 for seconds in record["seconds"].values())
