@@ -2,20 +2,42 @@
 
 All ranks hold the same model: each adds the same weighted sum, formed over a star or a ring (`exchange.aggregate`).
 Batch-norm statistics are each rank's own. Weight decay is best left to the optimizer, which adds the same on all ranks.
+
+EF-SGD, GMC and DGC form a message from the next gradient and what is left of the last ones, and the model moves by the
+sum of the messages:
+
+    p_k = what is left of p_{k-1}, and the gradient at x_k
+    q_k = C(p_k);  Q_k = sum_i w_i q_k of rank i
+    x_{k+1} = x_k - lr_k u(Q_k)                            u: the optimizer, on all ranks alike
+
+With ``overlap`` (`GradientSum`) the messages travel behind the next gradient, and the sum comes one step later:
+
+    begin the sum Q_{k-1};  gradient at x_k, added to p_k
+    wait for Q_{k-1};  x_{k+1} = x_k - lr_k u(Q_{k-1})     k = 0: nothing is sent, and x_1 = x_0
+    q_k = C(p_k), kept for the next step
+
+Nothing is in flight between steps: q_k is part of the state, packed, and a checkpoint holds it. What it costs: the
+model moves by gradients that are one step old, and so needs a smaller learning rate (on a quadratic of curvature L, SGD
+without momentum is stable below 1 / L instead of 2 / L). The sum of a relay or an all-reduce is many exchanges, one
+after the other: each begins between two layers of the model. The message of the last step of a run is never sent. All
+ranks hold the same model after each step, which is the one that is evaluated and stored.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback
 from mpicomp.compression.base import Compressor, Payload
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.aggregate import Aggregator, plan
+from mpicomp.exchange.aggregate import Aggregator, PendingAverage, plan
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule
 
@@ -72,10 +94,82 @@ class AggregatedAlgorithm(Algorithm[S]):
             )
         return [volume / sum(self.volumes) for volume in self.volumes]
 
-    def average_(self, payload: Payload, local: Local, exchange: Exchange, out: Tensor) -> None:
-        """``out = sum_k w_k q_k`` (n,), where `payload` is the own ``q_k``."""
+
+class GradientSumState(Protocol):
+    """What the state of a `GradientSum` has.
+
+    Attributes:
+        delayed: (nbytes,) uint8, room for the longest message, with that of the last step in it; None without overlap.
+        steps: how many messages have been formed.
+
+    """
+
+    delayed: Tensor | None
+    steps: int
+
+
+G = TypeVar("G", bound=GradientSumState)
+
+
+@dataclass(frozen=True)
+class GradientSum(AggregatedAlgorithm[G]):
+    """A method whose model moves by the sum of the messages, as above.
+
+    Attributes:
+        overlap: whether the messages travel behind the next gradient, and the sum comes one step later.
+
+    """
+
+    overlap: bool = False
+
+    @abstractmethod
+    def add_gradient_(
+        self, local: Local, state: G, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
+    ) -> None:
+        """Add the next gradient, computed with `meanwhile`, to what is to be sent; the model stays where it is."""
+
+    @abstractmethod
+    def form_message(self, local: Local, state: G) -> Payload:
+        """Return the message of this step, and keep what it leaves out."""
+
+    def compressor_at(self, step: int) -> Compressor:
+        """Return the compressor of a step."""
+        return self.compressor
+
+    def init_delayed(self, local: Local, steps: Sequence[int] = (0,)) -> Tensor | None:
+        """Return room for the messages of these steps; None without overlap."""
+        if not self.overlap:
+            return None
+        nbytes = max(self.compressor_at(step).layout(local.spec).nbytes for step in steps)
+        return torch.zeros(nbytes, dtype=torch.uint8, device=local.x.device)
+
+    def step(self, local: Local, state: G, exchange: Exchange) -> None:
+        """Do one step in the order of this module's docstring."""
+        if state.delayed is not None:
+            self._step_behind(local, state, exchange, state.delayed)
+            return
+        self.add_gradient_(local, state, exchange)
+        self._begin(self.form_message(local, state), state.steps, local, exchange).wait(local.g)
+        local.update()
+        state.steps += 1
+
+    def _step_behind(self, local: Local, state: G, exchange: Exchange, delayed: Tensor) -> None:
+        if state.steps:
+            last = state.steps - 1
+            payload = self.compressor_at(last).layout(local.spec).unpack(delayed)
+            pending = self._begin(payload, last, local, exchange)
+            self.add_gradient_(local, state, exchange, pending.test)
+            pending.wait(local.g)
+            local.update()
+        else:
+            self.add_gradient_(local, state, exchange)
+        payload = self.form_message(local, state)
+        self.compressor_at(state.steps).layout(local.spec).pack(payload, delayed)
+        state.steps += 1
+
+    def _begin(self, payload: Payload, step: int, local: Local, exchange: Exchange) -> PendingAverage:
         weights = self.rank_weights(exchange.size)
-        Aggregator(exchange).average_(payload, self.compressor, local.spec, out, weights)
+        return Aggregator(exchange).start(payload, self.compressor_at(step), local.spec, weights)
 
 
 def require_no_momentum(name: str, local: Local) -> None:

@@ -9,6 +9,7 @@ stores and restores the state of every algorithm. No message is in flight betwee
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -48,8 +49,11 @@ class Local(Protocol):
     def weight_decay(self) -> float:
         """The weight decay of the optimizer, 0 if it has none."""
 
-    def gradient(self) -> Tensor:
-        """Forward and backward on the next batch; return `g` (n,)."""
+    def gradient(self, meanwhile: Callable[[], bool] | None = None) -> Tensor:
+        """Forward and backward on the next batch; return `g` (n,).
+
+        `meanwhile` is called now and then until it returns true: `Pending.test` moves messages behind the computation.
+        """
 
     def update(self, part: slice | None = None) -> None:
         """Take the optimizer's step on `x` with `g`; only on the tensors that `part` touches, if it is given."""

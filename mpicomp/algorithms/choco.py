@@ -98,7 +98,7 @@ class Choco(Algorithm[ChocoState]):
         """Do one step in the order of the module's docstring."""
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
-            local.gradient()
+            local.gradient(pending.test)
             add_messages_(self.compressor, local, state, exchange, own, pending)
             local.update()
         else:

@@ -12,6 +12,9 @@ its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more 
 warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``warmup_stages`` of them are geometric,
 ``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))``, as in the official code. Each has ``warmup_steps`` steps.
 
+``overlap`` delays the last line by one step (see `mpicomp.algorithms.aggregated`); u and v, which are of the own
+gradients alone, stay as they are. ``clip = "rms"`` does not go with it: its sum would have to overtake the messages.
+
 The paper compresses tensor by tensor and sends tensors of one dimension whole (``compression.per_tensor`` and
 ``compression.dense_1d``); those keep their momentum unmasked. Weight decay belongs to the optimizer, so that it is not
 compressed. Where every entry is sent and masked, this is plain SGD; with ``masking = false``, SGD with momentum.
@@ -23,16 +26,18 @@ checked against the authors' code.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
+from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
 from mpicomp.algorithms.base import Local, require_positive
-from mpicomp.compression.base import ERROR_MEMORY, SCRATCH, Compressor, Spec, State
+from mpicomp.compression.base import ERROR_MEMORY, IN_FLIGHT, SCRATCH, Compressor, Payload, Spec, State
 from mpicomp.compression.by_rank import by_rank_of, strength_of, with_strength
+from mpicomp.compression.feedback import apart_from
 from mpicomp.compression.per_tensor import PerTensor
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.errors import ConfigError
@@ -51,7 +56,8 @@ class DGCState:
         v: (n,) what has been accumulated and not been sent.
         scratch: (n,) room for the own message.
         compressor: state of the compressor.
-        steps: steps done.
+        delayed: (nbytes,) uint8, the message of the last step; None without overlap.
+        steps: messages formed.
 
     """
 
@@ -59,11 +65,12 @@ class DGCState:
     v: Tensor = field(metadata=ERROR_MEMORY)
     scratch: Tensor = field(metadata=SCRATCH)
     compressor: State
+    delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
 
 
 @dataclass(frozen=True)
-class DGC(AggregatedAlgorithm[DGCState]):
+class DGC(GradientSum[DGCState]):
     """Deep gradient compression.
 
     Attributes:
@@ -93,6 +100,11 @@ class DGC(AggregatedAlgorithm[DGCState]):
         if self.clip not in get_args(Clip):
             raise ConfigError(f"algorithm.clip = {self.clip!r} must be one of {', '.join(map(repr, get_args(Clip)))}")
         require_positive(clip_norm=self.clip_norm)
+        if self.clip == "rms" and self.overlap:
+            raise ConfigError(
+                "algorithm.clip = 'rms' needs a sum over ranks while the messages of algorithm.overlap are under way: "
+                "use algorithm.clip = 'norm', or no overlap"
+            )
         if self.warmup_stages < 0 or self.warmup_steps < 0:
             raise ConfigError("algorithm.warmup_stages and algorithm.warmup_steps must be at least 0")
         if self.warmup and self.warmup_stages:
@@ -110,33 +122,38 @@ class DGC(AggregatedAlgorithm[DGCState]):
         require_no_momentum("DGC", local)
         x = local.x
         compressor = self.compressor.init(local.spec, x.device, exchange.rank)
-        return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor)
+        delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
+        return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor, delayed)
 
-    def step(self, local: Local, state: DGCState, exchange: Exchange) -> None:
-        """Do one step in the order of the module's docstring."""
-        u, v, own, spec = state.u, state.v, state.scratch, local.spec
-        compressor = self.compressor_at(state.steps)
-        g = self._clipped(local.gradient(), exchange)
+    def add_gradient_(
+        self, local: Local, state: DGCState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
+    ) -> None:
+        """``u_k`` and ``v_k``."""
+        u, v = state.u, state.v
+        g = self._clipped(local.gradient(meanwhile), exchange)
         if self.nesterov:
             u.add_(g).mul_(self.momentum)
             v.add_(u).add_(g)
         else:
             u.mul_(self.momentum).add_(g)
             v.add_(u)
-        payload = compressor.compress(v, spec, state.compressor)
+
+    def form_message(self, local: Local, state: DGCState) -> Payload:
+        """``q_k``, and what it leaves of ``u_k`` and ``v_k``."""
+        u, v, own, spec = state.u, state.v, state.scratch, local.spec
+        compressor = self.compressor_at(state.steps)
+        payload = apart_from(v, compressor.compress(v, spec, state.compressor))
         own.zero_()
         compressor.accumulate(payload, spec, own)
-        Aggregator(exchange).average_(payload, compressor, spec, local.g, self.rank_weights(exchange.size))
         v.sub_(own)
         if self.masking:
             for part in _masked(self.compressor, spec):
                 u[part].masked_fill_(own[part] != 0, 0.0)
-        local.update()
-        state.steps += 1
+        return payload
 
     def compressor_at(self, step: int) -> Compressor:
         """Return the compressor of a step: the one given, with the ratio of the stage."""
-        stages = self.warmup_stages or len(self.warmup)
+        stages = self._stages
         if not stages:
             return self.compressor
         stage = step // self.warmup_steps
@@ -153,6 +170,10 @@ class DGC(AggregatedAlgorithm[DGCState]):
         if self.warmup_steps:
             numbers["ratio"] = _ratio(self.compressor_at(state.steps))
         return numbers
+
+    @property
+    def _stages(self) -> int:
+        return self.warmup_stages or len(self.warmup)
 
     def _clipped(self, g: Tensor, exchange: Exchange) -> Tensor:
         if self.clip == "norm":

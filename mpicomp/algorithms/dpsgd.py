@@ -68,7 +68,7 @@ class DPSGD(Algorithm[DPSGDState]):
             combine_(local, start(local, exchange, topology, self.compressor), exchange, topology, self)
         else:
             pending = start(local, exchange, topology, self.compressor)
-            local.gradient()
+            local.gradient(pending.test)
             combine_(local, pending, exchange, topology, self)
             local.update()
         state.step += 1

@@ -5,6 +5,8 @@
     p_k = e_k + u_k;  q_k = C(p_k);  e_k = p_k - q_k
     x = x - lr u(sum_k w_k q_k)                            u: the optimizer, on all ranks alike
 
+``overlap`` delays the last line by one step (see `mpicomp.algorithms.aggregated`).
+
 The error is in the unit of a gradient, so a change of the learning rate does not touch it. The control for GMC and DGC:
 momentum before the compression, from the own gradients alone.
 
@@ -14,13 +16,15 @@ Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
+from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
 from mpicomp.algorithms.base import Local
+from mpicomp.compression.base import IN_FLIGHT, Payload
 from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
 
@@ -32,15 +36,19 @@ class EFSGDState:
     Attributes:
         feedback: the error memory (n,), and the state of the compressor.
         velocity: (n,) the sum of the own gradients; None without momentum.
+        delayed: (nbytes,) uint8, the message of the last step; None without overlap.
+        steps: messages formed.
 
     """
 
     feedback: FeedbackState
     velocity: Tensor | None
+    delayed: Tensor | None = field(metadata=IN_FLIGHT)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
-class EFSGD(AggregatedAlgorithm[EFSGDState]):
+class EFSGD(GradientSum[EFSGDState]):
     """SGD on sums of compressed gradients.
 
     Attributes:
@@ -60,16 +68,21 @@ class EFSGD(AggregatedAlgorithm[EFSGDState]):
         if self.momentum:
             require_no_momentum("EF-SGD", local)
         feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
-        return EFSGDState(feedback, torch.zeros_like(local.x) if self.momentum else None)
+        velocity = torch.zeros_like(local.x) if self.momentum else None
+        return EFSGDState(feedback, velocity, self.init_delayed(local))
 
-    def step(self, local: Local, state: EFSGDState, exchange: Exchange) -> None:
-        """Do one step in the order of the module's docstring."""
-        direction = local.gradient()
+    def add_gradient_(
+        self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
+    ) -> None:
+        """``p_k``, in the place of the error."""
+        direction = local.gradient(meanwhile)
         if state.velocity is not None:
             direction = state.velocity.mul_(self.momentum).add_(direction)
-        payload = ErrorFeedback(self.compressor).compress(direction, local.spec, state.feedback)
-        self.average_(payload, local, exchange, local.g)
-        local.update()
+        ErrorFeedback(self.compressor).add_(direction, state.feedback)
+
+    def form_message(self, local: Local, state: EFSGDState) -> Payload:
+        """``q_k``, and ``e_k`` of it."""
+        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
 
     def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
         """``error_norm``, |e|."""

@@ -11,6 +11,18 @@ step that all ranks have made together, where DGC and EF-SGD with momentum know 
 most where the data of the ranks differ. A change of the learning rate keeps the size of the last step and not its unit
 (heavy-ball convention; torch's SGD scales it), and leaves e as it is.
 
+``overlap`` (see `mpicomp.algorithms.aggregated`) delays the gradient alone. The momentum is formed when the sum of the
+last message has come and has moved the model, so it is the newest step of the model that the message contains, and the
+sums ``Q_k = sum_k w_k q_k`` obey the same recursion:
+
+    g_k = gradient at x~ of x_t, while the messages of the last step travel
+    x_{t+1} = x_t - lr Q_{k-1}
+    p_k = e_k + g_k - (beta / lr) (x_{t+1} - x_t);  q_k = C(p_k);  e_k = p_k - q_k
+
+Without compression this is heavy ball on gradients that are one step old, ``x_{t+1} = x_t - lr g_{k-1} + beta (x_t -
+x_{t-1})``. A change of the learning rate then scales the momentum as torch's SGD does: the rate of the step that a
+message will make is not known when it is formed.
+
 Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
 detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
 lambda = 0.3 is DEF's remembered default. Treat ``detachment`` as unverified.
@@ -20,14 +32,15 @@ Wire: see `mpicomp.exchange.aggregate`. Memory: ``e`` and ``x_{t-1}``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.aggregated import AggregatedAlgorithm, require_momentum, require_no_momentum
+from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
 from mpicomp.algorithms.base import Local
-from mpicomp.compression.base import PUBLIC_COPY
+from mpicomp.compression.base import IN_FLIGHT, PUBLIC_COPY, Payload
 from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -39,16 +52,20 @@ class GMCState:
 
     Attributes:
         feedback: the error memory (n,), and the state of the compressor.
-        previous: (n,) the model of the step before.
+        previous: (n,) the model of the step before; with overlap, room for the last step of the model.
+        delayed: (nbytes,) uint8, the message of the last step; None without overlap.
+        steps: messages formed.
 
     """
 
     feedback: FeedbackState
     previous: Tensor = field(metadata=PUBLIC_COPY)
+    delayed: Tensor | None = field(metadata=IN_FLIGHT)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
-class GMC(AggregatedAlgorithm[GMCState]):
+class GMC(GradientSum[GMCState]):
     """Global momentum compression.
 
     Attributes:
@@ -71,23 +88,34 @@ class GMC(AggregatedAlgorithm[GMCState]):
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("GMC", local)
         feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
-        return GMCState(feedback, local.x.clone())
+        return GMCState(feedback, local.x.clone(), self.init_delayed(local))
 
-    def step(self, local: Local, state: GMCState, exchange: Exchange) -> None:
-        """Do one step in the order of the module's docstring."""
+    def add_gradient_(
+        self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
+    ) -> None:
+        """``p_k``, in the place of the error; with overlap, without its momentum."""
         error, previous = state.feedback.residual, state.previous
         if self.detachment:
             torch.mul(error, self.detachment * local.lr, out=local.g)  # room, until there is a gradient
-        if local.lr:  # a schedule that begins at zero has made no step yet
-            error.add_(previous.sub_(local.x), alpha=self.momentum / local.lr)
+        if not self.overlap:
+            self._add_momentum_(local, state)
         previous.copy_(local.x)
         if self.detachment:
             local.x.sub_(local.g)
-        local.gradient()
+        local.gradient(meanwhile)
         local.x.copy_(previous)
-        payload = ErrorFeedback(self.compressor).compress(local.g, local.spec, state.feedback)
-        self.average_(payload, local, exchange, local.g)
-        local.update()
+        ErrorFeedback(self.compressor).add_(local.g, state.feedback)
+
+    def form_message(self, local: Local, state: GMCState) -> Payload:
+        """``q_k``, and ``e_k`` of it."""
+        if self.overlap:
+            self._add_momentum_(local, state)
+        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+
+    def _add_momentum_(self, local: Local, state: GMCState) -> None:
+        """``p = p - (beta / lr) (x - previous)``; the content of `previous` is lost."""
+        if local.lr:  # a schedule that begins at zero has made no step yet
+            state.feedback.residual.add_(state.previous.sub_(local.x), alpha=self.momentum / local.lr)
 
     def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
         """``error_norm``, |e|."""

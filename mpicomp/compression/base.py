@@ -45,6 +45,9 @@ PUBLIC_COPY = {"resize": "model"}
 SERVERS = {"resize": "servers"}
 """A field (n,) that servers hold, all of them alike, and other ranks as (0,): new servers get it."""
 
+IN_FLIGHT = {"resize": "refused"}
+"""A field of messages of the old ranks that are under way between steps: no other number of ranks can take them."""
+
 OWN = {"resize": "own"}
 """A field that tells a rank from the others: new ranks keep what `init` gave them."""
 

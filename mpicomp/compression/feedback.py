@@ -59,11 +59,18 @@ class ErrorFeedback(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: FeedbackState) -> Payload:
         """Compress the sum of `x` and the residual, and keep what is left."""
-        payload = self.inner.compress(state.residual.add_(x), spec, state.inner)
-        # A message may be a view of the residual (identity, block), which is about to change.
-        payload = {
-            name: tensor.clone() if _overlaps(tensor, state.residual) else tensor for name, tensor in payload.items()
-        }
+        self.add_(x, state)
+        return self.compress_sum(spec, state)
+
+    @timed("compress")
+    def add_(self, x: Tensor, state: FeedbackState) -> None:
+        """Add `x` (n,) to what is to be sent: the first half of `compress`."""
+        state.residual.add_(x)
+
+    @timed("compress")
+    def compress_sum(self, spec: Spec, state: FeedbackState) -> Payload:
+        """Compress what is to be sent, and keep what is left: the second half."""
+        payload = apart_from(state.residual, self.inner.compress(state.residual, spec, state.inner))
         self.inner.accumulate(payload, spec, state.residual, -1.0)
         return payload
 
@@ -71,6 +78,11 @@ class ErrorFeedback(Compressor):
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """As the inner compressor."""
         self.inner.accumulate(payload, spec, out, weight)
+
+
+def apart_from(x: Tensor, payload: Payload) -> Payload:
+    """Return the message, made of `x`, such that `x` may change: it may be a view of it (identity, block)."""
+    return {name: tensor.clone() if _overlaps(tensor, x) else tensor for name, tensor in payload.items()}
 
 
 def _overlaps(a: Tensor, b: Tensor) -> bool:

@@ -35,7 +35,14 @@ _SUM = Nonzero()
 
 
 class PendingAverage(Protocol):
-    """A weighted sum under way."""
+    """A weighted sum under way.
+
+    It takes several exchanges, one after the other. Each begins when the last one is seen to be complete: by `test`,
+    or else not before `wait`.
+    """
+
+    def test(self) -> bool:
+        """Move on what is under way, and return whether all messages are there: `wait` then adds up, at most."""
 
     def wait(self, out: Tensor) -> None:
         """Overwrite `out` (n,) by the sum, on every rank."""
@@ -206,39 +213,56 @@ class _StarAverage:
     ) -> None:
         self._exchange, self._star, self._own = exchange, star, payload
         self._compressor, self._spec, self._weights = compressor, spec, weights
+        self._is_hub = exchange.rank == star.hub
         self._pending = exchange.start(payload, compressor.layout(spec), star.up)
+        self._answer: tuple[Payload, Tensor] | None = None
 
     def wait_on_servers(self, out: Tensor) -> None:
         """Add up on the hub."""
         received = self._pending.wait()
-        if self._exchange.rank == self._star.hub:
+        if self._is_hub:
             _add_up_(out, {**received, self._star.hub: self._own}, self._compressor, self._spec, self._weights)
+
+    def test(self) -> bool:
+        """Turn round at the hub, once all messages are there."""
+        if self._answer is None:
+            if not self._pending.test():
+                return False
+            device = next(iter(self._own.values())).device
+            is_summed_here = self._is_hub and not self._compressor.has_common_support
+            self._turn(torch.empty(self._spec.numel if is_summed_here else 0, dtype=self._spec.dtype, device=device))
+        return self._pending.test()
 
     def wait(self, out: Tensor) -> None:
         """Add up on the hub, and send the sum to all."""
+        own, sum_ = self._answer or self._turn(out)
+        message = self._pending.wait().get(self._star.hub, own)
         if self._compressor.has_common_support:
-            self._wait_for_values(out)
-            return
-        self.wait_on_servers(out)
-        is_hub = self._exchange.rank == self._star.hub
-        sum_ = _SUM.compress(out, self._spec, None) if is_hub else {}
-        received = self._exchange.start(sum_, _SUM.layout(self._spec), self._star.down).wait()
-        for message in received.values():
+            out.zero_()
+            self._compressor.accumulate(message, self._spec, out)
+        elif not self._is_hub:
             out.zero_()
             _SUM.accumulate(message, self._spec, out)
+        elif sum_ is not out:
+            out.copy_(sum_)
 
-    def _wait_for_values(self, out: Tensor) -> None:
-        received = self._pending.wait()
-        message = self._own
-        if self._exchange.rank == self._star.hub:
-            values = torch.zeros_like(self._own["values"])
-            for rank, payload in sorted({**received, self._star.hub: self._own}.items()):
-                values.add_(payload["values"], alpha=self._weights[rank])
-            message = {**self._own, "values": values}
-        layout = self._compressor.layout(self._spec)
-        message = self._exchange.start(message, layout, self._star.down).wait().get(self._star.hub, message)
-        out.zero_()
-        self._compressor.accumulate(message, self._spec, out)
+    def _turn(self, sum_: Tensor) -> tuple[Payload, Tensor]:
+        """Wait for what goes to the hub, add it up there, and begin to answer; `sum_` (n,) is room for a sparse sum."""
+        layout, answer = _SUM.layout(self._spec), self._own
+        if self._compressor.has_common_support:
+            layout, received = self._compressor.layout(self._spec), self._pending.wait()
+            if self._is_hub:
+                values = torch.zeros_like(self._own["values"])
+                for rank, payload in sorted({**received, self._star.hub: self._own}.items()):
+                    values.add_(payload["values"], alpha=self._weights[rank])
+                answer = {**self._own, "values": values}
+        else:
+            self.wait_on_servers(sum_)
+            if self._is_hub:
+                answer = _SUM.compress(sum_, self._spec, None)
+        self._pending = self._exchange.start(answer, layout, self._star.down)
+        self._answer = answer, sum_
+        return self._answer
 
 
 class _RingRelay:
@@ -255,22 +279,37 @@ class _RingRelay:
     ) -> None:
         self._exchange, self._ring, self._own = exchange, ring, payload
         self._compressor, self._spec, self._weights = compressor, spec, weights
+        self._place = ring.order.index(exchange.rank)
+        self._messages = {exchange.rank: payload}
         self._pending = self._pass_on(payload)
+
+    def test(self) -> bool:
+        """Relay what is there."""
+        while self._is_relaying:
+            if not self._pending.test():
+                return False
+            self._relay()
+        return True
 
     def wait(self, out: Tensor) -> None:
         """Relay, and add up."""
-        order, size = self._ring.order, self._exchange.size
-        place = order.index(self._exchange.rank)
-        messages = {self._exchange.rank: self._own}
-        for hop in range(1, size):
-            (received,) = self._pending.wait().values()
-            message = {name: tensor.clone() for name, tensor in received.items()}
-            messages[order[place - hop]] = message
-            if hop < size - 1:
-                self._pending = self._pass_on(message)
-        _add_up_(out, messages, self._compressor, self._spec, self._weights)
+        while self._is_relaying:
+            self._relay()
+        _add_up_(out, self._messages, self._compressor, self._spec, self._weights)
 
     wait_on_servers = wait
+
+    @property
+    def _is_relaying(self) -> bool:
+        return len(self._messages) < self._exchange.size
+
+    def _relay(self) -> None:
+        """Wait for a message, and pass it on unless it has been everywhere."""
+        (received,) = self._pending.wait().values()
+        message = {name: tensor.clone() for name, tensor in received.items()}
+        self._messages[self._ring.order[self._place - len(self._messages)]] = message
+        if self._is_relaying:
+            self._pending = self._pass_on(message)
 
     def _pass_on(self, payload: Payload) -> Pending:
         return self._exchange.start(payload, self._compressor.layout(self._spec), self._ring.onward)
@@ -296,25 +335,42 @@ class _RingAllReduce:
         self._place = ring.order.index(exchange.rank)
         self._sums = values.new_zeros(exchange.size, piece)
         torch.mul(values, weights[exchange.rank], out=self._sums.view(-1)[: values.numel()])
+        self._hops = 0
         self._pending = self._pass_on(self._place)
+
+    def test(self) -> bool:
+        """Add up and collect what is there."""
+        while self._is_passing_on:
+            if not self._pending.test():
+                return False
+            self._hop()
+        return True
 
     def wait(self, out: Tensor) -> None:
         """Add up, collect, and add the whole to `out`."""
-        size, place = self._exchange.size, self._place
-        for hop in range(1, 2 * size - 1):
-            (received,) = self._pending.wait().values()
-            piece = self._sums[(place - hop) % size]
-            if hop < size:
-                piece.add_(received["values"])
-            else:
-                piece.copy_(received["values"])
-            if hop < 2 * size - 2:
-                self._pending = self._pass_on((place - hop) % size)
+        while self._is_passing_on:
+            self._hop()
         values = self._sums.view(-1)[: self._own["values"].numel()]
         out.zero_()
         self._compressor.accumulate({**self._own, "values": values}, self._spec, out)
 
     wait_on_servers = wait
+
+    @property
+    def _is_passing_on(self) -> bool:
+        return self._hops < 2 * self._exchange.size - 2
+
+    def _hop(self) -> None:
+        """Wait for a piece, add to it or keep it, and pass it on unless it has been everywhere."""
+        (received,) = self._pending.wait().values()
+        self._hops += 1
+        place = (self._place - self._hops) % self._exchange.size
+        if self._hops < self._exchange.size:
+            self._sums[place].add_(received["values"])
+        else:
+            self._sums[place].copy_(received["values"])
+        if self._is_passing_on:
+            self._pending = self._pass_on(place)
 
     def _pass_on(self, piece: int) -> Pending:
         return self._exchange.start({"values": self._sums[piece]}, self._layout, self._ring.onward)

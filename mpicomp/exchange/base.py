@@ -29,6 +29,9 @@ class Stopped(BaseException):
 class Pending(Protocol):
     """An exchange under way."""
 
+    def test(self) -> bool:
+        """Return whether all messages are there, and move on what is under way; `wait` then returns at once."""
+
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending: the order of summation is fixed.
 

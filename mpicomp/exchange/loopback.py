@@ -149,6 +149,13 @@ class _Hub:
             self._check_alive()
             return [seat.inbox[sender].popleft() for sender in senders]
 
+    def is_there(self, rank: int, senders: Sequence[_Sender]) -> bool:
+        """Return whether `take` would return at once."""
+        with self._lock:
+            self._check_alive()
+            inbox = self._seats[rank].inbox
+            return all(inbox[sender] for sender in senders)
+
     def release(self, messages: Iterable[_Message]) -> None:
         """Give back messages that a rank has read."""
         with self._lock:
@@ -401,6 +408,11 @@ class _LoopbackPending:
         self._sources = sources
 
     @timed("exchange")
+    def test(self) -> bool:
+        """Return whether all messages are there."""
+        return self._exchange._is_there(self._sources)
+
+    @timed("exchange")
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending."""
         messages = self._exchange._take(self._sources)
@@ -455,6 +467,9 @@ class LoopbackExchange:
             if wire.numel() >= nbytes:
                 return wire
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def _is_there(self, sources: list[int]) -> bool:
+        return self._hub.is_there(self.rank, [(self._number, source) for source in sources])
 
     def _take(self, sources: list[int]) -> list[_Message]:
         assert self._is_pending, "waited for twice"

@@ -21,7 +21,7 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.staging import make_staging
-from mpicomp.exchange.wait import wait_all
+from mpicomp.exchange.wait import test_all, wait_all
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule, Topology
 
@@ -34,6 +34,7 @@ class NeighborExchange:
 
     Attributes:
         comm: the communicator that knows the neighborhood.
+        is_polite: whether another rank needs this core.
 
     Raises:
         ExchangeError: the ranks were given different graphs.
@@ -50,7 +51,7 @@ class NeighborExchange:
         self.comm = _cartesian(world, union) or world.comm.Create_dist_graph_adjacent(
             union.sources(self.rank), union.targets(self.rank), reorder=False
         )
-        self._is_polite = world.is_polite
+        self.is_polite = world.is_polite
         self._staging = make_staging(world.device)
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
@@ -78,7 +79,7 @@ class NeighborExchange:
         """Average `x` over all ranks, in place, by MPI's all-reduce: summed in x's precision and in MPI's order."""
         host = _reducible(x)
         request = self.comm.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
-        wait_all([request], is_polite=self._is_polite, operation="mean_")
+        wait_all([request], is_polite=self.is_polite, operation="mean_")
         host /= self.size
         if host.data_ptr() != x.data_ptr():
             x.detach().copy_(host.view_as(x))
@@ -88,11 +89,7 @@ class NeighborExchange:
         """Give the communicator back to MPI, which has some two thousand of them (collective on all ranks)."""
         self.comm.Free()
 
-    def _finish(
-        self, requests: list[MPI.Request], layout: Layout, sources: list[int], targets: list[int]
-    ) -> dict[int, Payload]:
-        statuses = [MPI.Status() for _ in requests]
-        wait_all(requests, statuses, is_polite=self._is_polite, peers=[*sources, *targets])
+    def _finish(self, statuses: list[MPI.Status], layout: Layout, sources: list[int]) -> dict[int, Payload]:
         self._pending = None
         sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
         payloads = self._staging.unpack(layout, sizes)
@@ -117,12 +114,23 @@ class _NeighborPending:
         self._layout = layout
         self._sources = sources
         self._targets = targets
+        self._statuses = [MPI.Status() for _ in requests]
+        self._is_complete = False
+
+    @timed("exchange")
+    def test(self) -> bool:
+        """Return whether all messages are there, and move on what is under way."""
+        self._is_complete = self._is_complete or test_all(self._requests, self._statuses)
+        return self._is_complete
 
     @timed("exchange")
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending."""
         assert self._exchange._pending is self, "waited for twice"
-        return self._exchange._finish(self._requests, self._layout, self._sources, self._targets)
+        if not self._is_complete:
+            peers = [*self._sources, *self._targets]
+            wait_all(self._requests, self._statuses, is_polite=self._exchange.is_polite, peers=peers)
+        return self._exchange._finish(self._statuses, self._layout, self._sources)
 
 
 def _reducible(x: Tensor) -> Tensor:

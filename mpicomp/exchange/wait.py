@@ -101,6 +101,19 @@ def wait_all(
             raise _failure(error, found) from error
 
 
+def test_all(requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
+    """Return whether all `requests` are complete, without waiting; `statuses` are theirs if so.
+
+    Raises:
+        ExchangeError: the transport failed, or a message was longer than its receive buffer.
+
+    """
+    try:
+        return bool(MPI.Request.Testall(requests, statuses))
+    except MPI.Exception as error:
+        raise _failure(error, statuses) from error
+
+
 def _advance(
     some: Callable[[list[MPI.Request], list[MPI.Status]], list[int] | None],
     pending: list[MPI.Request],

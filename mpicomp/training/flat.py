@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ class FlatModel:
         self.closure: Callable[[], Tensor] = _no_closure
         self.loss = torch.full((), torch.nan)
         self.pace = Pace()
+        self._meanwhile: Callable[[], bool] | None = None
+        self._is_hooked = False
+        self._thread = 0
         self._parameters = [p for _, p in named]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
         for p, x, shape in zip(self._parameters, self.spec.split(self.x), self.spec.shapes, strict=True):
@@ -70,13 +74,23 @@ class FlatModel:
         return max(float(group.get("weight_decay", 0.0)) for group in self.optimizer.param_groups)
 
     @timed("gradient")
-    def gradient(self) -> Tensor:
-        """Run `closure` and its backward pass; return the flat gradient (n,)."""
+    def gradient(self, meanwhile: Callable[[], bool] | None = None) -> Tensor:
+        """Run `closure` and its backward pass; return the flat gradient (n,).
+
+        `meanwhile` is called between the layers, until it returns true. On a GPU it is not during the backward pass,
+        which runs in a thread of its own, far ahead of the device.
+        """
         start = time.perf_counter()
         self.g.zero_()
         self._show_gradients(slice(0, self.spec.numel))
-        loss = self.closure()
-        torch.autograd.backward(loss)
+        self._meanwhile, self._thread = meanwhile, threading.get_ident()
+        if meanwhile is not None and not self._is_hooked:
+            self._hook()
+        try:
+            loss = self.closure()
+            torch.autograd.backward(loss)
+        finally:
+            self._meanwhile = None
         self.loss = loss.detach()
         self.pace.keep(time.perf_counter() - start)
         return self.g
@@ -87,6 +101,19 @@ class FlatModel:
         if part is not None:
             self._show_gradients(part)
         self.optimizer.step()
+
+    def _hook(self) -> None:
+        """Have `_between_layers` called, from now on."""
+        self._is_hooked = True
+        for module in self.model.modules():
+            if not list(module.children()):
+                module.register_forward_hook(self._between_layers)
+        for p in self._parameters:
+            p.register_post_accumulate_grad_hook(self._between_layers)  # type: ignore[no-untyped-call]
+
+    def _between_layers(self, *_: object) -> None:
+        if self._meanwhile is not None and threading.get_ident() == self._thread and self._meanwhile():
+            self._meanwhile = None
 
     def _show_gradients(self, part: slice) -> None:
         """Give the parameters their views again: zero_grad() of torch.optim drops them."""

@@ -7,6 +7,7 @@ The new ranks all start from the same state, which rank 0 makes of the files of 
     error memory                           its sum over the old ranks, divided evenly: the sum is kept
     public copies                          the consensus model, which every rank gets in one dense exchange
     what only servers hold                 as it is, by every new server
+    messages that are under way            refused: a method that delays them needs as many ranks as before
     counters and other numbers             those of the old rank 0
     bytes sent                             their sum, divided evenly
     random generators of the process       drawn anew from (steps, rank)
@@ -32,7 +33,7 @@ from torch import Tensor
 from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.folder import Checkpoint, rank_file
 from mpicomp.checkpoint.tree import Leaf, resize_rules
-from mpicomp.errors import MpicompError
+from mpicomp.errors import CheckpointError, MpicompError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree
 from mpicomp.training.partition import Indices, epoch_indices, steps_per_epoch
@@ -81,10 +82,15 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
     """Give every rank the state that `combine` makes, and return it; collective on all ranks.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or is of another model or algorithm.
+        CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way.
 
     """
     rules = {f"algorithm/{path}": rule for path, rule in resize_rules(gossip.state).items()}
+    if "refused" in rules.values():
+        raise CheckpointError(
+            f"{checkpoint.path}: holds a message of each of {checkpoint.manifest.size} ranks that is under way "
+            "(algorithm.overlap = true): start as many, --resize cannot deal them to others"
+        )
     own = gossip.state_dict()
     leaves, error = None, None
     if gossip.world.rank == 0:

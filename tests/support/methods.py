@@ -80,6 +80,10 @@ DETERMINISTIC = {
     "gmc_plus": GMC(TOP, detachment=0.3),
     "dgc": DGC(COMPRESSORS["topk_dense_1d"]),
     "dgc_warmup": DGC(TOP, nesterov=True, clip="rms", warmup_stages=2, warmup_steps=2),
+    "ef_sgd_overlapped": EFSGD(COMPRESSORS["threshold"], overlap=True),
+    "gmc_overlapped": GMC(COMPRESSORS["block"], overlap=True, momentum=0.5),
+    "gmc_plus_overlapped": GMC(TOP, overlap=True, momentum=0.5, detachment=0.3),
+    "dgc_overlapped": DGC(TOP, overlap=True, warmup=(0.9, 0.5), warmup_steps=3),
     "efficient_adam": EfficientAdam(COMPRESSORS["log_grid_per_tensor"], downlink=COMPRESSORS["uniform_grid"]),
     "efficient_adam_decaying": EfficientAdam(
         TOP, downlink=TOP, weight_decay=1e-3, rates="decaying", bias_correction=False

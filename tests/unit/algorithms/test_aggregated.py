@@ -80,6 +80,47 @@ class TestTranscriptions:
         close(np.stack([state.u for state in trained.states]), u)
         close(np.stack([state.v for state in trained.states]), v)
 
+    @pytest.mark.parametrize("mu", [0.0, 0.9])
+    def test_ef_sgd_overlapped(self, graph, mu):
+        n = graph.size
+        x, e, u, last = np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM)), np.zeros(DIM)
+        for _ in range(30):
+            u = mu * u + gradients(everywhere(x, n))
+            q = top_k(e + u, KEPT)
+            e = e + u - q
+            x, last = x - LR * last, q.mean(axis=0)
+        trained = train(EFSGD(TOP, momentum=mu, overlap=True), graph, 30)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([state.feedback.residual for state in trained.states]), e)
+
+    @pytest.mark.parametrize("detachment", [0.0, 0.3])
+    def test_gmc_overlapped(self, graph, detachment):
+        n = graph.size
+        x, e, last = np.zeros(DIM), np.zeros((n, DIM)), np.zeros(DIM)
+        for _ in range(30):
+            g = gradients(everywhere(x, n) - detachment * LR * e)
+            x = x - LR * last
+            p = e + g + 0.6 * last
+            q = top_k(p, KEPT)
+            e, last = p - q, q.mean(axis=0)
+        trained = train(GMC(TOP, momentum=0.6, detachment=detachment, overlap=True), graph, 30)
+        close(trained.x, everywhere(x, n), 1e-10)
+        close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
+
+    def test_dgc_overlapped(self, graph):
+        n = graph.size
+        x, u, v, last = np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM)), np.zeros(DIM)
+        for step in range(30):
+            u = 0.6 * u + gradients(everywhere(x, n))
+            v = v + u
+            q = top_k(v, DIM // 2 if step < 4 else KEPT)
+            v, u = v - q, np.where(q != 0, 0, u)
+            x, last = x - LR * last, q.mean(axis=0)
+        trained = train(DGC(TOP, momentum=0.6, warmup=(0.5,), warmup_steps=4, overlap=True), graph, 30)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([state.v for state in trained.states]), v)
+        close(np.stack([state.u for state in trained.states]), u)
+
     def test_weights_by_volume(self, graph):
         n = graph.size
         volumes = tuple(range(1, n + 1))
@@ -101,6 +142,30 @@ class TestIdentities:
             mean = gradients(everywhere(x, graph.size)).mean(axis=0)
             before, x = x, x - LR * mean + 0.9 * (x - before)
         close(train(GMC(Identity(), momentum=0.9), graph, 200).x, everywhere(x, graph.size))
+
+    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+    @pytest.mark.parametrize("method", [EFSGD(overlap=True), DGC(Identity(), overlap=True)], ids=lambda m: m.name)
+    def test_overlap_without_compression_is_sgd_delayed_by_a_step(self, graph, method):
+        x, last = np.zeros(DIM), np.zeros(DIM)
+        for _ in range(100):
+            x, last = x - LR * last, gradients(everywhere(x, graph.size)).mean(axis=0)
+        close(train(method, graph, 100).x, everywhere(x, graph.size))
+
+    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+    def test_overlapped_gmc_without_compression_is_heavy_ball_on_gradients_of_the_step_before(self, graph):
+        x, before, last = np.zeros(DIM), np.zeros(DIM), np.zeros(DIM)
+        for _ in range(100):
+            mean = gradients(everywhere(x, graph.size)).mean(axis=0)
+            before, x, last = x, x - LR * last + 0.6 * (x - before), mean
+        close(train(GMC(momentum=0.6, overlap=True), graph, 100).x, everywhere(x, graph.size))
+
+    def test_an_overlapped_run_goes_to_the_optimum_below_half_the_learning_rate(self):
+        """Delayed SGD on a curvature L is stable below 1 / L, SGD below 2 / L; here L = 1.5."""
+        optimum = centers(5).mean(axis=0)
+        stable, unstable = (train(EFSGD(overlap=True), ring(5), 400, lr=lr).x[0] for lr in (0.6, 0.7))
+        assert np.abs(stable - optimum).max() < 1e-3
+        assert np.abs(unstable - optimum).max() > 1
+        assert np.abs(train(EFSGD(), ring(5), 400, lr=1.2).x[0] - optimum).max() < 1e-3
 
     def test_gmc_keeps_the_size_of_the_last_step_when_the_rate_drops(self):
         """Heavy ball: the displacement counts, not the velocity of torch's SGD."""
@@ -147,7 +212,11 @@ class TestIdentities:
         close(trained[:, : DIM // 2], everywhere(x, 5)[:, : DIM // 2])  # tensor "a"
         assert np.abs(trained - x)[:, DIM // 2 :].max() > 1e-3
 
-    @pytest.mark.parametrize("method", [EFSGD(TOP, momentum=0.9), GMC(TOP), DGC(TOP)], ids=lambda m: m.name)
+    @pytest.mark.parametrize(
+        "method",
+        [EFSGD(TOP, momentum=0.9), GMC(TOP), DGC(TOP), GMC(TOP, momentum=0.5, overlap=True)],
+        ids=["ef_sgd", "gmc", "dgc", "gmc_overlapped"],
+    )
     def test_star_and_ring_agree_bit_for_bit(self, method):
         on_a_star, on_a_ring = train(method, star(5), 30), train(method, ring(5), 30)
         assert np.array_equal(on_a_star.x, on_a_ring.x)
@@ -166,7 +235,9 @@ class TestIdentities:
     def test_clipping_by_the_root_mean_square(self):
         def serve(world):
             local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.zeros(DIM, dtype=torch.float64), lr=1.0)
-            local.gradient = lambda: local.g.zero_().index_fill_(0, torch.tensor([2]), -10.0 * (world.rank == 1))
+            local.gradient = lambda meanwhile: local.g.zero_().index_fill_(
+                0, torch.tensor([2]), -10.0 * (world.rank == 1)
+            )
             exchange = world.exchange(ring(3))
             method = DGC(clip="rms")
             method.step(local, method.init(local, exchange), exchange)
@@ -215,6 +286,14 @@ class TestTraffic:
         # Two counts, and at most 5 values with a bitmap, to 4 workers: never a dense vector.
         assert hub <= self.STEPS * 4 * (2 * 4 + 5 * 8 + DIM // 8)
 
+    @pytest.mark.parametrize("graph", [ring(5), star(5), ring(1)], ids=lambda g: f"{g.name}{g.size}")
+    @pytest.mark.parametrize("compressor", [TopK(1 / DIM), RandomBlock(0.25)], ids=lambda c: type(c).__name__)
+    def test_overlap_sends_as_much_a_step_and_nothing_in_the_first(self, graph, compressor):
+        workers = slice(1, None) if graph.name == "star" else slice(None)  # a hub sends the zeros of a sum as a bitmap
+        sent = train(EFSGD(compressor), graph, self.STEPS - 1).bytes_sent[workers]
+        assert train(EFSGD(compressor, overlap=True), graph, self.STEPS).bytes_sent[workers] == sent
+        assert sum(train(EFSGD(compressor, overlap=True), graph, 1).bytes_sent) == 0
+
     def test_ring_all_reduce_of_a_block(self):
         block = DIM // 4 * 8
         # Two and a half pieces of the block, padded to 2: 2 (n - 1) pieces a rank, which know nothing of the offset.
@@ -237,6 +316,13 @@ def test_memory(method, vectors):
     (state, *_) = train(method, ring(5), 1).states
     held = [*flatten(state).values(), getattr(state, "scratch", None)]
     assert [len(leaf) for leaf in held if isinstance(leaf, torch.Tensor)] == [DIM] * vectors
+
+
+def test_overlap_keeps_a_message():
+    for method, nbytes in ((EFSGD(TOP, overlap=True), KEPT * 8), (GMC(overlap=True), DIM * 8)):
+        (state, *_) = train(method, ring(3), 2).states
+        assert state.delayed.dtype == torch.uint8
+        assert nbytes <= len(state.delayed) <= nbytes + 2 * KEPT
 
 
 class TestBadInput:
@@ -262,6 +348,7 @@ class TestBadInput:
             ({"warmup": (1.5,), "warmup_steps": 2}, r"algorithm\.warmup: 1\.5"),
             ({"warmup": (0.5,), "warmup_stages": 2, "warmup_steps": 2}, "leave out"),
             ({"warmup_stages": -1}, "at least 0"),
+            ({"clip": "rms", "overlap": True}, r"algorithm\.clip = 'norm', or no overlap"),
         ],
         ids=str,
     )

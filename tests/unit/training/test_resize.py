@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import AdaGossip, Choco, DeepSqueeze, EfficientAdam
+from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
+from mpicomp.errors import CheckpointError
 from mpicomp.exchange import loopback
 from mpicomp.topology import from_graph, ring, star
 from mpicomp.training.partition import partition
@@ -69,6 +70,13 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
     if "algorithm/e" in old[0]:
         kept = sum(state["algorithm/e"].double() for _, state, _ in new)
         assert torch.allclose(kept, sum(state["algorithm/e"].double() for state in old), atol=1e-6)
+
+
+def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
+    algorithm = EFSGD(TopK(0.2), overlap=True)
+    loopback.run(3, trained, tmp_path, algorithm)
+    with pytest.raises(CheckpointError, match=r"each of 3 ranks that is under way \(algorithm\.overlap = true\)"):
+        loopback.run(2, resized, tmp_path, algorithm)
 
 
 def deal(size, samples=96, batch_size=2):
