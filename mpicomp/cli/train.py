@@ -34,6 +34,10 @@ AUTO = "auto"
 """``--resume auto``: go on if there is something to go on from, start otherwise."""
 
 
+TRACE_STEPS = 100
+"""What ``--trace`` shows by default."""
+
+
 class _Duration(click.ParamType):  # type: ignore[type-arg]
     """``90s``, ``55m``, ``2h``, ``1d12h``, or as in Slurm ``HH:MM:SS`` and ``D-HH:MM:SS``; in seconds."""
 
@@ -60,6 +64,7 @@ class _Request:
     resume: str | None
     resize: bool
     end_time: float | None
+    trace_steps: int
     debug: bool
 
     def check(self) -> None:
@@ -152,6 +157,15 @@ class _Request:
     metavar="N",
     help="As --loopback, with the simulated time of the section [simulation]: for asynchronous methods.",
 )
+@click.option(
+    "--trace", is_flag=True, help="Write a timeline of the first steps into RUN_DIR/trace, to open in ui.perfetto.dev."
+)
+@click.option(
+    "--trace-steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"How many steps --trace shows, of each rank; default: {TRACE_STEPS}.",
+)
 @debug_option
 @click.pass_context
 def train(
@@ -164,6 +178,8 @@ def train(
     time_limit: float | None,
     loopback: int | None,
     simulate: int | None,
+    trace: bool,
+    trace_steps: int | None,
 ) -> None:
     """Train the model of CONFIG.toml, or go on with a run.
 
@@ -174,7 +190,10 @@ def train(
     with exit code 75, which means: run me again, with --resume.
     """
     end_time = None if time_limit is None else time.time() + time_limit
-    request = _Request(config, overrides, run_dir, resume, resize, end_time, is_debug(ctx))
+    if trace_steps is not None and not trace:
+        raise ConfigError("--trace-steps goes with --trace")
+    traced = (trace_steps or TRACE_STEPS) if trace else 0
+    request = _Request(config, overrides, run_dir, resume, resize, end_time, traced, is_debug(ctx))
     if loopback is not None and simulate is not None:
         raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
     size = loopback or simulate
@@ -231,7 +250,13 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
     folder = _prepare_folder(world, config, request, checkpoint)
     if folder is None:
         return True
-    go_on = partial(train_model, checkpoint=checkpoint, resize=request.resize, requests=requests)
+    go_on = partial(
+        train_model,
+        checkpoint=checkpoint,
+        resize=request.resize,
+        requests=requests,
+        trace_steps=request.trace_steps,
+    )
     if world.rank == 0 or config.run.on_peer_loss == "continue":
         end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
         requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)

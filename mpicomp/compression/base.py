@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpicomp.timing import timed
+from mpicomp.timing import timed, traced
 
 BLOCK = 2**16
 """Entries that are decoded at a time: a multiple of 8, and few enough to stay in the cache."""
@@ -143,6 +143,7 @@ class Layout:
         """Return the bytes that `payload` takes on the wire."""
         return self._end({name: tensor.numel() for name, tensor in payload.items()})
 
+    @traced("pack")
     def pack(self, payload: Payload, wire: Tensor) -> int:
         """Copy `payload` to the front of `wire`, a uint8 vector of at least `nbytes`; return the bytes used."""
         end = 0
@@ -159,6 +160,7 @@ class Layout:
             wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=True)
         return end
 
+    @traced("unpack")
     def unpack(self, wire: Tensor) -> Payload:
         """Return the payload in `wire` as views of it."""
         payload: Payload = {}

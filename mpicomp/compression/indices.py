@@ -14,6 +14,7 @@ from torch import Tensor
 from mpicomp import kernels
 from mpicomp.compression.base import Field, index_dtype
 from mpicomp.kernels.reference import index_code_nbytes, index_shift
+from mpicomp.timing import traced
 
 _COUNT = 4 + 3
 """Bytes that a field of variable length may take beyond its content: its count, and the gap before it."""
@@ -35,6 +36,7 @@ def any_index_field(n: int) -> Field:
     return Field("indices", torch.uint8, max((index_code_nbytes(n, k) for k in most), default=0), variable=True)
 
 
+@traced("encode")
 def write_indices(indices: Tensor, n: int, field: Field) -> Tensor:
     """Return ascending `indices` (k,) int32 below `n` as `field` holds them."""
     return kernels.encode_indices(indices, n) if field.dtype == torch.uint8 else indices.to(field.dtype)

@@ -24,13 +24,16 @@ from mpicomp.compression.indices import any_index_field, scatter_add_, write_ind
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
 from mpicomp.errors import ConfigError
-from mpicomp.timing import timed
+from mpicomp.timing import timed, traced
 
 _TOO_MANY = 1.3
 _TOO_FEW = 0.8
 _LOWERED = 0.8
 _ROUNDS = 10
 _LEAST = 32
+
+_above = traced("select")(kernels.above)
+_top_k = traced("select")(kernels.top_k)
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,14 @@ class SampledTopK(Compressor):
         start = mix64(self.seed, state.step, state.stream)
         state.step += 1
         threshold = self._threshold(x, start)
-        values, indices = kernels.above(x, threshold)
+        values, indices = _above(x, threshold)
         for _ in range(_ROUNDS):
             if len(values) >= _TOO_FEW * k:
                 break
             threshold *= _LOWERED
-            values, indices = kernels.above(x, threshold)
+            values, indices = _above(x, threshold)
         if len(values) > _TOO_MANY * k:
-            values, chosen = kernels.top_k(values, k)
+            values, chosen = _top_k(values, k)
             indices = indices[chosen.long()]
         values, indices = values[:k], indices[:k].contiguous()
         return {"values": values, "indices": write_indices(indices, n, any_index_field(n))}
@@ -95,5 +98,5 @@ class SampledTopK(Compressor):
         """Return the smallest magnitude that is kept of a sample."""
         stride = max(1, int(1 / self.sample) // 32 * 32 + 1)
         sampled = x[start % stride :: stride].contiguous() if len(x) >= _LEAST * stride else x
-        values, _ = kernels.top_k(sampled, kept(len(sampled), self.ratio))
+        values, _ = _top_k(sampled, kept(len(sampled), self.ratio))
         return float(values.abs().min()) if len(values) else 0.0

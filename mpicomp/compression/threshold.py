@@ -17,7 +17,9 @@ from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
 from mpicomp.compression.values import Values, check_values, read_values, value_fields, write_values
 from mpicomp.errors import ConfigError
-from mpicomp.timing import timed
+from mpicomp.timing import timed, traced
+
+_above = traced("select")(kernels.above)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class HardThreshold(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select; a NaN is below every threshold and is not sent, so refuse it: DivergenceError."""
-        values, indices = kernels.above(x, self.threshold)
+        values, indices = _above(x, self.threshold)
         n = spec.numel
         return {**write_values(values, self.values), "indices": write_indices(indices, n, any_index_field(n))}
 

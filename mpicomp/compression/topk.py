@@ -17,7 +17,10 @@ from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.indices import index_field, scatter_add_, write_indices
 from mpicomp.compression.ratio import check_ratio, kept
 from mpicomp.compression.values import Values, check_values, read_values, value_fields, write_values
-from mpicomp.timing import timed
+from mpicomp.timing import timed, traced
+
+_top_k = traced("select")(kernels.top_k)
+_top_k_of_difference = traced("select")(kernels.top_k_of_difference)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ class TopK(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Select the largest entries; DivergenceError if there is a NaN."""
-        values, indices = kernels.top_k(x, kept(spec.numel, self.ratio))
+        values, indices = _top_k(x, kept(spec.numel, self.ratio))
         return self._message(values, indices, spec)
 
     @timed("compress")
     def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
         """Select without forming the difference; DivergenceError if there is a NaN."""
-        values, indices = kernels.top_k_of_difference(x, x_hat, kept(spec.numel, self.ratio))
+        values, indices = _top_k_of_difference(x, x_hat, kept(spec.numel, self.ratio))
         message = self._message(values, indices, spec)
         kernels.scatter_add_(x_hat, indices, read_values(message, x_hat.dtype))
         return message

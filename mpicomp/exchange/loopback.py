@@ -29,7 +29,7 @@ from mpicomp.exchange.loopback_mailbox import Delays, Links, LoopbackBoard, Simu
 from mpicomp.exchange.mailbox import SlotMailbox, Slots, slots_of
 from mpicomp.exchange.placement import core_share, thread_count
 from mpicomp.exchange.watchdog import Waiting
-from mpicomp.timing import timed
+from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
 
 _Sender = tuple[int, int]
@@ -406,15 +406,21 @@ class _LoopbackPending:
         self._exchange = exchange
         self._layout = layout
         self._sources = sources
+        self._underway = Underway() if sources else None
 
-    @timed("exchange")
+    @timed("exchange", is_event=False)
     def test(self) -> bool:
         """Return whether all messages are there."""
-        return self._exchange._is_there(self._sources)
+        is_there = self._exchange._is_there(self._sources)
+        if is_there and self._underway:
+            self._underway.arrived()
+        return is_there
 
     @timed("exchange")
     def wait(self) -> dict[int, Payload]:
         """Return the messages by source rank, ascending."""
+        if self._underway:
+            self._underway.arrived()
         messages = self._exchange._take(self._sources)
         payloads = {}
         for source, message in zip(self._sources, messages, strict=True):
@@ -439,7 +445,7 @@ class LoopbackExchange:
         self._held: list[_Message] = []
         self._is_pending = False
 
-    @timed("exchange")
+    @timed("exchange", "send")
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> _LoopbackPending:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
         if self._is_pending:
@@ -455,7 +461,7 @@ class LoopbackExchange:
             self.bytes_sent += nbytes * len(targets)
         return _LoopbackPending(self, layout, topology.sources(self.rank))
 
-    @timed("exchange")
+    @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
         _mean_(self._hub, self.rank, x)

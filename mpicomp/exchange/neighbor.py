@@ -22,7 +22,7 @@ from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.library import MPI
 from mpicomp.exchange.staging import make_staging
 from mpicomp.exchange.wait import test_all, wait_all
-from mpicomp.timing import timed
+from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class NeighborExchange:
         self._targets = frozenset(union.targets(self.rank))
         self._pending: _NeighborPending | None = None
 
-    @timed("exchange")
+    @timed("exchange", "send")
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> _NeighborPending:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
         if self._pending is not None:
@@ -74,7 +74,7 @@ class NeighborExchange:
         self._pending = _NeighborPending(self, requests, layout, sources, targets)
         return self._pending
 
-    @timed("exchange")
+    @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, by MPI's all-reduce: summed in x's precision and in MPI's order."""
         host = _reducible(x)
@@ -115,12 +115,14 @@ class _NeighborPending:
         self._sources = sources
         self._targets = targets
         self._statuses = [MPI.Status() for _ in requests]
-        self._is_complete = False
+        self._is_complete = not requests
+        self._underway = Underway() if requests else None
 
-    @timed("exchange")
+    @timed("exchange", is_event=False)
     def test(self) -> bool:
         """Return whether all messages are there, and move on what is under way."""
-        self._is_complete = self._is_complete or test_all(self._requests, self._statuses)
+        if not self._is_complete and test_all(self._requests, self._statuses):
+            self._complete()
         return self._is_complete
 
     @timed("exchange")
@@ -128,9 +130,16 @@ class _NeighborPending:
         """Return the messages by source rank, ascending."""
         assert self._exchange._pending is self, "waited for twice"
         if not self._is_complete:
+            self._complete()
             peers = [*self._sources, *self._targets]
             wait_all(self._requests, self._statuses, is_polite=self._exchange.is_polite, peers=peers)
         return self._exchange._finish(self._statuses, self._layout, self._sources)
+
+    def _complete(self) -> None:
+        """Note that nothing is under way behind other work any more."""
+        self._is_complete = True
+        if self._underway:
+            self._underway.arrived()
 
 
 def _reducible(x: Tensor) -> Tensor:

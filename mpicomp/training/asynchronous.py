@@ -31,13 +31,13 @@ from mpicomp.errors import CheckpointError, ConfigError, ExchangeError, RankLost
 from mpicomp.exchange.base import Gather, Lookout, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Waiting, Watchdog
-from mpicomp.timing import take_seconds
+from mpicomp.timing import recorder, take_seconds
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Topology
 from mpicomp.training.config import RunConfig
 from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
-from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary
+from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
 from mpicomp.training.replica import Replica
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
@@ -132,15 +132,19 @@ class _Meter:
     elapsed_s: float = 0.0
     since: float = field(default=0.0, metadata=SCRATCH)
 
-    def work(self, now: float) -> None:
-        """Book the time since the last call as work."""
+    def work(self, now: float, is_step: bool = False) -> None:
+        """Book the time since the last call as work; with a gradient, it is a step."""
         parts = take_seconds()
-        parts["mix"] = now - self.since - sum(parts.values())
+        if taker := recorder():
+            (taker.end_step if is_step else taker.add_rest)(self.since, now)
+        parts["mix"] = now - self.since - training_seconds(parts)
         self._book(now, parts)
 
     def wait(self, now: float) -> None:
         """Book the time since the last call as waiting."""
         take_seconds()
+        if taker := recorder():
+            taker.add_idle(self.since, now)
         self._book(now, {"wait": now - self.since})
 
     def skip(self, now: float) -> None:
@@ -450,8 +454,8 @@ class _Run:
         self._look_at_peers()
         for group in self._setup.optimizer.param_groups:
             group["lr"] = self._config.optimizer.lr * self._learning_rate(self._own_epoch())
+        before = self._meter.gradients
         if self._batches.is_ready():
-            before = self._meter.gradients
             replica.local.closure = self._closure
             has_moved = algorithm.step(replica.local, replica.state, self._mailbox)
             if self._meter.gradients > before:
@@ -460,7 +464,7 @@ class _Run:
                 self._meter.loss += float(replica.local.loss)
         else:
             has_moved = algorithm.serve(replica.local, replica.state, self._mailbox)
-        self._meter.work(self._world.now())
+        self._meter.work(self._world.now(), is_step=self._meter.gradients > before)
         if has_moved:
             self._watchdog.moved()
             return

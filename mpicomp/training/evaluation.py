@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpicomp.timing import traced
 from mpicomp.training.data import Dataset
 from mpicomp.training.models import correct, loss
 from mpicomp.training.replica import Replica, root_mean_square
@@ -42,6 +43,7 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int
     return total
 
 
+@traced("evaluation")
 def averaged_accuracy(replica: Replica, dataset: Dataset) -> float:
     """Return the test accuracy of the trained model, each rank testing its part; collective on all ranks."""
     world = replica.world

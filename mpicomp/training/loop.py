@@ -21,19 +21,23 @@ from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
-from mpicomp.timing import take_seconds, use_clock
+from mpicomp.timing import HIDDEN, recorder, take_seconds, traced, use_clock
 from mpicomp.topology import spectral_gap
 from mpicomp.training.asynchronous import train_asynchronously
 from mpicomp.training.config import RunConfig
 from mpicomp.training.distributed import Distributed
 from mpicomp.training.evaluation import averaged_accuracy, evaluate, sampled_consensus_distance
-from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary
+from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
 from mpicomp.training.resize import Course, load_resized
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
 from mpicomp.training.setup import Setup, header, set_up
 from mpicomp.training.state import seed_random
 from mpicomp.training.stopping import Agreement, Reason, Signs, StopRequests, stopped
+from mpicomp.training.trace import Timeline
+
+MEASURED = (*PARTS, HIDDEN)
+"""The seconds of a record."""
 
 RUNAWAY_RECORDS = 3
 """Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
@@ -48,6 +52,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     resize: bool = False,
     requests: StopRequests | None = None,
+    trace_steps: int = 0,
 ) -> Result | None:
     """Train as `config` says and return the result, the same on every rank; collective on all ranks.
 
@@ -59,17 +64,19 @@ def train(
         checkpoint: what to go on from.
         resize: whether it may be of another number of ranks (see `mpicomp.training.resize`).
         requests: what may ask the run to stop. It then stores a checkpoint and returns None.
+        trace_steps: how many steps the timeline shows, from the first one of this start on; 0 for none.
 
     Raises:
         MpicompError: bad input, named on all ranks before training starts; a loss that is not finite; a last
             checkpoint that could not be written.
 
     """
-    with Watchdog(world, config.run.hang_timeout_s) as watchdog:
+    use_clock(world.now)
+    timeline = Timeline(world, folder.trace_path if folder else None, trace_steps)
+    with Watchdog(world, config.run.hang_timeout_s) as watchdog, timeline:
         with together(world):
             setup = set_up(config, world)
         watchdog.moved()
-        use_clock(world.now)
         if isinstance(setup.algorithm, AsynchronousAlgorithm):
             return train_asynchronously(config, world, setup, watchdog, folder, progress, checkpoint, resize, requests)
         gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
@@ -131,7 +138,7 @@ class _Meter:
         loss: the sum over these steps, a scalar.
         now: tells the time.
         steps: how many they are.
-        seconds: of these steps and of meetings, by part, in the order of `PARTS`.
+        seconds: of these steps and of meetings, in the order of `MEASURED`.
         total_seconds: of all.
         runaway: records in a row with public copies that have left the models.
 
@@ -140,7 +147,7 @@ class _Meter:
     loss: Tensor
     now: Callable[[], float] = field(metadata=SCRATCH)
     steps: int = 0
-    seconds: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(MEASURED))
     total_seconds: float = 0.0
     runaway: int = 0
     start: float = field(default=0.0, metadata=SCRATCH)
@@ -152,8 +159,10 @@ class _Meter:
     def __exit__(self, *error: object) -> None:
         seconds = self.now() - self.start
         parts = take_seconds()
-        parts["mix"] = seconds - sum(parts.values())
-        self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, PARTS, strict=True)]
+        if taker := recorder():
+            taker.end_step(self.start, self.start + seconds)
+        parts["mix"] = seconds - training_seconds(parts)
+        self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, MEASURED, strict=True)]
         self.total_seconds += seconds
         self.steps += 1
 
@@ -163,14 +172,16 @@ class _Meter:
         begun = self.now()
         yield
         seconds = self.now() - begun
-        self.seconds[PARTS.index("exchange")] += seconds
+        if taker := recorder():
+            taker.add("meet", "exchange", begun, begun + seconds)
+        self.seconds[MEASURED.index("exchange")] += seconds
         self.total_seconds += seconds
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return the mean loss and the seconds by part since the last call."""
-        taken = float(self.loss) / self.steps, dict(zip(PARTS, self.seconds, strict=True))
+        taken = float(self.loss) / self.steps, dict(zip(MEASURED, self.seconds, strict=True))
         self.loss.zero_()
-        self.steps, self.seconds = 0, [0.0] * len(PARTS)
+        self.steps, self.seconds = 0, [0.0] * len(MEASURED)
         return taken
 
     def check_copies(self, record: Record) -> None:
@@ -279,6 +290,7 @@ def _restore_(
     setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
 
 
+@traced("record")
 def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
     with meter.meeting():  # ranks that are ahead of others owe the time until these are here
@@ -296,7 +308,7 @@ def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: boo
         loss=fmean(losses),
         lr=gossip.local.lr,
         bytes_sent=sum(sent),
-        seconds={part: fmean(p[part] for p in parts) for part in PARTS},
+        seconds={part: fmean(p[part] for p in parts) for part in MEASURED},
         consensus_distance=distance,
         test_accuracy=accuracy,
         diagnostics={

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from mpicomp.timing import HIDDEN
 
 LINE_S = 5.0
 """Seconds between lines in a log file."""
@@ -33,6 +35,11 @@ PARTS = ("gradient", "compress", "exchange", "mix")
 """Where a step's seconds go; `mix` is what the others leave."""
 
 
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the sum of the parts of a record's ``seconds``: those that are hidden are in the others."""
+    return sum(value for part, value in seconds.items() if part != HIDDEN)
+
+
 @dataclass(frozen=True)
 class Record:
     """The state of a run after some step: means over ranks since the last record, unless it says otherwise.
@@ -44,7 +51,11 @@ class Record:
         lr: the learning rate of this step.
         bytes_sent: by all ranks together since the start; where some have died, by those that are left.
         seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
-            also wait, when there was nothing to do.
+            also wait, when there was nothing to do. ``exchange`` is what the rank has spent in exchanges: exposed.
+            ``exchange_hidden``, of synchronous methods, is no part of the sum: for how long messages were under way
+            while the rank did other work, from the end of `Exchange.start` until they were seen to be there, or to
+            the begin of `Pending.wait`. An overlapped method looks between two layers of the model; where nobody looks
+            (other methods; backward passes on a GPU), they may have been there earlier, and this is an upper bound.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
         test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated.
         diagnostics: further numbers of the algorithm.

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.training.metrics import training_seconds
 from mpicomp.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Run:
                 {
                     "steps": _curve(records, "step"),
                     "bytes": _curve(records, "bytes_sent"),
-                    "seconds": np.cumsum([sum(record["seconds"].values()) for record in records]),
+                    "seconds": np.cumsum([training_seconds(record["seconds"]) for record in records]),
                     "loss": _curve(records, "loss"),
                     "accuracy": _curve(records, "test_accuracy"),
                     "consensus": _curve(records, "consensus_distance"),

@@ -4,6 +4,7 @@ config.toml     the configuration with all defaults filled in; ``mpicomp train``
 metrics.jsonl   one `Record` a line
 ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
+trace/          a timeline, if it was asked for (`mpicomp.training.trace`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
 model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
@@ -107,6 +108,11 @@ class RunFolder:
     def checkpoints_path(self) -> Path:
         """The checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def trace_path(self) -> Path:
+        """The folder of the timeline."""
+        return self.path / "trace"
 
     @property
     def stop_path(self) -> Path:

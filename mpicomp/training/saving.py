@@ -34,6 +34,7 @@ from mpicomp.checkpoint.writer import Writer
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, together
+from mpicomp.timing import traced
 from mpicomp.topology.base import Schedule
 
 
@@ -100,6 +101,7 @@ class Saver:
         """Whether this rank still writes."""
         return self._writer.busy
 
+    @traced("checkpoint")
     def start(self, step: int, leaves: Mapping[str, Leaf]) -> None:
         """Copy the state in memory and begin to write it; waits for an earlier checkpoint that is still written."""
         self.publish()
@@ -111,14 +113,18 @@ class Saver:
 
     def publish(self) -> None:
         """Tell each other how the writing went; rank 0 publishes the checkpoint, or discards it, behind training."""
-        if self._step is None:
-            return
+        if self._step is not None:
+            self._publish_together(self._step)
+
+    @traced("checkpoint")
+    def _publish_together(self, step: int) -> None:
         outcome = self._writer.wait()
         outcomes = self._world.all_gather(str(outcome) if isinstance(outcome, CheckpointError) else outcome)
         if self._world.rank == 0:
-            self._publishing = self._publisher.submit(self._publish, self._step, outcomes)
+            self._publishing = self._publisher.submit(self._publish, step, outcomes)
         self._step = None
 
+    @traced("checkpoint")
     def finish(self) -> bool:
         """Wait until the checkpoint under way, if there is one, is published; return whether the last one is sound."""
         self.publish()
