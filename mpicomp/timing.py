@@ -91,7 +91,7 @@ class Recorder:
 
     def add_rest(self, begin: float, end: float) -> None:
         """Take down as ``mix`` what the events since the last call leave of the time from `begin` to `end`."""
-        known, self._shown = self.events[self._shown :], len(self.events)
+        known = [event for event in self.events[self._shown :] if event.category not in ("", "mix")]
         for event in [*sorted(known, key=lambda event: event.begin), Event("", "", end, end)]:
             if event.begin - begin >= SHORTEST_S:
                 self.add("mix", "mix", begin, event.begin)
@@ -175,8 +175,11 @@ def timed(part: str, event: str | None = None, *, is_event: bool = True) -> Call
     return decorate
 
 
-def traced(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that a `Recorder` takes it down; its seconds stay those of the part that it is in."""
+def traced(name: str, category: str = "mix") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function so that a `Recorder` takes it down; its seconds stay those of the part that it is in.
+
+    `category` is for where it is in none.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -189,7 +192,7 @@ def traced(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return function(*args, **kwargs)
             finally:
-                recorder.end(name, _clock.part or "", begin, _clock.now())
+                recorder.end(name, _clock.part or category, begin, _clock.now())
 
         return wrapper
 

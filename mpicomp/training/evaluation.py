@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int
     return total
 
 
-@traced("evaluation")
+@traced("evaluation", "")
 def averaged_accuracy(replica: Replica, dataset: Dataset) -> float:
     """Return the test accuracy of the trained model, each rank testing its part; collective on all ranks."""
     world = replica.world

@@ -290,7 +290,7 @@ def _restore_(
     setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
 
 
-@traced("record")
+@traced("record", "")
 def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
     with meter.meeting():  # ranks that are ahead of others owe the time until these are here

@@ -101,7 +101,7 @@ class Saver:
         """Whether this rank still writes."""
         return self._writer.busy
 
-    @traced("checkpoint")
+    @traced("checkpoint", "")
     def start(self, step: int, leaves: Mapping[str, Leaf]) -> None:
         """Copy the state in memory and begin to write it; waits for an earlier checkpoint that is still written."""
         self.publish()
@@ -116,7 +116,7 @@ class Saver:
         if self._step is not None:
             self._publish_together(self._step)
 
-    @traced("checkpoint")
+    @traced("checkpoint", "")
     def _publish_together(self, step: int) -> None:
         outcome = self._writer.wait()
         outcomes = self._world.all_gather(str(outcome) if isinstance(outcome, CheckpointError) else outcome)
@@ -124,7 +124,7 @@ class Saver:
             self._publishing = self._publisher.submit(self._publish, step, outcomes)
         self._step = None
 
-    @traced("checkpoint")
+    @traced("checkpoint", "")
     def finish(self) -> bool:
         """Wait until the checkpoint under way, if there is one, is published; return whether the last one is sound."""
         self.publish()

@@ -75,8 +75,9 @@ class Timeline:
         if self._folder is None:
             return
         if self._world.rank == 0:
-            for file in [*self._folder.glob("rank-*.json"), self._folder / MERGED]:  # of an earlier start
-                file.unlink(missing_ok=True)
+            with _forgiven("the timeline of an earlier start could not be removed"):
+                for file in [*self._folder.glob("rank-*.json"), self._folder / MERGED]:
+                    file.unlink(missing_ok=True)
         self._offset, self._accuracy = compare_clocks(self._world)
         self._origin = self._world.broadcast(self._world.now())
         record(self._recorder)
@@ -143,17 +144,18 @@ def merge(folder: Path) -> None:
         for file in sorted(folder.glob("rank-*.json")):
             document = json.loads(file.read_text(encoding="utf-8"))  # one rank in memory at a time
             accuracy[str(document["otherData"]["rank"])] = document["otherData"]["accuracy_s"]
-            out.write(separator + ",\n".join(map(json.dumps, document["traceEvents"])))
-            separator = ",\n"
+            for event in document["traceEvents"]:
+                out.write(separator + json.dumps(event))
+                separator = ",\n"
         out.write(f'\n], "otherData": {json.dumps({"accuracy_s": accuracy})}}}\n')
 
 
 @contextmanager
 def _forgiven(what: str) -> Iterator[None]:
-    """Report an error of the file system, and go on: training is worth more than its timeline."""
+    """Report a full disk, or what it has made of a file, and go on: training is worth more than its timeline."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"mpicomp: warning: {what}: {error}", file=sys.stderr, flush=True)
 
 

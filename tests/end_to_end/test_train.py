@@ -55,7 +55,7 @@ def test_records_come_every_k_steps_with_evaluations_and_at_the_end(runs):
     assert [record["step"] for record in found] == [7, 14, 15, 21, 28, 29, 30]  # an epoch has 29 steps
     assert [record["step"] for record in found if record["test_accuracy"]] == [15, 29, 30]
     for record in found:
-        assert set(record["seconds"]) == {"gradient", "compress", "exchange", "mix"}
+        assert set(record["seconds"]) == {"gradient", "compress", "exchange", "mix", "exchange_hidden"}
         assert all(seconds >= 0 for seconds in record["seconds"].values())
         assert record["consensus_distance"] > 0
     assert found[-1]["test_accuracy"] > 0.5

@@ -3,6 +3,7 @@
 `test_exchanges.py` runs the table over the loopback, `tests/mpi/test_neighbor.py` over MPI.
 """
 
+import time
 from itertools import product
 
 import numpy as np
@@ -61,6 +62,26 @@ def exchange_messages(world, schedule, steps=8):
             assert_same(payload, message(source, step))
         sent += VARIABLE.nbytes_of(mine) * len(topology.targets(world.rank))
         assert exchange.bytes_sent == sent
+
+
+def until_there(world, pending):
+    """Look for messages on all ranks until they are there."""
+    deadline = time.monotonic() + 30
+    while not all(world.all_gather(pending.test())):
+        assert time.monotonic() < deadline
+
+
+def looking_for_messages(world):
+    topology = chain(world.size)
+    exchange = world.exchange(topology)
+    for step in range(5):
+        pending = exchange.start(message(world.rank, step), VARIABLE, topology)
+        until_there(world, pending)
+        assert pending.test()
+        received = pending.wait()
+        assert list(received) == topology.sources(world.rank)
+        for source, payload in received.items():
+            assert_same(payload, message(source, step))
 
 
 def on_a_ring(world):
@@ -210,6 +231,17 @@ def summing_over_a_star_and_round_a_ring(world):
             at_servers = torch.full((spec.numel,), torch.nan)
             pending.wait_on_servers(at_servers)
             assert not aggregator.is_server or torch.allclose(at_servers, expected, rtol=1e-5, atol=1e-5)
+            pending = aggregator.start(payloads[world.rank], compressor, spec, weights)
+            if world.rank % 2 == 0:  # moved on meanwhile by some, the last exchanges left to `wait`
+                for _ in range(world.size):
+                    pending.test()
+            looked = torch.full((spec.numel,), torch.nan)
+            pending.wait(looked)
+            assert torch.equal(looked, out)
+            pending = aggregator.start(payloads[world.rank], compressor, spec, weights)
+            until_there(world, pending)
+            pending.wait(looked.fill_(torch.nan))
+            assert torch.equal(looked, out)
         assert any(world.all_gather(aggregator.is_server))
 
 
@@ -293,6 +325,7 @@ def knowing_ones_place(world):
 
 
 TABLE = [
+    looking_for_messages,
     on_a_ring,
     on_a_chain,
     on_a_star,
