@@ -122,8 +122,10 @@ class Recorder:
             self.on_full()
 
 
-class _Clock(threading.local):
-    """The seconds of the calling thread, the part that it is inside of, and since when it counts for that."""
+class _Clock:
+    """The seconds of a thread, the part that it is inside of, and since when it counts for that."""
+
+    __slots__ = ("now", "part", "recorder", "seconds", "since")
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -133,7 +135,14 @@ class _Clock(threading.local):
         self.recorder: Recorder | None = None
 
 
-_clock = _Clock()
+class _Clocks(threading.local):
+    """That of the calling thread; looked up once a call, because that takes longer than all else."""
+
+    def __init__(self) -> None:
+        self.own = _Clock()
+
+
+_clocks = _Clocks()
 
 
 def timed(part: str, event: str | None = None, *, is_event: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -151,7 +160,8 @@ def timed(part: str, event: str | None = None, *, is_event: bool = True) -> Call
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            clock, outer = _clock, _clock.part
+            clock = _clocks.own
+            outer = clock.part
             recorder = clock.recorder if is_event else None
             if outer == part and recorder is None:
                 return function(*args, **kwargs)
@@ -184,15 +194,16 @@ def traced(name: str, category: str = "mix") -> Callable[[Callable[P, R]], Calla
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            recorder = _clock.recorder
+            clock = _clocks.own
+            recorder = clock.recorder
             if recorder is None:
                 return function(*args, **kwargs)
-            begin = _clock.now()
+            begin = clock.now()
             recorder.begin(name)
             try:
                 return function(*args, **kwargs)
             finally:
-                recorder.end(name, _clock.part or category, begin, _clock.now())
+                recorder.end(name, clock.part or category, begin, clock.now())
 
         return wrapper
 
@@ -214,32 +225,32 @@ class Underway:
         """Count the time so far; once only."""
         if not self._is_over:
             self._is_over = True
-            _clock.seconds[HIDDEN] += self._elsewhere() - self._before
+            _clocks.own.seconds[HIDDEN] += self._elsewhere() - self._before
 
     @staticmethod
     def _elsewhere() -> float:
         """Return the time that was not spent in exchanges, from any origin."""
-        assert _clock.part == "exchange"
-        return _clock.since - _clock.seconds["exchange"]
+        assert _clocks.own.part == "exchange"
+        return _clocks.own.since - _clocks.own.seconds["exchange"]
 
 
 def take_seconds() -> dict[str, float]:
     """Return the seconds by part since the last call on this thread, and start again from zero."""
-    seconds = dict(_clock.seconds)
-    _clock.seconds.clear()
+    seconds = dict(_clocks.own.seconds)
+    _clocks.own.seconds.clear()
     return seconds
 
 
 def use_clock(now: Callable[[], float]) -> None:
     """Measure the seconds of this thread by `now` from here on: in a simulation, by its time."""
-    _clock.now = now
+    _clocks.own.now = now
 
 
 def record(recorder: Recorder | None) -> None:
     """Let `recorder` take down the events of this thread from here on."""
-    _clock.recorder = recorder
+    _clocks.own.recorder = recorder
 
 
 def recorder() -> Recorder | None:
     """Return what takes down the events of this thread."""
-    return _clock.recorder
+    return _clocks.own.recorder

@@ -28,7 +28,7 @@ class Clock(threading.local):
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(timing, "_clock", timing._Clock())
+    monkeypatch.setattr(timing, "_clocks", timing._Clocks())
     clock = Clock()
     use_clock(clock)
     return clock
