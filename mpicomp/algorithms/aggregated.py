@@ -20,7 +20,8 @@ Nothing is in flight between steps: q_k is part of the state, packed, and a chec
 model moves by gradients that are one step old, so the largest learning rate is smaller (on a quadratic of curvature L,
 SGD without momentum is stable below 1 / L instead of 2 / L). The sum of a relay or an all-reduce is many exchanges, one
 after the other: each begins between two layers of the model. The message of the last step of a run is never sent. All
-ranks hold the same model after each step, which is the one that is evaluated and stored.
+ranks hold the same model after each step, which is the one that is evaluated and stored. Memory: the packed message; on
+the hub of a star one vector more while the sum is under way.
 """
 
 from __future__ import annotations

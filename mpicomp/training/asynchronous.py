@@ -38,6 +38,7 @@ from mpicomp.training.config import RunConfig
 from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
 from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
+from mpicomp.training.pace import SLICE_S
 from mpicomp.training.replica import Replica
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
@@ -47,9 +48,6 @@ from mpicomp.training.stopping import Reason, StopRequests, stopped
 
 PULSE_S = 0.05
 """The least time from one pulse to the next: rank 0 keeps it, the others follow."""
-
-SLICE_S = 2e-3
-"""How long a rank that is slow on purpose sleeps from poke to poke, where messages need that."""
 
 PEERS_S = 0.5
 """How often a rank looks whether the others are still there."""

@@ -89,10 +89,10 @@ class FlatModel:
         try:
             loss = self.closure()
             torch.autograd.backward(loss)
+            self.loss = loss.detach()
+            self.pace.keep(time.perf_counter() - start, self._meanwhile)
         finally:
             self._meanwhile = None
-        self.loss = loss.detach()
-        self.pace.keep(time.perf_counter() - start)
         return self.g
 
     @timed("gradient")

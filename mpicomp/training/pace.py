@@ -16,6 +16,10 @@ Spread = Literal["fixed", "uniform", "exponential"]
 """The distribution of a time with a given mean: always the same, or between zero and twice the mean, or exponential."""
 
 
+SLICE_S = 2e-3
+"""How long a rank that is slow on purpose sleeps from one look at its messages to the next."""
+
+
 class Pace:
     """The time that the gradients of a rank take; its process sleeps, and takes no core from others.
 
@@ -53,14 +57,20 @@ class Pace:
         self._gradient_s = gradient_s
         self._gradient_spread = gradient_spread
 
-    def keep(self, computed_s: float) -> None:
-        """Sleep for as long as a gradient that took `computed_s` seconds is to take longer."""
+    def keep(self, computed_s: float, meanwhile: Callable[[], bool] | None = None) -> None:
+        """Sleep for as long as a gradient that took `computed_s` seconds is to take longer.
+
+        `meanwhile` is called now and then, until it returns true.
+        """
         random = np.random.default_rng([*self._key, self.gradients])
         self.gradients += 1
         longer_s = 0.0
         if self._gradient_s is not None:
             longer_s = computed_s = self._gradient_s * _draw(self._gradient_spread, random)
         longer_s += ((self._factor - 1) * computed_s + self._seconds) * _draw(self._spread, random)
+        while longer_s > 0 and meanwhile is not None and not meanwhile():
+            self.sleep(min(longer_s, SLICE_S))
+            longer_s -= SLICE_S
         if longer_s > 0:
             self.sleep(longer_s)
 

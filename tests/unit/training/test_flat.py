@@ -81,3 +81,31 @@ def test_one_type_of_parameters(dtypes):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ConfigError, match=r"must be of one type on one device, not: (none|torch.float32)"):
         FlatModel(model, optimizer)
+
+
+def test_something_may_be_done_between_the_layers():
+    model = tied()
+    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    local.closure = lambda: model(torch.ones(4, 3)).square().mean()
+    plain, looks = local.gradient().clone(), []
+    forward, backward = 3, len(local.spec.names) - 1  # layers, and parameters that are used
+    assert torch.equal(local.gradient(lambda: bool(looks.append(None))), plain)
+    assert len(looks) == forward + backward
+    looks.clear()
+    local.gradient(lambda: looks.append(None) or len(looks) == 2)  # over and done with
+    assert len(looks) == 2
+    looks.clear()
+    local.gradient()
+    assert not looks
+
+
+def test_an_error_between_the_layers_is_that_of_the_gradient():
+    def fail():
+        raise KeyError("lost")
+
+    model = nn.Linear(2, 1)
+    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    local.closure = lambda: model.weight.sum()  # no layer: in the backward pass
+    with pytest.raises(KeyError, match="lost"):
+        local.gradient(fail)
+    local.gradient()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpicomp.training.pace import Pace
+from mpicomp.training.pace import SLICE_S, Pace
 from mpicomp.training.sections import SimulationSection, SlowSection
 
 
@@ -54,3 +54,11 @@ def test_simulated_time_takes_the_place_of_the_real_one():
     simulation = SimulationSection(gradient_s=2.0)
     section = SlowSection(ranks=[1], factor=4.0)
     assert [slept(section.build(rank, 0, simulation), 0.1) for rank in range(2)] == [[2.0], [8.0]]
+
+
+def test_a_slow_rank_looks_at_its_messages_until_they_are_there():
+    pace, seconds, looks = Pace(seconds=0.1), [], iter([False] * 3 + [True])
+    pace.sleep = seconds.append
+    pace.keep(0.5, lambda: next(looks))
+    assert seconds[:3] == [SLICE_S] * 3
+    assert len(seconds) == 4 and sum(seconds) == pytest.approx(0.1)
