@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,8 @@ def machine() -> dict[str, Any]:
 
 def console() -> Console:
     """Return what tables are printed on."""
-    return Console(highlight=False, width=WIDTH)
+    # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
+    return Console(highlight=False, width=WIDTH, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def print_machine(on: Console, facts: dict[str, Any]) -> None:
