@@ -26,7 +26,7 @@ EAGER_S = 1e-3
 """How long after the last message a rank with a core of its own looks for the next one without a sleep."""
 
 PATIENCE_S = 1.0
-"""After how long a polite rank begins to look which of its messages are there; that slows long ones down."""
+"""After how long a rank begins to look which of its messages are there; that slows long ones down."""
 
 
 def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
@@ -44,6 +44,20 @@ def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
             return False
         time.sleep(pause)
         pause = min(2 * pause, SLEEP_MAX_S)
+    return True
+
+
+def spin(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
+    """Wait as `poll` does, but without a sleep: for a rank with a core of its own.
+
+    It yields, because the core may be shared without its knowing: beside other programs, MPI's own waiting took 4 to
+    16 ms a message where this took 20 us to 1 ms (Open MPI 5.0.11; MPICH 5.0.2, whose Waitall alone yields).
+    """
+    begin = time.perf_counter()
+    while not is_done():
+        if time.perf_counter() > begin + limit_s:
+            return False
+        os.sched_yield()
     return True
 
 
@@ -89,14 +103,9 @@ def wait_all(
     missing = set(range(len(pending)))
     with Waiting(operation, None if peers is None else lambda: [peers[index] for index in list(missing)]):
         try:
-            if is_polite:
-                if not poll(lambda: MPI.Request.Testall(pending, found), PATIENCE_S):
-                    poll(lambda: _advance(MPI.Request.Testsome, pending, found, missing))
-            elif peers is None:
-                MPI.Request.Waitall(pending, found)
-            else:
-                while not _advance(MPI.Request.Waitsome, pending, found, missing):
-                    pass
+            wait = poll if is_polite else spin
+            if not wait(lambda: MPI.Request.Testall(pending, found), PATIENCE_S):
+                wait(lambda: _advance(pending, found, missing))
         except MPI.Exception as error:
             raise _failure(error, found) from error
 
@@ -114,16 +123,11 @@ def test_all(requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
         raise _failure(error, statuses) from error
 
 
-def _advance(
-    some: Callable[[list[MPI.Request], list[MPI.Status]], list[int] | None],
-    pending: list[MPI.Request],
-    found: list[MPI.Status],
-    missing: set[int],
-) -> bool:
-    """Call `some` once, take note of the requests that it has completed, and return whether that was the last."""
+def _advance(pending: list[MPI.Request], found: list[MPI.Status], missing: set[int]) -> bool:
+    """Take note of the requests that are complete by now, and return whether that was the last."""
     statuses = [MPI.Status() for _ in pending]
     try:
-        done = some(pending, statuses)
+        done = MPI.Request.Testsome(pending, statuses)
     except MPI.Exception:
         found[:] = statuses
         raise

@@ -31,3 +31,35 @@ def test_the_table_names_machine_and_operations():
 @pytest.mark.parametrize("option", ["--entries", "--rounds"])
 def test_a_zero_is_refused(option):
     assert CliRunner().invoke(main, ["bench", "compress", option, "0"]).exit_code == 2
+
+
+CHOCO = ["--set", "data.kind=synthetic", "--set", "model.hidden=[8]", "--set", "training.batch_size=4"]
+
+
+def test_steps_of_neighbor_methods_send_as_much_on_any_number_of_ranks(tmp_path):
+    path = tmp_path / "step.json"
+    sizes = ["--loopback", "3", "--loopback", "5"]
+    arguments = ["bench", "step", "configs/methods/choco.toml", *CHOCO, "--blocks", "2", "--block", "2", "--json", path]
+    result = CliRunner().invoke(main, [*map(str, arguments), *sizes])
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    three, five = report["results"]
+    assert (three["ranks"], five["ranks"]) == (3, 5) and three["nbytes"] == five["nbytes"] > 0
+    for row in (three, five):
+        assert set(row["parts"]) == {"gradient", "compress", "exchange", "mix"}
+        assert all(seconds > 0 for seconds in (*row["parts"].values(), row["alone_seconds"], row["cpu_seconds"]))
+        assert row["seconds"] > max(row["parts"].values())
+    assert "bytes a rank" in result.output and report["ranks_are"] == "loopback"
+
+
+def test_a_rank_alone_sends_nothing():
+    arguments = ["bench", "step", "configs/methods/choco.toml", *CHOCO, "--blocks", "1", "--loopback", "1"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "0 B" in result.output
+
+
+def test_asynchronous_methods_have_no_steps_to_time():
+    result = CliRunner().invoke(main, ["bench", "step", "configs/methods/dc_gossip.toml", "--loopback", "2"])
+    assert result.exit_code != 0
+    assert "no common steps" in result.output

@@ -1,25 +1,21 @@
-"""``mpicomp bench``: how long things take, as multiples of what the machine does at best, measured in the same run."""
+"""``mpicomp bench compress``: kernels and compressors as multiples of a copy of the vector, and beside torch."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.cli import debug_option
+from mpicomp.cli.bench.machine import console, machine, print_machine, seconds
 from mpicomp.compression import QSGD, Compressor, SignNorm, Spec, TopK
 from mpicomp.compression.ratio import kept
 
@@ -31,9 +27,6 @@ RATIO = 0.01
 
 _LEAST_S = 1e-3
 """The shortest time that is measured."""
-
-_WIDTH = 140
-"""Columns of the table, which must not depend on where it is printed."""
 
 Run = Callable[[], object]
 
@@ -86,12 +79,7 @@ class Result:
     entropies: float | None = None
 
 
-@click.group(short_help="Measure kernels and compressors, as multiples of a memory copy.")
-def bench() -> None:
-    """Measure how long things take, as multiples of what the machine does at best."""
-
-
-@bench.command()
+@click.command()
 @click.option("--entries", default=11_000_000, show_default=True, type=click.IntRange(1), help="Length of the vector.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -109,18 +97,12 @@ def compress(entries: int, rounds: int, as_json: bool) -> None:
         copy_ms, results = _measure(list(_operations(source)), lambda: target.copy_(source), rounds)
     finally:
         torch.set_num_threads(threads)
-    machine = {
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "kernels": "reference" if kernels.compiled() is None else "compiled",
-    }
+    facts = machine()
     if as_json:
         click.echo(
             json.dumps(
                 {
-                    "machine": machine,
+                    "machine": facts,
                     "entries": entries,
                     "rounds": rounds,
                     "copy_ms": copy_ms,
@@ -130,10 +112,10 @@ def compress(entries: int, rounds: int, as_json: bool) -> None:
             )
         )
         return
-    console = Console(highlight=False, width=_WIDTH)
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True, markup=False)
-    console.print(f"{entries:,} float32, copied in {copy_ms:.3f} ms; one thread, medians of {rounds}")
-    console.print(_table(results))
+    out = console()
+    print_machine(out, facts)
+    out.print(f"{entries:,} float32, copied in {copy_ms:.3f} ms; one thread, medians of {rounds}")
+    out.print(_table(results))
 
 
 def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float, list[Result]]:
@@ -146,8 +128,8 @@ def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float
         runs = [copy, operation.run, *([operation.torch] if operation.torch else [])]
         for run in runs:
             run()  # compiles, and touches memory for the first time
-        calls = [max(1, int(_LEAST_S / _seconds(run, 1))) for run in runs]
-        taken = [[_seconds(*pair) for pair in zip(runs, calls, strict=True)] for _ in range(rounds)]
+        calls = [max(1, int(_LEAST_S / seconds(run, 1))) for run in runs]
+        taken = [[seconds(*pair) for pair in zip(runs, calls, strict=True)] for _ in range(rounds)]
         copy_ms, ms, *torch_ms = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
         copies_ms.append(copy_ms)
         results.append(
@@ -163,14 +145,6 @@ def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float
             )
         )
     return statistics.median(copies_ms), results
-
-
-def _seconds(run: Run, calls: int) -> float:
-    """Return the mean seconds of so many calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
 
 
 def _operations(x: Tensor) -> Iterator[Operation]:
@@ -292,11 +266,3 @@ def _table(results: list[Result]) -> Table:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

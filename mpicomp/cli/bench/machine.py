@@ -1,0 +1,68 @@
+"""What every benchmark tells of the machine that it ran on, and how it times and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from mpicomp import kernels
+
+WIDTH = 140
+"""Columns of a table, which must not depend on where it is printed."""
+
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there, too."
+)
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, load and versions."""
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "kernels": "reference" if kernels.compiled() is None else "compiled",
+    }
+
+
+def console() -> Console:
+    """Return what tables are printed on."""
+    # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
+    return Console(highlight=False, width=WIDTH, force_terminal=None if sys.stderr.isatty() else False)
+
+
+def print_machine(on: Console, facts: dict[str, Any]) -> None:
+    """Print the line of `machine`."""
+    on.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True, markup=False)
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write `report` to the file `path`."""
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def seconds(run: Callable[[], object], calls: int) -> float:
+    """Return the mean seconds of so many calls."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

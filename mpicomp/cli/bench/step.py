@@ -1,0 +1,224 @@
+"""``mpicomp bench step``: where the seconds of a training step go, beside the same step without communication."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from mpicomp.algorithms import AsynchronousAlgorithm
+from mpicomp.cli import debug_option, is_debug
+from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, write_json
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import guard, together
+from mpicomp.timing import take_seconds
+from mpicomp.training.config import RunConfig
+from mpicomp.training.distributed import Distributed
+from mpicomp.training.flat import FlatModel
+from mpicomp.training.metrics import PARTS, readable_bytes
+from mpicomp.training.setup import Setup, set_up
+from mpicomp.training.state import seed_random
+
+_WARM_BLOCKS = 1
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a step takes: medians over blocks of steps of the mean over ranks.
+
+    Attributes:
+        ranks: how many.
+        seconds: of a step.
+        parts: where they go: gradient, compress, exchange, mix.
+        alone_seconds: of the same step without communication, on all ranks at the same time.
+        ratio: how many times as long as that one.
+        nbytes: sent by a rank in a step.
+        cpu_seconds: of the thread of a rank in a step.
+
+    """
+
+    ranks: int
+    seconds: float
+    parts: dict[str, float]
+    alone_seconds: float
+    ratio: float
+    nbytes: float
+    cpu_seconds: float
+
+
+@click.command()
+@click.argument("config_path", type=click.Path(path_type=Path), metavar="CONFIG.toml")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@click.option("--blocks", default=10, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
+@click.option("--block", "length", default=5, show_default=True, type=click.IntRange(1), help="Steps in each of them.")
+@click.option(
+    "--loopback",
+    "sizes",
+    multiple=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run N ranks as threads; repeatable.",
+)
+@json_option
+@debug_option
+@click.pass_context
+def step(
+    ctx: click.Context,
+    config_path: Path,
+    overrides: tuple[str, ...],
+    blocks: int,
+    length: int,
+    sizes: tuple[int, ...],
+    json_path: Path | None,
+) -> None:
+    """Time the training step of CONFIG.toml by part, in turns with the same step without communication.
+
+    Start it with mpiexec, or with --loopback N; several --loopback show what a rank costs as ranks are added: CPU time
+    and bytes, which stay the same where a rank talks to its neighbors alone. Blocks of steps take turns.
+    """
+    measured = partial(_measure_guarded, path=config_path, overrides=overrides, blocks=blocks, length=length)
+    if sizes:
+        from mpicomp.exchange.loopback import run
+
+        results = [run(size, measured, is_debug(ctx))[0] for size in sizes]
+        report = _report(config_path, overrides, blocks, length, "loopback", results)
+        _print(report, results)
+        if json_path:
+            write_json(json_path, report)
+        return
+    from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+
+    world = MpiWorld.from_environment("cpu")
+    result = measured(world, is_debug(ctx))
+    if world.rank == 0:
+        report = _report(config_path, overrides, blocks, length, "MPI", [result])
+        _print(report, [result])
+        if json_path:
+            write_json(json_path, report)
+    world.barrier()
+
+
+def _measure_guarded(
+    world: World, debug: bool, path: Path, overrides: Sequence[str], blocks: int, length: int
+) -> Steps:
+    with guard(world, debug=debug):
+        with together(world):
+            config = RunConfig.load(path, overrides)
+            setup = set_up(config, world)
+            if isinstance(setup.algorithm, AsynchronousAlgorithm):
+                raise ConfigError(
+                    f"algorithm.kind = {config.algorithm.kind!r}: its ranks have no common steps; bench step times "
+                    "synchronous algorithms"
+                )
+        return measure(world, config, setup, blocks, length)
+
+
+def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: int) -> Steps:
+    """Return what the steps of `setup` take; collective on all ranks."""
+    assert not isinstance(setup.algorithm, AsynchronousAlgorithm)
+    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+    gossip.local.pace = config.pace(world)
+    alone = _Alone(setup, config)
+    seed_random(config.run.seed, world.rank)
+    rows = []
+    for block in range(_WARM_BLOCKS + blocks):
+        steps = range(block * length, (block + 1) * length)
+        batches = [setup.batch(step % setup.steps, world.rank, world.device) for step in steps]
+        sent = gossip.bytes_sent
+        row = _timed(world, [partial(gossip.step, partial(setup.loss, *batch)) for batch in batches])
+        row["nbytes"] = (gossip.bytes_sent - sent) / length
+        row["alone"] = _timed(world, [partial(alone.step, *batch) for batch in batches])["seconds"]
+        rows.append(row)
+    everyone = world.all_gather(rows[_WARM_BLOCKS:])
+    means = [
+        {key: statistics.fmean(row[key] for row in of_block) for key in of_block[0]}
+        for of_block in zip(*everyone, strict=True)
+    ]
+    medians = {key: statistics.median(row[key] for row in means) for key in means[0]}
+    return Steps(
+        ranks=world.size,
+        seconds=medians["seconds"],
+        parts={part: medians[part] for part in PARTS},
+        alone_seconds=medians["alone"],
+        ratio=statistics.median(row["seconds"] / row["alone"] for row in means),
+        nbytes=medians["nbytes"],
+        cpu_seconds=medians["cpu"],
+    )
+
+
+class _Alone:
+    """A second model of the same configuration, which no message reaches."""
+
+    def __init__(self, setup: Setup, config: RunConfig) -> None:
+        model = config.model.build(setup.dataset, config.run.seed).to(next(setup.model.parameters()).device)
+        self._setup = dataclasses.replace(setup, model=model, optimizer=config.optimizer.build(model))
+        self._local = FlatModel(model, self._setup.optimizer)
+
+    def step(self, *batch: Any) -> None:
+        self._local.closure = partial(self._setup.loss, *batch)
+        local = self._local
+        local.gradient()
+        local.update()
+
+
+def _timed(world: World, steps: Sequence[Callable[[], object]]) -> dict[str, float]:
+    """Return the mean seconds of `steps`, started on all ranks at the same time: by part, and of this thread."""
+    world.barrier()
+    take_seconds()
+    cpu, start = time.thread_time(), time.perf_counter()
+    for run in steps:
+        run()
+    seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
+    parts = take_seconds()
+    parts["mix"] = seconds - sum(parts.values())
+    count = len(steps)
+    return {"seconds": seconds / count, "cpu": cpu / count} | {part: parts.get(part, 0.0) / count for part in PARTS}
+
+
+def _report(
+    path: Path, overrides: Sequence[str], blocks: int, length: int, ranks_are: str, results: Sequence[Steps]
+) -> dict[str, Any]:
+    return {
+        "machine": machine(),
+        "config": str(path),
+        "set": list(overrides),
+        "ranks_are": ranks_are,
+        "threads_a_rank": os.environ.get("OMP_NUM_THREADS"),
+        "blocks": blocks,
+        "steps_a_block": length,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _print(report: dict[str, Any], results: Sequence[Steps]) -> None:
+    out = console()
+    print_machine(out, report["machine"])
+    out.print(
+        f"{report['config']} {' '.join(report['set'])}: ranks by {report['ranks_are']}, medians of "
+        f"{report['blocks']} blocks of {report['steps_a_block']} steps; ms a step",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table(box=None)
+    for column in ("ranks", "ms", *PARTS, "alone", "ratio", "CPU ms a rank", "bytes a rank"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        ms = [result.seconds, *result.parts.values(), result.alone_seconds]
+        table.add_row(
+            str(result.ranks),
+            *(f"{1e3 * value:.2f}" for value in ms),
+            f"{result.ratio:.3f}",
+            f"{1e3 * result.cpu_seconds:.2f}",
+            readable_bytes(result.nbytes),
+        )
+    out.print(table)
