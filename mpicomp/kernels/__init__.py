@@ -1,13 +1,15 @@
 """Fast versions of single operations on flat tensors: one function an operation, the same signature in each version.
 
-`reference` defines every operation in plain torch. `cpu` has compiled versions, with the same results bit for bit, for
-contiguous float32 and float64 vectors in host memory; they need numba (``pip install 'mpicomp[fast]'``) and take the
-place of the definition where they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
+`reference` defines every operation in plain torch. `cpu` and `gpu` have compiled versions, with the same results bit
+for bit, for contiguous float32 and float64 vectors in the memory of the host or of a GPU; they need numba
+(``pip install 'mpicomp[fast]'``) and Triton (``'mpicomp[gpu]'``; torch for CUDA brings it) and take the place of the
+definition where they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -24,11 +26,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _VARIABLE = "MPICOMP_KERNELS"
+_VERSIONS = {"cpu": "mpicomp.kernels.cpu", "cuda": "mpicomp.kernels.gpu"}
 
 
 @functools.cache
-def compiled() -> ModuleType | None:
-    """Return the compiled versions, or None where they cannot be used or are not wanted.
+def compiled(device: str = "cpu") -> ModuleType | None:
+    """Return the compiled versions for a type of device, or None where they cannot be used or are not wanted.
 
     Raises:
         ConfigError: an unknown word in the environment.
@@ -37,20 +40,19 @@ def compiled() -> ModuleType | None:
     wanted = os.environ.get(_VARIABLE, "auto")
     if wanted not in ("auto", "reference"):
         raise ConfigError(f"{_VARIABLE} = {wanted!r} must be 'auto' or 'reference'")
-    if wanted == "reference" or sys.byteorder != "little":
+    if wanted == "reference" or sys.byteorder != "little" or device not in _VERSIONS:
         return None
     try:
-        from mpicomp.kernels import cpu
-    except ImportError:  # numba is an optional dependency
+        return importlib.import_module(_VERSIONS[device])
+    except ImportError:  # numba and Triton are optional dependencies
         return None
-    return cpu
 
 
 _DTYPES = (torch.float32, torch.float64, torch.int32, torch.uint8)  # the last two are of indices and their codes
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.is_cpu and x.is_contiguous() and x.dtype in _DTYPES
+    return x.is_contiguous() and x.dtype in _DTYPES
 
 
 def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
@@ -60,7 +62,7 @@ def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         x = args[0]
         assert isinstance(x, Tensor)
-        fast = compiled() if _is_plain(x) else None
+        fast = compiled(x.device.type) if _is_plain(x) else None
         version: Callable[P, R] = getattr(fast, definition.__name__, definition)
         return version(*args, **kwargs)
 

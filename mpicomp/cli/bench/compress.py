@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import click
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.cli import debug_option
-from mpicomp.cli.bench.machine import console, machine, print_machine, seconds
+from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, seconds, write_json
 from mpicomp.compression import QSGD, Compressor, SignNorm, Spec, TopK
 from mpicomp.compression.ratio import kept
 
@@ -82,43 +82,51 @@ class Result:
 @click.command()
 @click.option("--entries", default=11_000_000, show_default=True, type=click.IntRange(1), help="Length of the vector.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--device", default="cpu", show_default=True, help="Where the vector lies: cpu, cuda, cuda:1 ...")
+@json_option
 @debug_option
-def compress(entries: int, rounds: int, as_json: bool) -> None:
+def compress(entries: int, rounds: int, device: str, json_path: Path | None) -> None:
     """Time selection, packing, mixing and index codes on one thread, against a copy of the vector and against torch.
 
-    The vector is float32 with normally distributed entries; 1 % of them are kept where nothing is said.
+    The vector is float32 with normally distributed entries; 1 % of them are kept where nothing is said. On a GPU the
+    time runs until it has done all.
     """
+    place = _device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        source = torch.randn(entries, generator=torch.Generator().manual_seed(0))
-        target = torch.zeros(entries)
-        copy_ms, results = _measure(list(_operations(source)), lambda: target.copy_(source), rounds)
+        source = torch.randn(entries, generator=torch.Generator().manual_seed(0)).to(place)
+        target = torch.zeros_like(source)
+        copy_ms, results = _measure(list(_operations(source)), lambda: target.copy_(source), rounds, place)
     finally:
         torch.set_num_threads(threads)
-    facts = machine()
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "machine": facts,
-                    "entries": entries,
-                    "rounds": rounds,
-                    "copy_ms": copy_ms,
-                    "results": [asdict(result) for result in results],
-                },
-                indent=2,
-            )
-        )
-        return
+    facts = machine(place)
+    if json_path:
+        figures = [asdict(result) for result in results]
+        report = {"machine": facts, "entries": entries, "rounds": rounds, "copy_ms": copy_ms, "results": figures}
+        write_json(json_path, report)
     out = console()
     print_machine(out, facts)
-    out.print(f"{entries:,} float32, copied in {copy_ms:.3f} ms; one thread, medians of {rounds}")
+    out.print(f"{entries:,} float32 on {place}, copied in {copy_ms:.3f} ms; one thread, medians of {rounds}")
     out.print(_table(results))
 
 
-def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float, list[Result]]:
+def _device(name: str) -> torch.device:
+    """Return the device of that name; UsageError if there is none that can be measured."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.UsageError(f"--device {name} is not the name of a device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.UsageError(f"--device {name}: it must be cpu or a CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.UsageError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
+    return device
+
+
+def _measure(operations: list[Operation], copy: Run, rounds: int, device: torch.device) -> tuple[float, list[Result]]:
     """Time every operation in turns with torch's and a copy, so that all meet the same moods of the machine.
 
     What takes less than a millisecond is repeated for that long, for the clock's and the caches' sake.
@@ -128,8 +136,8 @@ def _measure(operations: list[Operation], copy: Run, rounds: int) -> tuple[float
         runs = [copy, operation.run, *([operation.torch] if operation.torch else [])]
         for run in runs:
             run()  # compiles, and touches memory for the first time
-        calls = [max(1, int(_LEAST_S / seconds(run, 1))) for run in runs]
-        taken = [[seconds(*pair) for pair in zip(runs, calls, strict=True)] for _ in range(rounds)]
+        calls = [max(1, int(_LEAST_S / seconds(run, 1, device))) for run in runs]
+        taken = [[seconds(*pair, device) for pair in zip(runs, calls, strict=True)] for _ in range(rounds)]
         copy_ms, ms, *torch_ms = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
         copies_ms.append(copy_ms)
         results.append(
@@ -172,7 +180,7 @@ def _updates(x: Tensor) -> Iterator[Operation]:
     n = len(x)
     k, spec, top = kept(n, RATIO), Spec.flat(n), TopK(RATIO)
     x_hat, scratch, s, v, y = (torch.zeros_like(x) for _ in range(5))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(x.device).manual_seed(1)
     s.normal_(generator=generator)
     v.uniform_(generator=generator)
 

@@ -25,14 +25,19 @@ json_option = click.option(
 )
 
 
-def machine() -> dict[str, Any]:
-    """Return processor, cores, load and versions."""
+CPU = torch.device("cpu")
+
+
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """Return processor, cores, load and versions, and the name of the device if it is a GPU."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
-        "kernels": "reference" if kernels.compiled() is None else "compiled",
+        "kernels": "reference" if kernels.compiled(device.type) is None else "compiled",
+        **gpu,
     }
 
 
@@ -52,12 +57,19 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def seconds(run: Callable[[], object], calls: int) -> float:
-    """Return the mean seconds of so many calls."""
+def seconds(run: Callable[[], object], calls: int, device: torch.device = CPU) -> float:
+    """Return the mean seconds of so many calls, from an idle `device` to an idle one."""
+    _wait(device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
+    _wait(device)
     return (time.perf_counter() - start) / calls
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _processor() -> str:

@@ -7,10 +7,12 @@ from mpicomp.cli import main
 
 
 @pytest.mark.parametrize("entries", [1, 1000, 50_000])
-def test_json_has_every_figure(entries):
-    result = CliRunner().invoke(main, ["bench", "compress", "--entries", str(entries), "--rounds", "2", "--json"])
+def test_json_has_every_figure(entries, tmp_path):
+    path = tmp_path / "compress.json"
+    arguments = ["bench", "compress", "--entries", entries, "--rounds", "2", "--json", path]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    report = json.loads(result.output)
+    report = json.loads(path.read_text())
     assert report["entries"] == entries and report["rounds"] == 2 and report["copy_ms"] > 0
     rows = {row["name"]: row for row in report["results"]}
     assert len(rows) == len(report["results"]) > 15

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.kernel_table import AWKWARD, CHOICES, chosen, same, sorted_top, vector
 
 from mpicomp import kernels
 from mpicomp.errors import ConfigError, DivergenceError
@@ -19,40 +20,6 @@ LARGE = [2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1, 2**16, 2**16 + 1, 272_474]
 
 every = pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS.keys())
 both = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def vector(n, dtype=torch.float32, seed=0):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def same(a, b):
-    """Equal bit for bit: +0 is not -0."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
-
-
-def sorted_top(x, k):
-    """Top-k by a stable sort."""
-    order = np.argsort(-np.abs(x.double().numpy()), kind="stable")[:k]
-    indices = torch.from_numpy(np.sort(order)).int()
-    return x[indices], indices
-
-
-AWKWARD = {
-    "normal": lambda x: x,
-    "zeros": torch.zeros_like,
-    "one value": torch.ones_like,
-    "both signs": torch.sign,
-    "mostly zeros": lambda x: torch.where(x > 2.2, x, -torch.zeros_like(x)),
-    "few values": lambda x: (4 * x).round(),
-    "denormal": lambda x: x * torch.finfo(x.dtype).tiny / 8,
-    "huge": lambda x: x.clamp(-3, 3) * (torch.finfo(x.dtype).max / 4),
-    "heavy tails": lambda x: x.double().mul(8).exp().to(x.dtype),
-    "infinite": lambda x: torch.where(x > 1, torch.inf, x),
-    "ascending": lambda x: torch.arange(1.0, len(x) + 1).to(x.dtype),
-    "periodic": lambda x: torch.where(torch.arange(len(x)) % 64 == 0, x, 1e-3 * x),
-    "all large at the end": lambda x: torch.cat([x[: -len(x) // 8] * 1e-6, x[-len(x) // 8 :]])[: len(x)],
-}
 
 
 @every
@@ -189,18 +156,6 @@ def test_scattered_values_must_fit():
 
 CODERS = {"reference": reference, "cpu": cpu}
 coders = pytest.mark.parametrize("version", CODERS.values(), ids=CODERS.keys())
-
-
-def chosen(n, k, seed=0):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].sort().values.int()
-
-
-CHOICES = {
-    "random": chosen,
-    "first": lambda n, k: torch.arange(k).int(),
-    "last": lambda n, k: torch.arange(n - k, n).int(),
-    "both ends": lambda n, k: torch.cat([torch.arange(k // 2), torch.arange(n - k + k // 2, n)]).int(),
-}
 
 
 @pytest.mark.parametrize("choice", CHOICES)

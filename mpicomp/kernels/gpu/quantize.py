@@ -1,0 +1,190 @@
+"""Signs and levels, packed 8 entries to a byte, and the sums that their scales need.
+
+Sums fold blocks of 2**10 entries in halves, as the definition does: `tl.sum` adds in an order that is Triton's affair.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.language import tensor
+
+from mpicomp.kernels.gpu.compiled import divide, jit, launch, offsets, rounded, tiles
+from mpicomp.kernels.gpu.pack import load_codes, matrix, store_codes
+
+_FOLD = 2**10
+_ROWS = 4
+"""Blocks of a sum that one program folds."""
+
+
+def total(x: Tensor, square: bool, divisor: float = 1.0) -> float:
+    """Return the sum of the magnitudes, or of the squares, of ``x / divisor``; waits for the device."""
+    while True:
+        sums = torch.zeros(max(1, tiles(len(x), _FOLD)), dtype=torch.float64, device=x.device)
+        launch(
+            _fold, tiles(len(x), _FOLD * _ROWS), x, sums, divisor, len(x),
+            SQUARE=square, DIVIDE=divisor != 1, FOLD=_FOLD, LEVELS=_FOLD.bit_length() - 1, ROWS=_ROWS,
+        )  # fmt: skip
+        if len(sums) == 1:
+            return float(sums)
+        x, square, divisor = sums, False, 1.0
+
+
+def largest(x: Tensor) -> float:
+    """Return the largest magnitude, or NaN with one; waits for the device."""
+    if not len(x):
+        return 0.0
+    low, high = (float(bound) for bound in torch.stack(x.aminmax()).tolist())
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+@jit
+def _fold(
+    x: tensor,
+    sums: tensor,
+    divisor: tl.float64,
+    n: tensor,
+    SQUARE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    FOLD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Write the sum of each block of `x` in float64."""
+    row = offsets(tl.program_id(0), ROWS)
+    i = row[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
+    part = tl.load(x + i, mask=i < n, other=0.0).to(tl.float64)
+    if DIVIDE:
+        part = part / divisor
+    part = part * part if SQUARE else tl.abs(part)
+    for level in tl.static_range(LEVELS):
+        halves = tl.permute(tl.reshape(part, (ROWS, 2, (FOLD // 2) >> level)), (0, 2, 1))
+        first, second = tl.split(halves)
+        part = first + second
+    tl.store(sums + row, tl.reshape(part, (ROWS,)), mask=row * FOLD < n)
+
+
+@jit
+def _noise(i: tensor, low: tensor, high: tensor) -> tensor:
+    """Return the noise of entries `i` for the two halves of a seed; see `reference.noise`."""
+    word = i.to(tl.uint32) * 0x9E3779B1 + low.to(tl.uint32)
+    word = ((word ^ (word >> 16)) * 0x85EBCA6B) ^ high.to(tl.uint32)
+    word = (word ^ (word >> 13)) * 0xC2B2AE35
+    return ((word ^ (word >> 16)) >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+
+
+@jit
+def noise(out: tensor, low: tensor, high: tensor, n: tensor, BLOCK: tl.constexpr) -> None:
+    """Fill `out` with noise."""
+    i = offsets(tl.program_id(0), BLOCK)
+    tl.store(out + i, _noise(i, low, high), mask=i < n)
+
+
+@jit
+def quantize(
+    x: tensor,
+    packed: tensor,
+    unit: tl.float64,
+    low: tensor,
+    high: tensor,
+    n: tensor,
+    groups: tensor,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Write signs and levels of `BITS` bits, plane after plane; see `reference.quantize`."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    entries = tl.load(x + i, mask=i < n, other=0.0)
+    size = rounded(unit, entries)
+    size = tl.where(size > 0, size, float("inf"))
+    level = divide(tl.abs(entries), size) + _noise(i, low, high).to(entries.dtype)
+    level = tl.where(level < (1 << BITS) - 1, level, (1 << BITS) - 1).to(tl.int32)
+    codes = tl.where(i < n, level << 1 | (entries < 0).to(tl.int32), 0)
+    store_codes(packed, codes, group, groups, BITS + 1)
+
+
+@jit
+def add_quantized(
+    out: tensor,
+    packed: tensor,
+    scale: tl.float64,
+    n: tensor,
+    groups: tensor,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """``out += scale * levels`` with their signs."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    codes = load_codes(packed, group, groups, BITS + 1, GROUPS)
+    entries = tl.load(out + i, mask=i < n, other=0.0)
+    signed = ((codes >> 1) * (1 - 2 * (codes & 1))).to(entries.dtype)
+    tl.store(out + i, tl.fma(signed, rounded(scale, entries), entries), mask=i < n)
+
+
+@jit
+def round_to_grid(
+    x: tensor,
+    packed: tensor,
+    middles: tensor,
+    unit: tl.float64,
+    count: tensor,
+    n: tensor,
+    groups: tensor,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Write signs and places among `count` middles, plane after plane; see `reference.round_to_grid`."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    entries = tl.load(x + i, mask=i < n, other=0.0)
+    size = rounded(unit, entries)
+    size = tl.where(size > 0, size, float("inf"))
+    parts = divide(tl.abs(entries), size)
+    codes = (entries < 0).to(tl.int32)
+    for middle in range(count):
+        codes += 2 * (parts >= tl.load(middles + middle)).to(tl.int32)
+    store_codes(packed, tl.where(i < n, codes, 0), group, groups, BITS)
+
+
+@jit
+def add_gridded(
+    out: tensor,
+    packed: tensor,
+    table: tensor,
+    scale: tl.float64,
+    n: tensor,
+    groups: tensor,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """``out += scale * table[code]``."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    grid = tl.load(table + load_codes(packed, group, groups, BITS, GROUPS))
+    entries = tl.load(out + i, mask=i < n, other=0.0)
+    tl.store(out + i, tl.fma(grid, rounded(scale, entries), entries), mask=i < n)
+
+
+@jit
+def pack_signs(x: tensor, packed: tensor, n: tensor, groups: tensor, GROUPS: tl.constexpr) -> None:
+    """Write ``x >= 0``, a bit an entry."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    positive = (i < n) & (tl.load(x + i, mask=i < n, other=0.0) >= 0)
+    store_codes(packed, positive.to(tl.int32), group, groups, 1)
+
+
+@jit
+def add_signs(out: tensor, packed: tensor, scale: tl.float64, n: tensor, groups: tensor, GROUPS: tl.constexpr) -> None:
+    """Add `scale` where a bit is set, and subtract it elsewhere."""
+    group = offsets(tl.program_id(0), GROUPS)
+    i = matrix(group)
+    entries = tl.load(out + i, mask=i < n, other=0.0)
+    step = rounded(scale, entries)
+    positive = load_codes(packed, group, groups, 1, GROUPS) == 1
+    tl.store(out + i, entries + tl.where(positive, step, -step), mask=i < n)

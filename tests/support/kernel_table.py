@@ -1,0 +1,314 @@
+"""What every version of the kernels must do: one function per line of the contract, and the vectors to try it on.
+
+`tests/unit/kernels/test_triton.py` runs the table in Triton's interpreter, `tests/gpu/test_kernels.py` on a GPU. Each
+function takes the version, the device of its tensors, a type and lengths; what it expects comes from the definitions on
+the CPU, and is the same bit for bit. `tests/unit/kernels/test_versions.py` has more on the same vectors, on the CPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from mpicomp.errors import DivergenceError
+from mpicomp.kernels import reference
+
+
+def vector(n, dtype=torch.float32, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(a, b):
+    """Equal bit for bit: +0 is not -0."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
+
+
+def sorted_top(x, k):
+    """Top-k by a stable sort."""
+    order = np.argsort(-np.abs(x.double().numpy()), kind="stable")[:k]
+    indices = torch.from_numpy(np.sort(order)).int()
+    return x[indices], indices
+
+
+AWKWARD = {
+    "normal": lambda x: x,
+    "zeros": torch.zeros_like,
+    "one value": torch.ones_like,
+    "both signs": torch.sign,
+    "mostly zeros": lambda x: torch.where(x > 2.2, x, -torch.zeros_like(x)),
+    "few values": lambda x: (4 * x).round(),
+    "denormal": lambda x: x * torch.finfo(x.dtype).tiny / 8,
+    "huge": lambda x: x.clamp(-3, 3) * (torch.finfo(x.dtype).max / 4),
+    "heavy tails": lambda x: x.double().mul(8).exp().to(x.dtype),
+    "infinite": lambda x: torch.where(x > 1, torch.inf, x),
+    "ascending": lambda x: torch.arange(1.0, len(x) + 1).to(x.dtype),
+    "periodic": lambda x: torch.where(torch.arange(len(x)) % 64 == 0, x, 1e-3 * x),
+    "all large at the end": lambda x: torch.cat([x[: -len(x) // 8] * 1e-6, x[-len(x) // 8 :]])[: len(x)],
+}
+
+
+def chosen(n, k, seed=0):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].sort().values.int()
+
+
+CHOICES = {
+    "random": chosen,
+    "first": lambda n, k: torch.arange(k).int(),
+    "last": lambda n, k: torch.arange(n - k, n).int(),
+    "both ends": lambda n, k: torch.cat([torch.arange(k // 2), torch.arange(n - k + k // 2, n)]).int(),
+}
+
+
+def assert_same(found, expected):
+    """Compare a tensor from any device, or each of several, with what is expected, bit for bit."""
+    if isinstance(expected, torch.Tensor):
+        assert found.shape == expected.shape and same(found.cpu(), expected)
+    else:
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+
+
+def on(device, *vectors):
+    """Return copies on the device."""
+    return [x.clone().to(device) for x in vectors]
+
+
+def top_k(version, device, dtype, sizes):
+    for n in sizes:
+        x = vector(n, dtype, n)
+        for k in {1, n // 10, n}:
+            assert_same(version.top_k(x.to(device), k), sorted_top(x, k))
+    values, indices = version.top_k(torch.empty(0, dtype=dtype, device=device), 0)
+    assert values.shape == indices.shape == (0,) and values.dtype == dtype and indices.dtype == torch.int32
+
+
+def top_k_of_awkward_vectors(version, device, dtype, sizes):
+    n = max(sizes)
+    for make in AWKWARD.values():
+        x = make(vector(n, dtype))
+        for k in (n // 100, n // 2):
+            assert_same(version.top_k(x.to(device), k), sorted_top(x, k))
+
+
+def ties_go_to_the_lowest_index(version, device, dtype, sizes):
+    generator = np.random.default_rng(0)
+    few = [0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, -3e38, float("inf")]
+    for n in sizes:
+        x = torch.tensor(generator.choice(few, n), dtype=dtype)
+        k = int(generator.integers(n + 1))
+        assert_same(version.top_k(x.to(device), k), sorted_top(x, k))
+
+
+def top_k_of_a_difference(version, device, dtype, sizes):
+    for n in sizes:
+        x, y = vector(n, dtype), vector(n, dtype, 1) * 1e-3
+        y[: n // 3] = x[: n // 3]
+        for k in {0, n // 10}:
+            assert_same(version.top_k_of_difference(x.to(device), y.to(device), k), sorted_top(x - y, k))
+
+
+def nan_is_refused(version, device, dtype, sizes):
+    for n in sizes:
+        for where in (0, n - 1):
+            x = vector(n, dtype)
+            x[where] = -torch.nan
+            x, y = on(device, x, vector(n, dtype, 1))
+            for select in (
+                lambda x, y: version.top_k(x, 0),
+                lambda x, y: version.top_k(x, 1),
+                lambda x, y: version.top_k_of_difference(x, y, 1),
+                lambda x, y: version.above(x, 1.0),
+            ):
+                with pytest.raises(DivergenceError, match="NaN"):
+                    select(x, y)
+
+
+def above(version, device, dtype, sizes):
+    for n in (0, *sizes):
+        for threshold in (0.7, 1e-300, 1e30):
+            x = vector(n, dtype)
+            x[: n // 2 : 3] = threshold  # the nearest float, which may lie below, is meant
+            assert_same(version.above(x.to(device), threshold), reference.above(x, threshold))
+
+
+def scatter_add(version, device, dtype, sizes):
+    for n in (*sizes, 2**16):
+        for index, weight in ((torch.int16, 1.0), (torch.int32, 1 / 3)):
+            if index == torch.int32 or n <= 2**16:
+                out, values, indices = vector(n, dtype), vector(n // 10, dtype, 1), chosen(n, n // 10)
+                (found,) = on(device, out)
+                version.scatter_add_(found, indices.to(index).to(device), values.to(device), weight)
+                reference.scatter_add_(out, indices, values, weight)
+                assert_same(found, out)
+
+
+def misfits_are_refused(version, device, dtype, sizes):
+    x = vector(20, dtype).to(device)
+    index = torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="contiguous"):
+        version.top_k(x[::2], 3)
+    with pytest.raises(ValueError, match="contiguous"):
+        version.top_k_of_difference(x[:10], x[::2], 3)
+    with pytest.raises(ValueError, match="type, length"):
+        version.mix_(x, x, x[:10], 1.0)
+    with pytest.raises(ValueError, match="values of"):
+        version.scatter_add_(x, index, torch.ones(1, dtype=torch.float16, device=device))
+    with pytest.raises(ValueError, match="2 values"):
+        version.scatter_add_(x, index, x[:2])
+    for packed in (torch.zeros(2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="8 codes of 1 bits"):
+            version.add_signs_(x[:8], packed.to(device), 1.0)
+
+
+def nothing_is_written_beyond_the_vector(version, device, dtype, sizes):
+    """Whatever a damaged message holds."""
+    room = torch.zeros(300, dtype=dtype, device=device)
+    indices = torch.tensor([-1, 5, 99, 100, 150, 2**31 - 1], dtype=torch.int32, device=device)
+    version.scatter_add_(room[100:200], indices, torch.ones(6, dtype=dtype, device=device))
+    assert room.nonzero().flatten().tolist() == [105, 199]
+
+
+def mix(version, device, dtype, sizes):
+    for n in (0, *sizes):
+        x, s, x_hat = (vector(n, dtype, seed) for seed in range(3))
+        found, *others = on(device, x, s, x_hat)
+        version.mix_(found, *others, 1 / 3)
+        reference.mix_(x, s, x_hat, 1 / 3)
+        assert_same(found, x)
+
+
+def adaptive_mix(version, device, dtype, sizes):
+    for n, clip in zip((0, *sizes), [1.0, float("inf")] * len(sizes), strict=False):
+        x, s, x_hat, v = (vector(n, dtype, seed) for seed in range(4))
+        v.square_().mul_(0.1)
+        s[: n // 4] = x_hat[: n // 4]  # no error yet
+        v[: n // 5] = 0
+        found = on(device, x, s, x_hat, v)
+        version.adaptive_mix_(*found, 0.01, 0.9, 0.19, 1e-8, clip)
+        reference.adaptive_mix_(x, s, x_hat, v, 0.01, 0.9, 0.19, 1e-8, clip)
+        assert_same(found, (x, s, x_hat, v))
+
+
+def sums(version, device, dtype, sizes):
+    for n in (0, *sizes):
+        x = vector(n, dtype)
+        for operation in ("absolute_sum", "norm"):
+            assert getattr(version, operation)(x.to(device)) == getattr(reference, operation)(x)
+    for scale in (torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max / 64):
+        x = vector(100, dtype) * scale
+        assert version.norm(x.to(device)) == reference.norm(x)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = vector(2000, dtype)
+        x[-1] = bad
+        for operation in (version.absolute_sum, version.norm):
+            with pytest.raises(DivergenceError, match="infinity"):
+                operation(x.to(device))
+
+
+def noise(version, device, dtype, sizes):
+    for n in (0, *sizes):
+        x = torch.zeros(n, dtype=dtype)
+        for seed in (1, 2**64 - 1, 0x123456789ABCDEF0):
+            assert_same(version.noise(x.to(device), seed), reference.noise(x, seed))
+
+
+def levels(version, device, dtype, sizes):
+    for n, bits in zip((0, *sizes), [1, 4, 8] * len(sizes), strict=False):
+        x = vector(n, dtype)
+        x[: n // 5] = 0
+        for unit in (reference.norm(x) / (2**bits - 1), 0.0, 1e-320, 1e30):
+            packed = reference.quantize(x, unit, bits, 99 << 33)
+            assert_same(version.quantize(x.to(device), unit, bits, 99 << 33), packed)
+        packed, out = reference.quantize(x, 0.1, bits, 5), vector(n, dtype, 1)
+        (found,) = on(device, out)
+        version.add_quantized_(found, packed.to(device), bits, 0.3)
+        reference.add_quantized_(out, packed, bits, 0.3)
+        assert_same(found, out)
+
+
+def places_on_a_grid(version, device, dtype, sizes):
+    for n, places in zip((0, *sizes), [1, 3, 7, 31] * len(sizes), strict=False):
+        x, bits = vector(n, dtype), 1 + places.bit_length()
+        middles, grid = [2.0**i for i in range(-places, 0)], [i / 7 for i in range(places + 1)]
+        x[: n // 5] = 0
+        x[n // 2 : n // 2 + 3] = torch.tensor([0.5, -0.25, -0.0], dtype=dtype)[: len(x[n // 2 : n // 2 + 3])]  # ties
+        for unit in (1.0, 3.7, 0.0):
+            packed = reference.round_to_grid(x, unit, middles, bits)
+            assert_same(version.round_to_grid(x.to(device), unit, middles, bits), packed)
+        packed, out = reference.round_to_grid(x, 1.0, middles, bits), vector(n, dtype, 1)
+        (found,) = on(device, out)
+        version.add_gridded_(found, packed.to(device), grid, bits, 0.3)
+        reference.add_gridded_(out, packed, grid, bits, 0.3)
+        assert_same(found, out)
+
+
+def signs(version, device, dtype, sizes):
+    for n in (0, *sizes):
+        x = vector(n, dtype)
+        x[: n // 4] = -0.0
+        packed, out = reference.pack_signs(x), vector(n, dtype, 1)
+        assert_same(version.pack_signs(x.to(device)), packed)
+        (found,) = on(device, out)
+        version.add_signs_(found, packed.to(device), 0.3)
+        reference.add_signs_(out, packed, 0.3)
+        assert_same(found, out)
+
+
+def index_codes(version, device, dtype, sizes):
+    for n in sizes:
+        for name, k in zip(CHOICES, (n, n // 2, n // 10, n // 3), strict=True):
+            indices = CHOICES[name](n, k)
+            code, values, out = reference.encode_indices(indices, n), vector(k, dtype, 1), vector(n, dtype)
+            assert_same(version.encode_indices(indices.to(device), n), code)
+            assert_same(version.decode_indices(code.to(device), k, n), indices)
+            (found,) = on(device, out)
+            version.add_coded_(found, code.to(device), values.to(device), 1 / 3)
+            reference.add_coded_(out, code, values, 1 / 3)
+            assert_same(found, out)
+    n, indices = 2**31, torch.tensor([0, 5, 2**30, 2**31 - 1]).int()  # gaps of 30 bits
+    code = reference.encode_indices(indices, n)
+    assert_same(version.encode_indices(indices.to(device), n), code)
+    assert_same(version.decode_indices(code.to(device), 4, n), indices)
+
+
+def damaged_codes_are_refused(version, device, dtype, sizes):
+    """Or decode to other indices within the vector; never does a write go beyond it."""
+    n, k = 500, 30
+    code, generator, refused = reference.encode_indices(chosen(n, k), n), np.random.default_rng(1), 0
+    for _ in range(15):
+        wrong = code.clone()
+        wrong[generator.integers(len(code), size=3)] = generator.integers(256)
+        room, ones = torch.zeros(n + 200, dtype=dtype, device=device), torch.ones(k, dtype=dtype, device=device)
+        try:
+            version.add_coded_(room[100 : n + 100], wrong.to(device), ones)
+        except IndexError as error:
+            assert "damaged" in str(error)
+            refused += 1
+        assert not room[:100].any() and not room[n + 100 :].any()
+    assert refused > 5
+    for wrong in (code[:-1], code[:5], code[:0], torch.cat([code, torch.ones(9, dtype=torch.uint8)])):
+        with pytest.raises(IndexError, match="damaged"):
+            version.decode_indices(wrong.to(device), k, n)
+
+
+TABLE = [
+    top_k,
+    top_k_of_awkward_vectors,
+    ties_go_to_the_lowest_index,
+    top_k_of_a_difference,
+    nan_is_refused,
+    above,
+    scatter_add,
+    misfits_are_refused,
+    nothing_is_written_beyond_the_vector,
+    mix,
+    adaptive_mix,
+    sums,
+    noise,
+    levels,
+    places_on_a_grid,
+    signs,
+    index_codes,
+    damaged_codes_are_refused,
+]
