@@ -67,6 +67,7 @@ def test_a_rank_that_computes_for_too_long_shows_its_stack_and_ends(exits, capsy
         (None, "all ranks ("),
         (list, "its turn ("),
     ],
+    ids=["one", "some", "all", "none"],  # not the PID, which differs between the processes that run the tests
 )
 def test_a_rank_that_waits_says_for_whom(missing, named, exits, capsys):
     with Watchdog(Pair(), TIMEOUT_S), Waiting("message", missing):
