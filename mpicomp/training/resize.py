@@ -12,6 +12,8 @@ The new ranks all start from the same state, which rank 0 makes of the files of 
     bytes sent                             their sum, divided evenly
     random generators of the process       drawn anew from (steps, rank)
 
+Methods take means over ranks, so what was left out before counts ``old ranks / new ranks`` times as much afterwards.
+
 The samples of the epoch that no old rank has visited are dealt to the new ranks in turn. From the next epoch on the
 partition is the one that a run with so many ranks has from its start. ``training.epochs`` and ``training.steps`` keep
 their meaning: passes over the data, and steps from the start of the run.
