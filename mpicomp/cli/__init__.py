@@ -20,7 +20,7 @@ COMMANDS: dict[str, str] = {
     "slurm": "Write the batch script of a run, and send it.",
     "topology": "Show a graph over ranks: neighbors, weights, spectral gap.",
     "data": "Show, fetch and check data sets.",
-    "bench": "Measure kernels, exchanges and training steps against the best that the machine does.",
+    "bench": "Measure kernels, exchanges and training steps on this machine.",
     "doctor": "Examine MPI, launcher and GPUs, and say what to do.",
 }
 """Every command with its line of help; ``x`` is ``mpicomp.cli.x:x``."""

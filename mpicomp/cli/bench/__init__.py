@@ -9,7 +9,7 @@ from mpicomp.cli.bench.exchange import exchange
 from mpicomp.cli.bench.step import step
 
 
-@click.group(short_help="Measure kernels, exchanges and training steps against the best that the machine does.")
+@click.group()
 def bench() -> None:
     """Measure how long things take, beside the best that the machine does, in the same run."""
 

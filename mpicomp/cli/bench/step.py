@@ -25,7 +25,7 @@ from mpicomp.timing import take_seconds
 from mpicomp.training.config import RunConfig
 from mpicomp.training.distributed import Distributed
 from mpicomp.training.flat import FlatModel
-from mpicomp.training.metrics import PARTS, readable_bytes
+from mpicomp.training.metrics import PARTS, readable_bytes, training_seconds
 from mpicomp.training.setup import Setup, set_up
 from mpicomp.training.state import seed_random
 
@@ -180,7 +180,7 @@ def _timed(world: World, steps: Sequence[Callable[[], object]]) -> dict[str, flo
         run()
     seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
     parts = take_seconds()
-    parts["mix"] = seconds - sum(parts.values())
+    parts["mix"] = seconds - training_seconds(parts)
     count = len(steps)
     return {"seconds": seconds / count, "cpu": cpu / count} | {part: parts.get(part, 0.0) / count for part in PARTS}
 
