@@ -12,6 +12,8 @@ does with gradients. Steps up to r_i are those of CHOCO-SGD.
     Gamma_i = min(gamma / (sqrt(vtilde_i) + epsilon), gamma_clip)
     x_i = y_i + Gamma_i * r_i
 
+With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind the next gradient, as in CHOCO-SGD.
+
 gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
 averaged with step 1, the others move by about gamma. The mean over ranks is **not** preserved, because Gamma_i differs
 from rank to rank. Bias correction and clip are those of the authors' code (aparna-aketi/AdaG_SGD); the abstract's
@@ -77,6 +79,7 @@ class AdaGossip(Algorithm[AdaGossipState]):
         bias_correction: whether v is divided by ``1 - beta^t``.
         gamma_clip: the largest step of an entry; infinity switches the clip off.
         quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+        overlap: as in `Choco`.
         start: as in `Choco`.
 
     """
@@ -88,6 +91,7 @@ class AdaGossip(Algorithm[AdaGossipState]):
     bias_correction: bool = True
     gamma_clip: float = 1.0
     quasi_global_momentum: float = 0.0
+    overlap: bool = False
     start: Start = "model"
 
     def __post_init__(self) -> None:
@@ -124,13 +128,16 @@ class AdaGossip(Algorithm[AdaGossipState]):
 
     def step(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
         """Do one step in the order of the module's docstring."""
-        gradient = local.gradient()
-        if state.momentum is not None:
-            gradient.add_(state.momentum, alpha=self.quasi_global_momentum)
-            state.momentum.copy_(local.x)  # x^t, until the displacement is known
-        local.update()
-        own, pending = send_difference(self.compressor, local, state, exchange)
-        add_messages_(self.compressor, local, state, exchange, own, pending)
+        if self.overlap:
+            own, pending = send_difference(self.compressor, local, state, exchange)
+            local.gradient(pending.test)
+            add_messages_(self.compressor, local, state, exchange, own, pending)
+            self._update(local, state)
+        else:
+            local.gradient()
+            self._update(local, state)
+            own, pending = send_difference(self.compressor, local, state, exchange)
+            add_messages_(self.compressor, local, state, exchange, own, pending)
         state.t += 1
         correction = 1 - self.beta**state.t if self.bias_correction else 1.0
         kernels.adaptive_mix_(
@@ -146,6 +153,13 @@ class AdaGossip(Algorithm[AdaGossipState]):
         )
         if state.momentum is not None:
             state.momentum.sub_(local.x).div_(local.lr)
+
+    def _update(self, local: Local, state: AdaGossipState) -> None:
+        """``y_i = x_i - lr u_i``; the quasi-global momentum is x_i until the displacement is known."""
+        if state.momentum is not None:
+            local.g.add_(state.momentum, alpha=self.quasi_global_momentum)
+            state.momentum.copy_(local.x)
+        local.update()
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """``compression_error``, the relative distance |x - xhat| / |x|."""

@@ -5,7 +5,10 @@ import pytest
 from mpicomp.training.config import RunConfig
 from mpicomp.training.loop import train
 
-OVERRIDES = ["training.epochs=2", "schedule.warmup=0", "slow.ranks=[2]", "slow.seconds=0.01", "run.log_every=1"]
+EPOCHS = 4
+"""With half as many, five ranks on two cores now and then learned less than what is asked for."""
+
+OVERRIDES = [f"training.epochs={EPOCHS}", "schedule.warmup=0", "slow.ranks=[2]", "slow.seconds=0.01", "run.log_every=1"]
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ def test_it_learns(world, name, share):
     assert all(other == result for other in world.all_gather(result))
     trainers = world.size - hubs
     per_epoch = 1437 // 16 if share == "by_speed" else 1437 // (16 * trainers) * trainers
-    assert sum(result.gradients) == 2 * per_epoch
+    assert sum(result.gradients) == EPOCHS * per_epoch
     assert result.test_accuracy > 0.6
     if share == "by_speed" and world.size > 2:
         assert result.gradients[2] < min(count for rank, count in enumerate(result.gradients) if count and rank != 2)

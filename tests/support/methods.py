@@ -70,6 +70,7 @@ DETERMINISTIC = {
     "choco_overlapped": Choco(0.2, TOP, overlap=True),
     "adagossip": AdaGossip(0.01, TOP),
     "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),
+    "adagossip_overlapped": AdaGossip(0.01, TOP, quasi_global_momentum=0.9, overlap=True),
     "deep_squeeze": DeepSqueeze(0.05, TOP),
     "ef_sgd": EFSGD(TOP),
     "ef_sgd_momentum": EFSGD(TOP, momentum=0.9),

@@ -84,16 +84,17 @@ class TestTranscriptions:
         method = AdaGossip(gamma, TOP, beta, epsilon, bias_correction, clip)
         close(train(method, graph, 30).x, x, 1e-11)
 
-    def test_adagossip_quasi_global_momentum(self, graph):
+    @pytest.mark.parametrize("overlap", [True, False])
+    def test_adagossip_quasi_global_momentum(self, graph, overlap):
         x, hat, v, m = (np.zeros((graph.size, DIM)) for _ in range(4))
         for t in range(1, 21):
             y = x - LR * (gradients(x) + 0.5 * m)
-            hat = hat + top_k(y - hat, KEPT)
+            hat = hat + top_k((x if overlap else y) - hat, KEPT)
             r = graph.mixing @ hat - hat
             v = 0.9 * v + 0.1 * r * r
             new = y + np.minimum(0.05 / (np.sqrt(v / (1 - 0.9**t)) + 1e-4), 1) * r
             x, m = new, (x - new) / LR
-        method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5)
+        method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5, overlap=overlap)
         close(train(method, graph, 20).x, x, 1e-10)
 
     def test_deep_squeeze(self, graph):
