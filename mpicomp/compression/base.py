@@ -82,6 +82,11 @@ class Spec:
         """One spec per tensor."""
         return tuple(Spec((n,), (s,), self.dtype) for n, s in zip(self.names, self.shapes, strict=True))
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is one tensor of less than two dimensions."""
+        return len(self.shapes) == 1 and len(self.shapes[0]) < 2
+
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the flat `x` (numel,) as flat views."""
         return torch.split(x, [part.numel for part in self.parts])

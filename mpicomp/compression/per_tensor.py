@@ -1,7 +1,8 @@
 """Per tensor: a compressor applied to each tensor of the model by itself.
 
 The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer.
-Bytes: those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones.
+Bytes: those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones. Top-k has one
+message for all tensors (`per_tensor_topk`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.identity import Identity
+from mpicomp.compression.per_tensor_topk import PerTensorTopK
 from mpicomp.compression.random import mix64
+from mpicomp.compression.topk import TopK
 from mpicomp.errors import DivergenceError
 from mpicomp.timing import timed
 
@@ -44,7 +47,12 @@ class PerTensor(Compressor):
 
     def is_dense(self, part: Spec) -> bool:
         """Return whether the tensor of `part` is sent as it is."""
-        return self.dense_1d and len(part.shapes[0]) < 2
+        return self.dense_1d and part.is_vector
+
+    @property
+    def _at_once(self) -> PerTensorTopK | None:
+        """What does the same for all tensors at once, where there is such a thing."""
+        return PerTensorTopK(self.inner, self.dense_1d) if isinstance(self.inner, TopK) else None
 
     def _of(self, part: Spec) -> Compressor:
         return Identity() if self.is_dense(part) else self.inner
@@ -66,11 +74,15 @@ class PerTensor(Compressor):
 
     def layout(self, spec: Spec) -> Layout:
         """The inner layouts, one behind the other."""
+        if self._at_once:
+            return self._at_once.layout(spec)
         return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
         """Compress each tensor; DivergenceError names one with a NaN."""
+        if self._at_once:
+            return self._at_once.compress(x, None, spec)
 
         def compress(values: Tensor, part: Spec, inner: State) -> Payload:
             return self._of(part).compress(values, part, inner)
@@ -82,6 +94,8 @@ class PerTensor(Compressor):
         self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
     ) -> Payload:
         """Compress the difference of each tensor; DivergenceError names one with a NaN."""
+        if self._at_once:
+            return self._at_once.compress_difference_(x, x_hat, spec)
 
         def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
             values, public, room = vectors
@@ -106,6 +120,9 @@ class PerTensor(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Add to each tensor."""
+        if self._at_once:
+            self._at_once.accumulate(payload, spec, out, weight)
+            return
         messages: list[Payload] = [{} for _ in spec.parts]
         for key, tensor in payload.items():
             i, _, name = key.partition(".")

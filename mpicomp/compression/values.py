@@ -7,6 +7,7 @@ contractive. ``int8`` is ``round(127 v / max|v|)`` with the scale ``max|v| / 127
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, get_args
 
 import torch
@@ -27,32 +28,52 @@ def check_values(values: str) -> None:
         raise ConfigError(f"compression.values = {values!r} must be one of {', '.join(map(repr, get_args(Values)))}")
 
 
-def value_fields(values: Values, dtype: torch.dtype, k: int, variable: bool = False) -> tuple[Field, ...]:
-    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (1,) where it is needed."""
+def value_fields(
+    values: Values, dtype: torch.dtype, k: int, variable: bool = False, scales: int = 1
+) -> tuple[Field, ...]:
+    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (scales,) where it is needed."""
     if values == "full":
         return (Field("values", dtype, k, variable),)
     sent = Field("values", getattr(torch, values), k, variable)
-    return (Field("scale", torch.float32, 1), sent) if values == "int8" else (sent,)
+    return (Field("scale", torch.float32, scales), sent) if values == "int8" else (sent,)
 
 
-def write_values(x: Tensor, values: Values) -> Payload:
-    """Return `x` (k,) rounded; what is beyond the range of 16 bits saturates."""
+def write_values(x: Tensor, values: Values, counts: tuple[int, ...] = ()) -> Payload:
+    """Return `x` (k,) rounded; what is beyond the range of 16 bits saturates.
+
+    `counts` says for how many entries, one behind the other, each scale is; without it there is one scale for all.
+    """
     if values == "full":
         return {"values": x}
     if values == "int8":
         wide = x.to(torch.float32) if x.dtype != torch.float64 else x
-        largest = wide.abs().max() if len(x) else wide.new_zeros(())
-        scale = (largest / _LEVELS).to(torch.float32).reshape(1)
-        codes = (wide / scale.clamp_min(torch.finfo(torch.float32).smallest_normal)).round_()
+        if counts:
+            largest = wide.new_zeros(len(counts)).scatter_reduce_(0, _groups(counts, x.device), wide.abs(), "amax")
+        else:
+            largest = (wide.abs().max() if len(x) else wide.new_zeros(())).reshape(1)
+        scale = (largest / _LEVELS).to(torch.float32)
+        divisor = _each(scale.clamp_min(torch.finfo(torch.float32).smallest_normal), counts)
+        codes = (wide / divisor).round_()
         return {"scale": scale, "values": codes.clamp_(-_LEVELS, _LEVELS).to(torch.int8)}
     target: torch.dtype = getattr(torch, values)
     largest_finite = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
     return {"values": x.clamp(-largest_finite, largest_finite).to(target)}
 
 
-def read_values(payload: Payload, dtype: torch.dtype) -> Tensor:
-    """Return the values (k,) of a message in `dtype`."""
+def read_values(payload: Payload, dtype: torch.dtype, counts: tuple[int, ...] = ()) -> Tensor:
+    """Return the values (k,) of a message in `dtype`; `counts` is that of `write_values`."""
     values = payload["values"]
     if "scale" in payload:
-        return values.to(dtype).mul_(payload["scale"].to(dtype))
+        return values.to(dtype).mul_(_each(payload["scale"].to(dtype), counts))
     return values.to(dtype)
+
+
+def _each(scale: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Return the scale of each entry, or the one of all."""
+    return scale[_groups(counts, scale.device)] if counts else scale
+
+
+@functools.lru_cache(maxsize=64)
+def _groups(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the number of its group for each entry, where groups of so many entries lie one behind the other."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)

@@ -71,6 +71,7 @@ def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
 
 top_k = _chosen(reference.top_k)
 top_k_of_difference = _chosen(reference.top_k_of_difference)
+top_k_of_parts = _chosen(reference.top_k_of_parts)
 above = _chosen(reference.above)
 scatter_add_ = _chosen(reference.scatter_add_)
 mix_ = _chosen(reference.mix_)

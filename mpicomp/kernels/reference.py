@@ -50,6 +50,27 @@ def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_k(x - y, k)
 
 
+def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return values and indices in `x` (n,) of the ``counts[p]`` largest entries of each of its consecutive parts.
+
+    They are those of `top_k` of every part, of ``x - y`` where there is a `y` (n,), one part behind the other; the
+    `sizes` of the parts sum to n.
+
+    Raises:
+        DivergenceError: a NaN, also in a part of which nothing is wanted.
+
+    """
+    values, indices = [x[:0]], [torch.empty(0, dtype=torch.int32, device=x.device)]
+    start = 0
+    for size, k in zip(sizes, counts, strict=True):
+        part = slice(start, start + size)
+        largest, places = top_k(x[part] if y is None else x[part] - y[part], k)
+        values.append(largest)
+        indices.append(places + start)
+        start += size
+    return torch.cat(values), torch.cat(indices)
+
+
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return values and indices, int32 and ascending, of the entries of `x` (n,) with ``|x_i| >= threshold``.
 

@@ -38,6 +38,7 @@ CASES = {
     "topk_1_percent": TopK(0.01),
     "topk_all": TopK(1.0),
     **{f"topk_{values}": TopK(0.1, values=values) for values in ("float32", "bfloat16", "float16", "int8")},
+    "topk_int8_dense_1d": PerTensor(TopK(0.1, values="int8"), dense_1d=True),
     "threshold_int8": HardThreshold(0.05, values="int8"),
     "ternary": LogGrid(k=0),
     "log_grid_30": LogGrid(k=30),

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import mangle_type
 
 from mpicomp.kernels import gpu
-from mpicomp.kernels.gpu import compiled, indices, quantizer, select
+from mpicomp.kernels.gpu import compiled, indices, quantizer, select, select_parts
 
 TARGET = GPUTarget("cuda", 90, 32)
 FUSING = {"mix", "adaptive_mix", "add_quantized", "add_gridded"}
@@ -31,6 +31,7 @@ def start(x):
     indices = torch.arange(8, dtype=torch.int32)
     gpu.top_k(x, 3)
     gpu.top_k_of_difference(x, x, 3)
+    gpu.top_k_of_parts(x, x, (1000, 2000), (3, 2000))
     for kind in (torch.int16, torch.int32):
         gpu.scatter_add_(x, indices.to(kind), x[:8])
     gpu.encode_indices(indices, 500)
@@ -51,7 +52,7 @@ def start_again(x):
     gpu.add_quantized_(x, gpu.quantize(x, 0.1, 4, 1), 4, 1.0)
 
 
-for module in (gpu, indices, quantizer, select):
+for module in (gpu, indices, quantizer, select, select_parts):
     assert module.launch is compiled.launch
     module.launch = note
 start(torch.ones(3000))

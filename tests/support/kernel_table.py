@@ -30,6 +30,15 @@ def sorted_top(x, k):
     return x[indices], indices
 
 
+def sorted_top_of_parts(x, sizes, counts):
+    """Top-k of each part."""
+    found = [sorted_top(part, k) for part, k in zip(x.split(sizes), counts, strict=True)]
+    starts = np.cumsum([0, *sizes])
+    return torch.cat([part[0] for part in found]), torch.cat(
+        [part[1] + int(start) for part, start in zip(found, starts, strict=False)]
+    )
+
+
 AWKWARD = {
     "normal": lambda x: x,
     "zeros": torch.zeros_like,
@@ -106,6 +115,27 @@ def top_k_of_a_difference(version, device, dtype, sizes):
         y[: n // 3] = x[: n // 3]
         for k in {0, n // 10}:
             assert_same(version.top_k_of_difference(x.to(device), y.to(device), k), sorted_top(x - y, k))
+
+
+def top_k_of_parts(version, device, dtype, sizes):
+    """Of some nothing is wanted, of others all; empty ones, and ones that end where a tile does."""
+    sizes = (0, *sizes, 1, 0, 64, max(sizes))
+    counts = [(size, size // 10, 0, size // 3)[p % 4] for p, size in enumerate(sizes)]
+    n = sum(sizes)
+    x, y = vector(n, dtype), vector(n, dtype, 1)
+    expected = sorted_top_of_parts(x - y, sizes, counts)
+    assert_same(version.top_k_of_parts(*on(device, x, y), sizes, counts), expected)
+    for make in AWKWARD.values():
+        x = make(vector(n, dtype))
+        expected = sorted_top_of_parts(x, sizes, counts)
+        assert_same(version.top_k_of_parts(x.to(device), None, sizes, counts), expected)
+    empty = torch.empty(0, dtype=dtype, device=device)
+    for none in ((), (0, 0)):
+        values, indices = version.top_k_of_parts(empty, None, none, none)
+        assert values.shape == indices.shape == (0,) and values.dtype == dtype and indices.dtype == torch.int32
+    x[n // 2] = torch.nan
+    with pytest.raises(DivergenceError, match="NaN"):
+        version.top_k_of_parts(x.to(device), None, sizes, counts)
 
 
 def nan_is_refused(version, device, dtype, sizes):
@@ -297,6 +327,7 @@ TABLE = [
     top_k_of_awkward_vectors,
     ties_go_to_the_lowest_index,
     top_k_of_a_difference,
+    top_k_of_parts,
     nan_is_refused,
     above,
     scatter_add,

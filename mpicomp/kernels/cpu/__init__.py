@@ -49,6 +49,21 @@ def _top_k(x: Tensor, y: npt.NDArray[Any] | None, k: int) -> tuple[Tensor, Tenso
     return values, indices
 
 
+def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """See `reference.top_k_of_parts`."""
+    values, indices = torch.empty(sum(counts), dtype=x.dtype), torch.empty(sum(counts), dtype=torch.int32)
+    vector, other, largest, places = _array(x), None if y is None else _array(y, x), values.numpy(), indices.numpy()
+    start = done = 0
+    for size, k in zip(sizes, counts, strict=True):
+        part, chosen = slice(start, start + size), slice(done, done + k)
+        difference = None if other is None else other[part]
+        if not select.top_k(vector[part], difference, k, largest[chosen], places[chosen]):
+            raise DivergenceError(NAN)
+        places[chosen] += start
+        start, done = start + size, done + k
+    return values, indices
+
+
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """See `reference.above`."""
     found = select.above(_array(x), threshold)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpicomp.kernels.gpu import indices as codes
 from mpicomp.kernels.gpu import quantize as quantizer
-from mpicomp.kernels.gpu import select, update
+from mpicomp.kernels.gpu import select, select_parts, update
 from mpicomp.kernels.gpu.compiled import BLOCK, launch, tiles
 from mpicomp.kernels.reference import finite, packed_nbytes
 
@@ -42,6 +42,11 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `reference.top_k_of_difference`; the difference is not formed."""
     return select.top_k(_plain(x), _plain(y, x), k)
+
+
+def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """See `reference.top_k_of_parts`; as many launches for a hundred parts as for one."""
+    return select_parts.top_k_of_parts(_plain(x), None if y is None else _plain(y, x), sizes, counts)
 
 
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mpicomp.kernels import gpu
 from mpicomp.kernels.cpu.compiled import compiled, fused
-from mpicomp.kernels.gpu import select
+from mpicomp.kernels.gpu import select, select_parts
 
 SIZES = [1, 7, 9, 1000, 4096, 8193]  # a tile has 4096 entries
 
@@ -47,6 +47,15 @@ def like_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_interpreter_agrees_with_the_definitions(check, dtype):
     check(gpu, "cpu", dtype, SIZES)
+
+
+def test_many_parts_take_as_many_launches_as_one(monkeypatch):
+    started, launch = [], select_parts.launch
+    monkeypatch.setattr(select_parts, "launch", lambda *args, **rest: (started.append(args[0]), launch(*args, **rest)))
+    x = vector(600)
+    for sizes in ((600,), (10,) * 60):
+        gpu.top_k_of_parts(x, None, sizes, [size // 10 for size in sizes])
+    assert started[: len(started) // 2] == started[len(started) // 2 :]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_table import AWKWARD, CHOICES, chosen, same, sorted_top, vector
+from support.kernel_table import AWKWARD, CHOICES, chosen, same, sorted_top, top_k_of_parts, vector
 
 from mpicomp import kernels
 from mpicomp.errors import ConfigError, DivergenceError
@@ -48,6 +48,12 @@ def test_top_k_of_every_size(version, dtype, n):
 def test_top_k_of_nothing(version):
     values, indices = version.top_k(torch.empty(0), 0)
     assert values.shape == indices.shape == (0,) and indices.dtype == torch.int32
+
+
+@every
+@both
+def test_top_k_of_parts(version, dtype):
+    top_k_of_parts(version, "cpu", dtype, [*SIZES, 100_003])
 
 
 @pytest.mark.parametrize("version", [reference, kernels])
