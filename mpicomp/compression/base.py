@@ -23,6 +23,9 @@ from mpicomp.timing import timed, traced
 BLOCK = 2**16
 """Entries that are decoded at a time: a multiple of 8, and few enough to stay in the cache."""
 
+LONGEST = 2**31
+"""Entries of the longest vector that indices of 32 bits reach."""
+
 Payload = dict[str, Tensor]
 """A message: named, contiguous, one-dimensional tensors in the order of its layout."""
 
@@ -200,7 +203,7 @@ def index_dtype(numel: int) -> torch.dtype:
 
     Indices from 32768 on are stored modulo 2**16 in int16.
     """
-    if numel > 2**31:
+    if numel > LONGEST:
         raise ValueError(f"a vector of {numel} entries is too long for 32-bit indices: compress per tensor")
     return torch.int16 if numel <= 2**16 else torch.int32
 

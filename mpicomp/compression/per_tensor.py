@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.base import LONGEST, Compressor, Layout, Payload, Spec, State
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.per_tensor_topk import PerTensorTopK
 from mpicomp.compression.random import mix64
@@ -49,10 +49,11 @@ class PerTensor(Compressor):
         """Return whether the tensor of `part` is sent as it is."""
         return self.dense_1d and part.is_vector
 
-    @property
-    def _at_once(self) -> PerTensorTopK | None:
-        """What does the same for all tensors at once, where there is such a thing."""
-        return PerTensorTopK(self.inner, self.dense_1d) if isinstance(self.inner, TopK) else None
+    def _at_once(self, spec: Spec) -> PerTensorTopK | None:
+        """Return what does the same for all tensors at once, where there is such a thing."""
+        if isinstance(self.inner, TopK) and spec.numel <= LONGEST:
+            return PerTensorTopK(self.inner, self.dense_1d)
+        return None
 
     def _of(self, part: Spec) -> Compressor:
         return Identity() if self.is_dense(part) else self.inner
@@ -74,15 +75,15 @@ class PerTensor(Compressor):
 
     def layout(self, spec: Spec) -> Layout:
         """The inner layouts, one behind the other."""
-        if self._at_once:
-            return self._at_once.layout(spec)
+        if at_once := self._at_once(spec):
+            return at_once.layout(spec)
         return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
         """Compress each tensor; DivergenceError names one with a NaN."""
-        if self._at_once:
-            return self._at_once.compress(x, None, spec)
+        if at_once := self._at_once(spec):
+            return at_once.compress(x, None, spec)
 
         def compress(values: Tensor, part: Spec, inner: State) -> Payload:
             return self._of(part).compress(values, part, inner)
@@ -94,8 +95,8 @@ class PerTensor(Compressor):
         self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
     ) -> Payload:
         """Compress the difference of each tensor; DivergenceError names one with a NaN."""
-        if self._at_once:
-            return self._at_once.compress_difference_(x, x_hat, spec)
+        if at_once := self._at_once(spec):
+            return at_once.compress_difference_(x, x_hat, spec)
 
         def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
             values, public, room = vectors
@@ -120,8 +121,8 @@ class PerTensor(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Add to each tensor."""
-        if self._at_once:
-            self._at_once.accumulate(payload, spec, out, weight)
+        if at_once := self._at_once(spec):
+            at_once.accumulate(payload, spec, out, weight)
             return
         messages: list[Payload] = [{} for _ in spec.parts]
         for key, tensor in payload.items():

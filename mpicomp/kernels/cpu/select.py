@@ -24,16 +24,19 @@ from mpicomp.kernels.cpu.compiled import LANES, at_least, compiled, difference_a
 
 Array = npt.NDArray[Any]
 
-_SAMPLED_FROM = 2**15
+_SAMPLED_FROM = 2**12
 """Entries from which on a sample pays."""
 
-_LEAST_SAMPLE, _LARGEST_SAMPLE, _ONE_IN = 2**12, 2**16, 128
+_LEAST_SAMPLE, _LARGEST_SAMPLE, _ONE_IN = 2**10, 2**16, 128
 """A sample is one entry in so many, within the bounds."""
 
 _SURE = 4.0
 """Standard deviations between the bound that is taken from the sample and the one aimed at."""
 
 _BINS = 2**12
+
+_FEW, _FEWER_BINS = 2**12, 2**8
+"""Of fewer entries than these, so many bins are made: clearing and searching more would take longer."""
 
 
 class _Scratch(threading.local):
@@ -178,8 +181,8 @@ def _kth_largest(x: Array, y: Array | None, k: int) -> Any:
         bits = magnitude(_entry(x, y, i))
         low = min(low, bits)
         largest = max(largest, bits)
-    histogram = np.zeros(_BINS, np.int64)
-    shift = _shift(largest - low)
+    histogram = np.zeros(_BINS if len(x) >= _FEW else _FEWER_BINS, np.int64)
+    shift = _shift(largest - low, len(histogram))
     for i in range(len(x)):
         histogram[np.int64((magnitude(_entry(x, y, i)) - low) >> shift)] += 1
     at, above = _bin(histogram, k, 0)
@@ -193,8 +196,8 @@ def _kth_largest(x: Array, y: Array | None, k: int) -> Any:
         bits = magnitude(_entry(x, y, i))
         members[count] = bits
         count += (bits >= low) & (bits <= high)
-    while True:
-        shift = _shift(high - low)
+    while count > 1:
+        shift = _shift(high - low, len(histogram))
         histogram[:] = 0
         for i in range(count):
             histogram[np.int64((members[i] - low) >> shift)] += 1
@@ -209,13 +212,14 @@ def _kth_largest(x: Array, y: Array | None, k: int) -> Any:
             members[kept] = bits
             kept += (bits >= low) & (bits <= high)
         count = kept
+    return members[0], above, largest
 
 
 @compiled
-def _shift(span: Any) -> Any:
+def _shift(span: Any, bins: int) -> Any:
     """Return how many trailing bits to drop so that `span` falls into one of the bins."""
     shift = np.uint64(0)
-    while span >> shift >= np.uint64(_BINS):
+    while span >> shift >= np.uint64(bins):
         shift += np.uint64(1)
     return shift
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mpicomp.compression import Field, Layout, Spec
+from mpicomp.compression import Field, Layout, PerTensor, Spec, TopK
 from mpicomp.compression.base import index_dtype
 
 MIXED = Layout(
@@ -65,3 +65,9 @@ def test_spec_splits_into_views():
     assert a.tolist() == [0, 1, 2, 3, 4, 5] and b.tolist() == [6]
     assert [part.numel for part in spec.parts] == [6, 1]
     assert Spec.flat(5).numel == 5
+
+
+def test_tensors_of_a_model_too_long_for_32_bits_have_indices_of_their_own():
+    spec = Spec(("a", "b"), ((2**30,), (2**30 + 1,)))
+    names = [field.name for field in PerTensor(TopK(0.001)).layout(spec).fields]
+    assert names == ["0.values", "0.indices", "1.values", "1.indices"]
