@@ -455,13 +455,15 @@ class _Run:
         before = self._meter.gradients
         if self._batches.is_ready():
             replica.local.closure = self._closure
-            has_moved = algorithm.step(replica.local, replica.state, self._mailbox)
+            with replica.naming_divergence():
+                has_moved = algorithm.step(replica.local, replica.state, self._mailbox)
             if self._meter.gradients > before:
                 replica.steps = self._meter.gradients
                 replica.check_finite()
                 self._meter.loss += float(replica.local.loss)
         else:
-            has_moved = algorithm.serve(replica.local, replica.state, self._mailbox)
+            with replica.naming_divergence():
+                has_moved = algorithm.serve(replica.local, replica.state, self._mailbox)
         self._meter.work(self._world.now(), is_step=self._meter.gradients > before)
         if has_moved:
             self._watchdog.moved()

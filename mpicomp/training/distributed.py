@@ -20,7 +20,7 @@ from mpicomp.algorithms.base import Algorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
-from mpicomp.errors import ConfigError, DivergenceError, TopologyError
+from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.replica import Replica
@@ -53,10 +53,8 @@ class Distributed(Replica):
 
         """
         self.local.closure = closure
-        try:
+        with self.naming_divergence():
             self._algorithm.step(self.local, self.state, self._exchange)
-        except DivergenceError as error:
-            raise self.diverged(str(error)) from error
         if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
             self.check_finite()
         self.steps += 1

@@ -57,6 +57,11 @@ class FlatModel:
         for p, x, shape in zip(self._parameters, self.spec.split(self.x), self.spec.shapes, strict=True):
             p.data = x.view(shape)
 
+    def not_finite(self) -> str | None:
+        """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""
+        tensors = zip(self.spec.names, self.spec.split(self.x), self.spec.split(self.g), strict=True)
+        return next((name for name, x, g in tensors if not (x.isfinite().all() and g.isfinite().all())), None)
+
     @property
     def lr(self) -> float:
         """The learning rate of the optimizer's first group."""

@@ -79,12 +79,22 @@ class Replica:
     def check_finite(self) -> None:
         """Raise DivergenceError if the last loss is NaN or infinite."""
         if not bool(torch.isfinite(self.local.loss)):
-            raise self.diverged(f"the loss is {self.local.loss.item()}")
+            raise self._diverged(f"the loss is {self.local.loss.item()}")
 
-    def diverged(self, what: str) -> DivergenceError:
-        """Return the error for a step in which something is not a number."""
+    @contextmanager
+    def naming_divergence(self) -> Iterator[None]:
+        """Have a DivergenceError out of the block say in which tensor, at which step and on which rank."""
+        try:
+            yield
+        except DivergenceError as error:
+            raise self._diverged(str(error)) from error
+
+    def _diverged(self, what: str) -> DivergenceError:
+        """Return the error for a step in which something is not a number; names a tensor in which it is."""
+        name = self.local.not_finite()
+        place = f" (first in {name})" if name and not what.startswith(f"{name}:") else ""
         return DivergenceError(
-            f"{what} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, "
+            f"{what}{place} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, "
             "or lengthen schedule.warmup"
         )
 
