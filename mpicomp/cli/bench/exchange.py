@@ -161,7 +161,7 @@ def _print(report: dict[str, Any], rows: list[Row]) -> None:
         f"{report['waits']}; medians of {report['rounds']}; bytes a second in each direction of a rank"
     )
     table = Table(box=None)
-    for column in ("bytes", "us", "mpi4py us", "copy us", "MB/s", "mpi4py MB/s", "of the link's rate"):
+    for column in ("bytes", "us", "mpi4py us", "copy us", "MB/s", "mpi4py MB/s", "of mpi4py's rate"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
