@@ -23,11 +23,18 @@ from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.topology.base import Schedule, Topology
+from mpicomp.training.meter import Meter
+from mpicomp.training.metrics import Record
 from mpicomp.training.replica import Replica
 
 
 class Distributed(Replica):
-    """A model that is trained together with those of the other ranks; made by `distribute`."""
+    """A model that is trained together with those of the other ranks; made by `distribute`.
+
+    Attributes:
+        meter: what the steps have cost since the last record.
+
+    """
 
     def __init__(
         self,
@@ -41,6 +48,7 @@ class Distributed(Replica):
         self.link = self._exchange = world.exchange(schedule)
         self._algorithm = algorithm
         self.state = algorithm.init(self.local, self._exchange)
+        self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Do one step of training and return the loss, detached; collective on all ranks.
@@ -53,12 +61,31 @@ class Distributed(Replica):
 
         """
         self.local.closure = closure
-        with self.naming_divergence():
-            self._algorithm.step(self.local, self.state, self._exchange)
-        if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
-            self.check_finite()
+        with self.meter:
+            with self.naming_divergence():
+                self._algorithm.step(self.local, self.state, self._exchange)
+            if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
+                self.check_finite()
+            self.meter.add(self.local.loss)
         self.steps += 1
         return self.local.loss
+
+    def metrics(self, loss: Tensor | float | None = None) -> Record:
+        """Return the means over ranks since the last call, the same on all of them; collective on all ranks.
+
+        Loss, bytes, seconds by part with those that are hidden, consensus distance (estimated from 4,096 of the
+        parameters), and in `diagnostics` what the algorithm reports, e.g. ``compression_error``. The seconds ``other``
+        are the caller's own between two steps: loading and evaluation, and forward and backward pass where they are
+        made outside of `step`. Steps before a restart are not in it.
+
+        Args:
+            loss: of this rank, where `step` does not see it, or in place of the mean over the steps.
+
+        Raises:
+            DivergenceError: a loss that is not finite, or public copies that have been running away for three records.
+
+        """
+        return self.meter.record(self, loss)
 
 
 def distribute(

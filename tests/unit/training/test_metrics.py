@@ -132,7 +132,7 @@ def test_a_line_holds_what_a_user_asks_for(clock):
     with Progress(steps=100, epochs=None, console=out) as progress:
         progress.start(["header"])
         clock.now += 10
-        progress.update(record(20, accuracy=0.91234))
+        progress.on_record(record(20, accuracy=0.91234))
     header, line = lines(out)
     assert header == "header"
     for text in (
@@ -152,7 +152,7 @@ def test_a_run_in_epochs_knows_what_is_left(clock):
     progress = Progress(steps=None, epochs=4, console=out)
     progress.start([])
     clock.now += 10
-    progress.update(record(20))
+    progress.on_record(record(20))
     assert "0:10 left" in lines(out)[0]
 
 
@@ -162,7 +162,7 @@ def test_a_log_file_gets_few_lines(clock):
     progress.start([])
     for step in range(1, 101):
         clock.now += 0.5
-        progress.update(record(step))
+        progress.on_record(record(step))
     assert len(lines(out)) == 10
     assert not any("\x1b" in line or "\r" in line for line in lines(out))
 
@@ -172,10 +172,10 @@ def test_a_new_accuracy_is_shown_soon(clock):
     progress = Progress(steps=1000, epochs=None, console=out)
     progress.start([])
     clock.now += 1.5
-    progress.update(record(1))
-    progress.update(record(2, accuracy=0.5))
+    progress.on_record(record(1))
+    progress.on_record(record(2, accuracy=0.5))
     clock.now += 0.1
-    progress.update(record(3, accuracy=0.6))
+    progress.on_record(record(3, accuracy=0.6))
     assert ["50.00%" in line for line in lines(out)] == [True]
 
 
@@ -183,7 +183,7 @@ def test_the_last_record_is_always_shown(clock):
     out = console()
     progress = Progress(steps=10, epochs=None, console=out)
     progress.start([])
-    progress.update(record(10, accuracy=0.5))
+    progress.on_record(record(10, accuracy=0.5))
     progress.finish(["summary"])
     assert lines(out)[-1] == "summary"
     assert "0:00 left" in lines(out)[-2]
@@ -194,7 +194,7 @@ def test_a_terminal_shows_every_record_in_place(clock):
     with Progress(steps=10, epochs=None, console=out) as progress:
         progress.start(["header"])
         clock.now += 0.01
-        progress.update(record(1))
+        progress.on_record(record(1))
         assert "step      1" in out.file.getvalue()
         assert "\x1b[?25l" in out.file.getvalue()
     assert "\x1b[?25h" in out.file.getvalue()
