@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from mpicomp.training import metrics
-from mpicomp.training.metrics import Progress, Record, Result, readable_bytes, readable_time, summary, to_json
+from mpicomp.training.metrics import (
+    Progress,
+    Record,
+    Result,
+    readable_bytes,
+    readable_time,
+    report,
+    summary,
+    to_json,
+)
 
 
 def record(step, accuracy=None, sent=1_000_000, loss=0.5):
@@ -78,6 +87,34 @@ def test_reports_are_json():
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 
 
+def test_scalars_are_the_numbers_that_are_known():
+    told = Record(7, None, 0.5, 0.1, 80, {"mix": 2.0}, None, None, {"ratio": 0.01}, [3, 4], {"0<1": [5, 6]})
+    assert told.scalars() == {
+        "loss": 0.5,
+        "lr": 0.1,
+        "bytes_sent": 80,
+        "seconds/mix": 2.0,
+        "diagnostics/ratio": 0.01,
+        "gradients/0": 3,
+        "gradients/1": 4,
+    }
+
+
+def test_rank_0_tells_all_callbacks_in_their_order():
+    told = []
+
+    class Listener:
+        def __init__(self, name):
+            self.name = name
+
+        def on_record(self, record):
+            told.append((self.name, record.step))
+
+    for rank in (1, 0):
+        report(record(3), rank, [Listener("a"), None, Listener("b")])
+    assert told == [("a", 3), ("b", 3)]
+
+
 def test_what_json_lacks_becomes_null():
     stored = json.loads(to_json(record(3, loss=math.nan)))
     assert stored["loss"] is None
@@ -145,6 +182,14 @@ def test_a_line_holds_what_a_user_asks_for(clock):
         "0:40 left",
     ):
         assert text in line
+
+
+def test_a_line_leaves_out_what_is_not_known():
+    out = console()
+    progress = Progress(steps=10, epochs=None, console=out)
+    progress.start([])
+    progress.on_record(Record(10, None, None, 0.1, 0, {}, None))
+    assert lines(out)[0].startswith("step     10  loss       -  accuracy       -  sent")
 
 
 def test_a_run_in_epochs_knows_what_is_left(clock):
