@@ -69,8 +69,8 @@ class Meter:
         self.since = end
 
     def add(self, loss: Tensor) -> None:
-        """Take in the loss of a step, a scalar."""
-        self.loss += loss
+        """Take in the loss of a step, one number."""
+        self.loss += loss.reshape(())
         self.steps += 1
 
     @contextmanager

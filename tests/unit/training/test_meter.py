@@ -9,7 +9,7 @@ from torch import nn
 from mpicomp import timing
 from mpicomp.algorithms import DPSGD, Choco
 from mpicomp.compression import TopK
-from mpicomp.errors import DivergenceError
+from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.exchange import loopback
 from mpicomp.timing import timed, use_clock
 from mpicomp.topology import ring
@@ -87,7 +87,7 @@ def test_a_meeting_is_exchange_and_what_is_skipped_is_nothing(clock):
 
 def test_the_loss_is_the_mean_over_steps_that_know_it(clock):
     meter = make_meter()
-    for loss in (1.0, None, 4.0):
+    for loss in (1.0, None, [4.0]):  # a loss may be a vector of one entry
         step(meter, clock, loss)
     assert meter.take()[0] == 2.5
     step(meter, clock)
@@ -162,6 +162,64 @@ def test_the_caller_may_give_the_loss():
     for first, second in loopback.run(3, serve):
         assert first == pytest.approx((0 + 1 + 0) / 3)  # rank 2: the mean over its one step, whose loss was 0
         assert second == 2
+
+
+def test_where_the_caller_makes_the_backward_pass_it_gives_the_loss():
+    def serve(world):
+        gossip, loss = linear(world)
+        records = []
+        for _ in range(3):
+            value = loss() + world.rank
+            value.backward()
+            gossip.optimizer.step()
+            gossip.optimizer.zero_grad()
+            records.append(gossip.metrics(value if len(records) else None))
+        return records
+
+    for unknown, *known in loopback.run(2, serve):
+        assert unknown.loss is None
+        assert [record.loss for record in known] == [pytest.approx(-1 + 0.5), pytest.approx(-2 + 0.5)]
+        assert [record.step for record in known] == [2, 3]
+        assert known[0].bytes_sent == 2 * 2 * 8
+        assert known[0].seconds["other"] > 0 and known[0].seconds["exchange"] > 0
+
+
+def test_messages_behind_the_callers_own_passes_are_hidden():
+    """Begun with the forward pass; the rest of its four seconds and the backward pass are the caller's own."""
+
+    def serve(world):
+        use_clock(clock := Clock())
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        gossip = distribute(model, optimizer, Choco(0.1, TopK(0.5), overlap=True), ring, world=world)
+        gossip.metrics()
+        for _ in range(2):
+            loss = model(torch.ones(2)).sum()
+            clock.go(4)
+            loss.backward()
+            gossip.optimizer.step()
+            clock.go(1)
+        return gossip.metrics().seconds
+
+    for seconds in loopback.run(2, serve):
+        assert seconds["other"] == 10
+        assert seconds["exchange_hidden"] in (0, 4, 8)  # a message may be there before anybody looks
+        assert seconds["exchange"] == 0
+
+
+def test_there_are_no_metrics_of_half_a_step():
+    def serve(world):
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        gossip = distribute(model, optimizer, Choco(0.1, TopK(0.5), overlap=True), ring, world=world)
+        loss = model(torch.ones(2)).sum()
+        with pytest.raises(ConfigError, match=r"gossip.metrics\(\) in the middle of a step"):
+            gossip.metrics()
+        loss.backward()
+        gossip.optimizer.step()
+        return gossip.metrics().step
+
+    assert loopback.run(2, serve) == [1, 1]
 
 
 def test_the_compression_error_is_the_mean_of_the_ranks():
