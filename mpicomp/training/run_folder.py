@@ -5,6 +5,7 @@ metrics.jsonl   one `Record` a line
 ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
 trace/          a timeline, if it was asked for (`mpicomp.training.trace`)
+tensorboard/    the records for TensorBoard, if it was asked for (`mpicomp.training.tensorboard`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
 model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
@@ -115,6 +116,11 @@ class RunFolder:
         return self.path / "trace"
 
     @property
+    def tensorboard_path(self) -> Path:
+        """The folder for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
     def stop_path(self) -> Path:
         """The file that asks the run to stop."""
         return self.path / "stop"
@@ -147,7 +153,7 @@ class RunFolder:
         with _replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
-    def append(self, record: Record) -> None:
+    def on_record(self, record: Record) -> None:
         """Add a record; it is in the file when this returns, whatever happens to the run."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")

@@ -71,15 +71,15 @@ def test_the_configuration_comes_back(folder):
 
 
 def test_records_come_back(folder):
-    folder.append(record(1))
-    folder.append(record(2, accuracy=0.5))
+    folder.on_record(record(1))
+    folder.on_record(record(2, accuracy=0.5))
     first, second = folder.records()
     assert (first["step"], first["test_accuracy"], first["seconds"]) == (1, None, {"gradient": 0.1})
     assert (second["step"], second["test_accuracy"]) == (2, 0.5)
 
 
 def test_a_record_that_was_cut_off_is_left_out(folder):
-    folder.append(record(1))
+    folder.on_record(record(1))
     with folder.metrics_path.open("a") as file:
         file.write('{"step": 2, "ep')
     assert [r["step"] for r in folder.records()] == [1]
@@ -192,6 +192,6 @@ def test_a_run_that_fails_early_leaves_other_files_alone(folder):
 def test_a_run_that_fails_later_is_kept(folder):
     with pytest.raises(RuntimeError), folder.kept_if_used():
         folder.save_config(CONFIG)
-        folder.append(record(1))
+        folder.on_record(record(1))
         raise RuntimeError
     assert folder.config_path.exists()
