@@ -2,6 +2,7 @@
 
 model/parameters                     (n,) the trainable parameters, flat
 model/tensors                        JSON: name and shape of each tensor in it, in order
+model/aliases                        JSON: by each further name of a tied tensor, the name under which it is stored
 model/buffers/<name>                 persistent buffers, e.g. batch-norm statistics and counters
 model/frozen/<name>                  parameters that are not trained
 optimizer/groups                     JSON: the hyper-parameters of each group
@@ -19,6 +20,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,8 +39,19 @@ def model_leaves(local: FlatModel) -> dict[str, Leaf]:
     return {
         "model/parameters": local.x,
         "model/tensors": json.dumps(tensors),
+        "model/aliases": json.dumps(aliases(local.model)),
         **{f"model/{path}": tensor for path, tensor in _others(local.model)},
     }
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Return by name, of those in its `state_dict`, the first name of every tensor that has a name before that one."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    stored = model.state_dict()
+    first: dict[Tensor, str] = {}
+    named = {name: first.setdefault(tensor, name) for name, tensor in chain(parameters, buffers) if name in stored}
+    return {name: other for name, other in named.items() if name != other}
 
 
 def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
@@ -87,7 +100,10 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
     ]
     own, theirs = ([sorted(group.keys() - {"params"}) for group in some] for some in (current, groups))
     if own != theirs:
-        raise CheckpointError(f"the checkpoint is of another optimizer: hyper-parameters {theirs} instead of {own}")
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer: hyper-parameters {theirs} instead of {own}; if some are those of "
+            "a scheduler, make it before resume"
+        )
     index = {name: i for i, (name, _) in enumerate(_optimized(local))}
     state: dict[int, dict[str, Leaf]] = {}
     for path, value in stored.items():
@@ -179,7 +195,7 @@ def _optimized(local: FlatModel) -> list[tuple[str, nn.Parameter]]:
 
 
 def _overwrite_(tensors: Mapping[str, Tensor], stored: Mapping[str, Leaf], part: str) -> None:
-    theirs = {path for path in stored if path.startswith(f"{part}/")} - {f"{part}/tensors"}
+    theirs = {path for path in stored if path.startswith(f"{part}/")} - {f"{part}/tensors", f"{part}/aliases"}
     if theirs != tensors.keys():
         missing, surplus = sorted(tensors.keys() - theirs), sorted(theirs - tensors.keys())
         raise CheckpointError(f"the checkpoint is of another {part}: it lacks {missing}, it has {surplus} too much")
