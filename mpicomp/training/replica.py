@@ -109,6 +109,9 @@ class Replica:
         for buffer in self.local.buffers():
             self.world.mean_(buffer)
 
+    def require_between_steps(self, what: str) -> None:
+        """Raise ConfigError if `what` cannot be done now, because a step has begun; where one can."""
+
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """Give the model the parameters and batch-norm statistics that the ranks have trained, within the block.
@@ -116,7 +119,13 @@ class Replica:
         This is the model to evaluate and to keep; it is in evaluation mode, and every module of it in its former mode
         afterwards. Entering is collective on all ranks and not counted as training traffic. The block itself is this
         rank's own affair: one rank alone may evaluate in it.
+
+        Raises:
+            ConfigError: a step has begun.
+
         """
+        with together(self.world):
+            self.require_between_steps("averaged()")
         snapshot = self.local.snapshot()
         modes = [(module, module.training) for module in self.local.model.modules()]
         try:
@@ -132,8 +141,8 @@ class Replica:
         """Return the `state_dict` of the averaged model on the CPU, the same on all ranks; collective on all ranks.
 
         Names and order are those of ``model.state_dict()``; tied weights share one tensor. Counters and parameters that
-        are not trained are this rank's own, and so is what a module's `get_extra_state` returns. Training goes on as
-        if this had not been called.
+        the optimizer does not hold are this rank's own, and so is what a module's `get_extra_state` returns. Training
+        goes on as if this had not been called.
         """
         with self.averaged() as model:
             averaged: dict[str, Any] = model.state_dict(keep_vars=True)  # parameters themselves, so that ties show
@@ -197,12 +206,14 @@ class Replica:
         dicts, lists and tuples of any depth (`mpicomp.checkpoint.nested`).
 
         Raises:
+            ConfigError: a step has begun.
             CheckpointError: `extra`, or what the optimizer keeps, has something that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
 
         """
         problems: list[str] = []
         with together(self.world):
+            self.require_between_steps("save()")
             own = nested.pack({} if extra is None else extra, "extra")
             leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
             saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
@@ -218,6 +229,7 @@ class Replica:
         Tensors of `extra` are on the CPU, where the `load_state_dict` of what they belong to takes them from.
 
         Raises:
+            ConfigError: a step has begun.
             CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
 
         """
@@ -225,6 +237,7 @@ class Replica:
         if checkpoint is None:
             return None
         with together(self.world):
+            self.require_between_steps("resume()")
             check_fits(checkpoint, self.identity(), self.world.size)
             stored = checkpoint.read(self.world.rank)
             prefix = "extra/"

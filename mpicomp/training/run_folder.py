@@ -33,6 +33,7 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
 from mpicomp.training.config import RunConfig
 from mpicomp.training.metrics import Record, Result, to_json
+from mpicomp.training.model_checks import named_parameters, plain_name
 from mpicomp.training.state import aliases
 
 FORMAT = "mpicomp model"
@@ -251,9 +252,9 @@ class RunFolder:
 
 def _tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return what makes up a model, by group and name; tied parameters once, buffers that are not stored left out."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in named_parameters(model)}
     persistent = model.state_dict()
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    buffers = {plain_name(name): b for name, b in model.named_buffers() if name in persistent}
     return {"parameters": parameters, "buffers": buffers}
 
 

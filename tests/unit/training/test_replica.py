@@ -8,10 +8,10 @@ from support import small, tied
 from torch import nn
 
 from mpicomp.algorithms import Choco
-from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint import export, hdf5
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
 from mpicomp.compression import TopK
-from mpicomp.errors import CheckpointError
+from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange import loopback
 from mpicomp.topology import ring
 from mpicomp.training.distributed import distribute
@@ -261,3 +261,71 @@ def test_a_scheduler_that_is_made_after_resume_is_named(tmp_path):
             small.make(world, CHOCO)[0].resume(tmp_path)
 
     loopback.run(2, serve)
+
+
+def test_a_layer_may_be_frozen_between_save_and_resume(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        gossip.save(tmp_path)
+        own = gossip.local.x.clone()
+        other, _ = small.make(world, CHOCO, seed=1)
+        other.local.model[0].requires_grad_(False)
+        other.resume(tmp_path)
+        return torch.equal(own, other.local.x)
+
+    assert loopback.run(2, serve) == [True, True]
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_stored(tmp_path):
+    def make(world, value):
+        model = tied.Tied()
+        model.middle.requires_grad_(False).weight.fill_(value)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return distribute(model, torch.optim.SGD(trained, lr=0.1), CHOCO, ring, world=world)
+
+    def serve(world):
+        make(world, 3.0).save(tmp_path)
+        gossip = make(world, 0.0)
+        gossip.resume(tmp_path)
+        return gossip.local.model.middle.weight.eq(3).all(), gossip.averaged_state_dict()
+
+    results = loopback.run(2, serve)
+    for is_back, found in results:
+        assert is_back
+        assert found["again.weight"].eq(3).all()
+    exported, expected = export.mean_model(Checkpoints(tmp_path).latest()), results[0][1]
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_compiled_model_is_exported_by_its_plain_names(tmp_path):
+    def serve(world):
+        model = torch.compile(tied.Tied(), backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gossip = distribute(model, optimizer, CHOCO, ring, world=world)
+        gossip.save(tmp_path)
+        assert gossip.averaged_state_dict().keys() == model.state_dict().keys()
+
+    loopback.run(2, serve)
+    tied.Tied().load_state_dict(export.mean_model(Checkpoints(tmp_path).latest()), strict=True)
+
+
+@pytest.mark.parametrize("call", ["averaged", "averaged_state_dict", "save", "resume"])
+def test_the_middle_of_a_step_on_one_rank_is_refused_on_every_rank(call, tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, Choco(gamma=0.2, compressor=TopK(ratio=0.3), overlap=True))
+        gossip.save(tmp_path)
+        if world.rank == 1:
+            closure(0)()
+        arguments = [tmp_path] if call in ("save", "resume") else []
+        with pytest.raises(ConfigError, match=rf"(?s)^{call.split('_')[0]}\(\) in the middle of a step: .*on rank 1"):
+            with_(getattr(gossip, call)(*arguments))
+
+    loopback.run(2, serve)
+
+
+def with_(context):
+    """Enter and leave `context`."""
+    with context:
+        pass
