@@ -5,6 +5,7 @@ import json
 import h5py
 import pytest
 import torch
+from support.tied import Tied
 from torch import nn
 
 from mpicomp.errors import CheckpointError, ConfigError
@@ -132,6 +133,24 @@ def test_the_model_is_plain_hdf5(folder):
         assert file["buffers/1.running_mean"].shape == (4,)
         assert file.attrs["version"] == 1
         assert RunConfig.from_toml(file.attrs["config"]) == CONFIG
+
+
+def test_tied_weights_have_all_their_names_and_are_stored_once(folder):
+    stored = Tied()
+    folder.save_model(stored, CONFIG)
+    with h5py.File(folder.model_path) as file:
+        names = {name for group in ("parameters", "buffers") for name in file[group]}
+        assert names == set(stored.state_dict())
+        assert file["parameters/head.weight"] == file["parameters/embedding.weight"]  # one dataset
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
+    with h5py.File(folder.model_path, "a") as file:  # as it was written before
+        for name in ("head.weight", "again.weight", "again.bias"):
+            del file[f"parameters/{name}"]
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
 
 
 def test_half_precision_is_kept(folder):
