@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from mpicomp.algorithms import AdaGossip
 from mpicomp.compression import TopK
@@ -42,6 +42,7 @@ characters = sorted(set(text))
 ids = torch.tensor([characters.index(c) for c in text])
 cut = len(ids) * 9 // 10
 
+set_seed(0)
 model = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=len(characters),

@@ -3,17 +3,18 @@
 trainer = GossipTrainer(model=model, args=args, train_dataset=train, eval_dataset=test,  # as for Trainer, and:
                         algorithm=Choco(gamma=0.2), topology=ring, compressor=TopK(ratio=0.01))
 
-Every rank runs a Trainer of one process; ``torch.distributed`` is never started. The Trainer knows its rank, so that only
-rank 0 shows progress and writes the model, and deals its samples out with ``accelerate``, as under torchrun. Within
-`train` all ranks do the same in the same order: evaluation and saving use the averaged model. After it the model is the
-averaged one on every rank, and evaluating or saving it needs no other rank.
+Every rank runs a Trainer of one process, without ``torch.distributed``. It knows its rank, so that only rank 0 shows
+progress and writes the model, and takes its part of the samples as under torchrun. Within `train` all ranks do the same
+in the same order, and evaluation and saving use the averaged model. After it the model is the averaged one on every
+rank, and evaluating or saving it needs no other rank.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,29 +22,33 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
 from mpicomp.algorithms.base import Algorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.world import MpiWorld
-from mpicomp.topology.base import Schedule
 from mpicomp.training.distributed import Distributed, distribute
 
 FOLDER = "gossip"
 """Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.training.replica.Replica.save`)."""
 
+LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK")
+"""By which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
+
 
 class GossipTrainer(Trainer):
     """A `transformers.Trainer` whose model is trained together with those of the other MPI ranks.
 
-    Making one and `train` are collective on all ranks. Pass the whole training set on every rank: each trains on its own
-    part of every epoch. Subclasses of Trainer gossip too: ``class GossipSeq2SeqTrainer(GossipTrainer, Seq2SeqTrainer)``.
+    Making one and `train` are collective on all ranks. Pass the whole training set on every rank: each trains on its
+    own part of every epoch. Subclasses of Trainer can have it too: ``class Gossip(GossipTrainer, Seq2SeqTrainer)``.
 
     Args:
         model, args, ...: as for `Trainer`; ``args.output_dir`` is a folder that all ranks share.
-        algorithm, topology, compressor: as for `mpicomp.distribute`.
+        algorithm, topology, compressor, allow_shared_gpu, hang_timeout_s: as for `mpicomp.distribute`.
 
     Attributes:
         world: the ranks.
@@ -55,6 +60,7 @@ class GossipTrainer(Trainer):
     """
 
     gossip: Distributed | None = None
+    world: World
 
     def __init__(
         self,
@@ -64,19 +70,22 @@ class GossipTrainer(Trainer):
         algorithm: Algorithm[Any],
         topology: Any,
         compressor: Compressor | None = None,
+        allow_shared_gpu: bool = False,
+        hang_timeout_s: float = 600.0,
         **named: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # the Trainer's own default
-        self.world = MpiWorld.from_environment("cpu")
-        install_excepthook(self.world)
-        with together(self.world):
+        self.world = world = MpiWorld.from_environment("cpu")  # for the rank; `distribute` looks after the device
+        install_excepthook(world)
+        with together(world):
             refuse(args)
-        self._distribute = partial(distribute, algorithm=algorithm, topology=topology, compressor=compressor)
-        # From here on only rank 0 logs and writes. That there is more than one is told where it matters, and only there.
+        how: dict[str, Any] = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
+        self._distribute = partial(distribute, **how, allow_shared_gpu=allow_shared_gpu, hang_timeout_s=hang_timeout_s)
+        # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
         state = args.distributed_state
-        state.process_index, state.local_process_index = self.world.rank, self.world.local_rank
+        state.process_index, state.local_process_index = world.rank, world.local_rank
         super().__init__(model, args, *positional, **named)
-        self.accelerator.dataloader_config.dispatch_batches = False  # would have rank 0 send batches by torch.distributed
+        self.accelerator.dataloader_config.dispatch_batches = False  # True: rank 0 sends them by torch.distributed
 
     @contextmanager
     def _one_of_all(self) -> Iterator[None]:
@@ -113,7 +122,7 @@ class GossipTrainer(Trainer):
         """Return the loader of this rank's part of the training set, as long as those of the others; collective."""
         with self._one_of_all():
             loader = super().get_train_dataloader()
-        lengths = self.world.all_gather(len(loader) if hasattr(loader, "__len__") else None)
+        lengths = self.world.all_gather(len(loader) if has_length(loader) else None)
         if len(set(lengths)) > 1:
             raise ConfigError(
                 f"the ranks have training sets of unequal length ({lengths} batches by rank), so that some would wait "
@@ -185,45 +194,60 @@ class GossipTrainer(Trainer):
         raise ConfigError("hyperparameter_search: every rank would try other settings. Start a job for each of them")
 
 
+@contextmanager
+def hidden_launcher() -> Iterator[None]:
+    """Hide from accelerate that MPI ranks were started, within the block: make `TrainingArguments` in it.
+
+    Needed with ``use_cpu=True``, which under mpiexec makes accelerate start ``torch.distributed``, or fail because
+    MASTER_ADDR is not set; also where LOCAL_RANK is set.
+    """
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def refuse(args: TrainingArguments) -> None:
     """Raise ConfigError for settings with which the ranks cannot train together, or would do so wrongly."""
     optimizer = str(getattr(args.optim, "value", args.optim))
-    if args.parallel_mode == ParallelMode.DISTRIBUTED or torch.distributed.is_initialized():
-        raise ConfigError(
-            "torch.distributed has been started, but each MPI rank must be a Trainer of its own. accelerate starts it "
-            "for use_cpu=True (leave that out; CUDA_VISIBLE_DEVICES= hides GPUs), for ACCELERATE_USE_CPU and for "
-            "LOCAL_RANK (unset them); torchrun and `accelerate launch` do (start with mpiexec or srun)"
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"this rank sees {args.n_gpu} GPUs and the Trainer would use them all: let each rank see its own, by srun "
-            "--gpus-per-task=1 or by setting CUDA_VISIBLE_DEVICES to the rank's number on its node before torch starts"
-        )
-    if args.deepspeed or args.fsdp or any(map(parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))):
-        raise ConfigError("deepspeed and fsdp split the model and its optimizer over the ranks, here each has all of it")
-    if optimizer in ("lomo", "adalomo") or optimizer.endswith("layerwise"):
-        raise ConfigError(f"optim={optimizer!r} takes its steps within the backward pass: choose one that does not")
-    if optimizer.startswith("schedule_free"):
-        raise ConfigError(f"optim={optimizer!r} evaluates other parameters than it trains: choose one that does not")
-    if args.auto_find_batch_size:
-        raise ConfigError("auto_find_batch_size: one rank might start anew while the others go on. Set the batch size")
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigError("enable_jit_checkpoint: ranks would save after different steps. Use save_steps")
+    is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")))
+    reasons = {
+        "torch.distributed has been started, but each MPI rank must be a Trainer of its own. TrainingArguments starts "
+        "it under mpiexec for use_cpu=True, and where LOCAL_RANK is set: make them within `with hidden_launcher():` (of "
+        "mpicomp.integrations.transformers). Start the script by mpiexec or srun, not by torchrun or accelerate": (
+            args.parallel_mode == ParallelMode.DISTRIBUTED or torch.distributed.is_initialized()
+        ),
+        f"this rank sees {args.n_gpu} GPUs, and the Trainer would use them all: let it see its own only, by srun "
+        "--gpus-per-task=1, or CUDA_VISIBLE_DEVICES set to its number on the node before torch starts": args.n_gpu > 1,
+        "deepspeed and fsdp split a model over the ranks, but here each has one of its own: leave them out": (
+            args.deepspeed or args.fsdp or is_sharded
+        ),
+        f"optim={optimizer!r} makes its steps within the backward pass: choose one that does not": (
+            optimizer in ("lomo", "adalomo") or optimizer.endswith("layerwise")
+        ),
+        f"optim={optimizer!r} evaluates other parameters than it trains: choose one that does not": (
+            optimizer.startswith("schedule_free")
+        ),
+        "auto_find_batch_size: one rank might start anew while others go on. Set per_device_train_batch_size": (
+            args.auto_find_batch_size
+        ),
+        "enable_jit_checkpoint: ranks would save after different steps. Use save_steps": (
+            getattr(args, "enable_jit_checkpoint", False)
+        ),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ConfigError("\n".join(found))
 
 
 def last_checkpoint(folder: Path | str) -> str | None:
     """Return the newest checkpoint in `folder` that was written to its end, or None.
 
-    `transformers.trainer_utils.get_last_checkpoint` returns one in the midst of whose writing the job was killed.
+    `transformers.trainer_utils.get_last_checkpoint` returns also one in whose writing the job was killed.
     """
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+    found = Path(folder).glob("checkpoint-[0-9]*")
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None

@@ -60,7 +60,7 @@ def loss_of(path, tmp_path):
 
 def test_ranks_see_different_samples_and_together_all(whole):
     first_epoch = [rank["asked"][: 60 // RANKS] for rank in ranks(whole)]
-    assert sorted(sum(first_epoch, [])) == list(range(60))
+    assert sorted(index for asked in first_epoch for index in asked) == list(range(60))
 
 
 def test_ranks_train_models_of_their_own_and_end_with_the_best_averaged_one(whole):
@@ -116,7 +116,14 @@ def test_a_started_torch_distributed_is_refused(tmp_path):
     done = train(tmp_path, "--use-cpu", MASTER_ADDR="localhost", MASTER_PORT="29517")
     assert done.returncode == ConfigError.exit_code
     assert "torch.distributed has been started" in done.stdout
-    assert "use_cpu=True" in done.stdout
+    assert "hidden_launcher()" in done.stdout
+
+
+def test_bfloat16_on_the_cpu_with_an_exchange_behind_the_gradient(tmp_path):
+    done = train(tmp_path, "--bfloat16")
+    assert done.returncode == 0, done.stdout
+    losses = evaluated(tmp_path)
+    assert losses[LAST] < losses[4]
 
 
 @pytest.mark.parametrize(

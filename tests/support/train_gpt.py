@@ -1,6 +1,6 @@
 """A Trainer script as a user would write it, small; a program of its own, started on MPI ranks.
 
-    train_gpt.py FOLDER [--resume] [--die-in-save STEP] [--uneven] [--use-cpu]
+    train_gpt.py FOLDER [--resume] [--die-in-save STEP] [--uneven] [--use-cpu | --bfloat16]
 
 Trains in FOLDER, and leaves in it for each rank what it has seen and what it ended with (``rank_0.pt`` and so on).
 """
@@ -8,6 +8,7 @@ Trains in FOLDER, and leaves in it for each rank what it has seen and what it en
 import argparse
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_s
 
 from mpicomp.algorithms import Choco
 from mpicomp.compression import TopK
-from mpicomp.integrations.transformers import GossipTrainer
+from mpicomp.integrations.transformers import GossipTrainer, hidden_launcher
 from mpicomp.topology import ring
 
 
@@ -53,6 +54,27 @@ def make_model():
     )
 
 
+def make_arguments(options):
+    """Return the settings of the Trainer."""
+    return TrainingArguments(
+        output_dir=str(options.folder / "output"),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        logging_steps=4,
+        load_best_model_at_end=True,
+        dataloader_pin_memory=False,
+        report_to="none",
+        use_cpu=options.use_cpu or options.bfloat16,
+        bf16=options.bfloat16,
+    )
+
+
 class Mortal(GossipTrainer):
     """Dies while it saves."""
 
@@ -72,23 +94,10 @@ def main():
     parser.add_argument("--die-in-save", type=int)
     parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--use-cpu", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
     options = parser.parse_args()
-    args = TrainingArguments(
-        output_dir=str(options.folder / "output"),
-        max_steps=12,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        eval_strategy="steps",
-        eval_steps=4,
-        save_steps=4,
-        logging_steps=4,
-        load_best_model_at_end=True,
-        dataloader_pin_memory=False,
-        report_to="none",
-        use_cpu=options.use_cpu,
-    )
+    with hidden_launcher() if options.bfloat16 else nullcontext():
+        args = make_arguments(options)
     rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     set_seed(1)
     train = Windows(60 + 30 * rank if options.uneven else 60)
@@ -97,7 +106,7 @@ def main():
         args=args,
         train_dataset=train,
         eval_dataset=Windows(8),
-        algorithm=Choco(gamma=0.3),
+        algorithm=Choco(gamma=0.3, overlap=options.bfloat16),
         topology=ring,
         compressor=TopK(ratio=0.1),
     )
