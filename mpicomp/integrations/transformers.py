@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,8 +78,8 @@ class GossipTrainer(Trainer):
         install_excepthook(world)
         with together(world):
             refuse(args)
-        how: dict[str, Any] = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
-        self._distribute = partial(distribute, **how, allow_shared_gpu=allow_shared_gpu, hang_timeout_s=hang_timeout_s)
+        how = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
+        self._how: dict[str, Any] = {**how, "allow_shared_gpu": allow_shared_gpu, "hang_timeout_s": hang_timeout_s}
         # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
         state = args.distributed_state
         state.process_index, state.local_process_index = world.rank, world.local_rank
@@ -113,7 +112,7 @@ class GossipTrainer(Trainer):
         """Make the optimizer whose steps exchange messages; collective on all ranks."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.gossip is None or self.gossip.local.model is not self.model:
-            self.gossip = self._distribute(self.model, optimizer)
+            self.gossip = distribute(self.model, optimizer, **self._how)
             self.optimizer = self.gossip.optimizer
             self.world = self.gossip.world  # with a watchdog
         return self.optimizer
@@ -214,8 +213,8 @@ def refuse(args: TrainingArguments) -> None:
     is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")))
     reasons = {
         "torch.distributed has been started, but each MPI rank must be a Trainer of its own. TrainingArguments starts "
-        "it under mpiexec for use_cpu=True, and where LOCAL_RANK is set: make them within `with hidden_launcher():` (of "
-        "mpicomp.integrations.transformers). Start the script by mpiexec or srun, not by torchrun or accelerate": (
+        "it under mpiexec for use_cpu=True, and where LOCAL_RANK is set: make them within `with hidden_launcher():` "
+        "(of mpicomp.integrations.transformers). Start the script by mpiexec or srun, not by torchrun or accelerate": (
             args.parallel_mode == ParallelMode.DISTRIBUTED or torch.distributed.is_initialized()
         ),
         f"this rank sees {args.n_gpu} GPUs, and the Trainer would use them all: let it see its own only, by srun "
