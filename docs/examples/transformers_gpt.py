@@ -79,7 +79,7 @@ trainer = GossipTrainer(  # was: Trainer(
     args=args,
     train_dataset=Windows(ids[:cut]),
     eval_dataset=Windows(ids[cut:][: 512 * CONTEXT]),
-    algorithm=AdaGossip(gamma=1e-2),
+    algorithm=AdaGossip(gamma=3e-3),
     topology=ring,
     compressor=TopK(ratio=0.05),
 )
