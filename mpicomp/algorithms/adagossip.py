@@ -35,7 +35,14 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import Algorithm, Local, require_fixed_symmetric, require_no_feedback, require_positive
+from mpicomp.algorithms.base import (
+    Algorithm,
+    Local,
+    Phases,
+    require_fixed_symmetric,
+    require_no_feedback,
+    require_positive,
+)
 from mpicomp.algorithms.choco import (
     ChocoState,
     Start,
@@ -126,15 +133,15 @@ class AdaGossip(Algorithm[AdaGossipState]):
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
         )
 
-    def step(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: AdaGossipState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
-            local.gradient(pending.test)
+            yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
             self._update(local, state)
         else:
-            local.gradient()
+            yield None
             self._update(local, state)
             own, pending = send_difference(self.compressor, local, state, exchange)
             add_messages_(self.compressor, local, state, exchange, own, pending)
@@ -152,7 +159,10 @@ class AdaGossip(Algorithm[AdaGossipState]):
             self.gamma_clip,
         )
         if state.momentum is not None:
-            state.momentum.sub_(local.x).div_(local.lr)
+            state.momentum.sub_(local.x)
+            for part, group in local.groups:
+                step = state.momentum[part]
+                step.div_(group["lr"]) if group["lr"] else step.zero_()  # without a rate there was no step
 
     def _update(self, local: Local, state: AdaGossipState) -> None:
         """``y_i = x_i - lr u_i``; the quasi-global momentum is x_i until the displacement is known."""

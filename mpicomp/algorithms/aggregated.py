@@ -27,14 +27,14 @@ the hub of a star one vector more while the sum is under way.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback
+from mpicomp.algorithms.base import Algorithm, Local, Meanwhile, Phases, require_no_feedback
 from mpicomp.compression.base import Compressor, Payload
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -58,6 +58,8 @@ class AggregatedAlgorithm(Algorithm[S]):
         volumes: the samples of each rank, for ``"volume"``; a configured run fills them in.
 
     """
+
+    ranks_stay_equal: ClassVar[bool] = True
 
     compressor: Compressor = Identity()
     weights: Weights = "equal"
@@ -124,10 +126,8 @@ class GradientSum(AggregatedAlgorithm[G]):
     overlap: bool = False
 
     @abstractmethod
-    def add_gradient_(
-        self, local: Local, state: G, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
-    ) -> None:
-        """Add the next gradient, computed with `meanwhile`, to what is to be sent; the model stays where it is."""
+    def add_gradient_(self, local: Local, state: G, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
+        """Yield `meanwhile` for the next gradient and add it to what is to be sent; the model stays where it is."""
 
     @abstractmethod
     def form_message(self, local: Local, state: G) -> Payload:
@@ -144,26 +144,26 @@ class GradientSum(AggregatedAlgorithm[G]):
         nbytes = max(self.compressor_at(step).layout(local.spec).nbytes for step in steps)
         return torch.zeros(nbytes, dtype=torch.uint8, device=local.x.device)
 
-    def step(self, local: Local, state: G, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: G, exchange: Exchange) -> Phases:
         """Do one step in the order of this module's docstring."""
         if state.delayed is not None:
-            self._step_behind(local, state, exchange, state.delayed)
+            yield from self._step_behind(local, state, exchange, state.delayed)
             return
-        self.add_gradient_(local, state, exchange)
+        yield from self.add_gradient_(local, state, exchange)
         self._begin(self.form_message(local, state), state.steps, local, exchange).wait(local.g)
         local.update()
         state.steps += 1
 
-    def _step_behind(self, local: Local, state: G, exchange: Exchange, delayed: Tensor) -> None:
+    def _step_behind(self, local: Local, state: G, exchange: Exchange, delayed: Tensor) -> Phases:
         if state.steps:
             last = state.steps - 1
             payload = self.compressor_at(last).layout(local.spec).unpack(delayed)
             pending = self._begin(payload, last, local, exchange)
-            self.add_gradient_(local, state, exchange, pending.test)
+            yield from self.add_gradient_(local, state, exchange, pending.test)
             pending.wait(local.g)
             local.update()
         else:
-            self.add_gradient_(local, state, exchange)
+            yield from self.add_gradient_(local, state, exchange)
         payload = self.form_message(local, state)
         self.compressor_at(state.steps).layout(local.spec).pack(payload, delayed)
         state.steps += 1

@@ -9,8 +9,8 @@ stores and restores the state of every algorithm. No message is in flight betwee
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,12 @@ from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
 
 S = TypeVar("S")
+
+Meanwhile = Callable[[], bool] | None
+"""What moves messages behind a computation: called now and then until it returns true. None if there are none."""
+
+Phases = Iterator[Meanwhile]
+"""A step that hands over to its caller once, for the gradient (see `Algorithm.phases`)."""
 
 
 class Local(Protocol):
@@ -38,29 +44,32 @@ class Local(Protocol):
     spec: Spec
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the current step."""
+    def groups(self) -> Sequence[tuple[slice, Mapping[str, Any]]]:
+        """The parts of `x`, in order, each with the optimizer's group of its parameters: ``"lr"``, ``"weight_decay"``.
+
+        A group whose parameters lie apart in `x` comes once for each part.
+        """
 
     @property
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
 
-    @property
-    def weight_decay(self) -> float:
-        """The weight decay of the optimizer, 0 if it has none."""
-
-    def gradient(self, meanwhile: Callable[[], bool] | None = None) -> Tensor:
-        """Forward and backward on the next batch; return `g` (n,).
-
-        `meanwhile` is called now and then until it returns true: `Pending.test` moves messages behind the computation.
-        """
+    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
+        """Forward and backward on the next batch; return `g` (n,)."""
 
     def update(self, part: slice | None = None) -> None:
         """Take the optimizer's step on `x` with `g`; only on the tensors that `part` touches, if it is given."""
 
 
 class Algorithm(ABC, Generic[S]):
-    """One method of training on many ranks. Subclasses are frozen dataclasses and final."""
+    """One method of training on many ranks. Subclasses are frozen dataclasses and final.
+
+    Attributes:
+        ranks_stay_equal: whether all ranks hold the same model after every step.
+
+    """
+
+    ranks_stay_equal: ClassVar[bool] = False
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError or ConfigError if this algorithm cannot run on `schedule`.
@@ -78,8 +87,27 @@ class Algorithm(ABC, Generic[S]):
         """Return the state at the start of training; all ranks hold the same `local.x`."""
 
     @abstractmethod
+    def phases(self, local: Local, state: S, exchange: Exchange) -> Phases:
+        """Do one step of training, but for the gradient (collective on all ranks).
+
+        Yields exactly once, where the caller is to compute the gradient at ``local.x`` into ``local.g``; what it yields
+        moves messages meanwhile. Before that, ``local.g`` may hold gradients of the caller's and must not be touched.
+        """
+
+    @property
+    def begins_before_gradient(self) -> bool:
+        """Whether `phases` has work to do before the gradient, such as sending messages that travel behind it."""
+        return bool(getattr(self, "overlap", False))
+
+    @property
+    def moves_model_for_gradient(self) -> bool:
+        """Whether the gradient is to be computed at another model than the rank holds between steps."""
+        return False
+
     def step(self, local: Local, state: S, exchange: Exchange) -> None:
-        """Do one step of training (collective on all ranks)."""
+        """Do one step of training with the gradient that `local` computes (collective on all ranks)."""
+        for meanwhile in self.phases(local, state, exchange):
+            local.gradient(meanwhile)
 
     def diagnostics(self, local: Local, state: S) -> dict[str, float]:
         """Return numbers of this rank worth a place in the metrics; no communication.

@@ -34,6 +34,7 @@ from mpicomp import kernels
 from mpicomp.algorithms.base import (
     Algorithm,
     Local,
+    Phases,
     require_fixed_symmetric,
     require_no_feedback,
     require_positive,
@@ -94,15 +95,15 @@ class Choco(Algorithm[ChocoState]):
         """Start the public copies."""
         return ChocoState(**initial_copies(self.start, self.compressor, local, exchange))
 
-    def step(self, local: Local, state: ChocoState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: ChocoState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
-            local.gradient(pending.test)
+            yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
             local.update()
         else:
-            local.gradient()
+            yield None
             local.update()
             own, pending = send_difference(self.compressor, local, state, exchange)
             add_messages_(self.compressor, local, state, exchange, own, pending)

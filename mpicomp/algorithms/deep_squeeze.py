@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_no_feedback, require_positive
 from mpicomp.compression.base import ERROR_MEMORY, Compressor, State
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
@@ -61,10 +61,10 @@ class DeepSqueeze(Algorithm[DeepSqueezeState]):
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor)
 
-    def step(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         rank, topology, spec = exchange.rank, exchange.schedule(state.step), local.spec
-        local.gradient()
+        yield None
         local.update()
         v = state.e.add_(local.x)
         own = self.compressor.compress(v, spec, state.compressor)

@@ -26,7 +26,6 @@ checked against the authors' code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
-from mpicomp.algorithms.base import Local, require_positive
+from mpicomp.algorithms.base import Local, Meanwhile, Phases, require_positive
 from mpicomp.compression.base import ERROR_MEMORY, IN_FLIGHT, SCRATCH, Compressor, Payload, Spec, State
 from mpicomp.compression.by_rank import by_rank_of, strength_of, with_strength
 from mpicomp.compression.feedback import apart_from
@@ -125,12 +124,11 @@ class DGC(GradientSum[DGCState]):
         delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
         return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor, delayed)
 
-    def add_gradient_(
-        self, local: Local, state: DGCState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
-    ) -> None:
+    def add_gradient_(self, local: Local, state: DGCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
         """``u_k`` and ``v_k``."""
         u, v = state.u, state.v
-        g = self._clipped(local.gradient(meanwhile), exchange)
+        yield meanwhile
+        g = self._clipped(local.g, exchange)
         if self.nesterov:
             u.add_(g).mul_(self.momentum)
             v.add_(u).add_(g)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mpicomp.algorithms.base import Algorithm, Local, require_positive
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_positive
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.cast import Cast
 from mpicomp.compression.identity import Identity
@@ -55,20 +55,25 @@ class DPSGD(Algorithm[DPSGDState]):
                 "algorithm.kind = 'choco', 'adagossip' or 'deep_squeeze'."
             )
 
+    @property
+    def begins_before_gradient(self) -> bool:
+        """Where the models are combined first."""
+        return self.order == "combine_then_adapt"
+
     def init(self, local: Local, exchange: Exchange) -> DPSGDState:
         """Start at step 0."""
         return DPSGDState()
 
-    def step(self, local: Local, state: DPSGDState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: DPSGDState, exchange: Exchange) -> Phases:
         """Do one step in the chosen order."""
         topology = exchange.schedule(state.step)
         if self.order == "adapt_then_combine":
-            local.gradient()
+            yield None
             local.update()
             combine_(local, start(local, exchange, topology, self.compressor), exchange, topology, self)
         else:
             pending = start(local, exchange, topology, self.compressor)
-            local.gradient(pending.test)
+            yield pending.test
             combine_(local, pending, exchange, topology, self)
             local.update()
         state.step += 1

@@ -16,14 +16,13 @@ Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Local, Meanwhile, Phases
 from mpicomp.compression.base import IN_FLIGHT, Payload
 from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
@@ -71,11 +70,10 @@ class EFSGD(GradientSum[EFSGDState]):
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return EFSGDState(feedback, velocity, self.init_delayed(local))
 
-    def add_gradient_(
-        self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
-    ) -> None:
+    def add_gradient_(self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
         """``p_k``, in the place of the error."""
-        direction = local.gradient(meanwhile)
+        yield meanwhile
+        direction = local.g
         if state.velocity is not None:
             direction = state.velocity.mul_(self.momentum).add_(direction)
         ErrorFeedback(self.compressor).add_(direction, state.feedback)

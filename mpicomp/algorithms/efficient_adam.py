@@ -30,7 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.two_way import TwoWayAdam, TwoWayState, moments_
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -84,18 +84,19 @@ class EfficientAdam(TwoWayAdam[EfficientAdamState]):
         messages = self.init_messages(local, exchange)
         return EfficientAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
 
-    def step(self, local: Local, state: EfficientAdamState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: EfficientAdamState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         t = state.steps + 1
-        lr, theta = local.lr, self.beta2
+        scale, theta = 1.0, self.beta2
         if self.rates == "decaying":
-            lr, theta = lr / t**0.5, 1 - self.beta2 / t
-        g = local.gradient()
-        moments_(state.m, state.v, g, self.beta1, theta)
-        self.step_of_(state.m, state.v, lr, (t, t), out=g)
-        answer = self.agree(g, local, state.messages, exchange)
-        self.decay_(local, lr)
+            scale, theta = 1 / t**0.5, 1 - self.beta2 / t
+        yield None
+        moments_(state.m, state.v, local.g, self.beta1, theta)
+        self.steps_of_(state.m, state.v, local, (t, t), scale)
+        answer = self.agree(local.g, local, state.messages, exchange)
+        self.decay_(local, scale)
         self.downlink.accumulate(answer, local.spec, local.x, -1.0)
+        self.tell_optimizer(local)
         state.steps = t
 
     def diagnostics(self, local: Local, state: EfficientAdamState) -> dict[str, float]:

@@ -32,14 +32,12 @@ Wire: see `mpicomp.exchange.aggregate`. Memory: ``e`` and ``x_{t-1}``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from mpicomp.algorithms.aggregated import GradientSum, require_momentum, require_no_momentum
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Local, Meanwhile, Phases
 from mpicomp.compression.base import IN_FLIGHT, PUBLIC_COPY, Payload
 from mpicomp.compression.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
@@ -83,6 +81,16 @@ class GMC(GradientSum[GMCState]):
         if not 0 <= self.detachment <= 1:
             raise ConfigError(f"algorithm.detachment = {self.detachment} must be in [0, 1]")
 
+    @property
+    def begins_before_gradient(self) -> bool:
+        """Messages travel behind the gradient, or it is computed at the detached point."""
+        return self.overlap or self.moves_model_for_gradient
+
+    @property
+    def moves_model_for_gradient(self) -> bool:
+        """To the detached point of GMC+."""
+        return self.detachment > 0
+
     def init(self, local: Local, exchange: Exchange) -> GMCState:
         """Start without an error, at rest."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
@@ -90,19 +98,18 @@ class GMC(GradientSum[GMCState]):
         feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
         return GMCState(feedback, local.x.clone(), self.init_delayed(local))
 
-    def add_gradient_(
-        self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Callable[[], bool] | None = None
-    ) -> None:
+    def add_gradient_(self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
         """``p_k``, in the place of the error; with overlap, without its momentum."""
         error, previous = state.feedback.residual, state.previous
-        if self.detachment:
-            torch.mul(error, self.detachment * local.lr, out=local.g)  # room, until there is a gradient
+        detached = error.clone() if self.detachment else None
         if not self.overlap:
             self._add_momentum_(local, state)
         previous.copy_(local.x)
-        if self.detachment:
-            local.x.sub_(local.g)
-        local.gradient(meanwhile)
+        if detached is not None:
+            for part, group in local.groups:
+                local.x[part].sub_(detached[part].mul_(self.detachment * group["lr"]))
+            detached = None  # not to be held while the gradient is computed
+        yield meanwhile
         local.x.copy_(previous)
         ErrorFeedback(self.compressor).add_(local.g, state.feedback)
 
@@ -114,8 +121,10 @@ class GMC(GradientSum[GMCState]):
 
     def _add_momentum_(self, local: Local, state: GMCState) -> None:
         """``p = p - (beta / lr) (x - previous)``; the content of `previous` is lost."""
-        if local.lr:  # a schedule that begins at zero has made no step yet
-            state.feedback.residual.add_(state.previous.sub_(local.x), alpha=self.momentum / local.lr)
+        step = state.previous.sub_(local.x)
+        for part, group in local.groups:
+            if group["lr"]:  # a schedule that begins at zero has made no step yet
+                state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
 
     def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
         """``error_norm``, |e|."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm, Local, Phases
 from mpicomp.algorithms.dpsgd import DPSGD, combine_, start
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -43,9 +43,9 @@ class LocalSGD(Algorithm[LocalSGDState]):
         """Start at step 0."""
         return LocalSGDState()
 
-    def step(self, local: Local, state: LocalSGDState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: LocalSGDState, exchange: Exchange) -> Phases:
         """Take a local step, and average after every `period` of them."""
-        local.gradient()
+        yield None
         local.update()
         state.step += 1
         if state.step % self.period == 0:

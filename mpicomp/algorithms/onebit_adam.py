@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.two_way import TwoWayAdam, TwoWayState, moments_
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.aggregate import Aggregator
@@ -77,18 +77,20 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
         messages = self.init_messages(local, exchange)
         return OneBitAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
 
-    def step(self, local: Local, state: OneBitAdamState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: OneBitAdamState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
-        t, lr = state.steps + 1, local.lr
-        g = local.gradient()
+        t = state.steps + 1
+        yield None
+        g = local.g
         if t <= self.freeze_step:
             Aggregator(exchange).mean_(g, self.rank_weights(exchange.size))
             moments_(state.m, state.v, g, self.beta1, self.beta2)
         else:
             self._agree_on_momentum(g, local, state, exchange)
-        self.step_of_(state.m, state.v, lr, (t, min(t, self.freeze_step)), out=g)
-        self.decay_(local, lr)
+        self.steps_of_(state.m, state.v, local, (t, min(t, self.freeze_step)))
+        self.decay_(local)
         local.x.sub_(g)
+        self.tell_optimizer(local)
         state.steps = t
 
     def _agree_on_momentum(self, g: Tensor, local: Local, state: OneBitAdamState, exchange: Exchange) -> None:

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpicomp.algorithms.aggregated import require_momentum, require_no_momentum
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm, Local, Phases
 from mpicomp.compression.base import ERROR_MEMORY, Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.aggregate import Aggregator, plan
@@ -67,6 +67,8 @@ class PowerSGD(Algorithm[PowerSGDState]):
 
     """
 
+    ranks_stay_equal: ClassVar[bool] = True
+
     rank: int = 2
     momentum: float = 0.0
     min_compression_rate: float = 1.0
@@ -93,9 +95,10 @@ class PowerSGD(Algorithm[PowerSGDState]):
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return PowerSGDState(torch.zeros_like(local.x), right.to(local.x), velocity)
 
-    def step(self, local: Local, state: PowerSGDState, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: PowerSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
-        g, aggregator = local.gradient(), Aggregator(exchange)
+        yield None
+        g, aggregator = local.g, Aggregator(exchange)
         state.error.add_(g)
         left = g.new_empty(sum(shape[0] * shape[2] for _, shape in self._shapes(local.spec) if shape is not None))
         matrices, whole = self._views(local.spec, state.error, g, left, state.right)

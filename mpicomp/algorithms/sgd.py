@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm, Local, Phases
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule
@@ -28,7 +28,7 @@ class SGD(Algorithm[None]):
     def init(self, local: Local, exchange: Exchange) -> None:
         """Keep nothing."""
 
-    def step(self, local: Local, state: None, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: None, exchange: Exchange) -> Phases:
         """Gradient, then update."""
-        local.gradient()
+        yield None
         local.update()

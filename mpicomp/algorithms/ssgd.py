@@ -9,8 +9,9 @@ agree with the loopback to rounding, not bit for bit. The graph is not used.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm, Local, Phases
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule
 
@@ -19,13 +20,16 @@ from mpicomp.topology.base import Schedule
 class SSGD(Algorithm[None]):
     """All-reduce SGD, what DistributedDataParallel computes."""
 
+    ranks_stay_equal: ClassVar[bool] = True
+
     def check(self, schedule: Schedule) -> None:
         """Take any graph: it is not used."""
 
     def init(self, local: Local, exchange: Exchange) -> None:
         """Keep nothing."""
 
-    def step(self, local: Local, state: None, exchange: Exchange) -> None:
+    def phases(self, local: Local, state: None, exchange: Exchange) -> Phases:
         """Gradient, all-reduce, update."""
-        exchange.mean_(local.gradient())
+        yield None
+        exchange.mean_(local.g)
         local.update()

@@ -44,7 +44,9 @@ class TwoWayState:
 
 @dataclass(frozen=True)
 class TwoWayAdam(AggregatedAlgorithm[S]):
-    """A method that takes steps of Adam's kind by itself, with the learning rate of the optimizer.
+    """A method that takes steps of Adam's kind by itself, with the learning rates of the optimizer's groups.
+
+    Their weight decay is decoupled as in AdamW, ``x (1 - lr weight_decay)``, on all ranks alike and never compressed.
 
     Attributes:
         downlink: of the server's answer; any contractive compressor.
@@ -52,7 +54,6 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
         beta2: decay of the second moment, in [0, 1).
         epsilon: added to the root of the second moment.
         bias_correction: whether the moments are corrected for their start at zero, as in `torch.optim.Adam`.
-        weight_decay: decoupled, ``x (1 - lr weight_decay)``, on all ranks alike and never compressed.
 
     """
 
@@ -61,7 +62,6 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
     beta2: float = 0.999
     epsilon: float = 1e-8
     bias_correction: bool = True
-    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,27 +74,20 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
             if not 0 <= value < 1:
                 raise ConfigError(f"algorithm.{key} = {value} must be in [0, 1)")
         require_positive(epsilon=self.epsilon)
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ConfigError(f"algorithm.weight_decay = {self.weight_decay} must be a finite number >= 0")
 
     def init_messages(self, local: Local, exchange: Exchange) -> TwoWayState:
         """Start without errors.
 
         Raises:
-            ConfigError: the optimizer has moments or weight decay, which would do nothing.
+            ConfigError: the optimizer has moments, which would do nothing.
 
         """
         self.rank_weights(exchange.size)  # raises what is wrong with them
         if local.momentum:
             raise ConfigError(
                 f"optimizer.momentum = {local.momentum:g} (or its betas): {self.name} takes its steps by itself, and "
-                "of the optimizer only the learning rate. Use optimizer.kind = 'sgd' without momentum; "
-                "algorithm.beta1 and algorithm.beta2 are the method's own."
-            )
-        if local.weight_decay:
-            raise ConfigError(
-                f"optimizer.weight_decay = {local.weight_decay:g}: {self.name} takes its steps by itself, so the "
-                "optimizer's has no effect. Use algorithm.weight_decay, which is decoupled as in AdamW."
+                "of the optimizer only the learning rates and the weight decay. Use optimizer.kind = 'sgd' without "
+                "momentum; algorithm.beta1 and algorithm.beta2 are the method's own."
             )
         spec, device = local.spec, local.x.device
         error = local.x.new_zeros(spec.numel if Aggregator(exchange).is_server else 0)
@@ -112,19 +105,29 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
             answer = ErrorFeedback(self.downlink).compress(z, spec, server)
         return aggregator.answer(answer, self.downlink.layout(spec))
 
-    def step_of_(self, m: Tensor, v: Tensor, lr: float, steps: tuple[int, int], out: Tensor) -> None:
-        """``out = lr m / (sqrt(v) + epsilon)``, all (n,), corrected for moments of `steps` (of m, of v) gradients."""
-        epsilon = self.epsilon
-        if self.bias_correction:
-            root = (1 - self.beta2 ** steps[1]) ** 0.5
-            lr, epsilon = lr * root / (1 - self.beta1 ** steps[0]), epsilon * root
-        for start, stop in blocks(len(m)):
-            torch.div(m[start:stop], sqrt(v[start:stop]).add_(epsilon), out=out[start:stop]).mul_(lr)
+    def steps_of_(self, m: Tensor, v: Tensor, local: Local, steps: tuple[int, int], scale: float = 1.0) -> None:
+        """``g = scale lr m / (sqrt(v) + epsilon)``, all (n,), corrected for moments of `steps` (of m, of v) gradients.
 
-    def decay_(self, local: Local, lr: float) -> None:
-        """``x = x (1 - lr weight_decay)``."""
-        if self.weight_decay:
-            local.x.mul_(1 - lr * self.weight_decay)
+        lr is that of each parameter's group.
+        """
+        for part, group in local.groups:
+            lr, epsilon = scale * group["lr"], self.epsilon
+            if self.bias_correction:
+                root = (1 - self.beta2 ** steps[1]) ** 0.5
+                lr, epsilon = lr * root / (1 - self.beta1 ** steps[0]), epsilon * root
+            for start, stop in blocks(part.stop - part.start):
+                block = slice(part.start + start, part.start + stop)
+                torch.div(m[block], sqrt(v[block]).add_(epsilon), out=local.g[block]).mul_(lr)
+
+    def decay_(self, local: Local, scale: float = 1.0) -> None:
+        """``x = x (1 - scale lr weight_decay)``, with those of each parameter's group."""
+        for part, group in local.groups:
+            if weight_decay := group.get("weight_decay", 0.0):
+                local.x[part].mul_(1 - scale * group["lr"] * weight_decay)
+
+    def tell_optimizer(self, local: Local) -> None:
+        """Have the optimizer step on nothing, so that its hooks run and schedulers see that it has been called."""
+        local.update(slice(0, 0))
 
     def error_norms(self, state: TwoWayState) -> dict[str, float]:
         """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""

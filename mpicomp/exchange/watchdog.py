@@ -102,16 +102,23 @@ class Watchdog:
     Args:
         world: the ranks.
         timeout_s: how long a rank may take for one piece of work, in seconds; 0 for ever.
+        key: the name under which users set it.
+        only_waiting: whether a rank may compute for as long as it likes, and only a single wait for others counts;
+            `moved` need not be called then.
 
     Attributes:
         members: where each rank runs.
 
     """
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    def __init__(
+        self, world: World, timeout_s: float, key: str = "run.hang_timeout_s", only_waiting: bool = False
+    ) -> None:
         self.members = roster(world)
         self._me = self.members[world.rank]
         self._timeout_s = timeout_s
+        self._key = key
+        self._only_waiting = only_waiting
         self._grace_s = max(GRACE_S, timeout_s / 10)
         self._step: int | None = None
         self._moves = 0
@@ -138,7 +145,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick_s = self._timeout_s / TICKS
-        moves, idle_s, has_told = self._moves, 0.0, False
+        moves, idle_s, has_told = self._progress(), 0.0, False
         last = time.monotonic()
         while not self._is_over.wait(tick_s):
             now = time.monotonic()
@@ -146,19 +153,23 @@ class Watchdog:
             # job. It could not move then, and neither could this thread.
             idle_s += min(now - last, 2 * tick_s)
             last = now
-            if self._moves != moves:
+            if (now_at := self._progress()) is None or now_at != moves:
                 if has_told:
                     _print(f"mpicomp: warning: {self._place()}: moves again {self._in_step()}")
-                moves, idle_s, has_told = self._moves, 0.0, False
+                moves, idle_s, has_told = now_at, 0.0, False
             elif has_told and idle_s >= self._timeout_s + self._grace_s:
                 os._exit(ExchangeError.exit_code)
             elif not has_told and idle_s >= self._timeout_s:
                 _print(f"mpicomp: error: {self._place()}: {self._describe(idle_s)}")
                 has_told = True
 
+    def _progress(self) -> object:
+        """Return what stays the same as long as this rank does not move; None if it need not."""
+        return _waiting.get(self._watched) if self._only_waiting else self._moves
+
     def _describe(self, idle_s: float) -> str:
         note = _waiting.get(self._watched)
-        remedy = f"ends in {self._grace_s:g} s unless it moves (run.hang_timeout_s = {self._timeout_s:g})"
+        remedy = f"ends in {self._grace_s:g} s unless it moves ({self._key} = {self._timeout_s:g})"
         if note is None:
             frame = sys._current_frames()[self._watched]
             stack = "".join(traceback.format_stack(frame)).rstrip()

@@ -1,14 +1,25 @@
-"""The drop-in for a training script of one's own: three lines, under its own loader, scheduler and loop.
+"""The drop-in for a training script of one's own: its loop, loader, scheduler and Trainer stay as they are.
 
-gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
-                            compressor=TopK(ratio=0.01))
-for batch in loader:
-    loss = gossip.step(lambda: loss_fn(model, batch))
+    gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
+                                compressor=TopK(ratio=0.01))
+
+    for batch in loader:                                 # with a function that computes the loss
+        loss = gossip.step(lambda: loss_fn(model, batch))
+
+    for batch in loader:                                 # or with the loop that people have
+        loss = loss_fn(model, batch)
+        loss.backward()
+        gossip.optimizer.step()
+        gossip.optimizer.zero_grad()
+
+Both run the same `Algorithm.phases`, to the same bits. What an algorithm does before the gradient, such as sending
+messages that travel behind it, is done at the first forward pass of a step; the rest when the gradient is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,18 +27,29 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
-from mpicomp.algorithms.base import Algorithm
+from mpicomp.algorithms.base import Algorithm, Phases
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
+from mpicomp.exchange.placement import DeviceKind
 from mpicomp.topology.base import Schedule, Topology
+from mpicomp.training.device import device_of, place
+from mpicomp.training.optimizer import DistributedOptimizer
 from mpicomp.training.replica import Replica
+
+_distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""The optimizers of models that are trained together."""
 
 
 class Distributed(Replica):
-    """A model that is trained together with those of the other ranks; made by `distribute`."""
+    """A model that is trained together with those of the other ranks; made by `distribute`.
+
+    Attributes:
+        optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
+
+    """
 
     def __init__(
         self,
@@ -40,25 +62,107 @@ class Distributed(Replica):
         super().__init__(model, optimizer, algorithm, schedule, world)
         self.link = self._exchange = world.exchange(schedule)
         self._algorithm = algorithm
+        self._phases: Phases | None = None
+        self._frozen: list[tuple[Tensor, Tensor]] = []
         self.state = algorithm.init(self.local, self._exchange)
+        self.optimizer = DistributedOptimizer(self)
+        if algorithm.begins_before_gradient:
+            model.register_forward_pre_hook(self._before_forward)
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(self, closure: Callable[[], Tensor | None], micro_batches: int = 1) -> Tensor:
         """Do one step of training and return the loss, detached; collective on all ranks.
 
-        `closure` computes the loss of the next batch, a scalar; the backward pass and the optimizer's step are made
-        here.
+        Args:
+            closure: computes the loss of the next batch, a scalar. It may call ``zero_grad()`` and ``backward()`` as
+                closures of `torch.optim` do; the backward pass is made here if it does not.
+            micro_batches: how many batches make up a step: the closure is called as often, and the gradient and the
+                loss are the means over these calls.
 
         Raises:
             DivergenceError: the loss, or what is to be sent, is not a number; names step and rank.
+            ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor.
 
         """
-        self.local.closure = closure
+        if micro_batches < 1:
+            raise ConfigError(f"micro_batches = {micro_batches} must be at least 1")
+        self.local.closure, self.local.micro_batches = closure, micro_batches
         with self.naming_divergence():
-            self._algorithm.step(self.local, self.state, self._exchange)
+            for meanwhile in self._begun():
+                self.local.gradient(meanwhile)
         if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
             self.check_finite()
-        self.steps += 1
+        self._end()
         return self.local.loss
+
+    def step_with_gradients(self, is_skipped: bool = False, scale: Tensor | None = None) -> None:
+        """Do one step of training with the gradients in ``p.grad``; collective on all ranks.
+
+        Args:
+            is_skipped: whether this rank has no gradient to use, as after an overflow in float16. It takes part in the
+                exchange all the same: in gossip without a local step, in a sum with a gradient of zero.
+            scale: what the gradients are to be divided by, a scalar; None if they are not scaled.
+
+        Raises:
+            DivergenceError: what is to be sent is not a number; names step and rank.
+            ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor. Or the
+                step has begun without a forward pass, which GMC+ needs to compute its gradient where it wants it.
+
+        """
+        if self._phases is None and self._algorithm.moves_model_for_gradient:
+            raise ConfigError(
+                f"{self._algorithm.name} computes its gradient at another point than the model's, which it takes up "
+                "before the first forward pass: call the model itself, in training mode, or use gossip.step(closure)"
+            )
+        with self.naming_divergence():
+            for _ in self._begun():
+                self.local.take_gradients(scale)
+                if is_skipped:
+                    self.local.g.zero_()
+                    self.local.skips_update = not self._algorithm.ranks_stay_equal
+        self._end()
+
+    def require_between_steps(self, what: str) -> None:
+        """Raise ConfigError if a step has begun: `what` is to be done before a forward pass, or after its step."""
+        if self._phases is not None:
+            raise ConfigError(
+                f"{what} in the middle of a step: a forward pass in training mode has begun it. Call it after "
+                "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
+            )
+
+    def _begin(self) -> None:
+        """Do what the algorithm does before the gradient, unless that has been done."""
+        if self._phases is not None:
+            return
+        self.local.check()
+        self._frozen = self.local.frozen()
+        self._phases = self._algorithm.phases(self.local, self.state, self._exchange)
+        self._meanwhile = next(self._phases)
+        self.local.show_parameters()
+        self.local.listen(self._meanwhile)
+
+    def _begun(self) -> Phases:
+        """Do one step in the order of the algorithm; yields where the gradient is to be computed."""
+        self._begin()
+        assert self._phases is not None
+        yield self._meanwhile
+        phases, self._phases = self._phases, None
+        for _ in phases:
+            raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
+
+    def _end(self) -> None:
+        """Finish what is not the algorithm's."""
+        for x, before in self._frozen:
+            x.copy_(before)
+        self.local.skips_update = False
+        self.local.end_step()
+        self.steps += 1
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self, module: nn.Module, _: object) -> None:
+        """Begin a step with the first forward pass of training, so that messages travel behind it."""
+        if module.training and torch.is_grad_enabled():
+            with self.naming_divergence():
+                self._begin()
 
 
 def distribute(
@@ -68,35 +172,52 @@ def distribute(
     topology: Schedule | Callable[[int], Schedule],
     compressor: Compressor | None = None,
     world: World | None = None,
+    *,
+    device: DeviceKind | None = None,
+    allow_shared_gpu: bool = False,
+    hang_timeout_s: float = 600.0,
 ) -> Distributed:
     """Train `model` together with the other ranks of this MPI job; collective on all ranks.
 
     Args:
-        model: any module; its trainable parameters become views of one flat buffer. All ranks take rank 0's values.
-        optimizer: any `torch.optim` optimizer over the parameters of `model`; it makes the local step.
+        model: any module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
+            0's values.
+        optimizer: any first-order optimizer of `torch.optim` over all trainable parameters of `model`; it makes the
+            local step. From here on call ``gossip.optimizer`` in its place.
         algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
         topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
         compressor: takes the place of ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio
             for each rank.
         world: the ranks; by default those of ``mpiexec``. An uncaught exception then ends all of them.
+        device: where to train: ``"cpu"``, ``"cuda"`` for the GPU of this rank, ``"auto"`` for a GPU if there is one;
+            the model is moved there. By default it stays where it is.
+        allow_shared_gpu: whether several ranks may use one GPU.
+        hang_timeout_s: how long a rank may wait for others, in seconds, before the job ends with their names; 0 for
+            ever. Longer than the longest evaluation on one rank alone. With a `world` of one's own there is no limit.
 
     Raises:
-        ConfigError: a compressor for an algorithm that sends no compressed message, or one for another number of ranks;
-            an asynchronous algorithm.
+        ConfigError: a model and an optimizer that do not fit together (names the tensor and the ranks); a model on
+            another device than its rank; a compressor for an algorithm that sends no compressed message, or one for
+            another number of ranks; an asynchronous algorithm.
         TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
 
     """
-    if world is None:
-        from mpicomp.exchange.guard import install_excepthook
-        from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
-
-        world = MpiWorld.from_environment()
-        install_excepthook(world)
     if isinstance(algorithm, AsynchronousAlgorithm):
         raise ConfigError(
             f"{algorithm.name} has no common steps, which a training loop of one's own needs: train with it by "
             "`mpicomp train`, or take a synchronous algorithm"
         )
+    if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
+        raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
+    if world is None:
+        from mpicomp.exchange.guard import install_excepthook
+        from mpicomp.exchange.watchdog import Watchdog
+        from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+
+        world = MpiWorld.from_environment(device or device_of(model), allow_shared_gpu)
+        install_excepthook(world)
+        Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True).__enter__()
+    place(model, optimizer, world, is_moved=device is not None)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
     is_schedule = isinstance(getattr(topology, "union", None), Topology)  # a class has a property there, not a graph
@@ -104,7 +225,10 @@ def distribute(
     require_size(getattr(algorithm, "compressor", Identity()), world.size)
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
-    return Distributed(model, optimizer, algorithm, schedule, world)
+    gossip = Distributed(model, optimizer, algorithm, schedule, world)
+    gossip.optimizer.take_over()
+    _distributed.add(optimizer)
+    return gossip
 
 
 def with_compressor(algorithm: Algorithm[Any], compressor: Compressor) -> Algorithm[Any]:

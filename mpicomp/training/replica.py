@@ -65,10 +65,12 @@ class Replica:
         self.world = world
         self.algorithm = algorithm
         self.schedule = schedule
-        self.local = FlatModel(model, optimizer)
+        with together(world):
+            self.local = FlatModel(model, optimizer)
         world.broadcast_(self.local.x)
         for buffer in self.local.buffers():
             world.broadcast_(buffer)
+        self.local.show_parameters()
         self.steps = 0
 
     @property
@@ -101,6 +103,7 @@ class Replica:
     def average_(self) -> None:
         """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
         self.world.mean_(self.local.x)
+        self.local.show_parameters()
         for buffer in self.local.buffers():
             self.world.mean_(buffer)
 
@@ -154,6 +157,7 @@ class Replica:
 
         """
         load_model_(self.local, stored)
+        self.local.show_parameters()
         load_optimizer_(self.local, stored)
         load_algorithm_(self.state, stored)
         self.steps = int(stored["exchange/steps"])

@@ -86,9 +86,7 @@ DETERMINISTIC = {
     "gmc_plus_overlapped": GMC(TOP, overlap=True, momentum=0.5, detachment=0.3),
     "dgc_overlapped": DGC(TOP, overlap=True, warmup=(0.9, 0.5), warmup_steps=3),
     "efficient_adam": EfficientAdam(COMPRESSORS["log_grid_per_tensor"], downlink=COMPRESSORS["uniform_grid"]),
-    "efficient_adam_decaying": EfficientAdam(
-        TOP, downlink=TOP, weight_decay=1e-3, rates="decaying", bias_correction=False
-    ),
+    "efficient_adam_decaying": EfficientAdam(TOP, downlink=TOP, rates="decaying", bias_correction=False),
     "efficient_adam_random": EfficientAdam(COMPRESSORS["qsgd"], downlink=COMPRESSORS["qsgd"]),
     "onebit_adam": OneBitAdam(COMPRESSORS["sign_per_tensor"], downlink=COMPRESSORS["sign_per_tensor"], freeze_step=4),
     "powersgd": PowerSGD(rank=1),

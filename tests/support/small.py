@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mpicomp.algorithms.two_way import TwoWayAdam
 from mpicomp.topology import ring
 from mpicomp.training.distributed import Distributed, distribute
 
@@ -15,11 +16,9 @@ def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable
         for p in model.parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.4
     has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
-    momentum = 0.0 if has_own_momentum else 0.9
-    weight_decay = 1e-3
-    if hasattr(algorithm, "weight_decay"):  # it takes its steps by itself
-        momentum = weight_decay = 0.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=weight_decay)
+    takes_own_steps = isinstance(algorithm, TwoWayAdam)
+    momentum = 0.0 if has_own_momentum or takes_own_steps else 0.9
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
     gossip = distribute(model, optimizer, algorithm, topology, world=world)
     centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 

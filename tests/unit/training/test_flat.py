@@ -18,11 +18,11 @@ def tied():
 def test_parameters_and_gradients_are_views():
     model = tied()
     local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert local.spec.names == ("unused", "0.weight", "0.bias", "1.weight", "1.bias")
-    assert local.spec.numel == len(local.x) == 2 + 9 + 3 + 3 + 3
+    assert local.spec.names == ("unused", "0.weight", "0.bias", "1.weight", "1.bias", "2.bias")
+    assert local.spec.numel == len(local.x) == 2 + 9 + 3 + 3 + 3 + 3
     local.closure = lambda: model(torch.randn(4, 3)).square().mean()
     g = local.gradient()
-    assert g is local.g and g[:2].eq(0).all() and g[2:].ne(0).any()
+    assert g is local.g and g[:2].eq(0).all() and g[2:-3].ne(0).any() and g[-3:].eq(0).all()
     assert torch.equal(model[0].weight.grad.flatten(), g[2:11])
     before = local.x.clone()
     local.update()
@@ -75,12 +75,105 @@ def test_snapshot_restores_parameters_and_statistics():
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-@pytest.mark.parametrize("dtypes", [(), (torch.float32, torch.float64)])
-def test_one_type_of_parameters(dtypes):
-    model = nn.ParameterList(nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(ConfigError, match=r"must be of one type on one device, not: (none|torch.float32)"):
-        FlatModel(model, optimizer)
+def test_parameters_of_several_types_share_a_vector_of_the_widest():
+    def train(flat):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5).bfloat16(), nn.LayerNorm(5), nn.Linear(5, 1).bfloat16())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        local = FlatModel(model, optimizer) if flat else None
+        for _ in range(10):
+            x = torch.randn(8, 4).bfloat16()
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                return model[2](model[1](model[0](x).float()).bfloat16()).float().square().mean()
+
+            if local:
+                local.closure = closure
+                local.gradient()
+                local.update()
+                local.end_step()
+            else:
+                closure().backward()
+                optimizer.step()
+        if local:
+            assert (
+                local.x.dtype == torch.float32 and model[1].weight.data_ptr() == local.spec.split(local.x)[2].data_ptr()
+            )
+            assert torch.equal(local.x, nn.utils.parameters_to_vector([p.float() for p in model.parameters()]))
+        return nn.utils.parameters_to_vector([p.float() for p in model.parameters()])
+
+    assert torch.equal(train(True), train(False))
+
+
+def two(*, frozen=()):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for i in frozen:
+        model[i].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "message"),
+    [
+        (two(), lambda _: two().parameters(), "parameters that are not the model's: number 0 of group 0, shape"),
+        (two(), lambda m: m[0].parameters(), "trainable parameters that the optimizer does not hold: 1.weight, 1.bias"),
+        (two(frozen=(0, 1)), lambda m: m.parameters(), "no trainable parameters"),
+        (nn.LazyLinear(2), lambda m: m.parameters(), "no shape yet: weight, bias"),
+        (nn.DataParallel(two()), lambda m: m.parameters(), "wrapped in DataParallel"),
+    ],
+)
+def test_model_and_optimizer_must_fit(model, parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        FlatModel(model, torch.optim.SGD(parameters(model), lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_optimizers_whose_step_cannot_be_made_are_refused(kind):
+    model = two()
+    with pytest.raises(ConfigError, match=kind.__name__):
+        FlatModel(model, kind(model.parameters()))
+
+
+def test_groups_are_parts_of_the_vector():
+    model = two()
+    groups = [{"params": [model[1].bias, model[0].weight], "lr": 0.5}, {"params": [model[1].weight, model[0].bias]}]
+    local = FlatModel(model, torch.optim.SGD(groups, lr=0.1))
+    assert [(part, group["lr"]) for part, group in local.groups] == [
+        (slice(0, 4), 0.5),
+        (slice(4, 8), 0.1),
+        (slice(8, 9), 0.5),
+    ]
+
+
+def test_parameters_given_other_memory_are_taken_back():
+    model = two()
+    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model[0].weight.data = torch.ones(2, 2)
+    local.check()
+    assert local.x[:4].eq(1).all()
+    local.x.zero_()
+    assert model[0].weight.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, _: model.double(), r"parameter '0.weight' is torch.float64 .* and was torch.float32"),
+        (lambda model, _: setattr(model, "more", nn.Linear(1, 1)), "trainable parameters since .*: more.weight"),
+        (lambda model, _: model.__setitem__(1, nn.Linear(2, 3)), "trainable parameters since .*: 1.weight, 1.bias"),
+        (lambda model, _: model.__delitem__(1), "lost parameters since .*: 1.weight, 1.bias"),
+        (lambda _, o: o.add_param_group({"params": [nn.Parameter(torch.ones(3))]}), r"parameters of shapes \[\(3,\)\]"),
+        (lambda _, o: o.param_groups[0]["params"].pop(), "optimizer has lost parameters .*: 1.bias"),
+    ],
+)
+def test_what_has_changed_since_is_refused_by_name(change, message):
+    model = two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    local = FlatModel(model, optimizer)
+    change(model, optimizer)
+    with pytest.raises(ConfigError, match=message):
+        local.check()
 
 
 def test_something_may_be_done_between_the_layers():
@@ -88,7 +181,7 @@ def test_something_may_be_done_between_the_layers():
     local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
     local.closure = lambda: model(torch.ones(4, 3)).square().mean()
     plain, looks = local.gradient().clone(), []
-    forward, backward = 3, len(local.spec.names) - 1  # layers, and parameters that are used
+    forward, backward = 3, len(local.spec.names) - 2  # layers, and parameters that are used and not frozen
     assert torch.equal(local.gradient(lambda: bool(looks.append(None))), plain)
     assert len(looks) == forward + backward
     looks.clear()

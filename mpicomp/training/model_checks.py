@@ -1,0 +1,81 @@
+"""Whether a model and its optimizer can be trained together with those of other ranks; messages name the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mpicomp.errors import ConfigError
+
+LISTED = 4
+"""How many of the tensors that are wrong are named."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of `names`, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters with the names that they have without `torch.compile`."""
+    return [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+
+
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """Return those parameters of `model` that `optimizer` holds, by name, in the model's order.
+
+    A frozen one is among them, because it may be thawed.
+
+    Raises:
+        ConfigError: an optimizer over other parameters than the trainable ones of the model, or whose step cannot be
+            made here; a model that is distributed already, is not yet complete, or has parameters on several devices or
+            of a type that has no mean.
+
+    """
+    _check_kinds(model, optimizer)
+    named = named_parameters(model)
+    if lazy := [name for name, p in named if isinstance(p, nn.parameter.UninitializedParameter)]:
+        raise ConfigError(f"parameters have no shape yet: {listed(lazy)}. Pass one batch through the model first")
+    held = {p: (i, j) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])}
+    own = {p for _, p in named}
+    if foreign := [f"number {j} of group {i}, shape {tuple(p.shape)}" for p, (i, j) in held.items() if p not in own]:
+        raise ConfigError(
+            f"the optimizer has parameters that are not the model's: {listed(foreign)}. Make the optimizer of "
+            "model.parameters() of the model that is distributed, after anything that replaces them"
+        )
+    if missing := [name for name, p in named if p.requires_grad and p not in held]:
+        raise ConfigError(
+            f"the model has trainable parameters that the optimizer does not hold: {listed(missing)}. Give them to "
+            "the optimizer, or freeze them by requires_grad_(False)"
+        )
+    trained = [(name, p) for name, p in named if p in held]
+    if not any(p.requires_grad for _, p in trained):
+        raise ConfigError("the model has no trainable parameters")
+    devices = {p.device: name for name, p in trained}
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ConfigError(f"the model's parameters must be on one device, not: {places}")
+    if odd := [f"{name} ({p.dtype})" for name, p in trained if not p.dtype.is_floating_point]:
+        raise ConfigError(f"trained parameters must be real floating-point numbers, not: {listed(odd)}")
+    return trained
+
+
+def _check_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or "FullyShardedDataParallel" in {type(m).__name__ for m in model.modules()}:
+        raise ConfigError(
+            f"the model is wrapped in {type(model).__name__}, which exchanges gradients itself: pass the module in it"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS computes several gradients a step, which is not supported: use a first-order optimizer, such as SGD "
+            "or Adam"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError(
+            "SparseAdam takes sparse gradients only, and exchanged ones are dense: use Adam, and nn.Embedding with "
+            "sparse=False"
+        )

@@ -1,0 +1,189 @@
+"""The loop of a script of one's own, ``backward(); gossip.optimizer.step()``, is the closure form, bit for bit."""
+
+import pytest
+import torch
+from support import small
+from support.methods import DETERMINISTIC
+
+from mpicomp.algorithms import DPSGD, EFSGD, GMC, Choco, EfficientAdam
+from mpicomp.compression import TopK
+from mpicomp.errors import ConfigError
+from mpicomp.exchange import loopback
+
+STEPS = 6
+
+
+def by_closure(world, algorithm):
+    return small.train(world, algorithm, STEPS)[0]
+
+
+def by_loop(world, algorithm, zero_grad=lambda gossip: gossip.optimizer.zero_grad()):
+    gossip, closure = small.make(world, algorithm)
+    for step in range(STEPS):
+        zero_grad(gossip)
+        closure(step)().backward()
+        gossip.optimizer.step()
+    assert gossip.steps == STEPS
+    return gossip.local.x.clone()
+
+
+def equal(ours, theirs):
+    return all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_loop_is_the_closure(name):
+    algorithm = DETERMINISTIC[name]
+    assert equal(loopback.run(3, by_loop, algorithm), loopback.run(3, by_closure, algorithm))
+
+
+@pytest.mark.parametrize("algorithm", [Choco(0.2, TopK(0.2), overlap=True), EFSGD(TopK(0.2))], ids=["choco", "ef_sgd"])
+@pytest.mark.parametrize(
+    "zero_grad",
+    [
+        lambda gossip: gossip.local.optimizer.zero_grad(),
+        lambda gossip: gossip.local.optimizer.zero_grad(set_to_none=False),
+        lambda gossip: gossip.local.model.zero_grad(),
+    ],
+    ids=["own", "own_in_place", "model"],
+)
+def test_gradients_may_be_zeroed_in_any_way(algorithm, zero_grad):
+    assert equal(loopback.run(3, by_loop, algorithm, zero_grad), loopback.run(3, by_closure, algorithm))
+
+
+@pytest.mark.parametrize("name", ["choco", "choco_overlapped", "ef_sgd", "gmc_plus", "efficient_adam"])
+@pytest.mark.parametrize("through_optimizer", [True, False])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_may_zero_and_go_backward_by_itself(name, through_optimizer, set_to_none):
+    def serve(world):
+        gossip, closure = small.make(world, DETERMINISTIC[name])
+
+        def whole(step):
+            gossip.local.optimizer.zero_grad(set_to_none=set_to_none)
+            loss = closure(step)()
+            loss.backward()
+            return loss
+
+        losses = [
+            (gossip.optimizer.step if through_optimizer else gossip.step)(lambda step=step: whole(step))
+            for step in range(STEPS)
+        ]
+        assert not any(loss.requires_grad for loss in losses)
+        return gossip.local.x.clone()
+
+    assert equal(loopback.run(3, serve), loopback.run(3, by_closure, DETERMINISTIC[name]))
+
+
+def test_the_own_optimizer_alone_is_refused():
+    def serve(world):
+        gossip, closure = small.make(world, DPSGD())
+        closure(0)().backward()
+        with pytest.raises(ConfigError, match=r"would train this rank alone: call gossip.optimizer.step\(\)"):
+            gossip.local.optimizer.step()
+        gossip.optimizer.step()
+
+    loopback.run(2, serve)
+
+
+def test_it_shares_groups_state_and_defaults():
+    def serve(world):
+        gossip, closure = small.make(world, DPSGD())
+        own, optimizer = gossip.local.optimizer, gossip.optimizer
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        gossip.step(closure(0))
+        assert optimizer.param_groups is own.param_groups and optimizer.state is own.state
+        assert repr(optimizer.state_dict()) == repr(own.state_dict())
+        optimizer.load_state_dict(own.state_dict())
+        assert optimizer.param_groups is own.param_groups
+        optimizer.param_groups[0]["lr"] = 0.0
+        before = gossip.local.x.clone()
+        gossip.step(closure(1))
+        assert torch.equal(before, gossip.local.x) == (world.size == 1)
+        with pytest.raises(ConfigError, match="cannot be added after"):
+            optimizer.add_param_group({"params": []})
+
+    loopback.run(1, serve)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Choco(0.2, TopK(0.2)), EfficientAdam(TopK(0.2))], ids=["choco", "efficient_adam"]
+)
+@pytest.mark.parametrize("which", ["own", "distributed"])
+def test_schedulers_take_either_optimizer_and_do_not_warn(algorithm, which):
+    def serve(world):
+        gossip, closure = small.make(world, algorithm)
+        optimizer = gossip.optimizer if which == "distributed" else gossip.local.optimizer
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+        rates = []
+        for step in range(4):
+            rates.append(gossip.optimizer.param_groups[0]["lr"])
+            closure(step)().backward()
+            gossip.optimizer.step()
+            gossip.optimizer.zero_grad()
+            scheduler.step()
+        return rates
+
+    for rates in loopback.run(2, serve):
+        assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_hooks_run_around_the_whole_step_and_around_the_local_one():
+    def serve(world):
+        gossip, closure = small.make(world, EFSGD(TopK(0.2)))
+        seen = []
+        gossip.optimizer.register_step_pre_hook(lambda *_: seen.append(gossip.local.g.clone()))
+        gossip.local.optimizer.register_step_pre_hook(lambda *_: seen.append(gossip.local.g.clone()))
+        gossip.optimizer.register_step_post_hook(lambda *_: seen.append(gossip.steps))
+        gossip.optimizer.zero_grad()
+        closure(0)().backward()
+        gradient = gossip.local.g.clone()
+        gossip.optimizer.step()
+        own, summed, steps = seen
+        assert torch.equal(own, gradient) and not torch.equal(summed, gradient) and steps == 1
+        return summed
+
+    first, *others = loopback.run(3, serve)
+    assert equal([first] * 2, others)
+
+
+def test_gmc_plus_needs_to_see_the_forward_pass():
+    def serve(world):
+        gossip, closure = small.make(world, GMC(TopK(0.2), detachment=0.3))
+        gossip.local.model.eval()
+        closure(0)().backward()
+        with pytest.raises(
+            ConfigError, match=r"call the model itself, in training mode, or use gossip.step\(closure\)"
+        ):
+            gossip.optimizer.step()
+
+    loopback.run(2, serve)
+
+
+@pytest.mark.parametrize("name", ["choco", "ef_sgd", "efficient_adam"])
+def test_micro_batches_are_one_step_of_their_mean(name):
+    def closures(world):
+        gossip, closure = small.make(world, DETERMINISTIC[name])
+        batches = iter([closure(step) for step in range(6)])
+
+        def forgetful():
+            gossip.local.optimizer.zero_grad()  # loses no gradient of an earlier micro-batch
+            return next(batches)()
+
+        losses = [float(gossip.step(forgetful, micro_batches=3)) for _ in range(2)]
+        return gossip.local.x.clone(), losses
+
+    def loop(world):
+        gossip, closure = small.make(world, DETERMINISTIC[name])
+        losses = []
+        for first in (0, 3):
+            gossip.optimizer.zero_grad()
+            parts = [closure(step)() for step in range(first, first + 3)]
+            for loss in parts:
+                (loss / 3).backward()
+            losses.append(float(sum(parts) / 3))
+            gossip.optimizer.step()
+        return gossip.local.x.clone(), losses
+
+    for (x, losses), (x_loop, losses_loop) in zip(loopback.run(3, closures), loopback.run(3, loop), strict=True):
+        torch.testing.assert_close(x, x_loop)
+        assert losses == pytest.approx(losses_loop)
