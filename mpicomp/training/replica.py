@@ -183,14 +183,16 @@ class Replica:
         if not is_sound:
             raise CheckpointError("; ".join(self.world.broadcast(problems)))
 
-    def resume(self, folder: Path | str) -> dict[str, Leaf] | None:
+    def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Leaf] | None:
         """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
+
+        `step` asks for that of this many steps instead, and it is an error if there is none.
 
         Raises:
             CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
 
         """
-        checkpoint = find_checkpoint(self.world, Path(folder))
+        checkpoint = find_checkpoint(self.world, Path(folder), step)
         if checkpoint is None:
             return None
         with together(self.world):
