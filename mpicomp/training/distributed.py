@@ -67,7 +67,8 @@ class Distributed(Replica):
         self.state = algorithm.init(self.local, self._exchange)
         self.optimizer = DistributedOptimizer(self)
         if algorithm.begins_before_gradient:
-            model.register_forward_pre_hook(self._before_forward)
+            hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+            model.register_forward_pre_hook(hook)
 
     def step(self, closure: Callable[[], Tensor | None], micro_batches: int = 1) -> Tensor:
         """Do one step of training and return the loss, detached; collective on all ranks.
@@ -166,7 +167,6 @@ class Distributed(Replica):
         self.local.end_step()
         self.steps += 1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Begin a step with the first forward pass of training, so that messages travel behind it."""
         if module.training and torch.is_grad_enabled():

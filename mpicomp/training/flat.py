@@ -263,8 +263,9 @@ class FlatModel:
         self._has_backward = True
         self._between_layers()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _between_layers(self, *_: object) -> None:
+        if torch.compiler.is_compiling():  # a compiled model has no place between its layers
+            return
         if self._meanwhile is not None and threading.get_ident() == self._thread and self._meanwhile():
             self._meanwhile = None
 
