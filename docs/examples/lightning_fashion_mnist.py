@@ -26,7 +26,7 @@ from mpicomp.training.data import fashion_mnist
 
 
 class Clothes(LightningModule):
-    """Two convolutions and two dense layers, 52,138 parameters, trained by SGD."""
+    """Two convolutions and two dense layers with 52,180 parameters."""
 
     def __init__(self, lr=0.05):
         super().__init__()
@@ -55,9 +55,7 @@ class Clothes(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9, nesterov=True)
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.hparams.lr, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
 
 def loader(samples, data, **options):
@@ -68,6 +66,7 @@ def loader(samples, data, **options):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batches", type=int, help="at most as many an epoch")
     parser.add_argument("--out", default="runs/lightning", help="folder for checkpoints and logs")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     arguments = parser.parse_args()
@@ -80,6 +79,7 @@ def main():
         strategy=gossip,
         accelerator="cpu",
         max_epochs=arguments.epochs,
+        limit_train_batches=arguments.batches,
         logger=CSVLogger(out, name="logs"),
         callbacks=[ModelCheckpoint(out, monitor="val_accuracy", mode="max", save_last=True)],
     )

@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.plugins.environments import MPIEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -195,11 +196,6 @@ class GossipStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return that of the averaged model; collective on all ranks."""
-        if self.lightning_module.trainer.interrupted:
-            raise CheckpointError(
-                "a checkpoint of all ranks cannot be saved after an error on one: save one now and then instead "
-                "(ModelCheckpoint(every_n_train_steps=...))"
-            )
         if self.gossip is None or self._averaged is not None:
             return dict(super().lightning_module_state_dict())
         return self.gossip.averaged_state_dict()
@@ -226,8 +222,8 @@ class GossipStrategy(ParallelStrategy):
         with together(self.world):
             if OWN not in checkpoint:
                 raise CheckpointError(
-                    f"{path}: has no states of ranks to go on from, as GossipStrategy saves them. To begin with its model, "
-                    "load that (load_from_checkpoint of your module) and leave out ckpt_path"
+                    f"{path}: has no states of ranks to go on from, as GossipStrategy saves them. To begin with its "
+                    "model, load that (load_from_checkpoint of your module) and leave out ckpt_path"
                 )
         assert self.gossip is not None
         extra = self.gossip.resume(ranks_folder(path), step=checkpoint[OWN]["step"])
@@ -286,3 +282,10 @@ def refuse(trainer: Trainer) -> None:
         )
     if trainer._accelerator_connector._layer_sync is not None:
         raise ConfigError("Trainer(sync_batchnorm=True): every rank has batch statistics of its own, leave it out")
+    for callback in trainer.callbacks:
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            name = type(callback).__name__
+            raise ConfigError(
+                f"{name} would save after an error on one rank, and wait for the others for ever: save now and then "
+                "instead, by ModelCheckpoint(every_n_train_steps=...)"
+            )

@@ -299,14 +299,15 @@ class Empty(Small):
 
 
 def test_what_cannot_be_right_is_refused(world, shared_tmp_path):
-    def refuses(message, error=ConfigError, module=None, loader=None, ckpt_path=None, **options):
-        one = trainer(shared_tmp_path, max_epochs=1, **options)
+    def refuses(message, *callbacks, error=ConfigError, module=None, loader=None, ckpt_path=None, **options):
+        one = trainer(shared_tmp_path, *callbacks, max_epochs=1, **options)
         train = loader or DataLoader(dataset(world.size), BATCH)
         with pytest.raises(error, match=message):
             one.fit(module or Small(), train, ckpt_path=ckpt_path)
 
     refuses(r"Trainer\(devices=2\).*mpiexec -n 2", devices=2)
     refuses("sync_batchnorm", sync_batchnorm=True)
+    refuses("ModelCheckpoint would save after an error", ModelCheckpoint(shared_tmp_path, save_on_exception=True))
     refuses("SGD, SGD.*one optimizer", module=Two())
     refuses("the optimizer does not hold: net.0.weight", module=Empty())
     if world.size > 1:
