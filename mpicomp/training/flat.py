@@ -187,6 +187,10 @@ class FlatModel:
         pairs = zip(self._parameters, self._values, strict=True)
         return [(x, x.clone()) for p, x in pairs if not p.requires_grad]
 
+    def frozen_names(self) -> list[str]:
+        """Return the names of the frozen parameters."""
+        return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
+
     def check(self) -> None:
         """Look whether model and optimizer still are those that this was made of, and mend what can be mended.
 

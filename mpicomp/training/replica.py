@@ -46,6 +46,7 @@ class Replica:
         local: the flat model.
         link: what takes the messages.
         state: of the algorithm.
+        averages_buffers: whether the averaged model has averaged batch-norm statistics, or each rank's own.
         steps: how many are done.
 
     """
@@ -71,6 +72,7 @@ class Replica:
         for buffer in self.local.buffers():
             world.broadcast_(buffer)
         self.local.show_parameters()
+        self.averages_buffers = True
         self.steps = 0
 
     @property
@@ -104,7 +106,7 @@ class Replica:
         """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
         self.world.mean_(self.local.x)
         self.local.show_parameters()
-        for buffer in self.local.buffers():
+        for buffer in self.local.buffers() if self.averages_buffers else []:
             self.world.mean_(buffer)
 
     @contextmanager
