@@ -57,8 +57,8 @@ def _difference(first: Signs, other: Signs, rank: int) -> ConfigError | None:
     if other.rates != first.rates:
         return ConfigError(
             f"rank {rank} has the learning rates {_shown(other.rates)}, rank 0 {_shown(first.rates)}: this method "
-            "needs the same on all ranks. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss that is "
-            "averaged over ranks"
+            "needs the same on all ranks. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss "
+            "that is averaged over ranks"
         )
     if other.frozen != first.frozen:
         names = sorted(set(other.frozen) ^ set(first.frozen))[:4]

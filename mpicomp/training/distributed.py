@@ -40,6 +40,8 @@ from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.clipping import Clip
 from mpicomp.training.consistency import EVERY_STEPS, require_same_model
 from mpicomp.training.device import device_of, place
+from mpicomp.training.meter import Meter
+from mpicomp.training.metrics import Record
 from mpicomp.training.optimizer import DistributedOptimizer
 from mpicomp.training.replica import Replica
 
@@ -58,6 +60,7 @@ class Distributed(Replica):
         optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
         is_compared: whether ranks that must hold the same model are compared now and then.
         buffers_every: steps from one averaging of batch-norm statistics in training to the next; 0 for none.
+        meter: what the steps have cost since the last record.
 
     """
 
@@ -81,6 +84,7 @@ class Distributed(Replica):
         self.optimizer = DistributedOptimizer(self)
         self.is_compared = False
         self.buffers_every = 0
+        self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
         if algorithm.begins_before_gradient:
             hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
             model.register_forward_pre_hook(hook)
@@ -90,7 +94,8 @@ class Distributed(Replica):
 
         Args:
             closure: computes the loss of the next batch, a scalar. It may call ``zero_grad()`` and ``backward()`` as
-                closures of `torch.optim` do; the backward pass is made here if it does not.
+                closures of `torch.optim` do; the backward pass is made here if it does not. It may then return None,
+                and the loss is not known.
             micro_batches: how many batches make up a step: the closure is called as often, and the gradient and the
                 loss are the means over these calls.
 
@@ -102,10 +107,13 @@ class Distributed(Replica):
         if micro_batches < 1:
             raise ConfigError(f"micro_batches = {micro_batches} must be at least 1")
         self.local.closure, self.local.micro_batches = closure, micro_batches
-        self._step(self.local.gradient)
-        if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
-            self.check_finite()
-        self._end()
+        with self.meter:
+            self._step(self.local.gradient)
+            if self.local.has_loss and self.local.x.device.type == "cpu":  # a GPU would be waited for in every step
+                self.check_finite()
+            self._end()
+            if self.local.has_loss:
+                self.meter.add(self.local.loss)
         return self.local.loss
 
     def step_with_gradients(self, is_skipped: bool = False, scale: Tensor | None = None) -> None:
@@ -127,8 +135,28 @@ class Distributed(Replica):
                 f"{self._algorithm.name} computes its gradient at another point than the model's, which it takes up "
                 "before the first forward pass: call the model itself, in training mode, or use gossip.step(closure)"
             )
-        self._step(lambda _: self._skip() if is_skipped else self.local.take_gradients(scale))
-        self._end()
+        with self.meter:
+            self._step(lambda _: self._skip() if is_skipped else self.local.take_gradients(scale))
+            self._end()
+
+    def metrics(self, loss: Tensor | float | None = None) -> Record:
+        """Return the means over ranks since the last call, the same on all of them; collective on all ranks.
+
+        Loss, bytes, seconds by part with those that are hidden, consensus distance (estimated from 4,096 of the
+        parameters), and in `diagnostics` what the algorithm reports, e.g. ``compression_error``. The seconds ``other``
+        are the caller's own between two steps: loading and evaluation, and forward and backward pass where they are
+        made outside of `step`. Steps before a restart are not in it.
+
+        Args:
+            loss: of this rank, where only the caller knows it; it takes the place of the mean over the steps.
+
+        Raises:
+            DivergenceError: a loss that is not finite, or public copies that have been running away for three records.
+            ConfigError: in the middle of a step.
+
+        """
+        self.require_between_steps("gossip.metrics()")
+        return self.meter.record(self, loss)
 
     @contextmanager
     def join(self) -> Iterator[None]:
