@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
@@ -192,16 +191,6 @@ class Distributed(Replica):
         """
         with self.naming_divergence():
             self._begin()
-
-    def average_(self) -> None:
-        """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
-        self.require_between_steps("averaged()")
-        super().average_()
-
-    def state_dict(self) -> dict[str, Leaf]:
-        """Return all that this rank needs to go on later (see `Replica.state_dict`); between steps only."""
-        self.require_between_steps("save()")
-        return super().state_dict()
 
     def _step(self, compute: Callable[[Meanwhile], object]) -> None:
         """Do one step of the algorithm with the gradient that `compute` brings into ``local.g``."""
