@@ -71,8 +71,10 @@ class Replica:
         with together(world):
             self.local = FlatModel(model, optimizer)
         world.broadcast_(self.local.x)
-        for buffer in self.local.buffers():
-            world.broadcast_(buffer)
+        for tensor in self.local.untrained():
+            common = tensor.detach().contiguous()
+            world.broadcast_(common)
+            tensor.detach().copy_(common)
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
