@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -37,7 +37,7 @@ from mpicomp.topology.base import Topology
 from mpicomp.training.config import RunConfig
 from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
-from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
+from mpicomp.training.metrics import PARTS, Callback, Progress, Record, Result, report, summary, training_seconds
 from mpicomp.training.pace import SLICE_S
 from mpicomp.training.replica import Replica
 from mpicomp.training.run_folder import RunFolder
@@ -274,6 +274,7 @@ def train_asynchronously(
     watchdog: Watchdog,
     folder: RunFolder | None,
     progress: Progress | None,
+    callbacks: Sequence[Callback],
     checkpoint: Checkpoint | None,
     resize: bool,
     requests: StopRequests | None,
@@ -282,7 +283,7 @@ def train_asynchronously(
     crew = Crew.of(world, checkpoint)
     if crew.lost:
         setup.schedule, setup.trainers = crew.graph(config.topology.build(crew.size)), crew.size
-    run = _Run(config, world, setup, crew, watchdog, folder, progress, requests)
+    run = _Run(config, world, setup, crew, watchdog, folder, progress, callbacks, requests)
     run.begin(checkpoint, resize)
     while True:
         try:
@@ -303,6 +304,7 @@ class _Run:
         watchdog: Watchdog,
         folder: RunFolder | None,
         progress: Progress | None,
+        callbacks: Sequence[Callback],
         requests: StopRequests | None,
     ) -> None:
         self._config = config
@@ -312,6 +314,7 @@ class _Run:
         self._watchdog = watchdog
         self._folder = folder
         self._progress = progress
+        self._callbacks = callbacks
         self._requests = requests
         assert isinstance(setup.algorithm, AsynchronousAlgorithm) and isinstance(setup.schedule, Topology)
         self._algorithm = setup.algorithm
@@ -502,7 +505,7 @@ class _Run:
         reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
         record = self._record(reports, with_accuracy=True)
         own = evaluate(replica.local.model, self._setup.dataset, world.device)
-        assert record.test_accuracy is not None
+        assert record.loss is not None and record.test_accuracy is not None
         result = Result(
             algorithm=self._config.algorithm.kind,
             topology=self._config.topology.kind,
@@ -632,10 +635,7 @@ class _Run:
             gradients=[r.gradients for r in reports],
             delays=delays,
         )
-        if self._folder and world.rank == 0:
-            self._folder.append(record)
-        if self._progress:
-            self._progress.update(record)
+        report(record, world.rank, [self._folder, self._progress, *self._callbacks])
         return record
 
     def _drain(self) -> None:

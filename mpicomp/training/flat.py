@@ -43,6 +43,7 @@ class FlatModel:
         clip_sum: changes `g` before the optimizer's step; None for no change.
         skips_update: whether `update` does nothing.
         loss: the mean loss of the last `gradient`, detached, on the device.
+        has_loss: whether that is known: a closure may return None.
         pace: how long each gradient takes.
 
     Raises:
@@ -64,6 +65,7 @@ class FlatModel:
         self.clip_sum: Callable[[Tensor], None] | None = None
         self.skips_update = False
         self.loss = torch.full((), torch.nan)
+        self.has_loss = False
         self.pace = Pace()
         self._meanwhile: Meanwhile = None
         self._is_hooked = False
@@ -187,6 +189,10 @@ class FlatModel:
         pairs = zip(self._parameters, self._values, strict=True)
         return [(x, x.clone()) for p, x in pairs if not p.requires_grad]
 
+    def frozen_names(self) -> list[str]:
+        """Return the names of the frozen parameters."""
+        return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
+
     def check(self) -> None:
         """Look whether model and optimizer still are those that this was made of, and mend what can be mended.
 
@@ -228,6 +234,7 @@ class FlatModel:
             if not self._has_backward and loss is not None:
                 torch.autograd.backward(loss)
         self._collect()
+        self.has_loss = loss is not None
         return torch.full((), torch.nan) if loss is None else loss.detach()
 
     def _collect(self) -> None:

@@ -19,9 +19,14 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a tensor has without `torch.compile`."""
+    return name.replace("_orig_mod.", "")
+
+
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters with the names that they have without `torch.compile`."""
-    return [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    return [(plain_name(name), p) for name, p in model.named_parameters()]
 
 
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ from mpicomp.topology import ring
 from mpicomp.training.distributed import Distributed, distribute
 
 
-def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable]:
+def make(world, algorithm, topology=ring, seed=0, **options) -> tuple[Distributed, callable]:
     """Return a model under `algorithm`, and a function that gives the closure of a step."""
     with torch.random.fork_rng():
         generator = torch.Generator().manual_seed(seed)
@@ -19,7 +19,7 @@ def make(world, algorithm, topology=ring, seed=0) -> tuple[Distributed, callable
     takes_own_steps = isinstance(algorithm, TwoWayAdam)
     momentum = 0.0 if has_own_momentum or takes_own_steps else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
-    gossip = distribute(model, optimizer, algorithm, topology, world=world)
+    gossip = distribute(model, optimizer, algorithm, topology, world=world, **options)
     centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 
     def closure(step):
