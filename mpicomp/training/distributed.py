@@ -183,6 +183,15 @@ class Distributed(Replica):
                 "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
             )
 
+    def begin(self) -> None:
+        """Begin a step, unless that has been done; collective on all ranks.
+
+        Calling the model in training mode does so by itself. This is for a loop that calls only parts of it, so that
+        messages of methods with overlap travel behind the forward pass there, too.
+        """
+        with self.naming_divergence():
+            self._begin()
+
     def _step(self, compute: Callable[[Meanwhile], object]) -> None:
         """Do one step of the algorithm with the gradient that `compute` brings into ``local.g``."""
         with self.naming_divergence():
@@ -230,8 +239,7 @@ class Distributed(Replica):
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Begin a step with the first forward pass of training, so that messages travel behind it."""
         if module.training and torch.is_grad_enabled():
-            with self.naming_divergence():
-                self._begin()
+            self.begin()
 
 
 def distribute(

@@ -71,8 +71,10 @@ class Replica:
         with together(world):
             self.local = FlatModel(model, optimizer)
         world.broadcast_(self.local.x)
-        for buffer in self.local.buffers():
-            world.broadcast_(buffer)
+        for tensor in self.local.untrained():
+            common = tensor.detach().contiguous()
+            world.broadcast_(common)
+            tensor.detach().copy_(common)
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
@@ -225,17 +227,18 @@ class Replica:
         if not is_sound:
             raise CheckpointError("; ".join(self.world.broadcast(problems)))
 
-    def resume(self, folder: Path | str) -> dict[str, Any] | None:
+    def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
         """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
 
-        Tensors of `extra` are on the CPU, where the `load_state_dict` of what they belong to takes them from.
+        Tensors of `extra` are on the CPU, where the `load_state_dict` of what they belong to takes them from. `step`
+        asks for the checkpoint of that many steps instead, and it is an error if there is none.
 
         Raises:
             ConfigError: a step has begun.
             CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
 
         """
-        checkpoint = find_checkpoint(self.world, Path(folder))
+        checkpoint = find_checkpoint(self.world, Path(folder), step)
         if checkpoint is None:
             return None
         with together(self.world):
