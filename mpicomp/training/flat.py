@@ -236,6 +236,8 @@ class FlatModel:
         if any(len(now) != len(then) or not all(map(is_, now.values(), then)) for now, then in self._children):
             self._check_modules()
             self._read_modules()
+        if any(p.requires_grad for p in self._others):
+            self._check_modules()
         for i in self._copies:
             self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
 
@@ -245,8 +247,7 @@ class FlatModel:
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model beside those in `x`: parameters that the optimizer does not hold, buffers."""
-        own = set(self._parameters)
-        return [p for p in self.model.parameters() if p not in own] + list(self.model.buffers())
+        return [*self._others, *self.model.buffers()]
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the parameters and buffers, for `restore_`."""
@@ -378,6 +379,8 @@ class FlatModel:
         """Keep what each module consists of, to see whether one of them changes."""
         held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
         self._children = [(children, list(children.values())) for children in held]
+        own = set(self._parameters)
+        self._others = [p for p in self.model.parameters() if p not in own]
 
     def _check_modules(self) -> None:
         """Raise ConfigError if the model has other trainable parameters than at first."""
@@ -386,7 +389,7 @@ class FlatModel:
         if added := [name for name, p in found.items() if p.requires_grad and p not in own]:
             raise ConfigError(
                 f"the model has got trainable parameters since mpicomp.distribute(): {listed(added)}. They would not "
-                "be trained together: build the whole model first"
+                "be trained together: build the whole model first, and give the optimizer what is to be thawed later"
             )
         now = set(found.values())
         if lost := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in now]:
