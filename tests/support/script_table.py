@@ -1600,11 +1600,7 @@ def frozen_like_rank_0(world, algorithm, rank=0):
     return flat(model)
 
 
-@right(
-    frozen_like_rank_0,
-    fault="frozen parameters that the optimizer does not hold are not taken from rank 0 (Replica.__init__)",
-    ranks=2,
-)
+@right(frozen_like_rank_0)
 def frozen_layers_that_start_from_other_weights(world, algorithm):
     return frozen_like_rank_0(world, algorithm, world.rank)
 
@@ -1626,16 +1622,12 @@ def permuted_like_rank_0(world, algorithm, rank=0):
     return flat(model)
 
 
-@right(
-    permuted_like_rank_0,
-    fault="buffers of whole numbers are not taken from rank 0 (Replica.__init__)",
-    ranks=2,
-)
+@right(permuted_like_rank_0)
 def a_buffer_of_whole_numbers_that_differs(world, algorithm):
     return permuted_like_rank_0(world, algorithm, world.rank)
 
 
-@refused("rank 1.*: 0.weight", ranks=2, fault="models of other shapes are not compared (Replica.__init__)")
+@refused(r"rank 1 has another model than rank 0: 0.weight is torch.float32 \(9, 6\)", ranks=2)
 def another_model_on_one_rank(world, algorithm):
     width = 9 if world.rank == 1 else 8
     begun(world, algorithm, nn.Sequential(nn.Linear(6, width), nn.Linear(width, 3)))
@@ -1652,3 +1644,77 @@ def an_optimizer_that_lacks_a_parameter_on_rank_0(world, algorithm):
 def a_loss_that_is_not_a_number(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     gossip.step(lambda: loss_of(model, batch(world.rank, 0)) * float("nan"))
+
+
+@refused("rank 1 has another model than rank 0: 1.running_mean is missing", ranks=2)
+def a_norm_without_statistics_on_one_rank(world, algorithm):
+    begun(world, algorithm, small(nn.BatchNorm1d(8, track_running_stats=world.rank != 1)))
+
+
+# ---- what methods that add up gradients need to be the same on all ranks
+
+
+@refused("rank 1 has the learning rates", methods=SUM_ONLY, ranks=2, origin="dylanyunlon/Neuron_SP#2")
+def a_schedule_that_follows_the_loss_of_each_rank(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    scheduler = schedulers.ReduceLROnPlateau(gossip.optimizer, factor=0.5, patience=0)
+    for step in range(51):
+        gossip.step(lambda step=step: loss_of(model, batch(world.rank, step)))
+        scheduler.step(1.0 - 0.01 * step * world.rank)
+
+
+@refused("rank 1 holds another model than rank 0", methods=SUM_ONLY, ranks=2, origin="vllm-project/speculators#926")
+def weights_are_loaded_on_rank_0_alone(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    if world.rank == 0:
+        model.load_state_dict(seeded(small(), 7).state_dict())
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+
+
+@refused(r"frozen different parameters \(0.bias, 0.weight\)", methods=SUM_ONLY, ranks=2)
+def a_layer_frozen_on_one_rank(world, algorithm):
+    model = small()
+    model[0].requires_grad_(world.rank != 1)
+    _, _, gossip = begun(world, algorithm, model)
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+
+
+# ---- ranks with unequal numbers of batches
+
+
+def padded_with_empty_steps(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for pair, is_mine in [(pair, step < STEPS - world.rank) for step, pair in enumerate(own_batches(world))]:
+        gossip.step(lambda pair=pair, is_mine=is_mine: is_mine * loss_of(model, pair))
+    return flat(model)
+
+
+@right(padded_with_empty_steps, origin="pytorch/pytorch#38174, microsoft/PyMarlin#80, lifeiteng/vall-e#95")
+def loaders_of_unequal_length(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    with gossip.join():
+        for pair in own_batches(world, STEPS - world.rank):
+            loss_of(model, pair).backward()
+            gossip.optimizer.step()
+            gossip.optimizer.zero_grad()
+    return flat(model)
+
+
+@right(padded_with_empty_steps, origin="Lightning-AI/pytorch-lightning#20404")
+def loaders_of_unequal_length_with_closures(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    with gossip.join():
+        for pair in own_batches(world, STEPS - world.rank):
+            gossip.step(lambda pair=pair: loss_of(model, pair))
+    return flat(model)
+
+
+@right(padded_with_empty_steps, origin="NVIDIA-NeMo/Automodel#2468, pytorch/audio#3749")
+def a_rank_without_a_batch_steps_with_gradients_of_zero(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for step, pair in enumerate(own_batches(world)):
+        gossip.optimizer.zero_grad()
+        if step < STEPS - world.rank:
+            loss_of(model, pair).backward()
+        gossip.optimizer.step()
+    return flat(model)
