@@ -642,7 +642,7 @@ for _name, _make in {
     _optimizer_row(_name, _make)
 
 
-@refused("maximize", fault="EfficientAdam and OneBitAdam minimize, whatever the group's maximize says")
+@refused("maximize = True: EfficientAdam takes its steps by itself")
 def adam_of_the_method_is_to_maximize(world, _):
     model = small()
     _, _, gossip = begun(world, EfficientAdam(TopK(0.3)), model, SGD(model.parameters(), lr=0.1, maximize=True))
@@ -1346,7 +1346,6 @@ _checkpointing_row(False)
 @refused(
     "call the model itself",
     methods={"gmc_plus": GMC(TopK(0.3), detachment=0.3, momentum=0.5)},
-    fault="the recomputation in the backward pass begins the step, after the loss (Distributed._before_forward)",
 )
 def the_whole_model_is_checkpointed(world, algorithm):
     model, _, gossip = begun(world, algorithm)
@@ -1380,14 +1379,7 @@ def trained_on(world, algorithm):
     return torch.cat([flat(model), flat(copied)])
 
 
-HOOK_FAULT = (
-    "the copy has Distributed._before_forward as a hook, which begins a step of the original's: wrap it in flat.Hook"
-)
-GOSSIP_ONLY, SUM_ONLY = {"gossip": GOSSIP}, {"sum": SUM}
-
-
-@right(trained_on, origin="lucidrains/ema-pytorch#6", methods=SUM_ONLY)
-@right(trained_on, origin="lucidrains/ema-pytorch#6", methods=GOSSIP_ONLY, fault=HOOK_FAULT)
+@right(trained_on, origin="lucidrains/ema-pytorch#6")
 def a_deep_copy_is_a_model_of_its_own(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     for pair in own_batches(world):
@@ -1400,8 +1392,7 @@ def a_deep_copy_is_a_model_of_its_own(world, algorithm):
     return torch.cat([flat(model), flat(copied)])
 
 
-@right(plain, methods=SUM_ONLY)
-@right(plain, methods=GOSSIP_ONLY, fault=HOOK_FAULT)
+@right(plain)
 def saving_the_whole_module(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     for pair in own_batches(world):
@@ -1654,7 +1645,7 @@ def a_norm_without_statistics_on_one_rank(world, algorithm):
 # ---- what methods that add up gradients need to be the same on all ranks
 
 
-@refused("rank 1 has the learning rates", methods=SUM_ONLY, ranks=2, origin="dylanyunlon/Neuron_SP#2")
+@refused("rank 1 has the learning rates", methods={"sum": SUM}, ranks=2, origin="dylanyunlon/Neuron_SP#2")
 def a_schedule_that_follows_the_loss_of_each_rank(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     scheduler = schedulers.ReduceLROnPlateau(gossip.optimizer, factor=0.5, patience=0)
@@ -1663,7 +1654,7 @@ def a_schedule_that_follows_the_loss_of_each_rank(world, algorithm):
         scheduler.step(1.0 - 0.01 * step * world.rank)
 
 
-@refused("rank 1 holds another model than rank 0", methods=SUM_ONLY, ranks=2, origin="vllm-project/speculators#926")
+@refused("rank 1 holds another model than rank 0", methods={"sum": SUM}, ranks=2, origin="vllm-project/speculators#926")
 def weights_are_loaded_on_rank_0_alone(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     if world.rank == 0:
@@ -1671,7 +1662,7 @@ def weights_are_loaded_on_rank_0_alone(world, algorithm):
     gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
 
 
-@refused(r"frozen different parameters \(0.bias, 0.weight\)", methods=SUM_ONLY, ranks=2)
+@refused(r"frozen different parameters \(0.bias, 0.weight\)", methods={"sum": SUM}, ranks=2)
 def a_layer_frozen_on_one_rank(world, algorithm):
     model = small()
     model[0].requires_grad_(world.rank != 1)
