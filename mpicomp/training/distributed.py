@@ -55,16 +55,14 @@ class Distributed(Replica):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        algorithm: Algorithm[Any],
+        algorithm: AnyAlgorithm,
         schedule: Schedule,
         world: World,
     ) -> None:
         super().__init__(model, optimizer, algorithm, schedule, world)
-        self.link = self._exchange = world.exchange(schedule)
         self._algorithm = algorithm
         self._phases: Phases | None = None
         self._frozen: list[tuple[Tensor, Tensor]] = []
-        self.state = algorithm.init(self.local, self._exchange)
         self.optimizer = DistributedOptimizer(self)
         if algorithm.begins_before_gradient:
             hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
@@ -130,13 +128,23 @@ class Distributed(Replica):
                 "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
             )
 
+    def _connect(self) -> None:
+        assert isinstance(self.algorithm, Algorithm)
+        self.link = self._exchange = self.world.exchange(self.schedule)
+        self.state = self.algorithm.init(self.local, self._exchange)
+
+    def _make_phases(self) -> Phases:
+        """Return the phases of a step."""
+        assert isinstance(self.algorithm, Algorithm)
+        return self.algorithm.phases(self.local, self.state, self._exchange)
+
     def _begin(self) -> None:
         """Do what the algorithm does before the gradient, unless that has been done."""
         if self._phases is not None:
             return
         self.local.check()
         self._frozen = self.local.frozen()
-        self._phases = self._algorithm.phases(self.local, self.state, self._exchange)
+        self._phases = self._make_phases()
         self._meanwhile = next(self._phases)
         self.local.show_parameters()
         self.local.listen(self._meanwhile)

@@ -72,6 +72,11 @@ class Replica:
             world.broadcast_(buffer)
         self.local.show_parameters()
         self.steps = 0
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make `link` and `state`; collective on all ranks."""
+        raise NotImplementedError
 
     @property
     def bytes_sent(self) -> int:
