@@ -118,10 +118,12 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     def serve(self, local: Local, state: S, mailbox: Mailbox) -> bool:
         """Take in a piece of what has arrived, without computing a gradient; return whether there was any."""
 
-    def drain(self, local: Local, state: S, mailbox: Mailbox) -> None:
-        """Take in all that has arrived, ahead of a checkpoint: messages are not stored."""
+    def drain(self, local: Local, state: S, mailbox: Mailbox) -> bool:
+        """Take in all that has arrived, and return whether there was any; a checkpoint has no messages in it."""
+        has_moved = False
         while self.serve(local, state, mailbox):
-            pass
+            has_moved = True
+        return has_moved
 
     @abstractmethod
     def updates(self, state: S) -> int:

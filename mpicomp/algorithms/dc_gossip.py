@@ -201,9 +201,9 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         """Take in what has arrived, so that no neighbor runs out of room."""
         return self._receive(local, state, mailbox, self._horizon(state))
 
-    def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> None:
+    def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
         """Take in all that has arrived, from however far ahead."""
-        self._receive(local, state, mailbox, math.inf)
+        return self._receive(local, state, mailbox, math.inf)
 
     def updates(self, state: DCGossipState) -> int:
         """One in each step."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -27,7 +26,7 @@ from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.tree import flatten, restore_
 from mpicomp.compression.base import SCRATCH
 from mpicomp.errors import CheckpointError, ConfigError, ExchangeError, RankLost, TopologyError
-from mpicomp.exchange.base import Gather, Lookout, World
+from mpicomp.exchange.base import Lookout, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Waiting, Watchdog
 from mpicomp.timing import recorder, take_seconds
@@ -39,14 +38,12 @@ from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
 from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
 from mpicomp.training.pace import SLICE_S
+from mpicomp.training.pulse import Pulse
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
 from mpicomp.training.setup import Setup, header
 from mpicomp.training.state import seed_random
 from mpicomp.training.stopping import Reason, StopRequests, stopped
-
-PULSE_S = 0.05
-"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
 
 ASYNCHRONOUS_PARTS = (*PARTS, "wait")
 
@@ -133,27 +130,6 @@ class _Report:
         """Take apart what `numbers` gave."""
         gradients, loss, sent, is_done, stop, save, writing, *seconds = numbers
         return cls(int(gradients), loss, int(sent), int(is_done), int(stop), int(save), int(writing), tuple(seconds))
-
-
-class _Pulse:
-    """Reports of all ranks, gathered again and again."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._pending: Gather | None = None
-        self._last = world.now()
-
-    def beat(self, report: Callable[[], _Report]) -> list[_Report] | None:
-        """Return the reports of all ranks by rank, if they are complete; each of them once on every rank."""
-        if self._pending is None:
-            now = self._world.now()
-            if self._world.rank == 0 and now - self._last < PULSE_S:
-                return None
-            self._pending, self._last = self._world.start_gather(report().numbers()), now
-        if not self._pending.test():
-            return None
-        rows, self._pending = self._pending.wait(), None
-        return [_Report.read(row) for row in rows]
 
 
 class _Batches:
@@ -268,7 +244,7 @@ class _Run:
         self._saver = self._make_saver()
         self._lookout: Lookout | None = None
         # MPI may yet write into the buffers of a pulse that was given up.
-        self._given_up: list[_Pulse] = []
+        self._given_up: list[Pulse] = []
         self._last_save = self._last_look = time.monotonic()
 
     def begin(self, checkpoint: Checkpoint | None, resize: bool) -> None:
@@ -355,7 +331,7 @@ class _Run:
         self._begun_before_save = False
         if self._folder and world.rank == 0:
             self._folder.save_ranks(self._watchdog.members)
-        self._pulse = _Pulse(world)
+        self._pulse = Pulse(world)
 
     def _look_out(self) -> None:
         """Look after all ranks, where they can go on without one; collective on all ranks."""
@@ -381,9 +357,11 @@ class _Run:
 
     def pulse(self) -> list[_Report] | None:
         """Return the reports of all ranks, if there are new ones."""
-        reports = self._pulse.beat(self._report)
-        if reports is not None:
-            self._watchdog.moved(self._step(reports))
+        rows = self._pulse.beat(lambda: self._report().numbers())
+        if rows is None:
+            return None
+        reports = [_Report.read(row) for row in rows]
+        self._watchdog.moved(self._step(reports))
         return reports
 
     def work(self) -> None:
@@ -600,7 +578,7 @@ class _Run:
                 self._saver.publish()
             self._last_save = time.monotonic()
             self._begun_before_save = True
-        self._pulse = _Pulse(self._world)
+        self._pulse = Pulse(self._world)
         self._watchdog.moved()
         return step
 

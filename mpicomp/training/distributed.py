@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.device import device_of, place
 from mpicomp.training.optimizer import DistributedOptimizer
 from mpicomp.training.replica import Replica
+
+if TYPE_CHECKING:
+    from mpicomp.training.asynchronous_distributed import AsynchronousDistributed
 
 _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """The optimizers of models that are trained together."""
@@ -173,6 +176,32 @@ class Distributed(Replica):
                 self._begin()
 
 
+@overload
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: Algorithm[Any],
+    topology: Schedule | Callable[[int], Schedule],
+    compressor: Compressor | None = None,
+    world: World | None = None,
+    *,
+    device: DeviceKind | None = None,
+    allow_shared_gpu: bool = False,
+    hang_timeout_s: float = 600.0,
+) -> Distributed: ...
+@overload
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: AsynchronousAlgorithm[Any],
+    topology: Schedule | Callable[[int], Schedule],
+    compressor: Compressor | None = None,
+    world: World | None = None,
+    *,
+    device: DeviceKind | None = None,
+    allow_shared_gpu: bool = False,
+    hang_timeout_s: float = 600.0,
+) -> AsynchronousDistributed: ...
 def distribute(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -186,6 +215,9 @@ def distribute(
     hang_timeout_s: float = 600.0,
 ) -> Distributed:
     """Train `model` together with the other ranks of this MPI job; collective on all ranks.
+
+    With an asynchronous algorithm it is an `AsynchronousDistributed` that comes back: ranks do not wait for each other,
+    and end by ``gossip.finish()``.
 
     Args:
         model: any module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
@@ -206,17 +238,13 @@ def distribute(
     Raises:
         ConfigError: a model and an optimizer that do not fit together (names the tensor and the ranks); a model on
             another device than its rank; a compressor for an algorithm that sends no compressed message, or one for
-            another number of ranks; an asynchronous algorithm.
+            another number of ranks.
         TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
 
     """
-    if isinstance(algorithm, AsynchronousAlgorithm):
-        raise ConfigError(
-            f"{algorithm.name} has no common steps, which a training loop of one's own needs: train with it by "
-            "`mpicomp train`, or take a synchronous algorithm"
-        )
     if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
         raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
+    is_own_world = world is None
     if world is None:
         from mpicomp.exchange.guard import install_excepthook
         from mpicomp.exchange.watchdog import Watchdog
@@ -233,14 +261,19 @@ def distribute(
     require_size(getattr(algorithm, "compressor", Identity()), world.size)
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
-    gossip = Distributed(model, optimizer, algorithm, schedule, world)
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        from mpicomp.training.asynchronous_distributed import AsynchronousDistributed  # here, because it builds on this
+
+        gossip: Distributed = AsynchronousDistributed(model, optimizer, algorithm, schedule, world, is_own_world)
+    else:
+        gossip = Distributed(model, optimizer, algorithm, schedule, world)
     gossip.optimizer.take_over()
     _distributed.add(optimizer)
     return gossip
 
 
-def with_compressor(algorithm: Algorithm[Any], compressor: Compressor) -> Algorithm[Any]:
+def with_compressor(algorithm: AnyAlgorithm, compressor: Compressor) -> AnyAlgorithm:
     """Return `algorithm` with `compressor` for what it sends."""
     if not hasattr(algorithm, "compressor"):
         raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
-    return cast(Algorithm[Any], dataclasses.replace(cast(Any, algorithm), compressor=compressor))
+    return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), compressor=compressor))

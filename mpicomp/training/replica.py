@@ -74,6 +74,10 @@ class Replica:
         self.steps = 0
         self._connect()
 
+    def _steps_of_all(self) -> int:
+        """Return the steps by which a checkpoint is named, the same on all ranks; collective."""
+        return self.steps
+
     def _connect(self) -> None:
         """Make `link` and `state`; collective on all ranks."""
         raise NotImplementedError
@@ -181,7 +185,8 @@ class Replica:
         problems: list[str] = []
         saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
         saver.start(
-            self.steps, {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in (extra or {}).items()}}
+            self._steps_of_all(),
+            {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in (extra or {}).items()}},
         )
         is_sound = saver.finish()
         saver.close()
