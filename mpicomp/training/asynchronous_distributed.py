@@ -48,6 +48,9 @@ _TRAINS, _SERVES, _AVERAGED, _DISTANCE, _SAVE, _RESUME = range(6)
 _CALLS = ("step()", "serve() or finish()", "averaged()", "consensus_distance()", "save()", "resume()")
 """What a rank says in the pulse, and what it has called."""
 
+_IS_AT_WORK, _HAS_COME = range(2)
+"""What a rank tells its neighbors in the place of a step, so that one that waits can name who is missing."""
+
 Extra = Callable[[], Mapping[str, Leaf]]
 
 
@@ -77,13 +80,13 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         self._members = roster(world)
         self._pulse = Pulse(world)
         self._doing = _TRAINS
-        self._missing: list[int] = []
+        self._missing = self._training = [rank for rank in range(world.size) if rank != world.rank]
         self._after_update: Callable[[], object] | None = None
         self._settings: list[Any] | None = None
         self._is_open = self.is_hub
         self._last_look = time.monotonic()
         if fails_without_end:
-            atexit.register(self._require_end)
+            atexit.register(self._leave)
 
     def step(self, closure: Callable[[], Tensor | None], micro_batches: int = 1) -> Tensor:
         """Do one step of this rank and return the loss, detached; others do theirs at their own pace.
@@ -180,14 +183,17 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         while self._take_in_some():
             pass
 
-    def _require_end(self) -> None:
+    def _leave(self) -> None:
         """Have the program fail, on all ranks, if this rank leaves it while others may wait for it."""
-        if self._is_open and self.world.size > 1 and not has_failed(self.world):
-            with guard(self.world):
+        if has_failed(self.world):
+            return
+        with guard(self.world):
+            if self._is_open and self.world.size > 1:
                 raise ConfigError(
                     f"the program has ended without gossip.{'serve' if self.is_hub else 'finish'}() on this rank, and "
                     "other ranks may wait for it: call it after the last step"
                 )
+            self.mailbox.free()
 
     def _require_trainer(self) -> None:
         """Raise ConfigError unless a step of this rank has the effect that its caller expects."""
@@ -261,6 +267,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             has_moved = self.algorithm.serve(self.local, self.state, self.mailbox)
         if has_moved:
             self.local.end_step()
+            self.optimizer._opt_called = True  # what torch's schedulers look for before their first step
             self.steps = self.algorithm.updates(self.state)
             if self._after_update is not None:
                 self._after_update()
@@ -289,8 +296,9 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
 
         """
         self._doing = call
-        # A rank that waits must not hold up others by a bound on their lead.
-        self.mailbox.announce(self.steps, is_done=not self._owners)
+        # A rank that waits must not hold up others by a bound on their lead, and a neighbor's death must not go unseen
+        # where there is no such bound.
+        self.mailbox.announce(_HAS_COME, is_done=not self._owners)
         while True:
             with Waiting(_CALLS[call], lambda: self._missing):
                 while (rows := self._beat()) is None and not self._take_in_some():
@@ -299,12 +307,12 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             if rows is None:
                 continue
             doing = [int(row[0]) for row in rows]
-            self._missing = [rank for rank, what in enumerate(doing) if what == _TRAINS]
-            if not self._missing:
+            self._missing = self._training = [rank for rank, what in enumerate(doing) if what == _TRAINS]
+            if not self._training:
                 break
         self._doing = _TRAINS
         self._pulse = Pulse(self.world)
-        self.mailbox.announce(self.steps)
+        self.mailbox.announce(_IS_AT_WORK)
         self.mailbox.settle()
         return self._agreed(doing, [rank for rank, row in enumerate(rows) if row[1]])
 
@@ -351,6 +359,9 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         if now - self._last_look >= PEERS_S:
             self._last_look = now
             self.require_neighbors(self._members, "gossip.resume()")
+            if self._doing != _TRAINS:
+                peers = self.mailbox.peers()
+                self._missing = [r for r in self._training if r not in peers or peers[r].step != _HAS_COME]
 
 
 def _rest(attempt: Attempt) -> bool:
