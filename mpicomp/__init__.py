@@ -11,12 +11,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpicomp import algorithms, compression, exchange, topology
+    from mpicomp.training.clipping import Clip
     from mpicomp.training.distributed import Distributed, distribute
+    from mpicomp.training.tensorboard import TensorBoard
 
 __version__ = "0.1.0"
-__all__ = ["Distributed", "__version__", "algorithms", "compression", "distribute", "exchange", "topology"]
+__all__ = [
+    "Clip",
+    "Distributed",
+    "TensorBoard",
+    "__version__",
+    "algorithms",
+    "compression",
+    "distribute",
+    "exchange",
+    "topology",
+]
 
-_FOUND_IN = {"Distributed": "mpicomp.training.distributed", "distribute": "mpicomp.training.distributed"}
+_FOUND_IN = {
+    "Clip": "mpicomp.training.clipping",
+    "Distributed": "mpicomp.training.distributed",
+    "TensorBoard": "mpicomp.training.tensorboard",
+    "distribute": "mpicomp.training.distributed",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -125,12 +125,13 @@ class Recorder:
 class _Clock:
     """The seconds of a thread, the part that it is inside of, and since when it counts for that."""
 
-    __slots__ = ("now", "part", "recorder", "seconds", "since")
+    __slots__ = ("now", "part", "recorder", "seconds", "since", "taken")
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.part: str | None = None
         self.since = 0.0
+        self.taken = 0.0  # seconds of exchanges that `take_seconds` has given out
         self.now: Callable[[], float] = time.perf_counter
         self.recorder: Recorder | None = None
 
@@ -230,15 +231,23 @@ class Underway:
     @staticmethod
     def _elsewhere() -> float:
         """Return the time that was not spent in exchanges, from any origin."""
-        assert _clocks.own.part == "exchange"
-        return _clocks.own.since - _clocks.own.seconds["exchange"]
+        clock = _clocks.own
+        assert clock.part == "exchange"
+        return clock.since - clock.seconds["exchange"] - clock.taken
 
 
 def take_seconds() -> dict[str, float]:
     """Return the seconds by part since the last call on this thread, and start again from zero."""
-    seconds = dict(_clocks.own.seconds)
-    _clocks.own.seconds.clear()
+    clock = _clocks.own
+    seconds = dict(clock.seconds)
+    clock.taken += seconds.get("exchange", 0.0)
+    clock.seconds.clear()
     return seconds
+
+
+def now() -> float:
+    """Return the time in seconds, by the clock of this thread."""
+    return _clocks.own.now()
 
 
 def use_clock(now: Callable[[], float]) -> None:

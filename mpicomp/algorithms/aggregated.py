@@ -123,6 +123,8 @@ class GradientSum(AggregatedAlgorithm[G]):
 
     """
 
+    updates_with_sum: ClassVar[bool] = True
+
     overlap: bool = False
 
     @abstractmethod

@@ -42,6 +42,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     Attributes:
         share: who computes how many gradients.
         ranks_stay_equal: whether all ranks hold the same model after every step.
+        updates_with_sum: whether the optimizer's step is made with a sum of gradients over the ranks.
         begins_before_gradient: whether `phases` has work to do before the gradient.
         moves_model_for_gradient: whether the gradient is to be computed at another model than the rank holds between
             steps.
@@ -50,6 +51,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
 
     share: Share
     ranks_stay_equal: ClassVar[bool] = False
+    updates_with_sum: ClassVar[bool] = False
     begins_before_gradient: ClassVar[bool] = True
     moves_model_for_gradient: ClassVar[bool] = False
 

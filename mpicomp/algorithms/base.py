@@ -66,10 +66,12 @@ class Algorithm(ABC, Generic[S]):
 
     Attributes:
         ranks_stay_equal: whether all ranks hold the same model after every step.
+        updates_with_sum: whether the optimizer's step is made with a sum of gradients over the ranks.
 
     """
 
     ranks_stay_equal: ClassVar[bool] = False
+    updates_with_sum: ClassVar[bool] = False
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError or ConfigError if this algorithm cannot run on `schedule`.

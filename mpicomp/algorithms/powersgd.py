@@ -68,6 +68,7 @@ class PowerSGD(Algorithm[PowerSGDState]):
     """
 
     ranks_stay_equal: ClassVar[bool] = True
+    updates_with_sum: ClassVar[bool] = True
 
     rank: int = 2
     momentum: float = 0.0

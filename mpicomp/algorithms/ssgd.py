@@ -21,6 +21,7 @@ class SSGD(Algorithm[None]):
     """All-reduce SGD, what DistributedDataParallel computes."""
 
     ranks_stay_equal: ClassVar[bool] = True
+    updates_with_sum: ClassVar[bool] = True
 
     def check(self, schedule: Schedule) -> None:
         """Take any graph: it is not used."""

@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the `state_dict` of the mean model over ranks: tensors by name.
+    """Return the `state_dict` of the mean model over ranks: tensors by name; tied weights share one tensor.
 
     Parameters and floating-point buffers are averaged as in training, so that the result is the run's ``model.h5``, bit
     for bit; counters and parameters that were not trained are rank 0's.
@@ -32,11 +32,18 @@ def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     names = [name for name, leaf in first.items() if name.startswith("model/") and isinstance(leaf, Tensor)]
     means = {name: _mean(checkpoint, name, cast(Tensor, first[name])) for name in names}
     parameters = dict(_split(means.pop("model/parameters"), str(first["model/tensors"])))
-    return {**parameters, **{name.split("/", 2)[2]: tensor for name, tensor in means.items()}}
+    model = {**parameters, **{name.split("/", 2)[2]: tensor for name, tensor in means.items()}}
+    aliases: dict[str, str] = json.loads(str(first.get("model/aliases", "{}")))  # which older checkpoints lack
+    return {**model, **{name: model[other] for name, other in aliases.items()}}
 
 
 def save(model: dict[str, Tensor], path: Path) -> None:
     """Write a `state_dict`: ``.safetensors``, or ``.pt`` for `torch.load`.
+
+    A tensor with several names is stored once. In ``.pt`` it has them all, so that ``load_state_dict(strict=True)``
+    takes it. In ``.safetensors``, which knows no sharing, it has the first of them, and the metadata say for each other
+    one which that is: as `safetensors.torch.save_model` does, and as `safetensors.torch.load_model` and `transformers`
+    expect.
 
     Raises:
         ConfigError: another suffix, no safetensors installed, or a path that cannot be written.
@@ -58,7 +65,11 @@ def _save_safetensors(model: dict[str, Tensor], path: Path) -> None:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ConfigError("safetensors is not installed: pip install mpicomp[export]") from error
-    save_file({name: tensor.contiguous() for name, tensor in model.items()}, path)
+    first: dict[Tensor, str] = {}
+    names = {name: first.setdefault(tensor, name) for name, tensor in model.items()}
+    metadata = {name: other for name, other in names.items() if name != other}
+    # Versions 4 of transformers refuse a file that does not say from which library its tensors come.
+    save_file({name: tensor.contiguous() for tensor, name in first.items()}, path, {**metadata, "format": "pt"})
 
 
 def _mean(checkpoint: Checkpoint, name: str, first: Tensor) -> Tensor:

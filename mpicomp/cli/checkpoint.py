@@ -23,6 +23,9 @@ from mpicomp.training.run_folder import RunFolder
 VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
 """What differs between two runs that are otherwise the same."""
 
+_CONTEXT = 20
+"""Characters before the first difference of two texts that `diff` shows."""
+
 _path = click.argument("path", type=click.Path(path_type=Path), metavar="RUN_DIR|CHECKPOINT")
 
 
@@ -128,13 +131,18 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
 @_path
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 def export(path: Path, out: Path) -> None:
-    """Write the averaged model as OUT.safetensors, or as OUT.pt for torch.load."""
+    """Write the averaged model as OUT.safetensors, or as OUT.pt for torch.load.
+
+    Tied weights are stored once: under all their names in OUT.pt, under the first one in OUT.safetensors, as
+    safetensors.torch.load_model and transformers expect.
+    """
     one = _one(path)
     model = model_export.mean_model(one)
     model_export.save(model, out)
-    entries = sum(tensor.numel() for tensor in model.values())
+    tensors = set(model.values())
+    entries = sum(tensor.numel() for tensor in tensors)
     step, size = one.manifest.step, one.manifest.size
-    click.echo(f"{out}: {len(model)} tensors, {entries:,} entries; the mean of {size} ranks at step {step}")
+    click.echo(f"{out}: {len(tensors)} tensors, {entries:,} entries; the mean of {size} ranks at step {step}")
 
 
 def _console() -> Console:
@@ -185,14 +193,25 @@ def _difference(ours: Leaf | None, theirs: Leaf | None) -> str:
         return "only in the " + ("second" if ours is None else "first")
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         same = type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))
-        return "" if same else f"{_shown(ours)} and {_shown(theirs)}"
+        return "" if same else " and ".join(_shown(value) for value in _from_difference(ours, theirs))
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"{ours.dtype} {tuple(ours.shape)} and {theirs.dtype} {tuple(theirs.shape)}"
     if ours.numel() == 0 or torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs))):
         return ""
     wrong = int((ours != theirs).sum())
-    largest = float((ours.to(torch.float64) - theirs.to(torch.float64)).abs().max())
+    wide = torch.complex128 if ours.is_complex() else torch.float64
+    largest = float((ours.to(wide) - theirs.to(wide)).abs().max())
     return f"{wrong:,} of {ours.numel():,} entries differ, by at most {largest:.3g}"
+
+
+def _from_difference(ours: Leaf, theirs: Leaf) -> tuple[Leaf, Leaf]:
+    """Return two long texts from shortly before the place on where they differ; other values as they are."""
+    if not isinstance(ours, str) or not isinstance(theirs, str):
+        return ours, theirs
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    first = next((i for i, (our, their) in pairs if our != their), min(len(ours), len(theirs)))
+    start = max(0, first - _CONTEXT)
+    return (f"...{ours[start:]}", f"...{theirs[start:]}") if start else (ours, theirs)
 
 
 def _shown(value: Leaf | None) -> str:

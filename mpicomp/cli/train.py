@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from mpicomp.exchange.placement import choose_device
 from mpicomp.slurm import job_end_time
 from mpicomp.training.config import RunConfig
 from mpicomp.training.loop import train as train_model
-from mpicomp.training.metrics import Progress, summary
+from mpicomp.training.metrics import Callback, Progress, summary
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import find_checkpoint
 from mpicomp.training.stopping import EXIT_UNFINISHED, StopRequests
+from mpicomp.training.tensorboard import TensorBoard, require_tensorboard
 
 AUTO = "auto"
 """``--resume auto``: go on if there is something to go on from, start otherwise."""
@@ -65,10 +66,13 @@ class _Request:
     resize: bool
     end_time: float | None
     trace_steps: int
+    tensorboard: bool
     debug: bool
 
     def check(self) -> None:
-        """Raise ConfigError if the options contradict each other."""
+        """Raise ConfigError if the options contradict each other, or ask for what is not installed."""
+        if self.tensorboard:
+            require_tensorboard()
         if self.resume is None and self.path is None:
             raise ConfigError("give a configuration file, or a run to go on with (--resume RUN_DIR)")
         if self.resume == AUTO and (self.path is None or self.run_dir is None):
@@ -108,6 +112,19 @@ class _Request:
             return RunFolder.create(self.run_dir)
         assert self.path is not None
         return RunFolder.create_named(self.path.stem)
+
+    @contextmanager
+    def open_callbacks(
+        self, world: World, folder: RunFolder, checkpoint: Checkpoint | None
+    ) -> Iterator[list[Callback]]:
+        """Give what is to be told of each record, beside folder and progress."""
+        if not self.tensorboard:
+            yield []
+            return
+        done = checkpoint.manifest.step if checkpoint else 0
+        # A rank that takes the place of rank 0 later goes on where that one has ended.
+        with closing(TensorBoard(folder.tensorboard_path, done if world.rank == 0 else None)) as board:
+            yield [board]
 
     def find_checkpoint(self, world: World) -> Checkpoint | None:
         """Return what to go on from, the same on all ranks, or None for a new run; collective on all ranks."""
@@ -166,6 +183,7 @@ class _Request:
     metavar="N",
     help=f"How many steps --trace shows, of each rank; default: {TRACE_STEPS}.",
 )
+@click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too, into RUN_DIR/tensorboard.")
 @debug_option
 @click.pass_context
 def train(
@@ -180,6 +198,7 @@ def train(
     simulate: int | None,
     trace: bool,
     trace_steps: int | None,
+    tensorboard: bool,
 ) -> None:
     """Train the model of CONFIG.toml, or go on with a run.
 
@@ -193,7 +212,7 @@ def train(
     if trace_steps is not None and not trace:
         raise ConfigError("--trace-steps goes with --trace")
     traced = (trace_steps or TRACE_STEPS) if trace else 0
-    request = _Request(config, overrides, run_dir, resume, resize, end_time, traced, is_debug(ctx))
+    request = _Request(config, overrides, run_dir, resume, resize, end_time, traced, tensorboard, is_debug(ctx))
     if loopback is not None and simulate is not None:
         raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
     size = loopback or simulate
@@ -250,23 +269,25 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
     folder = _prepare_folder(world, config, request, checkpoint)
     if folder is None:
         return True
-    go_on = partial(
-        train_model,
-        checkpoint=checkpoint,
-        resize=request.resize,
-        requests=requests,
-        trace_steps=request.trace_steps,
-    )
     if world.rank == 0 or config.run.on_peer_loss == "continue":
         end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
         requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)
-    if world.rank != 0:
-        return go_on(config, world, folder) is not None
-    for notice in world.notices:
-        click.echo(notice)
-    undo = nullcontext() if checkpoint else folder.kept_if_used()
-    with undo, Progress(config.training.steps, config.training.epochs) as progress:
-        return go_on(config, world, folder, progress) is not None
+    with request.open_callbacks(world, folder, checkpoint) as callbacks:
+        go_on = partial(
+            train_model,
+            checkpoint=checkpoint,
+            resize=request.resize,
+            requests=requests,
+            trace_steps=request.trace_steps,
+            callbacks=callbacks,
+        )
+        if world.rank != 0:
+            return go_on(config, world, folder) is not None
+        for notice in world.notices:
+            click.echo(notice)
+        undo = nullcontext() if checkpoint else folder.kept_if_used()
+        with undo, Progress(config.training.steps, config.training.epochs) as progress:
+            return go_on(config, world, folder, progress) is not None
 
 
 def _prepare_folder(

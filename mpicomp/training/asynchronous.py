@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,7 @@ from mpicomp.training.asynchronous_replica import PEERS_S, AsynchronousReplica
 from mpicomp.training.config import RunConfig
 from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
-from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
+from mpicomp.training.metrics import PARTS, Callback, Progress, Record, Result, report, summary, training_seconds
 from mpicomp.training.pace import SLICE_S
 from mpicomp.training.pulse import Pulse
 from mpicomp.training.run_folder import RunFolder
@@ -190,6 +191,7 @@ def train_asynchronously(
     watchdog: Watchdog,
     folder: RunFolder | None,
     progress: Progress | None,
+    callbacks: Sequence[Callback],
     checkpoint: Checkpoint | None,
     resize: bool,
     requests: StopRequests | None,
@@ -198,7 +200,7 @@ def train_asynchronously(
     crew = Crew.of(world, checkpoint)
     if crew.lost:
         setup.schedule, setup.trainers = crew.graph(config.topology.build(crew.size)), crew.size
-    run = _Run(config, world, setup, crew, watchdog, folder, progress, requests)
+    run = _Run(config, world, setup, crew, watchdog, folder, progress, callbacks, requests)
     run.begin(checkpoint, resize)
     while True:
         try:
@@ -219,6 +221,7 @@ class _Run:
         watchdog: Watchdog,
         folder: RunFolder | None,
         progress: Progress | None,
+        callbacks: Sequence[Callback],
         requests: StopRequests | None,
     ) -> None:
         self._config = config
@@ -228,6 +231,7 @@ class _Run:
         self._watchdog = watchdog
         self._folder = folder
         self._progress = progress
+        self._callbacks = callbacks
         self._requests = requests
         assert isinstance(setup.algorithm, AsynchronousAlgorithm) and isinstance(setup.schedule, Topology)
         self._algorithm = setup.algorithm
@@ -420,7 +424,7 @@ class _Run:
         reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
         record = self._record(reports, with_accuracy=True)
         own = evaluate(replica.local.model, self._setup.dataset, world.device)
-        assert record.test_accuracy is not None
+        assert record.loss is not None and record.test_accuracy is not None
         result = Result(
             algorithm=self._config.algorithm.kind,
             topology=self._config.topology.kind,
@@ -550,10 +554,7 @@ class _Run:
             gradients=[r.gradients for r in reports],
             delays=delays,
         )
-        if self._folder and world.rank == 0:
-            self._folder.append(record)
-        if self._progress:
-            self._progress.update(record)
+        report(record, world.rank, [self._folder, self._progress, *self._callbacks])
         return record
 
     def _save(self) -> int:

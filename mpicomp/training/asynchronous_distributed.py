@@ -27,14 +27,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm, Attempt
 from mpicomp.algorithms.base import Phases
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, has_failed
@@ -42,16 +41,17 @@ from mpicomp.exchange.watchdog import Waiting, roster
 from mpicomp.topology.base import Schedule
 from mpicomp.training.asynchronous_replica import PEERS_S, AsynchronousReplica
 from mpicomp.training.distributed import Distributed
+from mpicomp.training.metrics import Record
 from mpicomp.training.pulse import Pulse
 
-_TRAINS, _SERVES, _AVERAGED, _DISTANCE, _SAVE, _RESUME = range(6)
-_CALLS = ("step()", "serve() or finish()", "averaged()", "consensus_distance()", "save()", "resume()")
+_TRAINS, _SERVES, _AVERAGED, _DISTANCE, _METRICS, _SAVE, _RESUME = range(7)
+_CALLS = ("step()", "serve() or finish()", "averaged()", "consensus_distance()", "metrics()", "save()", "resume()")
 """What a rank says in the pulse, and what it has called."""
 
 _IS_AT_WORK, _HAS_COME = range(2)
 """What a rank tells its neighbors in the place of a step, so that one that waits can name who is missing."""
 
-Extra = Callable[[], Mapping[str, Leaf]]
+Extra = Callable[[], Mapping[str, Any]]
 
 
 class AsynchronousDistributed(AsynchronousReplica, Distributed):
@@ -163,25 +163,59 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         self._meet(_DISTANCE)
         return super().consensus_distance()
 
-    def save(self, folder: Path | str, extra: Mapping[str, Leaf] | None = None, keep_last: int = 2) -> None:
+    def metrics(self, loss: Tensor | float | None = None) -> Record:
+        """Return the means over ranks, as `Distributed.metrics`; all ranks must call it, at any step.
+
+        Its step is that of a rank on average. Waiting for others counts as exchange.
+        """
+        with self.meter.meeting():
+            self._meet(_METRICS)
+        return super().metrics(loss)
+
+    def join(self) -> NoReturn:
+        """Refuse: ranks need no common number of batches.
+
+        Raises:
+            ConfigError: always.
+
+        """
+        raise ConfigError(
+            f"join() is for methods whose ranks wait for each other: with {self.algorithm.name} every rank makes as "
+            "many steps as it has batches, and calls gossip.finish() after them"
+        )
+
+    def begin(self) -> None:
+        """Begin a step, unless that has been done; waits for the answer of a hub."""
+        self._require_trainer()
+        super().begin()
+
+    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
         """Store a checkpoint, as `Replica.save`; all ranks must call it, at any step, for the same `folder`.
 
         It is named after the steps of a rank on average. Hubs in `serve` and ranks in `finish` take part.
         """
         self._meet(_SAVE)
-        self._save((str(folder), keep_last), extra)
+        self._save((str(folder), keep_last), lambda: extra or {})
 
-    def resume(self, folder: Path | str) -> dict[str, Leaf] | None:
-        """Go on from the newest checkpoint, as `Replica.resume`; all ranks must call it, hubs before `serve`."""
+    def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
+        """Go on from a checkpoint, as `Replica.resume`; all ranks must call it, hubs before `serve`."""
         self._meet(_RESUME)
         self.drain()  # messages under way are of the training before
         self._settings = None
-        return super().resume(folder)
+        return super().resume(folder, step)
 
     def take_in(self) -> None:
         """Take in all that has arrived."""
         while self._take_in_some():
             pass
+
+    def drain(self) -> None:
+        """Take in all that is on its way, and wait until all senders know; collective on all ranks.
+
+        A checkpoint is then one of empty mailboxes, as those that a restart begins with.
+        """
+        super().drain()
+        self.mailbox.settle()
 
     def _leave(self) -> None:
         """Have the program fail, on all ranks, if this rank leaves it while others may wait for it."""
@@ -267,7 +301,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             has_moved = self.algorithm.serve(self.local, self.state, self.mailbox)
         if has_moved:
             self.local.end_step()
-            self.optimizer._opt_called = True  # what torch's schedulers look for before their first step
+            self.optimizer._opt_called = True
             self.steps = self.algorithm.updates(self.state)
             if self._after_update is not None:
                 self._after_update()
@@ -281,8 +315,10 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
                     pass
             elif call == _DISTANCE:
                 super().consensus_distance()
+            elif call == _METRICS:
+                super().metrics()
             else:
-                self._save(None, extra() if extra else None)
+                self._save(None, extra or dict)
         self.drain()
         self._after_update = None
         self._settings = None
@@ -330,13 +366,13 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             named = ", ".join(f"{_CALLS[call]} on rank {rank}" for rank, call in enumerate(doing))
             error = ConfigError(
                 f"the ranks wait for each other in different calls: {named}. All ranks must call averaged(), save() "
-                "and consensus_distance() in the same order (hubs in serve() and ranks in finish() take part by "
+                "and the like in the same order (hubs in serve() and ranks in finish() take part by "
                 "themselves), and resume() before serve() and finish()"
             )
         agree(self.world, error)
         return next(iter(calls), _SERVES)
 
-    def _save(self, arguments: tuple[str, int] | None, extra: Mapping[str, Leaf] | None) -> None:
+    def _save(self, arguments: tuple[str, int] | None, extra: Extra) -> None:
         """Store a checkpoint in the folder that the ranks which train have named."""
         self.drain()
         wishes = {wish for wish in self.world.all_gather(arguments) if wish is not None}
@@ -348,9 +384,10 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             )
         agree(self.world, error)
         folder, keep_last = next(iter(wishes))
-        super().save(folder, extra, keep_last)
+        super().save(folder, extra(), keep_last)
 
-    def _steps_of_all(self) -> int:
+    def steps_of_all(self) -> int:
+        """Return the steps of a rank on average; collective on all ranks."""
         done = self.world.all_gather(0 if self.is_hub else self.steps)
         return sum(done) // len(self._trainers)
 

@@ -76,8 +76,9 @@ class AsynchronousReplica(Replica):
             return
         for rank, part in self._owners:
             self.world.broadcast_(self.local.x[part], rank)
+        self.local.show_parameters()
         hubs = len(self._owners)
-        for buffer in self.local.buffers():
+        for buffer in self.local.buffers() if self.averages_buffers else []:
             if self.world.rank < hubs:
                 buffer.zero_()
             self.world.mean_(buffer)

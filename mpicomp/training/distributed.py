@@ -20,22 +20,27 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast, overload
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
-from mpicomp.algorithms.base import Algorithm, Phases
+from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, TopologyError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Gather, World
 from mpicomp.exchange.placement import DeviceKind
 from mpicomp.topology.base import Schedule, Topology
+from mpicomp.training.clipping import Clip
+from mpicomp.training.consistency import EVERY_STEPS, require_same_model
 from mpicomp.training.device import device_of, place
+from mpicomp.training.meter import Meter
+from mpicomp.training.metrics import Record
 from mpicomp.training.optimizer import DistributedOptimizer
 from mpicomp.training.replica import Replica
 
@@ -46,11 +51,18 @@ _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """The optimizers of models that are trained together."""
 
 
+Buffers = Literal["averaged", "own"] | int
+"""What becomes of batch-norm statistics: see `distribute`."""
+
+
 class Distributed(Replica):
     """A model that is trained together with those of the other ranks; made by `distribute`.
 
     Attributes:
         optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
+        is_compared: whether ranks that must hold the same model are compared now and then.
+        buffers_every: steps from one averaging of batch-norm statistics in training to the next; 0 for none.
+        meter: what the steps have cost since the last record.
 
     """
 
@@ -65,8 +77,14 @@ class Distributed(Replica):
         super().__init__(model, optimizer, algorithm, schedule, world)
         self._algorithm = algorithm
         self._phases: Phases | None = None
+        self._meanwhile: Meanwhile = None
         self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._is_joining = False
+        self._ends: Gather | None = None
         self.optimizer = DistributedOptimizer(self)
+        self.is_compared = False
+        self.buffers_every = 0
+        self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
         if algorithm.begins_before_gradient:
             hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
             model.register_forward_pre_hook(hook)
@@ -76,7 +94,8 @@ class Distributed(Replica):
 
         Args:
             closure: computes the loss of the next batch, a scalar. It may call ``zero_grad()`` and ``backward()`` as
-                closures of `torch.optim` do; the backward pass is made here if it does not.
+                closures of `torch.optim` do; the backward pass is made here if it does not. It may then return None,
+                and the loss is not known.
             micro_batches: how many batches make up a step: the closure is called as often, and the gradient and the
                 loss are the means over these calls.
 
@@ -88,12 +107,13 @@ class Distributed(Replica):
         if micro_batches < 1:
             raise ConfigError(f"micro_batches = {micro_batches} must be at least 1")
         self.local.closure, self.local.micro_batches = closure, micro_batches
-        with self.naming_divergence():
-            for meanwhile in self._begun():
-                self.local.gradient(meanwhile)
-        if self.local.x.device.type == "cpu":  # on a GPU this would wait for the device in every step
-            self.check_finite()
-        self._end()
+        with self.meter:
+            self._step(self.local.gradient)
+            if self.local.has_loss and self.local.x.device.type == "cpu":  # a GPU would be waited for in every step
+                self.check_finite()
+            self._end()
+            if self.local.has_loss:
+                self.meter.add(self.local.loss)
         return self.local.loss
 
     def step_with_gradients(self, is_skipped: bool = False, scale: Tensor | None = None) -> None:
@@ -110,18 +130,51 @@ class Distributed(Replica):
                 step has begun without a forward pass, which GMC+ needs to compute its gradient where it wants it.
 
         """
-        if self._phases is None and self._algorithm.moves_model_for_gradient:
+        if self._phases is None and self._algorithm.moves_model_for_gradient and not is_skipped:
             raise ConfigError(
                 f"{self._algorithm.name} computes its gradient at another point than the model's, which it takes up "
                 "before the first forward pass: call the model itself, in training mode, or use gossip.step(closure)"
             )
-        with self.naming_divergence():
-            for _ in self._begun():
-                self.local.take_gradients(scale)
-                if is_skipped:
-                    self.local.g.zero_()
-                    self.local.skips_update = not self._algorithm.ranks_stay_equal
-        self._end()
+        with self.meter:
+            self._step(lambda _: self._skip() if is_skipped else self.local.take_gradients(scale))
+            self._end()
+
+    def metrics(self, loss: Tensor | float | None = None) -> Record:
+        """Return the means over ranks since the last call, the same on all of them; collective on all ranks.
+
+        Loss, bytes, seconds by part with those that are hidden, consensus distance (estimated from 4,096 of the
+        parameters), and in `diagnostics` what the algorithm reports, e.g. ``compression_error``. The seconds ``other``
+        are the caller's own between two steps: loading and evaluation, and forward and backward pass where they are
+        made outside of `step`. Steps before a restart are not in it.
+
+        Args:
+            loss: of this rank, where only the caller knows it; it takes the place of the mean over the steps.
+
+        Raises:
+            DivergenceError: a loss that is not finite, or public copies that have been running away for three records.
+            ConfigError: in the middle of a step.
+
+        """
+        self.require_between_steps("gossip.metrics()")
+        return self.meter.record(self, loss)
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Let ranks have unequal numbers of batches within the block; collective on all ranks.
+
+        A rank that has left the block goes on to take part in the exchanges, as in a skipped step (see
+        `step_with_gradients`), until all have left. In a sum its gradient counts as zero, not as absent. Costs an
+        all-gather of one number a step, which travels behind the gradient.
+        """
+        self.require_between_steps("join()")
+        self._is_joining = True
+        try:
+            yield
+        finally:
+            self._is_joining = False
+        self.require_between_steps("the end of join()")
+        while not all(has_left for (has_left,) in self.world.start_gather([True]).wait()):
+            self.step_with_gradients(is_skipped=True)
 
     def require_between_steps(self, what: str) -> None:
         """Raise ConfigError if a step has begun: `what` is to be done before a forward pass, or after its step."""
@@ -141,25 +194,44 @@ class Distributed(Replica):
         assert isinstance(self.algorithm, Algorithm)
         return self.algorithm.phases(self.local, self.state, self._exchange)
 
+    def begin(self) -> None:
+        """Begin a step, unless that has been done; collective on all ranks.
+
+        Calling the model in training mode does so by itself. This is for a loop that calls only parts of it, so that
+        messages of methods with overlap travel behind the forward pass there, too.
+        """
+        with self.naming_divergence():
+            self._begin()
+
+    def _step(self, compute: Callable[[Meanwhile], object]) -> None:
+        """Do one step of the algorithm with the gradient that `compute` brings into ``local.g``."""
+        with self.naming_divergence():
+            self._begin()
+            compute(self._meanwhile)
+            assert self._phases is not None
+            phases, self._phases = self._phases, None
+            for _ in phases:
+                raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
+
     def _begin(self) -> None:
         """Do what the algorithm does before the gradient, unless that has been done."""
         if self._phases is not None:
             return
         self.local.check()
+        if self.is_compared and self.steps % EVERY_STEPS == 0:
+            require_same_model(self.world, self.local)
+        if self._is_joining:
+            self._ends = self.world.start_gather([False])
         self._frozen = self.local.frozen()
         self._phases = self._make_phases()
         self._meanwhile = next(self._phases)
         self.local.show_parameters()
         self.local.listen(self._meanwhile)
 
-    def _begun(self) -> Phases:
-        """Do one step in the order of the algorithm; yields where the gradient is to be computed."""
-        self._begin()
-        assert self._phases is not None
-        yield self._meanwhile
-        phases, self._phases = self._phases, None
-        for _ in phases:
-            raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
+    def _skip(self) -> None:
+        """Take part in this step without a gradient."""
+        self.local.zero_grad()
+        self.local.skips_update = not self._algorithm.ranks_stay_equal
 
     def _end(self) -> None:
         """Finish what is not the algorithm's."""
@@ -167,13 +239,19 @@ class Distributed(Replica):
             x.copy_(before)
         self.local.skips_update = False
         self.local.end_step()
+        self.optimizer._opt_called = True
         self.steps += 1
+        if self.buffers_every and self.steps % self.buffers_every == 0:
+            for buffer in self.local.buffers():
+                self._exchange.mean_(buffer.view(-1))
+        if self._ends is not None:
+            self._ends.wait()
+            self._ends = None
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Begin a step with the first forward pass of training, so that messages travel behind it."""
         if module.training and torch.is_grad_enabled():
-            with self.naming_divergence():
-                self._begin()
+            self.begin()
 
 
 @overload
@@ -185,6 +263,8 @@ def distribute(
     compressor: Compressor | None = None,
     world: World | None = None,
     *,
+    clip: Clip | None = None,
+    buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
     hang_timeout_s: float = 600.0,
@@ -198,6 +278,8 @@ def distribute(
     compressor: Compressor | None = None,
     world: World | None = None,
     *,
+    clip: Clip | None = None,
+    buffers: Literal["averaged", "own"] = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
     hang_timeout_s: float = 600.0,
@@ -210,6 +292,8 @@ def distribute(
     compressor: Compressor | None = None,
     world: World | None = None,
     *,
+    clip: Clip | None = None,
+    buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
     hang_timeout_s: float = 600.0,
@@ -229,6 +313,10 @@ def distribute(
         compressor: takes the place of ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio
             for each rank.
         world: the ranks; by default those of ``mpiexec``. An uncaught exception then ends all of them.
+        clip: how gradients are shortened; None leaves them as they are.
+        buffers: what becomes of batch-norm statistics: ``"averaged"`` in `Distributed.averaged` and each rank's own in
+            training; ``"own"`` also there; or a number of steps after which they are averaged in training, too, by an
+            all-reduce.
         device: where to train: ``"cpu"``, ``"cuda"`` for the GPU of this rank, ``"auto"`` for a GPU if there is one;
             the model is moved there. By default it stays where it is.
         allow_shared_gpu: whether several ranks may use one GPU.
@@ -261,12 +349,24 @@ def distribute(
     require_size(getattr(algorithm, "compressor", Identity()), world.size)
     if schedule.size != world.size:
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
+    if isinstance(buffers, int) and buffers < 1:
+        raise ConfigError(f"buffers = {buffers} must be 'averaged', 'own', or a number of steps that is at least 1")
     if isinstance(algorithm, AsynchronousAlgorithm):
+        if isinstance(buffers, int):
+            raise ConfigError(f"buffers = {buffers}: {algorithm.name} has no common steps. Use 'averaged' or 'own'.")
         from mpicomp.training.asynchronous_distributed import AsynchronousDistributed  # here, because it builds on this
 
         gossip: Distributed = AsynchronousDistributed(model, optimizer, algorithm, schedule, world, is_own_world)
     else:
         gossip = Distributed(model, optimizer, algorithm, schedule, world)
+    if clip is not None and clip.after_sum and not algorithm.updates_with_sum:
+        raise ConfigError(
+            f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
+        )
+    gossip.local.clip, gossip.local.clip_sum = (None, clip) if clip and clip.after_sum else (clip, None)
+    gossip.averages_buffers = buffers != "own"
+    gossip.buffers_every = buffers if isinstance(buffers, int) else 0
+    gossip.is_compared = algorithm.ranks_stay_equal
     gossip.optimizer.take_over()
     _distributed.add(optimizer)
     return gossip

@@ -1,4 +1,4 @@
-"""How good the models of the ranks are, and how far apart."""
+"""How good the models of the ranks are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch import nn
 from mpicomp.timing import traced
 from mpicomp.training.data import Dataset
 from mpicomp.training.models import correct, loss
-from mpicomp.training.replica import Replica, root_mean_square
-
-SAMPLED_ENTRIES = 4096
-"""Parameters from which the records' consensus distance is estimated; result.json has the exact one."""
+from mpicomp.training.replica import Replica
 
 EVALUATION_BATCH = 500
 
@@ -50,15 +47,3 @@ def averaged_accuracy(replica: Replica, dataset: Dataset) -> float:
     with replica.averaged() as model:
         parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
     return sum(part.right for part in parts) / sum(part.total for part in parts)
-
-
-def sampled_consensus_distance(replica: Replica) -> float:
-    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange."""
-    x = replica.local.x
-    if len(x) > SAMPLED_ENTRIES:
-        generator = torch.Generator().manual_seed(replica.steps)
-        x = x[torch.randint(len(x), (SAMPLED_ENTRIES,), generator=generator).to(x.device)]
-    mean = x.clone()
-    replica.world.mean_(mean)
-    scale = (len(replica.local.x) / len(x)) ** 0.5
-    return root_mean_square(replica.world, scale * float((x - mean).norm()))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,9 +19,6 @@ from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
 from mpicomp.training.model_checks import listed, named_parameters, trained_parameters
 from mpicomp.training.pace import Pace
-
-CHECK_STEPS = 50
-"""Steps from one look at all modules of the model to the next: it takes as long as a small layer."""
 
 
 class FlatModel:
@@ -43,6 +41,7 @@ class FlatModel:
         clip_sum: changes `g` before the optimizer's step; None for no change.
         skips_update: whether `update` does nothing.
         loss: the mean loss of the last `gradient`, detached, on the device.
+        has_loss: whether that is known: a closure may return None.
         pace: how long each gradient takes.
 
     Raises:
@@ -64,13 +63,13 @@ class FlatModel:
         self.clip_sum: Callable[[Tensor], None] | None = None
         self.skips_update = False
         self.loss = torch.full((), torch.nan)
+        self.has_loss = False
         self.pace = Pace()
         self._meanwhile: Meanwhile = None
         self._is_hooked = False
         self._has_backward = False
         self._is_updating = False
         self._thread = 0
-        self._checks = 0
         self._parameters = [p for _, p in named]
         self._values = [x.view(shape) for x, shape in zip(self.spec.split(self.x), self.spec.shapes, strict=True)]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
@@ -84,6 +83,7 @@ class FlatModel:
         self._pointers = [p.data_ptr() for p in self._parameters]
         self._sizes: list[int] = []
         self._read_groups()
+        self._read_modules()
 
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""
@@ -175,7 +175,7 @@ class FlatModel:
     def show_parameters(self) -> None:
         """Round `x` to the parameters of another type: a change of `x` by an algorithm is not yet one of theirs."""
         for i in self._copies:
-            self._parameters[i].data.copy_(self._values[i])
+            self._values[i].copy_(self._parameters[i].data.copy_(self._values[i]))
 
     def end_step(self) -> None:
         """Have the parameters be `x` again, and their gradients `g`, after an algorithm's step."""
@@ -186,6 +186,10 @@ class FlatModel:
         """Return the part of `x` of each frozen parameter, with a copy of it."""
         pairs = zip(self._parameters, self._values, strict=True)
         return [(x, x.clone()) for p, x in pairs if not p.requires_grad]
+
+    def frozen_names(self) -> list[str]:
+        """Return the names of the frozen parameters."""
+        return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
 
     def check(self) -> None:
         """Look whether model and optimizer still are those that this was made of, and mend what can be mended.
@@ -200,13 +204,20 @@ class FlatModel:
             self._hear()
         if [len(group["params"]) for group in self.optimizer.param_groups] != self._sizes:
             self._read_groups()
-        if self._checks % CHECK_STEPS == 0:
+        if any(len(now) != len(then) or not all(map(is_, now.values(), then)) for now, then in self._children):
             self._check_modules()
-        self._checks += 1
+            self._read_modules()
+        for i in self._copies:
+            self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
 
     def buffers(self) -> list[Tensor]:
         """Return the floating-point buffers (batch-norm statistics), which may be averaged; counters may not."""
         return [b for b in self.model.buffers() if b.is_floating_point()]
+
+    def untrained(self) -> list[Tensor]:
+        """Return all tensors of the model beside those in `x`: parameters that the optimizer does not hold, buffers."""
+        own = set(self._parameters)
+        return [p for p in self.model.parameters() if p not in own] + list(self.model.buffers())
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the parameters and buffers, for `restore_`."""
@@ -228,6 +239,7 @@ class FlatModel:
             if not self._has_backward and loss is not None:
                 torch.autograd.backward(loss)
         self._collect()
+        self.has_loss = loss is not None
         return torch.full((), torch.nan) if loss is None else loss.detach()
 
     def _collect(self) -> None:
@@ -323,6 +335,11 @@ class FlatModel:
             else:
                 self._parts.append((slice(offset, stop), group))
             offset = stop
+
+    def _read_modules(self) -> None:
+        """Keep what each module consists of, to see whether one of them changes."""
+        held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
+        self._children = [(children, list(children.values())) for children in held]
 
     def _check_modules(self) -> None:
         """Raise ConfigError if the model has other trainable parameters than at first."""

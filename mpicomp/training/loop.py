@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from statistics import fmean
-
-import torch
-from torch import Tensor
 
 from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.tree import flatten, restore_
-from mpicomp.compression.base import SCRATCH
-from mpicomp.errors import CheckpointError, DivergenceError
+from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
-from mpicomp.timing import HIDDEN, recorder, take_seconds, traced, use_clock
+from mpicomp.timing import use_clock
 from mpicomp.topology import spectral_gap
 from mpicomp.training.asynchronous import train_asynchronously
 from mpicomp.training.config import RunConfig
 from mpicomp.training.distributed import Distributed
-from mpicomp.training.evaluation import averaged_accuracy, evaluate, sampled_consensus_distance
-from mpicomp.training.metrics import PARTS, Progress, Record, Result, summary, training_seconds
+from mpicomp.training.evaluation import averaged_accuracy, evaluate
+from mpicomp.training.meter import MEASURED
+from mpicomp.training.metrics import Callback, Progress, Record, Result, report, summary
 from mpicomp.training.resize import Course, load_resized
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
@@ -35,12 +29,6 @@ from mpicomp.training.setup import Setup, header, set_up
 from mpicomp.training.state import seed_random
 from mpicomp.training.stopping import Agreement, Reason, Signs, StopRequests, stopped
 from mpicomp.training.trace import Timeline
-
-MEASURED = (*PARTS, HIDDEN)
-"""The seconds of a record."""
-
-RUNAWAY_RECORDS = 3
-"""Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
 
 
 def train(
@@ -53,6 +41,7 @@ def train(
     resize: bool = False,
     requests: StopRequests | None = None,
     trace_steps: int = 0,
+    callbacks: Sequence[Callback] = (),
 ) -> Result | None:
     """Train as `config` says and return the result, the same on every rank; collective on all ranks.
 
@@ -65,6 +54,8 @@ def train(
         resize: whether it may be of another number of ranks (see `mpicomp.training.resize`).
         requests: what may ask the run to stop. It then stores a checkpoint and returns None.
         trace_steps: how many steps the timeline shows, from the first one of this start on; 0 for none.
+        callbacks: what rank 0 tells of each record, after `folder` and `progress`; where ranks may die, another one
+            may become rank 0, so give them on all ranks.
 
     Raises:
         MpicompError: bad input, named on all ranks before training starts; a loss that is not finite; a last
@@ -78,18 +69,19 @@ def train(
             setup = set_up(config, world)
         watchdog.moved()
         if isinstance(setup.algorithm, AsynchronousAlgorithm):
-            return train_asynchronously(config, world, setup, watchdog, folder, progress, checkpoint, resize, requests)
+            return train_asynchronously(
+                config, world, setup, watchdog, folder, progress, callbacks, checkpoint, resize, requests
+            )
         gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
         gossip.local.pace = config.pace(world)
-        meter = _Meter(torch.zeros((), dtype=torch.float64, device=world.device), world.now)
         seed_random(config.run.seed, world.rank)
         if checkpoint:
-            _restore_(checkpoint, gossip, meter, setup, config, resize)
+            _restore_(checkpoint, gossip, setup, config, resize)
             if folder and world.rank == 0:
                 folder.save_config(config)
                 folder.rewind(checkpoint.manifest.step)
         learning_rate = config.schedule.build(setup.epoch(setup.steps))
-        pause = _Pause(config, gossip, meter, setup.deal.course, folder, progress, requests)
+        pause = _Pause(config, gossip, setup.deal.course, folder, progress, requests)
         if folder and world.rank == 0:
             folder.save_ranks(watchdog.members)
         if progress:
@@ -99,27 +91,21 @@ def train(
             inputs, targets = setup.batch(step, world.rank, world.device)
             for group in setup.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
-            with meter:
-                meter.loss += gossip.step(partial(setup.loss, inputs, targets))
+            gossip.step(partial(setup.loss, inputs, targets))
             watchdog.moved(done)
             every = config.run.evaluate_every_epochs
             evaluate_now = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(step) / every)
             if evaluate_now or done % config.run.log_every == 0:
-                gossip.check_finite()
-                record = _record(gossip, setup, meter, evaluate_now)
+                record = _record(gossip, setup, evaluate_now)
                 watchdog.moved()
-                meter.check_copies(record)
-                if folder and world.rank == 0:
-                    folder.append(record)
-                if progress:
-                    progress.update(record)
+                report(record, world.rank, [folder, progress, *callbacks])
             if done < setup.steps and (reason := pause.after(done)):
                 if folder and world.rank == 0:  # not at the next start: a request may arrive while it begins
                     folder.stop_path.unlink(missing_ok=True)
                 if progress:
                     progress.finish(stopped(done, setup.steps, reason, folder.path if folder else None))
                 return None
-        result = _result(config, gossip, setup, meter, record)
+        result = _result(config, gossip, setup, record)
         with gossip.averaged() as model:
             if folder and world.rank == 0:
                 folder.save_model(model, config)
@@ -130,71 +116,6 @@ def train(
         return result
 
 
-@dataclass
-class _Meter:
-    """Adds up loss and seconds; enter it for each step, `take` what came since the last record.
-
-    Attributes:
-        loss: the sum over these steps, a scalar.
-        now: tells the time.
-        steps: how many they are.
-        seconds: of these steps and of meetings, in the order of `MEASURED`.
-        total_seconds: of all.
-        runaway: records in a row with public copies that have left the models.
-
-    """
-
-    loss: Tensor
-    now: Callable[[], float] = field(metadata=SCRATCH)
-    steps: int = 0
-    seconds: list[float] = field(default_factory=lambda: [0.0] * len(MEASURED))
-    total_seconds: float = 0.0
-    runaway: int = 0
-    start: float = field(default=0.0, metadata=SCRATCH)
-
-    def __enter__(self) -> None:
-        take_seconds()
-        self.start = self.now()
-
-    def __exit__(self, *error: object) -> None:
-        seconds = self.now() - self.start
-        parts = take_seconds()
-        if taker := recorder():
-            taker.end_step(self.start, self.start + seconds)
-        parts["mix"] = seconds - training_seconds(parts)
-        self.seconds = [sum_ + parts.get(part, 0.0) for sum_, part in zip(self.seconds, MEASURED, strict=True)]
-        self.total_seconds += seconds
-        self.steps += 1
-
-    @contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Book the time within the block, in which this rank waits for the others, as exchange."""
-        begun = self.now()
-        yield
-        seconds = self.now() - begun
-        if taker := recorder():
-            taker.add("meet", "exchange", begun, begun + seconds)
-        self.seconds[MEASURED.index("exchange")] += seconds
-        self.total_seconds += seconds
-
-    def take(self) -> tuple[float, dict[str, float]]:
-        """Return the mean loss and the seconds by part since the last call."""
-        taken = float(self.loss) / self.steps, dict(zip(MEASURED, self.seconds, strict=True))
-        self.loss.zero_()
-        self.steps, self.seconds = 0, [0.0] * len(MEASURED)
-        return taken
-
-    def check_copies(self, record: Record) -> None:
-        """Raise DivergenceError if the public copies have been running away for some records."""
-        error = record.diagnostics.get("compression_error", 0.0)
-        self.runaway = self.runaway + 1 if error > 1 else 0
-        if self.runaway == RUNAWAY_RECORDS:
-            raise DivergenceError(
-                f"the public copies have left the models behind (compression_error {error:.3g} at step {record.step}): "
-                "algorithm.gamma is too large for this compressor, or optimizer.lr is"
-            )
-
-
 class _Pause:
     """What happens between two steps: checkpoints, and the agreement to stop."""
 
@@ -202,7 +123,6 @@ class _Pause:
         self,
         config: RunConfig,
         gossip: Distributed,
-        meter: _Meter,
         course: Course,
         folder: RunFolder | None,
         progress: Progress | None,
@@ -210,7 +130,6 @@ class _Pause:
     ) -> None:
         self._section = config.checkpoint
         self._gossip = gossip
-        self._meter = meter
         self._course = course
         self._requests = requests
         self._agreement = Agreement(gossip.world, gossip.steps)
@@ -231,7 +150,7 @@ class _Pause:
         """Save if it is time to, and return why to stop now, if so; the last checkpoint is then stored."""
         agreed = Signs()
         if self._agreement.is_due(step):
-            with self._meter.meeting():
+            with self._gossip.meter.meeting():
                 agreed = self._agreement.next_round(step, self._signs())
             if self._saver and self._saver.is_pending and not agreed.writing and not self._begun_before_save:
                 self._saver.publish()
@@ -261,7 +180,7 @@ class _Pause:
 
     def _save(self, step: int) -> None:
         if self._saver:
-            own = {f"meter/{path}": leaf for path, leaf in flatten(self._meter).items()}
+            own = {f"meter/{path}": leaf for path, leaf in flatten(self._gossip.meter).items()}
             leaves = {**self._gossip.state_dict(), **own, "data/course": self._course.to_json()}
             self._saver.start(step, leaves)
             self._last_save = time.monotonic()
@@ -272,9 +191,7 @@ def _ignore(line: str) -> None:
     """Take the report of another rank than 0: there is none."""
 
 
-def _restore_(
-    checkpoint: Checkpoint, gossip: Distributed, meter: _Meter, setup: Setup, config: RunConfig, resize: bool
-) -> None:
+def _restore_(checkpoint: Checkpoint, gossip: Distributed, setup: Setup, config: RunConfig, resize: bool) -> None:
     """Take over the state in `checkpoint`; collective on all ranks."""
     world, size = gossip.world, checkpoint.manifest.size
     with together(world):
@@ -285,51 +202,37 @@ def _restore_(
     if not stored:
         stored = load_resized(gossip, checkpoint)
     prefix = "meter/"
-    restore_(meter, {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)})
+    meter = {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)}
+    restore_(gossip.meter, meter)
     deal = dataclasses.replace(setup.deal, size=size, course=Course.from_json(str(stored["data/course"])))
     setup.deal = deal if size == world.size else deal.resized(gossip.steps, world.size)
 
 
-@traced("record", "")
-def _record(gossip: Distributed, setup: Setup, meter: _Meter, with_accuracy: bool) -> Record:
+def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
-    with meter.meeting():  # ranks that are ahead of others owe the time until these are here
-        gossip.world.barrier()
-    mean_loss, seconds = meter.take()
-    distance = sampled_consensus_distance(gossip)
-    rows = gossip.world.all_gather(
-        (mean_loss, gossip.bytes_sent, seconds, gossip.algorithm.diagnostics(gossip.local, gossip.state))
-    )
-    losses, sent, parts, diagnostics = zip(*rows, strict=True)
+    record = gossip.metrics()
     accuracy = averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
-    return Record(
-        step=gossip.steps,
+    gossip.meter.skip()
+    return dataclasses.replace(
+        record,
         epoch=setup.epoch(gossip.steps),
-        loss=fmean(losses),
-        lr=gossip.local.lr,
-        bytes_sent=sum(sent),
-        seconds={part: fmean(p[part] for p in parts) for part in MEASURED},
-        consensus_distance=distance,
+        seconds={part: record.seconds[part] for part in MEASURED},
         test_accuracy=accuracy,
-        diagnostics={
-            key: fmean(numbers[key] for numbers in diagnostics if key in numbers)
-            for key in dict.fromkeys(key for numbers in diagnostics for key in numbers)
-        },
     )
 
 
-def _result(config: RunConfig, gossip: Distributed, setup: Setup, meter: _Meter, last: Record) -> Result:
+def _result(config: RunConfig, gossip: Distributed, setup: Setup, last: Record) -> Result:
     """Return what the whole run came to; collective on all ranks."""
     world = gossip.world
     own = evaluate(gossip.local.model, setup.dataset, world.device)
-    assert last.test_accuracy is not None
+    assert last.loss is not None and last.test_accuracy is not None
     return Result(
         algorithm=config.algorithm.kind,
         topology=config.topology.kind,
         compressor=config.compression.kind,
         ranks=world.size,
         steps=gossip.steps,
-        seconds=max(world.all_gather(meter.total_seconds)),
+        seconds=max(world.all_gather(gossip.meter.total_seconds)),
         train_loss=last.loss,
         test_accuracy=last.test_accuracy,
         test_accuracy_local=world.all_gather(own.right / own.total),

@@ -1,6 +1,7 @@
 """What a run reports: a `Record` every few steps, a `Result` at the end, and the `Progress` that a user sees.
 
-Rank 0 shows one live line on a terminal, and plain lines now and then in a log file.
+Records go to `Callback` objects, on rank 0: the run folder, a `TensorBoard`, and the progress, which is one live line
+on a terminal, and plain lines now and then in a log file.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -46,12 +47,13 @@ class Record:
 
     Attributes:
         step: steps done; of a rank on average, where ranks go at their own pace.
-        epoch: epochs done, fractional.
-        loss: of the training batches.
+        epoch: epochs done, fractional; None where nobody counts them.
+        loss: of the training batches; None where it is not known.
         lr: the learning rate of this step.
         bytes_sent: by all ranks together since the start; where some have died, by those that are left.
         seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
-            also wait, when there was nothing to do. ``exchange`` is what the rank has spent in exchanges: exposed.
+            also wait, when there was nothing to do; of `Distributed.metrics` also other, the caller's own time between
+            two steps. ``exchange`` is what the rank has spent in exchanges: exposed.
             ``exchange_hidden``, of synchronous methods, is no part of the sum: for how long messages were under way
             while the rank did other work, from the end of `Exchange.start` until they were seen to be there, or to
             the begin of `Pending.wait`. An overlapped method looks between two layers of the model; where nobody looks
@@ -66,8 +68,8 @@ class Record:
     """
 
     step: int
-    epoch: float
-    loss: float
+    epoch: float | None
+    loss: float | None
     lr: float
     bytes_sent: int
     seconds: dict[str, float]
@@ -76,6 +78,38 @@ class Record:
     diagnostics: dict[str, float] = field(default_factory=dict)
     gradients: list[int] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers that are known, as loggers draw them: ``loss``, ``seconds/gradient``, ``gradients/0``.
+
+        The names are those of the fields; without ``step``, to which they belong, and ``delays``, which are histograms.
+        """
+        return dict(_numbers({**dataclasses.asdict(self), "step": None, "delays": None}))
+
+
+def _numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in fields.items():
+        if isinstance(value, list):
+            yield from _numbers({str(index): entry for index, entry in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif value is not None:
+            yield prefix + name, value
+
+
+class Callback(Protocol):
+    """What is told of each record, on rank 0: a file, a logger, a display."""
+
+    def on_record(self, record: Record) -> None:
+        """Take in the next record; an error that is raised here ends the run."""
+
+
+def report(record: Record, rank: int, callbacks: Sequence[Callback | None]) -> None:
+    """Tell the callbacks that there are, in their order, if `rank` is 0."""
+    if rank == 0:
+        for callback in callbacks:
+            if callback is not None:
+                callback.on_record(record)
 
 
 @dataclass(frozen=True)
@@ -223,7 +257,7 @@ class Progress:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
 
-    def update(self, record: Record) -> None:
+    def on_record(self, record: Record) -> None:
         """Show `record`: in place on a terminal, as a line now and then elsewhere."""
         if record.test_accuracy is not None:
             self._accuracy = record.test_accuracy
@@ -261,9 +295,11 @@ class Progress:
         """Return the part of the run that is done."""
         if self._steps is not None:
             return record.step / self._steps
-        return record.epoch / self._epochs if self._epochs else 0.0
+        return record.epoch / self._epochs if self._epochs and record.epoch is not None else 0.0
 
     def _line(self, record: Record, now: float) -> str:
+        epoch = f"epoch {record.epoch:6.2f}  " if record.epoch is not None else ""
+        loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
         accuracy = f"{self._accuracy:7.2%}" if self._accuracy is not None else "      -"
         rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
         done = self._done(record)
@@ -274,6 +310,6 @@ class Progress:
         distance = record.consensus_distance
         consensus = f"consensus {distance:8.2e}  " if distance is not None else ""
         return (
-            f"epoch {record.epoch:6.2f}  step {record.step:6}  loss {record.loss:7.4f}  accuracy {accuracy}  "
+            f"{epoch}step {record.step:6}  loss {loss}  accuracy {accuracy}  "
             f"sent {sent}  {ranks}{consensus}{readable_time(left)} left"
         )

@@ -19,9 +19,14 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a tensor has without `torch.compile`."""
+    return name.replace("_orig_mod.", "")
+
+
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters with the names that they have without `torch.compile`."""
-    return [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    return [(plain_name(name), p) for name, p in model.named_parameters()]
 
 
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -54,6 +59,17 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     trained = [(name, p) for name, p in named if p in held]
     if not any(p.requires_grad for _, p in trained):
         raise ConfigError("the model has no trainable parameters")
+    if empty := [name for name, p in named if p.is_meta]:
+        raise ConfigError(
+            f"parameters are on the meta device and have no values: {listed(empty)}. Materialize them first"
+        )
+    owners: dict[int, str] = {}
+    for name, p in trained:
+        if p.numel() and (other := owners.setdefault(p.data_ptr(), name)) != name:
+            raise ConfigError(
+                f"parameters {other} and {name} share memory without being one: tie them by giving both modules the "
+                "same nn.Parameter"
+            )
     devices = {p.device: name for name, p in trained}
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())

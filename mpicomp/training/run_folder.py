@@ -5,10 +5,12 @@ metrics.jsonl   one `Record` a line
 ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
 trace/          a timeline, if it was asked for (`mpicomp.training.trace`)
+tensorboard/    the records for TensorBoard, if it was asked for (`mpicomp.training.tensorboard`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
 model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
-                the module, and the attributes ``format``, ``version`` and ``config`` (the text of config.toml)
+                the module, where tied ones are links to one dataset, and the attributes ``format``, ``version`` and
+                ``config`` (the text of config.toml)
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
 from mpicomp.training.config import RunConfig
 from mpicomp.training.metrics import Record, Result, to_json
+from mpicomp.training.model_checks import named_parameters, plain_name
+from mpicomp.training.state import aliases
 
 FORMAT = "mpicomp model"
 VERSION = 1
@@ -115,6 +119,11 @@ class RunFolder:
         return self.path / "trace"
 
     @property
+    def tensorboard_path(self) -> Path:
+        """The folder for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
     def stop_path(self) -> Path:
         """The file that asks the run to stop."""
         return self.path / "stop"
@@ -147,7 +156,7 @@ class RunFolder:
         with _replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
-    def append(self, record: Record) -> None:
+    def on_record(self, record: Record) -> None:
         """Add a record; it is in the file when this returns, whatever happens to the run."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
@@ -201,6 +210,9 @@ class RunFolder:
             for group, tensors in _tensors(model).items():
                 for name, tensor in tensors.items():
                     file.create_dataset(f"{group}/{name}", data=_array(tensor))
+            for name, other in aliases(model).items():
+                group = "parameters" if f"parameters/{other}" in file else "buffers"
+                file[f"{group}/{name}"] = file[f"{group}/{other}"]
 
     @torch.no_grad()
     def load_model(self, model: nn.Module) -> None:
@@ -213,9 +225,10 @@ class RunFolder:
         try:
             with h5py.File(self.model_path, "r", locking="best-effort") as file:
                 self._check_format(file)
-                groups = _tensors(model)
+                groups, tied = _tensors(model), aliases(model)
                 for group, tensors in groups.items():
-                    self._check_names(group, tensors, file.get(group, {}))
+                    stored = file.get(group, {})
+                    self._check_names(group, tensors, {name: stored[name] for name in stored if name not in tied})
                 for group, tensors in groups.items():
                     for name, tensor in tensors.items():
                         tensor.copy_(torch.from_numpy(np.asarray(file[f"{group}/{name}"][()])))
@@ -230,8 +243,8 @@ class RunFolder:
         if (version := int(file.attrs["version"])) != VERSION:
             raise CheckpointError(f"{self.model_path}: has format version {version}, this program reads {VERSION}")
 
-    def _check_names(self, group: str, tensors: dict[str, Tensor], stored: Any) -> None:
-        """Compare names and shapes; `stored` is an HDF5 group, or an empty dict."""
+    def _check_names(self, group: str, tensors: dict[str, Tensor], stored: dict[str, h5py.Dataset]) -> None:
+        """Compare names and shapes."""
         wrong = [f"lacks {name}" for name in tensors if name not in stored]
         wrong += [f"has {name}, which the model lacks" for name in stored if name not in tensors]
         wrong += [
@@ -245,9 +258,9 @@ class RunFolder:
 
 def _tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return what makes up a model, by group and name; tied parameters once, buffers that are not stored left out."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in named_parameters(model)}
     persistent = model.state_dict()
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    buffers = {plain_name(name): b for name, b in model.named_buffers() if name in persistent}
     return {"parameters": parameters, "buffers": buffers}
 
 

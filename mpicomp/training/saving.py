@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 
-from mpicomp.checkpoint.folder import Checkpoint, Checkpoints, Manifest, open_checkpoint, rank_file
+from mpicomp.checkpoint.folder import Checkpoint, Checkpoints, Manifest, open_checkpoint, rank_file, step_folder
 from mpicomp.checkpoint.hdf5 import Digest
 from mpicomp.checkpoint.tree import Leaf
 from mpicomp.checkpoint.writer import Writer
@@ -225,17 +225,17 @@ def _now() -> str:
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="seconds")
 
 
-def find_checkpoint(world: World, folder: Path) -> Checkpoint | None:
+def find_checkpoint(world: World, folder: Path, step: int | None = None) -> Checkpoint | None:
     """Return the newest checkpoint in `folder`, the same on all ranks, or None; collective on all ranks.
 
     Raises:
-        CheckpointError: the newest one cannot be read.
+        CheckpointError: the newest one cannot be read; or there is none of `step`, if that is given.
 
     """
     newest, error = None, None
     if world.rank == 0:
         try:
-            newest = Checkpoints(folder).latest()
+            newest = Checkpoints(folder).latest() if step is None else open_checkpoint(folder / step_folder(step))
         except CheckpointError as failure:
             error = failure
     agree(world, error)

@@ -2,8 +2,9 @@
 
 model/parameters                     (n,) the trainable parameters, flat
 model/tensors                        JSON: name and shape of each tensor in it, in order
+model/aliases                        JSON: by each further name of a tied tensor, the name under which it is stored
 model/buffers/<name>                 persistent buffers, e.g. batch-norm statistics and counters
-model/frozen/<name>                  parameters that are not trained
+model/frozen/<name>                  parameters that the optimizer does not hold
 optimizer/groups                     JSON: the hyper-parameters of each group
 optimizer/state/<key>/<name>         what the optimizer keeps for the parameter <name>
 algorithm/<field>                    public copies, residuals, moments, positions in random streams
@@ -19,6 +20,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from mpicomp.checkpoint.tree import Leaf, flatten, restore_
 from mpicomp.compression.random import mix64
 from mpicomp.errors import CheckpointError
 from mpicomp.training.flat import FlatModel
+from mpicomp.training.model_checks import named_parameters, plain_name
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
@@ -37,8 +40,20 @@ def model_leaves(local: FlatModel) -> dict[str, Leaf]:
     return {
         "model/parameters": local.x,
         "model/tensors": json.dumps(tensors),
-        **{f"model/{path}": tensor for path, tensor in _others(local.model)},
+        "model/aliases": json.dumps(aliases(local.model)),
+        **{f"model/{path}": tensor for path, tensor in _others(local)},
     }
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Return for each further name, in its `state_dict`, of a tied tensor the first one; names as without compile."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    stored = model.state_dict()
+    first: dict[Tensor, str] = {}
+    named = [(plain_name(name), tensor) for name, tensor in chain(parameters, buffers) if name in stored]
+    firsts = {name: first.setdefault(tensor, name) for name, tensor in named}
+    return {name: other for name, other in firsts.items() if name != other}
 
 
 def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
@@ -53,7 +68,7 @@ def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
         raise CheckpointError(
             f"the checkpoint is of another model: {differences or 'the tensors are in another order'}{more}"
         )
-    others = {f"model/{path}": tensor for path, tensor in _others(local.model)}
+    others = {f"model/{path}": tensor for path, tensor in _others(local)}
     _overwrite_({"model/parameters": local.x, **others}, stored, "model")
 
 
@@ -87,7 +102,10 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
     ]
     own, theirs = ([sorted(group.keys() - {"params"}) for group in some] for some in (current, groups))
     if own != theirs:
-        raise CheckpointError(f"the checkpoint is of another optimizer: hyper-parameters {theirs} instead of {own}")
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer: hyper-parameters {theirs} instead of {own}; if some are those of "
+            "a scheduler, make it before resume"
+        )
     index = {name: i for i, (name, _) in enumerate(_optimized(local))}
     state: dict[int, dict[str, Leaf]] = {}
     for path, value in stored.items():
@@ -162,16 +180,17 @@ def seed_random(*key: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
-def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``buffers/<name>`` and ``frozen/<name>``: all that `state_dict` has beside the trainable parameters."""
-    stored = model.state_dict()
-    yield from ((f"buffers/{name}", buffer) for name, buffer in model.named_buffers() if name in stored)
-    yield from ((f"frozen/{name}", p.detach()) for name, p in model.named_parameters() if not p.requires_grad)
+def _others(local: FlatModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``buffers/<name>`` and ``frozen/<name>``: all that `state_dict` has beside the flat parameters."""
+    stored, trained = local.model.state_dict(), set(local.spec.names)
+    buffers = [(plain_name(name), buffer) for name, buffer in local.model.named_buffers() if name in stored]
+    yield from ((f"buffers/{name}", buffer) for name, buffer in buffers)
+    yield from ((f"frozen/{name}", p.detach()) for name, p in named_parameters(local.model) if name not in trained)
 
 
 def _optimized(local: FlatModel) -> list[tuple[str, nn.Parameter]]:
     """Return the optimizer's parameters with their names, in the order of its `state_dict`."""
-    names = {p: name for name, p in local.model.named_parameters()}
+    names = {p: name for name, p in named_parameters(local.model)}
     parameters = [p for group in local.optimizer.param_groups for p in group["params"]]
     if unknown := [tuple(p.shape) for p in parameters if p not in names]:
         raise CheckpointError(f"the optimizer has parameters that are not the model's, of shapes {unknown}")
@@ -179,7 +198,7 @@ def _optimized(local: FlatModel) -> list[tuple[str, nn.Parameter]]:
 
 
 def _overwrite_(tensors: Mapping[str, Tensor], stored: Mapping[str, Leaf], part: str) -> None:
-    theirs = {path for path in stored if path.startswith(f"{part}/")} - {f"{part}/tensors"}
+    theirs = {path for path in stored if path.startswith(f"{part}/")} - {f"{part}/tensors", f"{part}/aliases"}
     if theirs != tensors.keys():
         missing, surplus = sorted(tensors.keys() - theirs), sorted(theirs - tensors.keys())
         raise CheckpointError(f"the checkpoint is of another {part}: it lacks {missing}, it has {surplus} too much")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import OPEN_MPI_HERE, records, wait_until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(ROOT.glob(".venv*/bin/mpiexec"))
@@ -108,7 +109,7 @@ class Run:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     victims = [1, 0]
-    with Run(way, tmp_path, *RUN, "--run-dir", tmp_path / "run") as run:
+    with Run(way, tmp_path, *RUN, "--run-dir", tmp_path / "run", "--tensorboard") as run:
         for number, victim in enumerate(victims):
             wait_until(partial(run.has_reached, 20 + 25 * number), "training")
             run.kill(victim)
@@ -126,6 +127,9 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     assert sum(result["gradients"]) < BATCHES
     steps = [record["step"] for record in records(run.folder)]
     assert steps == sorted(steps)
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == steps  # of rank 0, and of the one that took its place
     assert steps[-1] in range(BATCHES // 4, BATCHES // 4 + 2)  # with the batches that the dead had taken
 
     again = tmp_path / "again"

@@ -60,6 +60,70 @@ def test_every_kind_of_optimizer_goes_on_bit_for_bit(world, shared_tmp_path, opt
     check_resumes(world, shared_tmp_path, DPSGD(), optimizer)
 
 
+def with_schedulers(gossip):
+    """Return a scheduler whose state has None, nested schedulers and a Counter with integer keys."""
+    optimizer, kinds = gossip.local.optimizer, torch.optim.lr_scheduler
+    parts = [
+        kinds.LambdaLR(optimizer, lambda epoch: (epoch + 1) / 4),
+        kinds.MultiStepLR(optimizer, [4, 4, 6], gamma=0.5),
+    ]
+    return kinds.SequentialLR(optimizer, parts, milestones=[4])
+
+
+def test_a_scheduler_goes_on_bit_for_bit(world, shared_tmp_path):
+    def steps(gossip, closure, scheduler, first, last):
+        lrs = []
+        for step in range(first, last):
+            gossip.step(closure(step))
+            scheduler.step()
+            lrs.append(gossip.local.lr)
+        return lrs
+
+    gossip, closure = make(world, METHODS["choco"])
+    scheduler = with_schedulers(gossip)
+    steps(gossip, closure, scheduler, 0, 6)
+    gossip.save(shared_tmp_path, extra={"scheduler": scheduler.state_dict(), "epoch": 6, "rank": (world.rank, None)})
+    undisturbed_lrs = steps(gossip, closure, scheduler, 6, 12)
+    undisturbed = gossip.local.x
+
+    gossip, closure = make(world, METHODS["choco"], seed=1)
+    scheduler = with_schedulers(gossip)
+    extra = gossip.resume(shared_tmp_path)
+    assert extra["epoch"] == 6
+    assert extra["rank"] == (world.rank, None)
+    scheduler.load_state_dict(extra["scheduler"])
+    assert steps(gossip, closure, scheduler, 6, 12) == undisturbed_lrs
+    assert len(set(undisturbed_lrs)) == 3
+    assert torch.equal(gossip.local.x, undisturbed)
+
+
+def test_extra_that_one_rank_cannot_store_is_an_error_on_every_rank(world, shared_tmp_path):
+    gossip, _ = make(world, DPSGD())
+    bad = world.size - 1
+    extra = {"loader": {"workers": [3, open if world.rank == bad else None]}}
+    with pytest.raises(CheckpointError, match=rf"^extra\['loader'\]\['workers'\]\[1\] is of type .*rank {bad}"):
+        gossip.save(shared_tmp_path, extra=extra)
+    world.barrier()
+    assert list(shared_tmp_path.iterdir()) == []
+
+
+def test_averaged_is_entered_together_and_left_to_each_rank(world):
+    gossip, closure = make(world, DPSGD())
+    gossip.step(closure(0))
+    losses = []
+    for _ in range(3):
+        with gossip.averaged() as model, torch.no_grad():
+            if world.rank == 0:
+                assert not model.training
+                losses.append(float(closure(5)()))
+        assert gossip.local.model.training
+    assert len(losses) == (3 if world.rank == 0 else 0)
+    assert len(set(losses)) <= 1
+    states = world.all_gather(gossip.averaged_state_dict())
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, state[name]) for state in states), name
+
+
 def test_random_generators_go_on(world, shared_tmp_path):
     def draw():
         return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()

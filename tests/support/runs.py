@@ -23,7 +23,32 @@ OPEN_MPI_HERE = {
 
 def mpicomp(*arguments, ranks=None, timeout=120):
     """Run a command to its end, on MPI ranks if their number is given; nothing of it is left when it hangs."""
-    process = start(*arguments, ranks=ranks)
+    return _finish(start(*arguments, ranks=ranks), arguments, timeout)
+
+
+def run_program(program, *arguments, ranks, environment=(), timeout=120):
+    """Run a Python program on MPI ranks to its end, as `mpicomp` runs a command."""
+    return _finish(_start([program, *arguments], ranks, dict(environment)), arguments, timeout)
+
+
+def start(*arguments, ranks=None):
+    """Start a command in a process group of its own; standard error goes where output goes."""
+    return _start(["-m", "mpicomp", *arguments], ranks, {})
+
+
+def _start(words, ranks, environment):
+    launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks else []
+    return subprocess.Popen(
+        [*launcher, sys.executable, *map(str, words)],
+        env=os.environ | OPEN_MPI_HERE | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _finish(process, arguments, timeout):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -31,19 +56,6 @@ def mpicomp(*arguments, ranks=None, timeout=120):
         output, _ = process.communicate()
         raise AssertionError(f"hung for {timeout} s: {arguments}\n{output}") from None
     return subprocess.CompletedProcess(arguments, process.returncode, output)
-
-
-def start(*arguments, ranks=None):
-    """Start a command in a process group of its own; standard error goes where output goes."""
-    launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks else []
-    return subprocess.Popen(
-        [*launcher, sys.executable, "-m", "mpicomp", *map(str, arguments)],
-        env=os.environ | OPEN_MPI_HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def ranks_of(folder):

@@ -19,6 +19,7 @@ ORDER = [
     "algorithms",
     "checkpoint",
     "training",
+    "integrations",
     "batch",
     "cli",
 ]

@@ -151,6 +151,24 @@ def test_hidden_seconds_are_at_most_those_until_the_wait(clock):
         assert seconds == {"exchange": 0, HIDDEN: 7}
 
 
+def test_seconds_that_are_taken_meanwhile_are_not_hidden():
+    """With messages under way from one step into the next."""
+
+    def serve(world):
+        use_clock(clock := Clock())
+        exchange = world.exchange(ring(world.size))
+        timed("exchange")(clock.go)(100)
+        pending = exchange.start({"x": torch.ones(4)}, LAYOUT, exchange.schedule)
+        clock.go(1)
+        first = take_seconds()
+        timed("exchange")(clock.go)(10)
+        clock.go(2)
+        pending.wait()
+        return first, take_seconds()
+
+    assert loopback.run(2, serve) == [({"exchange": 100}, {"exchange": 10, HIDDEN: 3})] * 2
+
+
 def test_nothing_is_hidden_without_work_or_without_neighbors(clock):
     assert loopback.run(2, hidden, clock, lambda _: None) == [{"exchange": 0, HIDDEN: 0}] * 2
     assert loopback.run(1, hidden, clock, lambda _: clock.go(7)) == [{"exchange": 0}]

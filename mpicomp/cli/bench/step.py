@@ -21,11 +21,10 @@ from mpicomp.cli.bench.machine import console, json_option, machine, print_machi
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import guard, together
-from mpicomp.timing import take_seconds
 from mpicomp.training.config import RunConfig
 from mpicomp.training.distributed import Distributed
 from mpicomp.training.flat import FlatModel
-from mpicomp.training.metrics import PARTS, readable_bytes, training_seconds
+from mpicomp.training.metrics import PARTS, readable_bytes
 from mpicomp.training.setup import Setup, set_up
 from mpicomp.training.state import seed_random
 
@@ -135,7 +134,11 @@ def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: 
         steps = range(block * length, (block + 1) * length)
         batches = [setup.batch(step % setup.steps, world.rank, world.device) for step in steps]
         sent = gossip.bytes_sent
+        gossip.meter.skip()  # what the other model has done
         row = _timed(world, [partial(gossip.step, partial(setup.loss, *batch)) for batch in batches])
+        _, parts = gossip.meter.take()
+        row |= {part: parts[part] / length for part in PARTS if part != "mix"}
+        row["mix"] = row["seconds"] - sum(row[part] for part in PARTS if part != "mix")
         row["nbytes"] = (gossip.bytes_sent - sent) / length
         row["alone"] = _timed(world, [partial(alone.step, *batch) for batch in batches])["seconds"]
         rows.append(row)
@@ -172,17 +175,13 @@ class _Alone:
 
 
 def _timed(world: World, steps: Sequence[Callable[[], object]]) -> dict[str, float]:
-    """Return the mean seconds of `steps`, started on all ranks at the same time: by part, and of this thread."""
+    """Return the mean seconds of `steps`, started on all ranks at the same time: wall-clock, and of this thread."""
     world.barrier()
-    take_seconds()
     cpu, start = time.thread_time(), time.perf_counter()
     for run in steps:
         run()
     seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
-    parts = take_seconds()
-    parts["mix"] = seconds - training_seconds(parts)
-    count = len(steps)
-    return {"seconds": seconds / count, "cpu": cpu / count} | {part: parts.get(part, 0.0) / count for part in PARTS}
+    return {"seconds": seconds / len(steps), "cpu": cpu / len(steps)}
 
 
 def _report(

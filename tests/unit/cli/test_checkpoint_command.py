@@ -7,8 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from support import tied
 
 from mpicomp.cli import main
+from mpicomp.cli.checkpoint import _difference
+from mpicomp.exchange import loopback
 
 CONFIG = """
 [model]
@@ -130,6 +133,68 @@ def test_export_gives_the_averaged_model_of_the_run(trained, tmp_path, name):
         assert set(exported) == set(file["parameters"])
         for parameter, tensor in exported.items():
             assert torch.equal(tensor, torch.from_numpy(file["parameters"][parameter][()]))
+
+
+@pytest.fixture
+def with_extra(tmp_path):
+    """The checkpoint of a script of one's own, and one that differs in what is the script's."""
+
+    def serve(world):
+        gossip = tied.train(world)
+        extra = {"scheduler": {"_schedulers": [{"lr_lambdas": [None]}], "last_epoch": 3}, "a/b": {1: torch.ones(2, 2)}}
+        gossip.save(tmp_path / "one", extra=extra)
+        extra["scheduler"]["last_epoch"] = 4
+        extra["a/b"][1][0, 0] = -1
+        gossip.save(tmp_path / "other", extra=extra)
+
+    loopback.run(2, serve)
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_show_lists_what_is_the_scripts_own(with_extra):
+    result = run("show", with_extra[0])
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if "extra/" in line}
+    assert rows["extra/['a%2Fb'][1]"] == ["2x2", "float32", "16", "B", "2"]
+    assert rows["extra/structure"][1] == "str"
+    aliases = next(line for line in result.output.splitlines() if "model/aliases" in line)
+    assert '{"again.weight": "middle.weight"' in aliases
+
+
+def test_diff_shows_where_what_is_the_scripts_own_differs(with_extra):
+    result = run("diff", *with_extra)
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["extra/['a%2Fb'][1]", "extra/structure"] * 2
+    assert lines[0].endswith("1 of 4 entries differ, by at most 2")
+    assert '"last_epoch", 3]' in lines[1] and '"last_epoch", 4]' in lines[1]
+
+
+def test_verify_names_what_is_the_scripts_own(with_extra):
+    assert run("verify", with_extra[0]).output.count("2 files are sound") == 1
+    flip(with_extra[0] / "step_00000003" / "rank_00001.h5", "extra/['a%2Fb'][1]")
+    result = run("verify", with_extra[0])
+    assert result.exit_code == 6
+    assert "rank_00001.h5: is damaged (SHA-256): the dataset /extra/['a%2Fb'][1]" in result.output
+
+
+def test_export_counts_tied_weights_once(with_extra, tmp_path):
+    output = run("export", with_extra[0], tmp_path / "model.safetensors").output
+    parameters = 7 * 4 + 2 * 4 + (4 * 4 + 4) + 7
+    assert f": 9 tensors, {parameters + 2 * 4 + 1} entries; the mean of 2 ranks at step 3" in output
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "shown"),
+    [
+        ("equal " * 20 + "a b", "equal " * 20 + "c", "...l equal equal equal a b and ...l equal equal equal c"),
+        ("a", "b", "a and b"),
+        (1, 2, "1 and 2"),
+        (torch.tensor([1j]), torch.tensor([3j]), "1 of 1 entries differ, by at most 2"),
+    ],
+)
+def test_differences_of_leaves(left, right, shown):
+    assert _difference(left, right) == shown
 
 
 @pytest.mark.parametrize(

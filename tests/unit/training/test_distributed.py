@@ -23,6 +23,19 @@ def test_all_ranks_start_from_rank_0():
         assert x[:2].eq(0).all()
 
 
+def test_what_is_not_trained_is_rank_0s_too():
+    def serve(world):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        model[0].requires_grad_(False)
+        nn.init.constant_(model[0].weight, world.rank)
+        model[1].num_batches_tracked.fill_(world.rank)
+        distribute(model, torch.optim.SGD(model[1].parameters(), lr=0.1), DPSGD(), ring, world=world)
+        return model.state_dict()
+
+    first, *others = loopback.run(3, serve)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
 def test_a_topology_may_be_a_function_or_a_graph():
     for topology in (ring, ring(3)):
         assert loopback.run(3, lambda world, t=topology: linear(world, topology=t).schedule.name) == ["ring"] * 3

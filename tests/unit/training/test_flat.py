@@ -202,3 +202,18 @@ def test_an_error_between_the_layers_is_that_of_the_gradient():
     with pytest.raises(KeyError, match="lost"):
         local.gradient(fail)
     local.gradient()
+
+
+def test_parameters_that_share_memory_without_being_one_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ConfigError, match=r"0.weight and 1.weight share memory .* the same nn.Parameter"):
+        FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_values_loaded_into_parameters_of_another_type_count():
+    model = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.LayerNorm(2))
+    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.load_state_dict({name: torch.full_like(p, 3.0) for name, p in model.state_dict().items()})
+    local.check()
+    assert local.x.eq(3).all()

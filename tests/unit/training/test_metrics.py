@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from mpicomp.training import metrics
-from mpicomp.training.metrics import Progress, Record, Result, readable_bytes, readable_time, summary, to_json
+from mpicomp.training.metrics import (
+    Progress,
+    Record,
+    Result,
+    readable_bytes,
+    readable_time,
+    report,
+    summary,
+    to_json,
+)
 
 
 def record(step, accuracy=None, sent=1_000_000, loss=0.5):
@@ -78,6 +87,34 @@ def test_reports_are_json():
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 
 
+def test_scalars_are_the_numbers_that_are_known():
+    told = Record(7, None, 0.5, 0.1, 80, {"mix": 2.0}, None, None, {"ratio": 0.01}, [3, 4], {"0<1": [5, 6]})
+    assert told.scalars() == {
+        "loss": 0.5,
+        "lr": 0.1,
+        "bytes_sent": 80,
+        "seconds/mix": 2.0,
+        "diagnostics/ratio": 0.01,
+        "gradients/0": 3,
+        "gradients/1": 4,
+    }
+
+
+def test_rank_0_tells_all_callbacks_in_their_order():
+    told = []
+
+    class Listener:
+        def __init__(self, name):
+            self.name = name
+
+        def on_record(self, record):
+            told.append((self.name, record.step))
+
+    for rank in (1, 0):
+        report(record(3), rank, [Listener("a"), None, Listener("b")])
+    assert told == [("a", 3), ("b", 3)]
+
+
 def test_what_json_lacks_becomes_null():
     stored = json.loads(to_json(record(3, loss=math.nan)))
     assert stored["loss"] is None
@@ -132,7 +169,7 @@ def test_a_line_holds_what_a_user_asks_for(clock):
     with Progress(steps=100, epochs=None, console=out) as progress:
         progress.start(["header"])
         clock.now += 10
-        progress.update(record(20, accuracy=0.91234))
+        progress.on_record(record(20, accuracy=0.91234))
     header, line = lines(out)
     assert header == "header"
     for text in (
@@ -147,12 +184,20 @@ def test_a_line_holds_what_a_user_asks_for(clock):
         assert text in line
 
 
+def test_a_line_leaves_out_what_is_not_known():
+    out = console()
+    progress = Progress(steps=10, epochs=None, console=out)
+    progress.start([])
+    progress.on_record(Record(10, None, None, 0.1, 0, {}, None))
+    assert lines(out)[0].startswith("step     10  loss       -  accuracy       -  sent")
+
+
 def test_a_run_in_epochs_knows_what_is_left(clock):
     out = console()
     progress = Progress(steps=None, epochs=4, console=out)
     progress.start([])
     clock.now += 10
-    progress.update(record(20))
+    progress.on_record(record(20))
     assert "0:10 left" in lines(out)[0]
 
 
@@ -162,7 +207,7 @@ def test_a_log_file_gets_few_lines(clock):
     progress.start([])
     for step in range(1, 101):
         clock.now += 0.5
-        progress.update(record(step))
+        progress.on_record(record(step))
     assert len(lines(out)) == 10
     assert not any("\x1b" in line or "\r" in line for line in lines(out))
 
@@ -172,10 +217,10 @@ def test_a_new_accuracy_is_shown_soon(clock):
     progress = Progress(steps=1000, epochs=None, console=out)
     progress.start([])
     clock.now += 1.5
-    progress.update(record(1))
-    progress.update(record(2, accuracy=0.5))
+    progress.on_record(record(1))
+    progress.on_record(record(2, accuracy=0.5))
     clock.now += 0.1
-    progress.update(record(3, accuracy=0.6))
+    progress.on_record(record(3, accuracy=0.6))
     assert ["50.00%" in line for line in lines(out)] == [True]
 
 
@@ -183,7 +228,7 @@ def test_the_last_record_is_always_shown(clock):
     out = console()
     progress = Progress(steps=10, epochs=None, console=out)
     progress.start([])
-    progress.update(record(10, accuracy=0.5))
+    progress.on_record(record(10, accuracy=0.5))
     progress.finish(["summary"])
     assert lines(out)[-1] == "summary"
     assert "0:00 left" in lines(out)[-2]
@@ -194,7 +239,7 @@ def test_a_terminal_shows_every_record_in_place(clock):
     with Progress(steps=10, epochs=None, console=out) as progress:
         progress.start(["header"])
         clock.now += 0.01
-        progress.update(record(1))
+        progress.on_record(record(1))
         assert "step      1" in out.file.getvalue()
         assert "\x1b[?25l" in out.file.getvalue()
     assert "\x1b[?25h" in out.file.getvalue()

@@ -187,3 +187,13 @@ def test_micro_batches_are_one_step_of_their_mean(name):
     for (x, losses), (x_loop, losses_loop) in zip(loopback.run(3, closures), loopback.run(3, loop), strict=True):
         torch.testing.assert_close(x, x_loop)
         assert losses == pytest.approx(losses_loop)
+
+
+def test_a_closure_that_has_gone_backward_may_return_nothing():
+    def serve(world):
+        gossip, closure = small.make(world, DPSGD())
+        for step in range(STEPS):
+            gossip.optimizer.step(lambda step=step: closure(step)().backward())
+        return gossip.local.x.clone()
+
+    assert equal(loopback.run(2, serve), loopback.run(2, by_closure, DPSGD()))

@@ -19,7 +19,7 @@ def make(tmp_path):
         folder.save_config(RunConfig.from_toml("optimizer.lr = 0.1\ntraining.steps = 3"))
         for i in range(1, records + 1):
             accuracy = 0.1 * i if i % 2 else None
-            folder.append(Record(i, i / 2, 1 / i, 0.1, 10 * i, {"gradient": 0.5, "mix": 0.5}, consensus, accuracy))
+            folder.on_record(Record(i, i / 2, 1 / i, 0.1, 10 * i, {"gradient": 0.5, "mix": 0.5}, consensus, accuracy))
         return folder.path
 
     return make_run

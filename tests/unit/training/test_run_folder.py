@@ -5,6 +5,7 @@ import json
 import h5py
 import pytest
 import torch
+from support.tied import Tied
 from torch import nn
 
 from mpicomp.errors import CheckpointError, ConfigError
@@ -71,15 +72,15 @@ def test_the_configuration_comes_back(folder):
 
 
 def test_records_come_back(folder):
-    folder.append(record(1))
-    folder.append(record(2, accuracy=0.5))
+    folder.on_record(record(1))
+    folder.on_record(record(2, accuracy=0.5))
     first, second = folder.records()
     assert (first["step"], first["test_accuracy"], first["seconds"]) == (1, None, {"gradient": 0.1})
     assert (second["step"], second["test_accuracy"]) == (2, 0.5)
 
 
 def test_a_record_that_was_cut_off_is_left_out(folder):
-    folder.append(record(1))
+    folder.on_record(record(1))
     with folder.metrics_path.open("a") as file:
         file.write('{"step": 2, "ep')
     assert [r["step"] for r in folder.records()] == [1]
@@ -132,6 +133,24 @@ def test_the_model_is_plain_hdf5(folder):
         assert file["buffers/1.running_mean"].shape == (4,)
         assert file.attrs["version"] == 1
         assert RunConfig.from_toml(file.attrs["config"]) == CONFIG
+
+
+def test_tied_weights_have_all_their_names_and_are_stored_once(folder):
+    stored = Tied()
+    folder.save_model(stored, CONFIG)
+    with h5py.File(folder.model_path) as file:
+        names = {name for group in ("parameters", "buffers") for name in file[group]}
+        assert names == set(stored.state_dict())
+        assert file["parameters/head.weight"] == file["parameters/embedding.weight"]  # one dataset
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
+    with h5py.File(folder.model_path, "a") as file:  # as it was written before
+        for name in ("head.weight", "again.weight", "again.bias"):
+            del file[f"parameters/{name}"]
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
 
 
 def test_half_precision_is_kept(folder):
@@ -192,6 +211,6 @@ def test_a_run_that_fails_early_leaves_other_files_alone(folder):
 def test_a_run_that_fails_later_is_kept(folder):
     with pytest.raises(RuntimeError), folder.kept_if_used():
         folder.save_config(CONFIG)
-        folder.append(record(1))
+        folder.on_record(record(1))
         raise RuntimeError
     assert folder.config_path.exists()

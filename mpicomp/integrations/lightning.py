@@ -1,0 +1,291 @@
+"""`GossipStrategy`: a Lightning `Trainer` on every MPI rank, trained together with those of its neighbors.
+
+trainer = Trainer(strategy=GossipStrategy(Choco(gamma=0.2), topology=ring, compressor=TopK(ratio=0.01)))
+
+Every rank runs a Trainer of one device; ``torch.distributed`` is never started. The Trainer knows its rank, so that
+only rank 0 logs, and deals the samples out, as with DDP. Within `fit` all ranks do the same in the same order, and
+validation and saving use the averaged model. After it the model is the averaged one on every rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import MPIEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from mpicomp.algorithms.base import Algorithm
+from mpicomp.compression.base import Compressor
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange.guard import install_excepthook, together
+from mpicomp.exchange.placement import DeviceKind, choose_device
+from mpicomp.exchange.world import MpiWorld
+from mpicomp.training.distributed import Distributed, distribute
+
+OWN = "mpicomp"
+"""The key of a checkpoint file that says which states of the ranks belong to it."""
+
+
+class GossipStrategy(ParallelStrategy):
+    """A strategy of Lightning's `Trainer` whose module is trained together with those of the other MPI ranks.
+
+    Making one and all that the Trainer does are collective on all ranks. A checkpoint is a file as Lightning always
+    writes, ``x.ckpt`` with the averaged model, and a folder ``x.ckpt.ranks`` beside it, with what each rank needs to go
+    on.
+
+    Args:
+        algorithm, topology, compressor: as for `mpicomp.distribute`.
+        options: further ones of its arguments, such as ``hang_timeout_s``.
+
+    Attributes:
+        world: the ranks.
+        gossip: what `mpicomp.distribute` has made; None before `fit`.
+
+    Raises:
+        ConfigError: a Trainer or a module with which ranks cannot train together.
+
+    """
+
+    strategy_name = "gossip"
+    is_distributed = True  # the Trainer asks for `distributed_sampler_kwargs`
+    gossip: Distributed | None = None
+    optimizers: list[Any]
+
+    def __init__(
+        self, algorithm: Algorithm[Any], topology: Any, compressor: Compressor | None = None, **options: Any
+    ) -> None:
+        # Not Slurm's environment, whose signal handler would save a checkpoint on each rank in the middle of a step.
+        super().__init__(cluster_environment=MPIEnvironment())
+        self.cluster_environment.local_rank()  # asks the other ranks, once
+        self.world = MpiWorld.from_environment("cpu")
+        install_excepthook(self.world)
+        rank_zero_only.rank = self.world.rank  # Lightning finds that of torchrun and Slurm only
+        self._algorithm = algorithm
+        self._distribute: Callable[..., Distributed] = partial(
+            distribute, algorithm=algorithm, topology=topology, compressor=compressor, **options
+        )
+        self._averaged: ExitStack | None = None
+        self._root_device = torch.device("cpu")
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        return self._root_device
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """What `torch.utils.data.DistributedSampler` is to be made with."""
+        return {"num_replicas": self.world.size, "rank": self.world.rank}
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Have a loader draw from a generator of its own: Lightning starts it another number of times in a restart."""
+        if isinstance(dataloader, DataLoader) and dataloader.generator is None:
+            dataloader.generator = torch.Generator().manual_seed(torch.initial_seed())
+        return dataloader
+
+    def setup_environment(self) -> None:
+        """Check the Trainer, and choose the GPU of this rank if it wants one."""
+        with together(self.world):
+            refuse(self.lightning_module.trainer)
+            kind: DeviceKind = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
+            self._root_device = choose_device(kind, self.world.local_rank, torch.cuda.device_count())
+        self.parallel_devices = [self._root_device]
+        super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move the model to the device of this rank, and have its metrics ask the other ranks."""
+        self.model.to(self._root_device)
+        for module in self.lightning_module.modules():
+            if isinstance(module, Metric):
+                module.distributed_available_fn = lambda: self.world.size > 1
+                module.dist_sync_fn = self._gather
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizer whose steps exchange messages; collective on all ranks."""
+        super().setup_optimizers(trainer)
+        with together(self.world):
+            if len(self.optimizers) != 1:
+                names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+                raise ConfigError(
+                    f"configure_optimizers() gave {names}, but ranks train together with one optimizer: return one "
+                    "over all trainable parameters, with groups where learning rates differ"
+                )
+            if self.gossip is not None and self.gossip.local.model is self.lightning_module:
+                raise ConfigError(
+                    "the module was trained by an earlier fit(): go on in a new program by fit(ckpt_path=...) with a "
+                    "larger max_epochs, or make a new Trainer and module. Tuner is for one rank, without GossipStrategy"
+                )
+        self.gossip = self._distribute(self.lightning_module, self.optimizers[0])
+        self.optimizers = [self.gossip.optimizer]
+
+    def setup_precision_plugin(self) -> None:
+        """Let float16 be clipped: Lightning refuses it for optimizers that take a step after an overflow, too."""
+        super().setup_precision_plugin()
+        self.precision_plugin.clip_gradients = partial(Precision.clip_gradients, self.precision_plugin)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin the step of methods with overlap: modules need not call themselves, which would begin it."""
+        if self._algorithm.begins_before_gradient:
+            assert self.gossip is not None
+            self.gossip.begin()
+        return super().training_step(*args, **kwargs)
+
+    def optimizer_step(
+        self, optimizer: Any, closure: Callable[[], Any], model: LightningModule | None = None, **kwargs: Any
+    ) -> Any:
+        """Run `closure`, clip, and do one step of training; collective on all ranks.
+
+        The closure is not passed on, because a step with one begins without gradients, and those of earlier
+        micro-batches and of manual optimization are there already.
+        """
+        loss = closure()
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        self.precision_plugin._after_closure(model or self.lightning_module, optimizer)  # hooks, and clipping
+        if scaler is None:
+            optimizer.step(**kwargs)
+        else:
+            scaler.step(optimizer, **kwargs)
+            scaler.update()
+        return loss
+
+    def on_train_start(self) -> None:
+        """Refuse ranks with unequal numbers of batches."""
+        counts = self.world.all_gather(self.lightning_module.trainer.num_training_batches)
+        with together(self.world):
+            if len(set(counts)) > 1:
+                raise ConfigError(
+                    f"the ranks have unequal numbers of training batches ({counts} by rank), so that some would wait "
+                    "for the others for ever: pass the whole training set on every rank, each trains on its part of "
+                    f"it, or set Trainer(limit_train_batches={min(counts)})"
+                )
+
+    def on_train_end(self) -> None:
+        """Make the model the averaged one."""
+        assert self.gossip is not None
+        self.gossip.average_()
+
+    def on_validation_start(self) -> None:
+        """Have the averaged model validated, within `fit`."""
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            assert self.gossip is not None
+            self._averaged = ExitStack()
+            self._averaged.enter_context(self.gossip.averaged())
+
+    def on_validation_end(self) -> None:
+        """Go on with the model of this rank."""
+        if self._averaged is not None:
+            self._averaged.close()
+            self._averaged = None
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return that of the averaged model; collective on all ranks."""
+        if self.gossip is None or self._averaged is not None:
+            return dict(super().lightning_module_state_dict())
+        return self.gossip.averaged_state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return nothing: that of each rank is in the folder beside the file."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save the states of the ranks, and then the file; collective on all ranks."""
+        if self.gossip is not None and "optimizer_states" in checkpoint:
+            is_validating = self._averaged is not None
+            self.on_validation_end()  # what is saved is the model of this rank
+            self.gossip.save(ranks_folder(filepath), extra={"precision": self.precision_plugin.state_dict()})
+            if is_validating:
+                self.on_validation_start()
+            # A file that is to be replaced names its own states, which are still there if this one is not written.
+            checkpoint[OWN] = {"step": self.gossip.steps}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Have every rank go on from its own state; collective on all ranks."""
+        path = self.lightning_module.trainer.ckpt_path
+        with together(self.world):
+            if OWN not in checkpoint:
+                raise CheckpointError(
+                    f"{path}: has no states of ranks to go on from, as GossipStrategy saves them. To begin with its "
+                    "model, load that (load_from_checkpoint of your module) and leave out ckpt_path"
+                )
+        assert self.gossip is not None
+        extra = self.gossip.resume(ranks_folder(path), step=checkpoint[OWN]["step"])
+        assert extra is not None
+        self.precision_plugin.load_state_dict(extra["precision"])
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a file, and the states of the ranks that belong to it."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            shutil.rmtree(ranks_folder(filepath), ignore_errors=True)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the mean (a floating-point number), sum, max or min of a tensor over all ranks; collective."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        kind = str(reduce_op).rsplit(".", 1)[-1].lower()  # a text, or one of torch.distributed.ReduceOp
+        every = torch.stack(self._gather(tensor))
+        if kind in ("mean", "avg"):
+            return every.double().mean(dim=0).to(torch.promote_types(tensor.dtype, torch.float32))
+        return getattr(every, {"sum": "sum", "max": "amax", "min": "amin"}[kind])(dim=0)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return the tensors of all ranks (size, ...), without that axis for one rank; collective on all ranks."""
+        if sync_grads:
+            raise ConfigError("all_gather(sync_grads=True): no gradient goes from rank to rank, leave it out")
+        return tensor if self.world.size == 1 else torch.stack(self._gather(tensor))
+
+    def _gather(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
+        return [other.to(tensor.device) for other in self.world.all_gather(tensor.detach().cpu())]
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return the object of rank `src`; collective on all ranks."""
+        return self.world.broadcast(obj) if src == 0 else self.world.all_gather(obj)[src]
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        self.world.barrier()
+
+
+def ranks_folder(checkpoint_path: Any) -> Path:
+    """Return the folder with the states of the ranks that belong to a checkpoint file, or to the one a link names."""
+    if "://" in str(checkpoint_path):
+        raise ConfigError(f"{checkpoint_path}: the states of ranks are saved in a folder that all ranks share only")
+    path = Path(checkpoint_path).resolve()
+    return path.with_name(f"{path.name}.ranks")
+
+
+def refuse(trainer: Trainer) -> None:
+    """Raise ConfigError for settings of a Trainer with which ranks cannot train together."""
+    devices = len(trainer._accelerator_connector._parallel_devices)
+    if devices not in (1, trainer.accelerator.auto_device_count()):
+        raise ConfigError(
+            f"Trainer(devices={devices}): with GossipStrategy each rank has one device, and the launcher says how many "
+            f"ranks there are: leave out devices, and start with mpiexec -n {devices}"
+        )
+    if trainer._accelerator_connector._layer_sync is not None:
+        raise ConfigError("Trainer(sync_batchnorm=True): every rank has batch statistics of its own, leave it out")
+    for callback in trainer.callbacks:
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            name = type(callback).__name__
+            raise ConfigError(
+                f"{name} would save after an error on one rank, and wait for the others for ever: save now and then "
+                "instead, by ModelCheckpoint(every_n_train_steps=...)"
+            )

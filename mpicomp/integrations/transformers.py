@@ -1,0 +1,252 @@
+"""`GossipTrainer`: a `transformers.Trainer` on every MPI rank, trained together with those of its neighbors.
+
+trainer = GossipTrainer(model=model, args=args, train_dataset=train, eval_dataset=test,  # as for Trainer, and:
+                        algorithm=Choco(gamma=0.2), topology=ring, compressor=TopK(ratio=0.01))
+
+Every rank runs a Trainer of one process, without ``torch.distributed``. It knows its rank, so that only rank 0 shows
+progress and writes the model, and takes its part of the samples as under torchrun. Within `train` all ranks do the same
+in the same order, and evaluation and saving use the averaged model. After it the model is the averaged one on every
+rank, and evaluating or saving it needs no other rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
+from transformers.training_args import ParallelMode
+
+from mpicomp.algorithms.base import Algorithm
+from mpicomp.compression.base import Compressor
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import install_excepthook, together
+from mpicomp.exchange.world import MpiWorld
+from mpicomp.training.distributed import Distributed, distribute
+
+FOLDER = "gossip"
+"""Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.training.replica.Replica.save`)."""
+
+LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK")
+"""By which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
+
+
+class GossipTrainer(Trainer):
+    """A `transformers.Trainer` whose model is trained together with those of the other MPI ranks.
+
+    Making one and `train` are collective on all ranks. Pass the whole training set on every rank: each trains on its
+    own part of every epoch. Subclasses of Trainer can have it too: ``class Gossip(GossipTrainer, Seq2SeqTrainer)``.
+
+    Args:
+        model, args, ...: as for `Trainer`; ``args.output_dir`` is a folder that all ranks share.
+        algorithm, topology, compressor, allow_shared_gpu, hang_timeout_s: as for `mpicomp.distribute`.
+
+    Attributes:
+        world: the ranks.
+        gossip: what `mpicomp.distribute` has made; None before `train`.
+
+    Raises:
+        ConfigError: settings of the Trainer with which ranks cannot train together.
+
+    """
+
+    gossip: Distributed | None = None
+    world: World
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        algorithm: Algorithm[Any],
+        topology: Any,
+        compressor: Compressor | None = None,
+        allow_shared_gpu: bool = False,
+        hang_timeout_s: float = 600.0,
+        **named: Any,
+    ) -> None:
+        args = TrainingArguments("tmp_trainer") if args is None else args  # the Trainer's own default
+        self.world = world = MpiWorld.from_environment("cpu")  # for the rank; `distribute` looks after the device
+        install_excepthook(world)
+        with together(world):
+            refuse(args)
+        how = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
+        self._how: dict[str, Any] = {**how, "allow_shared_gpu": allow_shared_gpu, "hang_timeout_s": hang_timeout_s}
+        # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
+        state = args.distributed_state
+        state.process_index, state.local_process_index = world.rank, world.local_rank
+        super().__init__(model, args, *positional, **named)
+        self.accelerator.dataloader_config.dispatch_batches = False  # True: rank 0 sends them by torch.distributed
+
+    @contextmanager
+    def _one_of_all(self) -> Iterator[None]:
+        """Have accelerate know the number of ranks, within the block."""
+        states = self.args.distributed_state, self.accelerator.state
+        for state in states:
+            state.num_processes = self.world.size
+        try:
+            yield
+        finally:
+            for state in states:
+                state.num_processes = 1
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Give the model what all ranks have trained, within the block; collective during training, else nothing."""
+        if self.gossip is None or not self.is_in_train:
+            yield
+            return
+        with self.gossip.averaged():
+            yield
+        self.world.barrier()  # what rank 0 has written is there for all
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer whose steps exchange messages; collective on all ranks."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.gossip is None or self.gossip.local.model is not self.model:
+            self.gossip = distribute(self.model, optimizer, **self._how)
+            self.optimizer = self.gossip.optimizer
+            self.world = self.gossip.world  # with a watchdog
+        return self.optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of this rank's part of the training set, as long as those of the others; collective."""
+        with self._one_of_all():
+            loader = super().get_train_dataloader()
+        lengths = self.world.all_gather(len(loader) if has_length(loader) else None)
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                f"the ranks have training sets of unequal length ({lengths} batches by rank), so that some would wait "
+                "for the others for ever: pass the whole training set on every rank, each trains on its part of it"
+            )
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return the samples of one step, over all ranks."""
+        return int(super().get_total_train_batch_size(args)) * self.world.size
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; collective on all ranks. Then the model is the averaged one on every rank.
+
+        ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, bit for bit.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.world.broadcast(last_checkpoint(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"{self.args.output_dir}: has no complete checkpoint to go on from")
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        assert self.gossip is not None
+        self.gossip.average_()
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the averaged model on every rank; within `train` rank 0's metrics count for all."""
+        with self._averaged():
+            output = super().evaluation_loop(*args, **kwargs)
+        if not self.is_in_train:
+            return output
+        # Different processors round differently, and the ranks must agree on which model was the best.
+        return output._replace(metrics=self.world.broadcast(output.metrics))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and with the loss, which is this rank's own, the megabytes that this rank has sent."""
+        if self.gossip is not None and "loss" in logs:
+            logs["sent_mb"] = round(self.gossip.bytes_sent / 1e6, 3)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Have rank 0 write the averaged model; collective within `train`."""
+        with self._averaged():
+            super().save_model(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last of what a checkpoint needs, but for trainer_state.json, which rank 0 writes when all are done here.
+        with self._one_of_all():
+            super()._save_rng_state(output_dir)
+        assert self.gossip is not None
+        self.gossip.save(Path(output_dir) / FOLDER, keep_last=1)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._one_of_all():
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.gossip is not None
+        if checkpoint is not None and self.gossip.resume(Path(checkpoint) / FOLDER) is None:
+            raise CheckpointError(
+                f"{checkpoint}: lacks the folder {FOLDER!r}, without which the ranks cannot go on where they were: it "
+                "was written with save_only_model, or by another Trainer. To begin anew from its model, load that "
+                "(from_pretrained), and leave out resume_from_checkpoint"
+            )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: every rank would try settings of its own."""
+        raise ConfigError("hyperparameter_search: every rank would try other settings. Start a job for each of them")
+
+
+@contextmanager
+def hidden_launcher() -> Iterator[None]:
+    """Hide from accelerate that MPI ranks were started, within the block: make `TrainingArguments` in it.
+
+    Needed with ``use_cpu=True``, which under mpiexec makes accelerate start ``torch.distributed``, or fail because
+    MASTER_ADDR is not set; also where LOCAL_RANK is set.
+    """
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def refuse(args: TrainingArguments) -> None:
+    """Raise ConfigError for settings with which the ranks cannot train together, or would do so wrongly."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")))
+    reasons = {
+        "torch.distributed has been started, but each MPI rank must be a Trainer of its own. TrainingArguments starts "
+        "it under mpiexec for use_cpu=True, and where LOCAL_RANK is set: make them within `with hidden_launcher():` "
+        "(of mpicomp.integrations.transformers). Start the script by mpiexec or srun, not by torchrun or accelerate": (
+            args.parallel_mode == ParallelMode.DISTRIBUTED or torch.distributed.is_initialized()
+        ),
+        f"this rank sees {args.n_gpu} GPUs, and the Trainer would use them all: let it see its own only, by srun "
+        "--gpus-per-task=1, or CUDA_VISIBLE_DEVICES set to its number on the node before torch starts": args.n_gpu > 1,
+        "deepspeed and fsdp split a model over the ranks, but here each has one of its own: leave them out": (
+            args.deepspeed or args.fsdp or is_sharded
+        ),
+        f"optim={optimizer!r} makes its steps within the backward pass: choose one that does not": (
+            optimizer in ("lomo", "adalomo") or optimizer.endswith("layerwise")
+        ),
+        f"optim={optimizer!r} evaluates other parameters than it trains: choose one that does not": (
+            optimizer.startswith("schedule_free")
+        ),
+        "auto_find_batch_size: one rank might start anew while others go on. Set per_device_train_batch_size": (
+            args.auto_find_batch_size
+        ),
+        "enable_jit_checkpoint: ranks would save after different steps. Use save_steps": (
+            getattr(args, "enable_jit_checkpoint", False)
+        ),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ConfigError("\n".join(found))
+
+
+def last_checkpoint(folder: Path | str) -> str | None:
+    """Return the newest checkpoint in `folder` that was written to its end, or None.
+
+    `transformers.trainer_utils.get_last_checkpoint` returns also one in whose writing the job was killed.
+    """
+    found = Path(folder).glob("checkpoint-[0-9]*")
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
