@@ -301,7 +301,6 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             has_moved = self.algorithm.serve(self.local, self.state, self.mailbox)
         if has_moved:
             self.local.end_step()
-            self.optimizer._opt_called = True
             self.steps = self.algorithm.updates(self.state)
             if self._after_update is not None:
                 self._after_update()

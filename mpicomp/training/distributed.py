@@ -240,7 +240,6 @@ class Distributed(Replica):
             x.copy_(before)
         self.local.skips_update = False
         self.local.end_step()
-        self.optimizer._opt_called = True
         self.steps += 1
         if self.buffers_every and self.steps % self.buffers_every == 0:
             for buffer in self.local.buffers():

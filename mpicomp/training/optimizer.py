@@ -26,7 +26,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    _opt_called: bool  # what torch's schedulers look for before their first step
 
     def __init__(self, gossip: Distributed) -> None:
         # Not Optimizer.__init__, which would make groups and a state of its own; this makes the hooks.
