@@ -34,7 +34,9 @@ from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Gather, World
+from mpicomp.exchange.guard import install_excepthook
 from mpicomp.exchange.placement import DeviceKind
+from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.clipping import Clip
 from mpicomp.training.consistency import EVERY_STEPS, require_same_model
@@ -62,6 +64,7 @@ class Distributed(Replica):
     Attributes:
         optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
         is_compared: whether ranks that must hold the same model are compared now and then.
+        watchdog: hears how far this rank is; None if nobody looks after it.
         buffers_every: steps from one averaging of batch-norm statistics in training to the next; 0 for none.
         meter: what the steps have cost since the last record.
 
@@ -84,6 +87,7 @@ class Distributed(Replica):
         self._ends: Gather | None = None
         self.optimizer = DistributedOptimizer(self)
         self.is_compared = False
+        self.watchdog: Watchdog | None = None
         self.buffers_every = 0
         self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
         if algorithm.begins_before_gradient:
@@ -241,6 +245,8 @@ class Distributed(Replica):
         self.local.skips_update = False
         self.local.end_step()
         self.steps += 1
+        if self.watchdog is not None:
+            self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:
             for buffer in self.local.buffers():
                 self._exchange.mean_(buffer.view(-1))
@@ -335,15 +341,14 @@ def distribute(
     """
     if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
         raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
-    is_own_world = world is None
+    is_own_world, watchdog = world is None, None
     if world is None:
-        from mpicomp.exchange.guard import install_excepthook
-        from mpicomp.exchange.watchdog import Watchdog
         from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
 
         world = MpiWorld.from_environment(device or device_of(model), allow_shared_gpu)
         install_excepthook(world)
-        Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True).__enter__()
+        watchdog = Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True)
+        watchdog.__enter__()  # for the rest of the program
     place(model, optimizer, world, is_moved=device is not None)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
@@ -354,6 +359,10 @@ def distribute(
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
     if isinstance(buffers, int) and buffers < 1:
         raise ConfigError(f"buffers = {buffers} must be 'averaged', 'own', or a number of steps that is at least 1")
+    if clip is not None and clip.after_sum and not algorithm.updates_with_sum:
+        raise ConfigError(
+            f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
+        )
     if isinstance(algorithm, AsynchronousAlgorithm):
         if isinstance(buffers, int):
             raise ConfigError(f"buffers = {buffers}: {algorithm.name} has no common steps. Use 'averaged' or 'own'.")
@@ -362,10 +371,7 @@ def distribute(
         gossip: Distributed = AsynchronousDistributed(model, optimizer, algorithm, schedule, world, is_own_world)
     else:
         gossip = Distributed(model, optimizer, algorithm, schedule, world)
-    if clip is not None and clip.after_sum and not algorithm.updates_with_sum:
-        raise ConfigError(
-            f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
-        )
+    gossip.watchdog = watchdog
     gossip.local.clip, gossip.local.clip_sum = (None, clip) if clip and clip.after_sum else (clip, None)
     gossip.averages_buffers = buffers != "own"
     gossip.buffers_every = buffers if isinstance(buffers, int) else 0
