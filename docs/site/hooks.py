@@ -103,6 +103,8 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
             math = latex2mathml.converter.convert(latex, display="block" if is_block else "inline")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: equation {latex!r} cannot be rendered: {error!r}") from error
+        if "<mi>&</mi>" in math or "\\" in math:  # what the converter does not know, it shows as it stands
+            raise PluginError(f"{page.file.src_uri}: equation {latex!r} has a command or environment that is not known")
         return f'<div class="equation">{math}</div>' if is_block else math
 
     return _EQUATION.sub(rendered, content)

@@ -17,6 +17,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -61,7 +62,8 @@ def generated() -> Pages:
     pages.update(api())
     for name, page in INCLUDED.items():
         if (ROOT / name).is_file():
-            pages[page] = relink((ROOT / name).read_text(encoding="utf-8"), name, page)
+            head = "---\nhide: [navigation]\n---\n\n" if page == "index.md" else ""
+            pages[page] = head + relink((ROOT / name).read_text(encoding="utf-8"), name, page)
     pages.update(sources(pages))
     return pages
 
@@ -76,12 +78,12 @@ def methods() -> Pages:
         page = f"methods/{kind}.md"
         pages[page] = _method(kind, algorithm, page)
         title, summary = _title(_module_doc(algorithm))
-        sends = _sentence_after("Wire", _module_doc(algorithm)) or "–"
-        rows.append([f"[{title}]({kind}.md)", f"`{kind}`", summary, sends])
+        sends = _sentence_after("Wire", _module_doc(algorithm)) or "-"
+        rows.append([f"[{title}]({kind}.md)", f"`{kind}`", summary, _linked_modules(sends, "methods/index.md")])
     pages["methods/index.md"] = "\n\n".join(
         [
             "# Methods",
-            "When a rank computes and when it talks: the values of `algorithm.kind`. Each page has the equations, what is "
+            "When a rank computes and when it talks: the values of `algorithm.kind`. Each page has equations, what is "
             "sent and kept, advice, parameters, and what was measured.",
             _table(["method", "`kind`", "in a sentence", "sends"], rows),
         ]
@@ -113,7 +115,7 @@ def _method(kind: str, algorithm: type, page: str) -> str:
     ]
     if tables := list(measured(title, algorithm.__name__, page)):
         parts += ["## Measured", "The first row of a table is what the others are compared with.", *tables]
-    return "\n\n".join(parts) + "\n"
+    return _linked_modules("\n\n".join(parts) + "\n", page)
 
 
 def compressors() -> Pages:
@@ -123,8 +125,8 @@ def compressors() -> Pages:
         page = f"compressors/{kind}.md"
         doc = _module_doc(compressor)
         title, summary = _title(doc)
-        size = _sentence_after("Bytes", doc) or "–"
-        pages[page] = (
+        size = _sentence_after("Bytes", doc) or "-"
+        pages[page] = _linked_modules(
             "\n\n".join(
                 [
                     f"# {title}",
@@ -141,9 +143,10 @@ def compressors() -> Pages:
                     "[`[compression]`](../toml/compression.md).",
                 ]
             )
-            + "\n"
+            + "\n",
+            page,
         )
-        rows.append([f"[{title}]({kind}.md)", f"`{kind}`", summary, size])
+        rows.append([f"[{title}]({kind}.md)", f"`{kind}`", summary, _linked_modules(size, "compressors/index.md")])
     pages["compressors/index.md"] = "\n\n".join(
         [
             "# Compressors",
@@ -152,6 +155,16 @@ def compressors() -> Pages:
         ]
     )
     return pages
+
+
+def _linked_modules(text: str, page: str) -> str:
+    """Return a text in which the names of modules lead to their pages."""
+    names = {name for name, _ in public_modules()}
+
+    def replaced(match: re.Match[str]) -> str:
+        return f"[{match[0]}]({_relative(f'api/{match[1]}.md', page)})" if match[1] in names else match[0]
+
+    return re.sub(r"`(mpicomp[\w.]*)`", replaced, text)
 
 
 def _facts(target: type, page: str, marks: dict[str, str]) -> list[list[str]]:
@@ -262,14 +275,16 @@ def sections() -> Pages:
     rows, pages = [], Pages()
     for name, section in SECTIONS.items():
         pages[f"toml/{name}.md"] = "\n\n".join(_section(name, section)) + "\n"
-        rows.append([f"[`[{name}]`]({name}.md)", _about(section), ", ".join(f"`{key}`" for key in section.model_fields)])
+        rows.append(
+            [f"[`[{name}]`]({name}.md)", _about(section), ", ".join(f"`{key}`" for key in section.model_fields)]
+        )
     example = ROOT / "configs/quickstart.toml"
     pages["toml/index.md"] = "\n\n".join(
         [
             "# Configuration",
             "A run is one TOML file. Every key has a default unless it says *required*; a section that is left out has "
             "all of its defaults. `--set section.key=value` changes a key on the command line. A key such as `kind` "
-            "chooses an entry, whose parameters are further keys of the section; `kind = \"package.module:Name\"` takes "
+            'chooses an entry, whose parameters are further keys of the section; `kind = "package.module:Name"` takes '
             "one from outside the package. The run folder's `config.toml` has every value filled in.",
             _table(["section", "", "fixed keys"], rows),
             "## Example",
@@ -326,7 +341,8 @@ def _parameter_table(entry: Callable[..., Any], given: int) -> str:
         [f"`{name}`", _type(annotation, field), _default(field), _prose(docs.get(name, ""))]
         for name, (annotation, field) in parameters(entry, given).items()
     ]
-    return _table(["key", "type", "default", ""], rows) if rows else ""
+    columns = 4 if any(row[3] for row in rows) else 3
+    return _table(["key", "type", "default", ""][:columns], [row[:columns] for row in rows]) if rows else ""
 
 
 def _inline(found: dict[str, tuple[Any, FieldInfo]]) -> str:
@@ -362,7 +378,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "*required*"
-    return "–" if field.default is None else f"`{_toml(field.default)}`"
+    return "-" if field.default is None else f"`{_toml(field.default)}`"
 
 
 def _toml(value: Any) -> str:
@@ -405,15 +421,18 @@ def api() -> Pages:
     return pages
 
 
-def public_modules() -> Iterator[tuple[str, Path]]:
-    """Yield name and file of every module whose name has no underscore in front, but those of the command line."""
+@lru_cache
+def public_modules() -> list[tuple[str, Path]]:
+    """Return name and file of every module whose name has no underscore in front, but those of the command line."""
+    found = []
     for info in pkgutil.walk_packages(mpicomp.__path__, "mpicomp."):
         parts = info.name.split(".")[1:]
         if parts[0] == "cli" or any(part.startswith("_") for part in parts):
             continue
         spec = importlib.util.find_spec(info.name)
         assert spec is not None and spec.origin is not None
-        yield info.name, Path(spec.origin)
+        found.append((info.name, Path(spec.origin)))
+    return found
 
 
 def _own_members(tree: ast.Module, file: Path) -> str:
@@ -502,9 +521,7 @@ def relink(text: str, origin: str, page: str) -> str:
             return match[0]
         return _relative(site_path(path), page) + (match[2] or "")
 
-    return "".join(
-        part if is_fence else _LINK.sub(replaced, part) for is_fence, part in _parts(text)
-    )
+    return "".join(part if is_fence else _LINK.sub(replaced, part) for is_fence, part in _parts(text))
 
 
 def _linked(text: str, origin: str) -> Iterator[str]:
@@ -585,7 +602,9 @@ def _parameter_docs(entry: Callable[..., Any]) -> dict[str, str]:
     owners = list(entry.__mro__) if isinstance(entry, type) else [entry]
     texts = [_module_doc(entry), *(inspect.cleandoc(o.__doc__ or "") for o in reversed(owners) if o is not object)]
     for text in texts:
-        for block in re.findall(r"^(?:Attributes|Args|Common arguments):\n((?:(?: {4}.*)?(?:\n|$))+)", text, re.MULTILINE):
+        for block in re.findall(
+            r"^(?:Attributes|Args|Common arguments):\n((?:(?: {4}.*)?(?:\n|$))+)", text, re.MULTILINE
+        ):
             for name, doc in re.findall(r"^(\w+): ((?:.*\n?)(?:^ +.*\n?)*)", textwrap.dedent(block), re.MULTILINE):
                 docs[name] = " ".join(doc.split())
     return docs
@@ -635,8 +654,7 @@ def _prose(text: str) -> str:
     """Return a text in which nothing is taken for HTML or math; what is in backticks stays as it is."""
     pieces = re.split(r"(``.+?``|`[^`]+`)", text, flags=re.DOTALL)
     return "".join(
-        piece if i % 2 else piece.replace("<", "&lt;").replace("$", "&#36;")
-        for i, piece in enumerate(pieces)
+        piece if i % 2 else piece.replace("<", "&lt;").replace("$", "&#36;") for i, piece in enumerate(pieces)
     )
 
 

@@ -1,7 +1,7 @@
 """Trees of Python values, such as the `state_dict` of a scheduler, as ``{name: leaf}``, and back.
 
     structure             JSON: the whole tree but for the entries of its tensors and arrays
-    ['scaler']['scale']   one leaf for each of those, named by the way to it, with ``%25`` for ``%`` and ``%2F`` for ``/``
+    ['scaler']['scale']   one leaf for each of those, named by the way to it; ``%25`` for ``%``, ``%2F`` for ``/``
 
 None, booleans, integers, floats (NaN and infinities as Python writes them), texts and lists stand for themselves in the
 JSON. All else is an object with one entry, whose key says the type:
