@@ -76,7 +76,7 @@ def _modules(found: set[str]) -> Nav:
         package = ".".join(name.split(".")[:2])
         if package not in packages:
             packages[package] = []
-        packages[package].append({name.removeprefix("mpicomp."): page})
+        packages[package].append({name.removeprefix(f"{package}.").removeprefix("mpicomp."): page})
     for package, entries in packages.items():
         nav += entries if len(entries) == 1 else [{package.removeprefix("mpicomp."): entries}]
     return nav

@@ -264,7 +264,7 @@ def _command(command: click.Command, name: str, parent: click.Context, level: in
 
 def _options(command: click.Command, context: click.Context) -> str:
     records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-    return _table(["option", ""], [[f"`{_plain(left)}`", _prose(_plain(right))] for left, right in records])
+    return _key_table(["option", ""], [[f"`{_plain(left)}`", _prose(_plain(right))] for left, right in records])
 
 
 # The configuration
@@ -305,7 +305,7 @@ def _section(name: str, section: type[Section]) -> Iterator[str]:
         if key in section.choices:
             doc = f"{doc} One of {', '.join(_choice_link(name, key, kind) for kind in section.choices[key].registry)}"
         rows.append([f"`{name}.{key}`", _type(field.annotation, field), _default(field), _prose(doc)])
-    yield _table(["key", "type", "default", ""], rows)
+    yield _key_table(["key", "type", "default", ""], rows)
     for key, choice in section.choices.items():
         yield f"## Values of {name}.{key}"
         if all(str(entry.__module__).startswith("torch.") for entry in choice.registry.values()):
@@ -342,7 +342,7 @@ def _parameter_table(entry: Callable[..., Any], given: int) -> str:
         for name, (annotation, field) in parameters(entry, given).items()
     ]
     columns = 4 if any(row[3] for row in rows) else 3
-    return _table(["key", "type", "default", ""][:columns], [row[:columns] for row in rows]) if rows else ""
+    return _key_table(["key", "type", "default", ""][:columns], [row[:columns] for row in rows]) if rows else ""
 
 
 def _inline(found: dict[str, tuple[Any, FieldInfo]]) -> str:
@@ -656,6 +656,11 @@ def _prose(text: str) -> str:
     return "".join(
         piece if i % 2 else piece.replace("<", "&lt;").replace("$", "&#36;") for i, piece in enumerate(pieces)
     )
+
+
+def _key_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table that is stacked on a phone."""
+    return f'<div class="keys" markdown>\n\n{_table(header, rows)}\n\n</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
