@@ -79,7 +79,7 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
         """Start without errors.
 
         Raises:
-            ConfigError: the optimizer has moments, which would do nothing.
+            ConfigError: the optimizer has moments, or is to maximize, which would do nothing.
 
         """
         self.rank_weights(exchange.size)  # raises what is wrong with them
@@ -88,6 +88,11 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
                 f"optimizer.momentum = {local.momentum:g} (or its betas): {self.name} takes its steps by itself, and "
                 "of the optimizer only the learning rates and the weight decay. Use optimizer.kind = 'sgd' without "
                 "momentum; algorithm.beta1 and algorithm.beta2 are the method's own."
+            )
+        if any(group.get("maximize") for _, group in local.groups):
+            raise ConfigError(
+                f"optimizer.maximize = True: {self.name} takes its steps by itself, and downhill. Change the sign of "
+                "the loss"
             )
         spec, device = local.spec, local.x.device
         error = local.x.new_zeros(spec.numel if Aggregator(exchange).is_server else 0)

@@ -1,6 +1,7 @@
 """Whether ranks that must hold the same model do: methods that add up gradients never send the model itself.
 
-A rank with another learning rate, another frozen layer or other steps would drift away from the others without a word.
+All ranks of any method must have the same tensors, or messages would not fit. In a sum, a rank with another learning
+rate, another frozen layer or other steps would drift away from the others without a word.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree
 from mpicomp.training.flat import FlatModel
+from mpicomp.training.model_checks import plain_name
 
 EVERY_STEPS = 50
 """Steps from one comparison to the next."""
@@ -40,6 +42,28 @@ def signs(local: FlatModel) -> Signs:
         float(x.sum(dtype=torch.float64)),
         float(x.abs().sum(dtype=torch.float64)),
     )
+
+
+def require_same_tensors(world: World, local: FlatModel) -> None:
+    """Compare what the model is made of on all ranks with rank 0; collective on all ranks.
+
+    Raises:
+        ConfigError: on all ranks; names the rank and the first tensor that differs.
+
+    """
+    tensors = [*local.model.named_parameters(), *local.model.named_buffers()]
+    first, *others = world.all_gather({plain_name(name): f"{t.dtype} {tuple(t.shape)}" for name, t in tensors})
+    agree(world, next((e for rank, other in enumerate(others, 1) if (e := _other_tensor(first, other, rank))), None))
+
+
+def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int) -> ConfigError | None:
+    for name in [*first, *other]:
+        if first.get(name) != other.get(name):
+            return ConfigError(
+                f"rank {rank} has another model than rank 0: {name} is {other.get(name, 'missing')}, and "
+                f"{first.get(name, 'missing')} on rank 0. Build the same model on all ranks"
+            )
+    return None
 
 
 def require_same_model(world: World, local: FlatModel) -> None:

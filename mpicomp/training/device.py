@@ -27,6 +27,11 @@ def place(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, is_m
         elsewhere = {p.device for p in model.parameters()} - {world.device}
         if not elsewhere:
             return
+        if any(p.is_meta for p in model.parameters()):
+            raise ConfigError(
+                "the model is on the meta device and has no values: call model.to_empty(device=...), give it values, "
+                "and make its optimizer then"
+            )
         if not is_moved:
             raise ConfigError(
                 f"the model is on {', '.join(sorted(map(str, elsewhere)))}, but this rank trains on {world.device}: "

@@ -39,6 +39,7 @@ from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.clipping import Clip
 from mpicomp.training.consistency import EVERY_STEPS, require_same_model
 from mpicomp.training.device import device_of, place
+from mpicomp.training.flat import Hook
 from mpicomp.training.meter import Meter
 from mpicomp.training.metrics import Record
 from mpicomp.training.optimizer import DistributedOptimizer
@@ -85,8 +86,8 @@ class Distributed(Replica):
         self.buffers_every = 0
         self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
         if algorithm.begins_before_gradient:
-            hook = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
-            model.register_forward_pre_hook(hook)
+            begin = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+            model.register_forward_pre_hook(Hook(begin))
 
     def step(self, closure: Callable[[], Tensor | None], micro_batches: int = 1) -> Tensor:
         """Do one step of training and return the loss, detached; collective on all ranks.
@@ -237,8 +238,11 @@ class Distributed(Replica):
             self._ends = None
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
-        """Begin a step with the first forward pass of training, so that messages travel behind it."""
-        if module.training and torch.is_grad_enabled():
+        """Begin a step with the first forward pass of training, so that messages travel behind it.
+
+        A forward pass within a backward one is a recomputation (`torch.utils.checkpoint`): too late for GMC+.
+        """
+        if module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.begin()
 
 

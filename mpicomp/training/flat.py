@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.base import Spec
@@ -19,6 +20,26 @@ from mpicomp.errors import ConfigError
 from mpicomp.timing import timed
 from mpicomp.training.model_checks import listed, named_parameters, trained_parameters
 from mpicomp.training.pace import Pace
+
+_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The parameters of all flat models; the values say nothing."""
+
+
+class Hook:
+    """A hook on a module that is trained: copies of the module, and stored ones, have one that does nothing.
+
+    Without this they would take the whole training with them.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: object) -> None:
+        """Call the function."""
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
 
 
 class FlatModel:
@@ -51,6 +72,12 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         named = trained_parameters(model, optimizer)
+        if taken := [name for name, p in named if p in _taken]:
+            raise ConfigError(
+                f"the model is distributed already: {listed(taken)}. For another training, distribute "
+                "copy.deepcopy(model), with an optimizer of its own"
+            )
+        _taken.update((p, None) for _, p in named)
         self.model = model
         self.optimizer = optimizer
         dtype = reduce(torch.promote_types, (p.dtype for _, p in named))
@@ -181,6 +208,8 @@ class FlatModel:
         """Have the parameters be `x` again, and their gradients `g`, after an algorithm's step."""
         self.show_parameters()
         self._show_gradients(slice(0, self.spec.numel))
+        for p in self._parameters:  # changes of `x` are none of theirs to autograd: it would accept a graph from before
+            torch.autograd.graph.increment_version(p)
 
     def frozen(self) -> list[tuple[Tensor, Tensor]]:
         """Return the part of `x` of each frozen parameter, with a copy of it."""
@@ -207,6 +236,8 @@ class FlatModel:
         if any(len(now) != len(then) or not all(map(is_, now.values(), then)) for now, then in self._children):
             self._check_modules()
             self._read_modules()
+        if any(p.requires_grad for p in self._others):
+            self._check_modules()
         for i in self._copies:
             self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
 
@@ -216,8 +247,7 @@ class FlatModel:
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model beside those in `x`: parameters that the optimizer does not hold, buffers."""
-        own = set(self._parameters)
-        return [p for p in self.model.parameters() if p not in own] + list(self.model.buffers())
+        return [*self._others, *self.model.buffers()]
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the parameters and buffers, for `restore_`."""
@@ -234,13 +264,22 @@ class FlatModel:
         """Compute the gradient of one call of the closure into `g`, and return its loss."""
         self.zero_grad()
         self._has_backward = False
+        shown = [p.grad for p in self._parameters]
         with torch.enable_grad():
             loss = self.closure()
-            if not self._has_backward and loss is not None:
+            has_gradients = self._has_backward or any(
+                p.grad is not None and p.grad is not g for p, g in zip(self._parameters, shown, strict=True)
+            )
+            if not isinstance(loss, Tensor) and not (has_gradients and isinstance(loss, float | int | None)):
+                raise ConfigError(
+                    f"the closure returned {type(loss).__name__}: return the loss, a scalar tensor. One that calls "
+                    "loss.backward() itself may return a number or None as well"
+                )
+            if isinstance(loss, Tensor) and not has_gradients:
                 torch.autograd.backward(loss)
         self._collect()
         self.has_loss = loss is not None
-        return torch.full((), torch.nan) if loss is None else loss.detach()
+        return torch.as_tensor(torch.nan if loss is None else loss).detach()
 
     def _collect(self) -> None:
         """Bring the gradients of all parameters into `g`: zero_grad() of torch.optim takes them off it."""
@@ -262,7 +301,7 @@ class FlatModel:
         self._is_hooked = True
         for module in self.model.modules():
             if not list(module.children()):
-                module.register_forward_hook(self._between_layers)
+                module.register_forward_hook(Hook(self._between_layers))
 
     def _hear(self) -> None:
         """Have `_after_gradient` called for each parameter; a frozen one takes no hook before it is thawed."""
@@ -340,6 +379,8 @@ class FlatModel:
         """Keep what each module consists of, to see whether one of them changes."""
         held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
         self._children = [(children, list(children.values())) for children in held]
+        own = set(self._parameters)
+        self._others = [p for p in self.model.parameters() if p not in own]
 
     def _check_modules(self) -> None:
         """Raise ConfigError if the model has other trainable parameters than at first."""
@@ -348,7 +389,7 @@ class FlatModel:
         if added := [name for name, p in found.items() if p.requires_grad and p not in own]:
             raise ConfigError(
                 f"the model has got trainable parameters since mpicomp.distribute(): {listed(added)}. They would not "
-                "be trained together: build the whole model first"
+                "be trained together: build the whole model first, and give the optimizer what is to be thawed later"
             )
         now = set(found.values())
         if lost := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in now]:
@@ -364,6 +405,10 @@ class Snapshot:
 
     x: Tensor
     buffers: list[Tensor]
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _no_closure() -> Tensor:

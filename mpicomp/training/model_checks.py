@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -76,7 +77,23 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
         raise ConfigError(f"the model's parameters must be on one device, not: {places}")
     if odd := [f"{name} ({p.dtype})" for name, p in trained if not p.dtype.is_floating_point]:
         raise ConfigError(f"trained parameters must be real floating-point numbers, not: {listed(odd)}")
+    if pair := _overlapping(trained):
+        raise ConfigError(
+            f"{pair[0]} and {pair[1]} are two parameters in the same memory, which would part: tie weights by making "
+            "them one parameter (decoder.weight = encoder.weight) before the optimizer is made"
+        )
     return trained
+
+
+def _overlapping(named: list[tuple[str, nn.Parameter]]) -> tuple[str, str] | None:
+    """Return the names of two parameters that share memory, in the model's order, if there are any."""
+    order = {name: i for i, (name, _) in enumerate(named)}
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, name) for name, p in named if p.numel())
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            first, second = sorted((name, other), key=order.__getitem__)
+            return first, second
+    return None
 
 
 def _check_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -84,6 +101,13 @@ def _check_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if isinstance(model, wrappers) or "FullyShardedDataParallel" in {type(m).__name__ for m in model.modules()}:
         raise ConfigError(
             f"the model is wrapped in {type(model).__name__}, which exchanges gradients itself: pass the module in it"
+        )
+    if not torch.distributed.is_initialized() and (
+        synchronized := [plain_name(name) for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    ):
+        raise ConfigError(
+            f"SyncBatchNorm would not synchronize without torch.distributed: {listed(synchronized)}. Use BatchNorm, "
+            "whose statistics averaged() averages"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(

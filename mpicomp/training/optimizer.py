@@ -48,6 +48,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Those of the own optimizer."""
         return self._own.defaults
 
+    @property
+    def _opt_called(self) -> bool:
+        """Whether a step has been made, by either entry: schedulers warn if they are called before."""
+        return self._gossip.steps > 0
+
+    @_opt_called.setter
+    def _opt_called(self, _: bool) -> None:
+        """Ignore what schedulers note when they see `step`."""
+
     def take_over(self) -> None:
         """Refuse steps of the own optimizer that are not part of a distributed one."""
         local = self._gossip.local

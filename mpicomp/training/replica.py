@@ -18,6 +18,7 @@ from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.topology.base import Schedule
+from mpicomp.training.consistency import require_same_tensors
 from mpicomp.training.flat import FlatModel
 from mpicomp.training.saving import Identity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.training.state import (
@@ -70,6 +71,7 @@ class Replica:
         self.schedule = schedule
         with together(world):
             self.local = FlatModel(model, optimizer)
+        require_same_tensors(world, self.local)
         world.broadcast_(self.local.x)
         for tensor in self.local.untrained():
             common = tensor.detach().contiguous()
