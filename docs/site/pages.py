@@ -85,7 +85,7 @@ def methods() -> Pages:
             "# Methods",
             "When a rank computes and when it talks: the values of `algorithm.kind`. Each page has equations, what is "
             "sent and kept, advice, parameters, and what was measured.",
-            _table(["method", "`kind`", "in a sentence", "sends"], rows),
+            _key_table(["method", "`kind`", "in a sentence", "sends"], rows),
         ]
     )
     return pages
@@ -151,7 +151,7 @@ def compressors() -> Pages:
         [
             "# Compressors",
             "What is sent: the values of `compression.kind`. n is the number of entries.",
-            _table(["compressor", "`kind`", "in a sentence", "bytes of a message"], rows),
+            _key_table(["compressor", "`kind`", "in a sentence", "bytes of a message"], rows),
         ]
     )
     return pages
@@ -196,7 +196,7 @@ def measured(title: str, class_name: str, page: str) -> Iterator[str]:
         if not path.is_file() or METHODS in path.parents:
             continue
         origin = path.relative_to(ROOT).as_posix()
-        for heading, lines in _tables(path.read_text(encoding="utf-8")):
+        for heading, is_under_revision, lines in _tables(path.read_text(encoding="utf-8")):
             header, rule, *rows = lines
             found = [row for row in rows if starts.match(_cells(row)[0]) and re.search(r"\d", row)]
             if any(starts.match(cell) for cell in _cells(header)[1:]):
@@ -206,22 +206,19 @@ def measured(title: str, class_name: str, page: str) -> Iterator[str]:
             seen.add(key)
             first = rows[:1] if rows[0] not in found else []
             anchor = "#" + slug(heading) if heading else ""
-            link = f"From [{heading or origin}]({_relative(site_path(origin), page)}{anchor}):"
+            link = f"From [{heading or origin}]({_relative(site_path(origin), page)}{anchor})"
+            link += (
+                ", whose conclusions are **under revision** for the reasons given there:" if is_under_revision else ":"
+            )
             yield "\n".join([link, "", relink("\n".join([header, rule, *first, *found]), origin, page)])
 
 
-def _tables(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each table of a Markdown text, with the heading above it."""
-    heading, lines = "", []
-    for line in [*_without_fences(text), ""]:
-        if line.startswith("#"):
-            heading = line.lstrip("# ").strip()
-        if line.startswith("|"):
-            lines.append(line)
-        elif lines:
-            if len(lines) > 2:
-                yield heading, lines
-            lines = []
+def _tables(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """Yield each table of a Markdown text, with the heading above it and whether its conclusions are under revision."""
+    for section in re.split(r"^(?=#)", "\n".join(_without_fences(text)), flags=re.MULTILINE):
+        heading = section.split("\n", 1)[0].lstrip("# ").strip() if section.startswith("#") else ""
+        for table in re.findall(r"(?:^\|.*\n?){3,}", section, flags=re.MULTILINE):
+            yield heading, "**under revision" in section.lower(), table.splitlines()
 
 
 # The command line
@@ -586,8 +583,12 @@ def _sentence_after(mark: str, doc: str) -> str:
     if match is None:
         return ""
     text = " ".join(match[1].split())
-    text = re.split(r"\s*\b(?:Memory|Wire|Needs):\s", text)[0]
-    return _prose(_first_sentence(text))
+    text = _first_sentence(re.split(r"\s*\b(?:Memory|Wire|Needs):\s", text)[0])
+    if (other := re.search(r"see `(mpicomp[\w.]+)`", text)) and mark == "Wire":
+        there = inspect.getdoc(importlib.import_module(other[1])) or ""
+        if amount := re.search(r"\bBytes sent, .*?\.(?=\s+[A-Z]|\Z)", there, re.DOTALL):
+            text = f"{text.rstrip('.')}. {' '.join(amount[0].split())}"
+    return _prose(text)
 
 
 def _first_sentence(text: str) -> str:
@@ -669,7 +670,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"(?<!\\)\|", r"\|", " ".join(text.split()))
+    """Return a text on one line; a bar that is no code is escaped."""
+    pieces = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    return "".join(piece if i % 2 else re.sub(r"(?<!\\)\|", r"\|", piece) for i, piece in enumerate(pieces))
 
 
 def _cells(row: str) -> list[str]:
