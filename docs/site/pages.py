@@ -110,11 +110,11 @@ def _method(kind: str, algorithm: type, page: str) -> str:
         ]
     parts += [
         "## In the words of the source",
-        "From the head of its file; the code follows this listing line by line.",
+        "This is the head of its source file.",
         _docstring(doc),
     ]
     if tables := list(measured(title, algorithm.__name__, page)):
-        parts += ["## Measured", "The first row of a table is what the others are compared with.", *tables]
+        parts += ["## Measured", "The first row of each table is shown for comparison.", *tables]
     return _linked_modules("\n\n".join(parts) + "\n", page)
 
 
