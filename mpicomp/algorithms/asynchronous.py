@@ -1,17 +1,18 @@
 """WHEN, if nobody waits: what an asynchronous algorithm is.
 
-Every rank goes on at its own pace and talks through a `Mailbox`. `step` computes one gradient if it can, `serve` only
-takes in what has arrived; neither waits. The training loop calls them in turn, with the learning rate of the moment in
-place, and deals out the batches. As for synchronous algorithms, hyper-parameters make up a frozen dataclass, and all
-that changes is in a state of tensors and numbers.
+Every rank goes on at its own pace and talks through a `Mailbox`. `phases`, and `step` which drives it, computes one
+gradient if it can, `serve` only takes in what has arrived; none of them waits. The training loop calls them in turn,
+with the learning rate of the moment in place, and deals out the batches. As for synchronous algorithms,
+hyper-parameters make up a frozen dataclass, and all that changes is in a state of tensors and numbers.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ S = TypeVar("S")
 Share = Literal["by_speed", "equal"]
 """Who computes how many gradients: all take batches from one pile, or each as many, from samples of its own."""
 
+Attempt = Generator[None, None, bool]
+"""An attempt at a step that hands over to its caller for the gradient (see `AsynchronousAlgorithm.phases`)."""
+
 DELAYS = 65
 """The length of a histogram of delays; its last place counts all that are longer."""
 
@@ -37,10 +41,19 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
 
     Attributes:
         share: who computes how many gradients.
+        ranks_stay_equal: whether all ranks hold the same model after every step.
+        updates_with_sum: whether the optimizer's step is made with a sum of gradients over the ranks.
+        begins_before_gradient: whether `phases` has work to do before the gradient.
+        moves_model_for_gradient: whether the gradient is to be computed at another model than the rank holds between
+            steps.
 
     """
 
     share: Share
+    ranks_stay_equal: ClassVar[bool] = False
+    updates_with_sum: ClassVar[bool] = False
+    begins_before_gradient: ClassVar[bool] = True
+    moves_model_for_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, schedule: Schedule) -> None:
@@ -74,20 +87,45 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         """Return the state at the start of training; all ranks hold the same `local.x`."""
 
     @abstractmethod
+    def phases(self, local: Local, state: S, mailbox: Mailbox) -> Attempt:
+        """Go on with a step as far as it goes without waiting; return whether this rank could go on.
+
+        Yields at most once, where the caller is to compute the gradient at ``local.x`` into ``local.g``. Before that,
+        ``local.g`` may hold gradients of the caller's and must not be touched. To close the attempt there is to go
+        without a gradient; messages that have been sent stay valid.
+        """
+
     def step(self, local: Local, state: S, mailbox: Mailbox) -> bool:
         """Compute one gradient and do with it what there is to do; return whether this rank could go on.
 
         Without a batch to take, the loop no longer calls this on a rank, but `serve`.
         """
+        attempt = self.phases(local, state, mailbox)
+        while True:
+            try:
+                next(attempt)
+            except StopIteration as end:
+                return bool(end.value)
+            local.gradient()
+
+    def is_unfinished(self, state: S) -> bool:
+        """Return whether a step has its gradient, and another attempt is to finish it."""
+        return False
+
+    @abstractmethod
+    def awaited(self, state: S, mailbox: Mailbox) -> list[int]:
+        """Return the ranks that a step which could not go on waits for."""
 
     @abstractmethod
     def serve(self, local: Local, state: S, mailbox: Mailbox) -> bool:
         """Take in a piece of what has arrived, without computing a gradient; return whether there was any."""
 
-    def drain(self, local: Local, state: S, mailbox: Mailbox) -> None:
-        """Take in all that has arrived, ahead of a checkpoint: messages are not stored."""
+    def drain(self, local: Local, state: S, mailbox: Mailbox) -> bool:
+        """Take in all that has arrived, and return whether there was any; a checkpoint has no messages in it."""
+        has_moved = False
         while self.serve(local, state, mailbox):
-            pass
+            has_moved = True
+        return has_moved
 
     @abstractmethod
     def updates(self, state: S) -> int:

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from mpicomp.algorithms.asynchronous import (
     DELAYS,
+    Attempt,
     DelayCompensation,
     RegroupingAlgorithm,
     Share,
@@ -161,17 +162,17 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
             scratch=torch.empty_like(local.x),
         )
 
-    def step(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
+    def phases(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> Attempt:
         """Send, compute, and finish the step, unless that must wait for a neighbor."""
         begun = state.is_computed
         if not begun:
             state.has_sent = self._send(local, state, mailbox)
             if not state.has_sent and self.max_staleness is not None:
                 return False
-            local.gradient()
+            yield
             state.is_computed = True
         self._receive(local, state, mailbox, self._horizon(state))
-        if self._is_ahead(state, mailbox):
+        if self._late(state, mailbox):
             return not begun
         torch.sub(state.s, state.x_hat, out=state.scratch)
         if not state.has_sent:
@@ -186,13 +187,23 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         state.is_computed = False
         return True
 
+    def is_unfinished(self, state: DCGossipState) -> bool:
+        """Whether it waits for neighbors that are too far behind."""
+        return state.is_computed
+
+    def awaited(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:
+        """Return the neighbors that are too far behind, or have no room."""
+        if state.is_computed:
+            return self._late(state, mailbox)
+        return [target for target in mailbox.topology.targets(mailbox.rank) if not mailbox.room(target)]
+
     def serve(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
         """Take in what has arrived, so that no neighbor runs out of room."""
         return self._receive(local, state, mailbox, self._horizon(state))
 
-    def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> None:
+    def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
         """Take in all that has arrived, from however far ahead."""
-        self._receive(local, state, mailbox, math.inf)
+        return self._receive(local, state, mailbox, math.inf)
 
     def updates(self, state: DCGossipState) -> int:
         """One in each step."""
@@ -245,15 +256,14 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
             state.heard[sources.index(source)] = mails[-1].step
         return bool(arrived)
 
-    def _is_ahead(self, state: DCGossipState, mailbox: Mailbox) -> bool:
+    def _late(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:
+        """Return the neighbors that this rank is too far ahead of."""
         if self.max_staleness is None:
-            return False
+            return []
         sources = mailbox.topology.sources(mailbox.rank)
         late = [s for s, heard in zip(sources, state.heard, strict=True) if heard < state.steps - self.max_staleness]
-        if not late:
-            return False
-        peers = mailbox.peers()
-        return any(not peers[source].is_done for source in late)
+        peers = mailbox.peers() if late else {}
+        return [source for source in late if not peers[source].is_done]
 
     @property
     def _compensation(self) -> DelayCompensation:

@@ -14,11 +14,19 @@ Without a compressor a worker holds exactly the model of the hub. The optimizer 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.asynchronous import DELAYS, AsynchronousAlgorithm, Share, count_delay_, require_connected
+from mpicomp.algorithms.asynchronous import (
+    DELAYS,
+    AsynchronousAlgorithm,
+    Attempt,
+    Share,
+    count_delay_,
+    require_connected,
+)
 from mpicomp.algorithms.base import Local
 from mpicomp.compression.base import SCRATCH, Compressor, Spec, State
 from mpicomp.compression.feedback import ErrorFeedback
@@ -72,7 +80,7 @@ class WorkerState:
 
 @dataclass(frozen=True)
 class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
-    """A method in which hubs hold the model.
+    """A method in which hubs hold the model; workers take it up from them ahead of each gradient.
 
     Attributes:
         compressor: of the gradients; one that leaves something out gets an error memory.
@@ -81,6 +89,8 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         share: who computes how many gradients.
 
     """
+
+    moves_model_for_gradient: ClassVar[bool] = True
 
     compressor: Compressor = Identity()
     downlink: Compressor = Identity()
@@ -155,21 +165,26 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
         """Change a `gradient` (m,) whose model has `moved` (m,) since; `moved` may be overwritten."""
 
-    def step(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> bool:
+    def phases(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> Attempt:
         """Send a gradient, if the model has come."""
         assert isinstance(state, WorkerState), "a hub computes no gradient"
         if not all(state.is_answered):
             self.serve(local, state, mailbox)
         if not all(state.is_answered) or not all(mailbox.room(hub) for hub in range(self.hubs)):
             return False
-        gradient = local.gradient()
+        yield
         for hub, part in self.owners(mailbox.size, local.spec):
             spec = _part(local.spec, part)
-            payload = self._uplink.compress(gradient[part], spec, state.compressors[hub])
+            payload = self._uplink.compress(local.g[part], spec, state.compressors[hub])
             mailbox.put(payload, self._uplink.layout(spec), [hub], state.gradients)
             state.is_answered[hub] = False
         state.gradients += 1
         return True
+
+    def awaited(self, state: HubState | WorkerState, mailbox: Mailbox) -> list[int]:
+        """Return the hubs that have not answered, or have no room."""
+        assert isinstance(state, WorkerState), "a hub computes no gradient"
+        return [hub for hub, is_answered in enumerate(state.is_answered) if not (is_answered and mailbox.room(hub))]
 
     def serve(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> bool:
         """Apply and answer one gradient on a hub, take in answers on a worker."""

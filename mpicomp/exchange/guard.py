@@ -24,6 +24,10 @@ _agreed: weakref.WeakSet[MpicompError] = weakref.WeakSet()
 """Errors that every rank raises alike."""
 
 
+_failed: weakref.WeakSet[World] = weakref.WeakSet()
+"""Worlds whose program ends by an error."""
+
+
 def agree(world: World, error: MpicompError | None) -> None:
     """Raise the same error on every rank if there is one on any; collective on all ranks.
 
@@ -57,6 +61,11 @@ def together(world: World) -> Iterator[None]:
 def is_agreed(error: BaseException) -> bool:
     """Return whether every rank raises `error`."""
     return isinstance(error, MpicompError) and error in _agreed
+
+
+def has_failed(world: World) -> bool:
+    """Return whether the program of `world` ends by an error, which has been told."""
+    return world in _failed
 
 
 def _summary(messages: dict[int, str], size: int) -> str:
@@ -113,6 +122,7 @@ class _Hook:
 
 
 def _end(world: World, error: BaseException, debug: bool) -> NoReturn:
+    _failed.add(world)
     if is_agreed(error):
         if world.rank == 0:
             _print(describe(error, debug=debug))

@@ -15,100 +15,38 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm, RegroupingAlgorithm
+from mpicomp.algorithms.asynchronous import AsynchronousAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.tree import flatten, restore_
 from mpicomp.compression.base import SCRATCH
 from mpicomp.errors import CheckpointError, ConfigError, ExchangeError, RankLost, TopologyError
-from mpicomp.exchange.base import Gather, Lookout, World
+from mpicomp.exchange.base import Lookout, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Waiting, Watchdog
 from mpicomp.timing import recorder, take_seconds
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Topology
+from mpicomp.training.asynchronous_replica import PEERS_S, AsynchronousReplica
 from mpicomp.training.config import RunConfig
 from mpicomp.training.crew import Crew
 from mpicomp.training.evaluation import averaged_accuracy, evaluate
 from mpicomp.training.metrics import PARTS, Callback, Progress, Record, Result, report, summary, training_seconds
 from mpicomp.training.pace import SLICE_S
-from mpicomp.training.replica import Replica
+from mpicomp.training.pulse import Pulse
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.saving import Saver, check_fits
 from mpicomp.training.setup import Setup, header
 from mpicomp.training.state import seed_random
 from mpicomp.training.stopping import Reason, StopRequests, stopped
 
-PULSE_S = 0.05
-"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
-
-PEERS_S = 0.5
-"""How often a rank looks whether the others are still there."""
-
 ASYNCHRONOUS_PARTS = (*PARTS, "wait")
-
-
-class AsynchronousReplica(Replica):
-    """A model that is trained together with those of ranks that do not wait for it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        algorithm: AsynchronousAlgorithm[Any],
-        topology: Topology,
-        world: World,
-    ) -> None:
-        super().__init__(model, optimizer, algorithm, topology, world)
-        spec = self.local.spec
-        # Loading kernels takes seconds, in which a rank that has done so already would take all batches.
-        for compressor in algorithm.compressors:
-            compressor.rehearse(self.local.x, spec)
-        self.link = self.mailbox = world.mailbox(topology, algorithm.message_nbytes(spec, world.size), algorithm.depth)
-        self.state = algorithm.init(self.local, self.mailbox)
-        self._owners = algorithm.owners(world.size, spec)
-        if self.mailbox.needs_poke:
-            for module in model.modules():
-                if not list(module.children()):
-                    module.register_forward_hook(self._poke)
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]
-
-    def regroup(self, topology: Topology) -> None:
-        """Go on over another graph, that of the survivors; collective on these."""
-        assert isinstance(self.algorithm, RegroupingAlgorithm)
-        sent, spec = self.bytes_sent, self.local.spec
-        nbytes = self.algorithm.message_nbytes(spec, self.world.size)
-        self.schedule = topology
-        self.link = self.mailbox = self.world.mailbox(topology, nbytes, self.algorithm.depth)
-        exchange = self.world.exchange(topology)
-        self.algorithm.regroup_(self.local, self.state, self.mailbox, exchange)
-        self.mailbox.bytes_sent = sent + exchange.bytes_sent
-
-    def average_(self) -> None:
-        """Take the model from its owners, if it has any; statistics are averaged over the ranks that train."""
-        if not self._owners:
-            super().average_()
-            return
-        for rank, part in self._owners:
-            self.world.broadcast_(self.local.x[part], rank)
-        hubs = len(self._owners)
-        for buffer in self.local.buffers():
-            if self.world.rank < hubs:
-                buffer.zero_()
-            self.world.mean_(buffer)
-            buffer.mul_(self.world.size / (self.world.size - hubs))
-
-    def _poke(self, *_: object) -> None:
-        self.mailbox.poke()
 
 
 @dataclass
@@ -193,27 +131,6 @@ class _Report:
         """Take apart what `numbers` gave."""
         gradients, loss, sent, is_done, stop, save, writing, *seconds = numbers
         return cls(int(gradients), loss, int(sent), int(is_done), int(stop), int(save), int(writing), tuple(seconds))
-
-
-class _Pulse:
-    """Reports of all ranks, gathered again and again."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._pending: Gather | None = None
-        self._last = world.now()
-
-    def beat(self, report: Callable[[], _Report]) -> list[_Report] | None:
-        """Return the reports of all ranks by rank, if they are complete; each of them once on every rank."""
-        if self._pending is None:
-            now = self._world.now()
-            if self._world.rank == 0 and now - self._last < PULSE_S:
-                return None
-            self._pending, self._last = self._world.start_gather(report().numbers()), now
-        if not self._pending.test():
-            return None
-        rows, self._pending = self._pending.wait(), None
-        return [_Report.read(row) for row in rows]
 
 
 class _Batches:
@@ -331,7 +248,7 @@ class _Run:
         self._saver = self._make_saver()
         self._lookout: Lookout | None = None
         # MPI may yet write into the buffers of a pulse that was given up.
-        self._given_up: list[_Pulse] = []
+        self._given_up: list[Pulse] = []
         self._last_save = self._last_look = time.monotonic()
 
     def begin(self, checkpoint: Checkpoint | None, resize: bool) -> None:
@@ -418,7 +335,7 @@ class _Run:
         self._begun_before_save = False
         if self._folder and world.rank == 0:
             self._folder.save_ranks(self._watchdog.members)
-        self._pulse = _Pulse(world)
+        self._pulse = Pulse(world)
 
     def _look_out(self) -> None:
         """Look after all ranks, where they can go on without one; collective on all ranks."""
@@ -444,9 +361,11 @@ class _Run:
 
     def pulse(self) -> list[_Report] | None:
         """Return the reports of all ranks, if there are new ones."""
-        reports = self._pulse.beat(self._report)
-        if reports is not None:
-            self._watchdog.moved(self._step(reports))
+        rows = self._pulse.beat(lambda: self._report().numbers())
+        if rows is None:
+            return None
+        reports = [_Report.read(row) for row in rows]
+        self._watchdog.moved(self._step(reports))
         return reports
 
     def work(self) -> None:
@@ -499,7 +418,7 @@ class _Run:
 
     def end(self) -> Result:
         """Take in what is under way, and finish the run."""
-        self._drain()
+        self._replica.drain()
         self._meter.work(self._world.now())
         world, replica = self._world, self._replica
         reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
@@ -638,15 +557,9 @@ class _Run:
         report(record, world.rank, [self._folder, self._progress, *self._callbacks])
         return record
 
-    def _drain(self) -> None:
-        """Take in all that is on its way: first what was sent, then the answers to it; collective on all ranks."""
-        for _ in range(2):
-            self._mailbox.settle()
-            self._algorithm.drain(self._replica.local, self._replica.state, self._mailbox)
-
     def _save(self) -> int:
         """Begin to store a checkpoint, and return its step; collective on all ranks."""
-        self._drain()
+        self._replica.drain()
         self._batches.hold()
         reports = [_Report.read(row) for row in self._world.all_gather(self._report().numbers())]
         step = self._step(reports)
@@ -666,7 +579,7 @@ class _Run:
                 self._saver.publish()
             self._last_save = time.monotonic()
             self._begun_before_save = True
-        self._pulse = _Pulse(self._world)
+        self._pulse = Pulse(self._world)
         self._watchdog.moved()
         return step
 
@@ -703,12 +616,7 @@ class _Run:
         if self._lookout:
             self._lookout.look()
             return
-        for rank, peer in self._mailbox.peers().items():
-            if peer.has_ended:
-                raise ExchangeError(
-                    f"{self._watchdog.members[rank]} has ended, which rank {self._world.rank} shares an edge with: "
-                    "go on from the last checkpoint with --resume"
-                )
+        self._replica.require_neighbors(self._watchdog.members, "--resume")
 
     def _sleep_and_poke(self, seconds: float) -> None:
         end = self._world.now() + seconds

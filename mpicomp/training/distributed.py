@@ -22,7 +22,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from mpicomp.compression.by_rank import require_size
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Gather, World
+from mpicomp.exchange.guard import install_excepthook
 from mpicomp.exchange.placement import DeviceKind
+from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.training.clipping import Clip
 from mpicomp.training.consistency import EVERY_STEPS, require_same_model
@@ -44,6 +46,9 @@ from mpicomp.training.meter import Meter
 from mpicomp.training.metrics import Record
 from mpicomp.training.optimizer import DistributedOptimizer
 from mpicomp.training.replica import Replica
+
+if TYPE_CHECKING:
+    from mpicomp.training.asynchronous_distributed import AsynchronousDistributed
 
 _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """The optimizers of models that are trained together."""
@@ -59,6 +64,7 @@ class Distributed(Replica):
     Attributes:
         optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
         is_compared: whether ranks that must hold the same model are compared now and then.
+        watchdog: hears how far this rank is; None if nobody looks after it.
         buffers_every: steps from one averaging of batch-norm statistics in training to the next; 0 for none.
         meter: what the steps have cost since the last record.
 
@@ -68,21 +74,20 @@ class Distributed(Replica):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        algorithm: Algorithm[Any],
+        algorithm: AnyAlgorithm,
         schedule: Schedule,
         world: World,
     ) -> None:
         super().__init__(model, optimizer, algorithm, schedule, world)
-        self.link = self._exchange = world.exchange(schedule)
         self._algorithm = algorithm
         self._phases: Phases | None = None
         self._meanwhile: Meanwhile = None
         self._frozen: list[tuple[Tensor, Tensor]] = []
         self._is_joining = False
         self._ends: Gather | None = None
-        self.state = algorithm.init(self.local, self._exchange)
         self.optimizer = DistributedOptimizer(self)
         self.is_compared = False
+        self.watchdog: Watchdog | None = None
         self.buffers_every = 0
         self.meter = Meter(torch.zeros((), dtype=torch.float64, device=self.local.x.device))
         if algorithm.begins_before_gradient:
@@ -184,6 +189,16 @@ class Distributed(Replica):
                 "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
             )
 
+    def _connect(self) -> None:
+        assert isinstance(self.algorithm, Algorithm)
+        self.link = self._exchange = self.world.exchange(self.schedule)
+        self.state = self.algorithm.init(self.local, self._exchange)
+
+    def _make_phases(self) -> Phases:
+        """Return the phases of a step."""
+        assert isinstance(self.algorithm, Algorithm)
+        return self.algorithm.phases(self.local, self.state, self._exchange)
+
     def begin(self) -> None:
         """Begin a step, unless that has been done; collective on all ranks.
 
@@ -213,7 +228,7 @@ class Distributed(Replica):
         if self._is_joining:
             self._ends = self.world.start_gather([False])
         self._frozen = self.local.frozen()
-        self._phases = self._algorithm.phases(self.local, self.state, self._exchange)
+        self._phases = self._make_phases()
         self._meanwhile = next(self._phases)
         self.local.show_parameters()
         self.local.listen(self._meanwhile)
@@ -230,6 +245,8 @@ class Distributed(Replica):
         self.local.skips_update = False
         self.local.end_step()
         self.steps += 1
+        if self.watchdog is not None:
+            self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:
             for buffer in self.local.buffers():
                 self._exchange.mean_(buffer.view(-1))
@@ -246,6 +263,36 @@ class Distributed(Replica):
             self.begin()
 
 
+@overload
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: Algorithm[Any],
+    topology: Schedule | Callable[[int], Schedule],
+    compressor: Compressor | None = None,
+    world: World | None = None,
+    *,
+    clip: Clip | None = None,
+    buffers: Buffers = "averaged",
+    device: DeviceKind | None = None,
+    allow_shared_gpu: bool = False,
+    hang_timeout_s: float = 600.0,
+) -> Distributed: ...
+@overload
+def distribute(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: AsynchronousAlgorithm[Any],
+    topology: Schedule | Callable[[int], Schedule],
+    compressor: Compressor | None = None,
+    world: World | None = None,
+    *,
+    clip: Clip | None = None,
+    buffers: Literal["averaged", "own"] = "averaged",
+    device: DeviceKind | None = None,
+    allow_shared_gpu: bool = False,
+    hang_timeout_s: float = 600.0,
+) -> AsynchronousDistributed: ...
 def distribute(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -261,6 +308,9 @@ def distribute(
     hang_timeout_s: float = 600.0,
 ) -> Distributed:
     """Train `model` together with the other ranks of this MPI job; collective on all ranks.
+
+    With an asynchronous algorithm it is an `AsynchronousDistributed` that comes back: ranks do not wait for each other,
+    and end by ``gossip.finish()``.
 
     Args:
         model: any module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
@@ -285,25 +335,20 @@ def distribute(
     Raises:
         ConfigError: a model and an optimizer that do not fit together (names the tensor and the ranks); a model on
             another device than its rank; a compressor for an algorithm that sends no compressed message, or one for
-            another number of ranks; an asynchronous algorithm.
+            another number of ranks.
         TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
 
     """
-    if isinstance(algorithm, AsynchronousAlgorithm):
-        raise ConfigError(
-            f"{algorithm.name} has no common steps, which a training loop of one's own needs: train with it by "
-            "`mpicomp train`, or take a synchronous algorithm"
-        )
     if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
         raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
+    is_own_world, watchdog = world is None, None
     if world is None:
-        from mpicomp.exchange.guard import install_excepthook
-        from mpicomp.exchange.watchdog import Watchdog
         from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
 
         world = MpiWorld.from_environment(device or device_of(model), allow_shared_gpu)
         install_excepthook(world)
-        Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True).__enter__()
+        watchdog = Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True)
+        watchdog.__enter__()  # for the rest of the program
     place(model, optimizer, world, is_moved=device is not None)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
@@ -314,11 +359,19 @@ def distribute(
         raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
     if isinstance(buffers, int) and buffers < 1:
         raise ConfigError(f"buffers = {buffers} must be 'averaged', 'own', or a number of steps that is at least 1")
-    gossip = Distributed(model, optimizer, algorithm, schedule, world)
     if clip is not None and clip.after_sum and not algorithm.updates_with_sum:
         raise ConfigError(
             f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
         )
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        if isinstance(buffers, int):
+            raise ConfigError(f"buffers = {buffers}: {algorithm.name} has no common steps. Use 'averaged' or 'own'.")
+        from mpicomp.training.asynchronous_distributed import AsynchronousDistributed  # here, because it builds on this
+
+        gossip: Distributed = AsynchronousDistributed(model, optimizer, algorithm, schedule, world, is_own_world)
+    else:
+        gossip = Distributed(model, optimizer, algorithm, schedule, world)
+    gossip.watchdog = watchdog
     gossip.local.clip, gossip.local.clip_sum = (None, clip) if clip and clip.after_sum else (clip, None)
     gossip.averages_buffers = buffers != "own"
     gossip.buffers_every = buffers if isinstance(buffers, int) else 0
@@ -328,8 +381,8 @@ def distribute(
     return gossip
 
 
-def with_compressor(algorithm: Algorithm[Any], compressor: Compressor) -> Algorithm[Any]:
+def with_compressor(algorithm: AnyAlgorithm, compressor: Compressor) -> AnyAlgorithm:
     """Return `algorithm` with `compressor` for what it sends."""
     if not hasattr(algorithm, "compressor"):
         raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
-    return cast(Algorithm[Any], dataclasses.replace(cast(Any, algorithm), compressor=compressor))
+    return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), compressor=compressor))

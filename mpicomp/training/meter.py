@@ -121,7 +121,8 @@ class Meter:
         with self.meeting():
             world.barrier()
         mean, seconds = self.take()
-        distance = sampled_consensus_distance(replica)
+        step = replica.steps_of_all()
+        distance = sampled_consensus_distance(replica, step)
         rows = world.all_gather(
             (
                 mean if own is None else own,
@@ -133,7 +134,7 @@ class Meter:
         losses, sent, parts, diagnostics = zip(*rows, strict=True)
         known = [value for value in losses if value is not None]
         record = Record(
-            step=replica.steps,
+            step=step,
             epoch=None,
             loss=fmean(known) if known else None,
             lr=replica.local.lr,
@@ -170,11 +171,14 @@ class Meter:
         self.seconds = [total + parts.get(part, 0.0) for total, part in zip(self.seconds, MEASURED, strict=True)]
 
 
-def sampled_consensus_distance(replica: Replica) -> float:
-    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange."""
+def sampled_consensus_distance(replica: Replica, step: int) -> float:
+    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange.
+
+    Which ones depends on `step`, the same on all ranks.
+    """
     x = replica.local.x
     if len(x) > SAMPLED_ENTRIES:
-        generator = torch.Generator().manual_seed(replica.steps)
+        generator = torch.Generator().manual_seed(step)
         x = x[torch.randint(len(x), (SAMPLED_ENTRIES,), generator=generator).to(x.device)]
     mean = x.clone()
     replica.world.mean_(mean)

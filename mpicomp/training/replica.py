@@ -80,6 +80,15 @@ class Replica:
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
+        self._connect()
+
+    def steps_of_all(self) -> int:
+        """Return the steps that checkpoints and records are named after, the same on all ranks; collective on them."""
+        return self.steps
+
+    def _connect(self) -> None:
+        """Make `link` and `state`; collective on all ranks."""
+        raise NotImplementedError
 
     @property
     def bytes_sent(self) -> int:
@@ -218,12 +227,13 @@ class Replica:
 
         """
         problems: list[str] = []
+        step = self.steps_of_all()
         with together(self.world):
             self.require_between_steps("save()")
             own = nested.pack({} if extra is None else extra, "extra")
             leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
             saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
-        saver.start(self.steps, leaves)
+        saver.start(step, leaves)
         is_sound = saver.finish()
         saver.close()
         if not is_sound:

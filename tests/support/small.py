@@ -7,25 +7,36 @@ from mpicomp.algorithms.two_way import TwoWayAdam
 from mpicomp.topology import ring
 from mpicomp.training.distributed import Distributed, distribute
 
+CENTERS = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 
-def make(world, algorithm, topology=ring, seed=0, **options) -> tuple[Distributed, callable]:
-    """Return a model under `algorithm`, and a function that gives the closure of a step."""
+
+def network(seed=0) -> nn.Module:
     with torch.random.fork_rng():
         generator = torch.Generator().manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         for p in model.parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.4
+    return model
+
+
+def batch(step, rank):
+    """Return the inputs and the labels of a rank in a step."""
+    draw = torch.Generator().manual_seed(1000 * step + rank)
+    labels = torch.randint(3, (16,), generator=draw)
+    return CENTERS[labels] + 0.3 * torch.randn(16, 6, generator=draw), labels
+
+
+def make(world, algorithm, topology=ring, seed=0, **options) -> tuple[Distributed, callable]:
+    """Return a model under `algorithm`, and a function that gives the closure of a step."""
+    model = network(seed)
     has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
     takes_own_steps = isinstance(algorithm, TwoWayAdam)
     momentum = 0.0 if has_own_momentum or takes_own_steps else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
     gossip = distribute(model, optimizer, algorithm, topology, world=world, **options)
-    centers = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 
     def closure(step):
-        draw = torch.Generator().manual_seed(1000 * step + world.rank)
-        labels = torch.randint(3, (16,), generator=draw)
-        inputs = centers[labels] + 0.3 * torch.randn(16, 6, generator=draw)
+        inputs, labels = batch(step, world.rank)
         return lambda: nn.functional.cross_entropy(model(inputs), labels)
 
     return gossip, closure

@@ -9,14 +9,12 @@ import torch
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint, records
 
-from mpicomp.algorithms import ASGD
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback_mailbox import Links
 from mpicomp.training.config import RunConfig
-from mpicomp.training.distributed import distribute
 from mpicomp.training.loop import train
 from mpicomp.training.run_folder import RunFolder
 from mpicomp.training.setup import Setup
@@ -149,13 +147,6 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
 def test_contradictions_are_refused(path, overrides, message):
     with pytest.raises((ConfigError, TopologyError), match=message):
         RunConfig.load(path, overrides).check(4)
-
-
-def test_a_loop_of_ones_own_is_told_to_take_another_method():
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="train with it by `mpicomp train`"):
-        run(2, lambda world: distribute(model, optimizer, ASGD(), "star", world=world))
 
 
 def test_threads_cannot_outlive_one_of_them(tmp_path):

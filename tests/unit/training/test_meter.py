@@ -258,7 +258,7 @@ def test_the_consensus_distance_is_estimated_from_some_entries():
     def serve(world):
         gossip, _ = linear(world, features=4 * SAMPLED_ENTRIES)
         gossip.local.x.copy_(torch.randn(gossip.local.x.shape, generator=torch.Generator().manual_seed(world.rank)))
-        return sampled_consensus_distance(gossip), gossip.consensus_distance()
+        return sampled_consensus_distance(gossip, gossip.steps), gossip.consensus_distance()
 
     for estimated, exact in loopback.run(3, serve):
         assert estimated != exact

@@ -1,0 +1,31 @@
+"""What ranks that do not wait for each other know of each other: numbers of all, gathered again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpicomp.exchange.base import Gather, World
+
+PULSE_S = 0.05
+"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
+
+
+class Pulse:
+    """Numbers of all ranks, gathered again and again; nobody waits for them."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: Gather | None = None
+        self._last = world.now()
+
+    def beat(self, numbers: Callable[[], list[float]]) -> list[list[float]] | None:
+        """Return the numbers of all ranks by rank, if they are complete; each of them once on every rank."""
+        if self._pending is None:
+            now = self._world.now()
+            if self._world.rank == 0 and now - self._last < PULSE_S:
+                return None
+            self._pending, self._last = self._world.start_gather(numbers()), now
+        if not self._pending.test():
+            return None
+        rows, self._pending = self._pending.wait(), None
+        return rows
