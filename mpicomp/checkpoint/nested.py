@@ -1,16 +1,16 @@
 """Trees of Python values, such as the `state_dict` of a scheduler, as ``{name: leaf}``, and back.
 
-structure             JSON: the whole tree but for the entries of its tensors and arrays
-['scaler']['scale']   one leaf for each of those, named by the way to it; ``%`` and ``/`` in it as ``%25`` and ``%2F``
+    structure             JSON: the whole tree but for the entries of its tensors and arrays
+    ['scaler']['scale']   one leaf for each of those, named by the way to it; ``%25`` for ``%``, ``%2F`` for ``/``
 
 None, booleans, integers, floats (NaN and infinities as Python writes them), texts and lists stand for themselves in the
 JSON. All else is an object with one entry, whose key says the type:
 
-{"dict": [[key, value], ...]}    likewise "OrderedDict" and "Counter"
-{"tuple": [...]}                 likewise "Size", of torch
-{"bytes": "hexadecimal"}
-{"numpy": [dtype, value]}        a scalar of numpy
-{"tensor": name}                 likewise "array", of numpy
+    {"dict": [[key, value], ...]}    likewise "OrderedDict" and "Counter"
+    {"tuple": [...]}                 likewise "Size", of torch
+    {"bytes": "hexadecimal"}
+    {"numpy": [dtype, value]}        a scalar of numpy
+    {"tensor": name}                 likewise "array", of numpy
 
 What comes back has the types that went in; tensors come back on the CPU and without a graph, parameters as tensors.
 """
