@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpicomp import algorithms, compression, exchange, topology
-    from mpicomp.training.clipping import Clip
-    from mpicomp.training.distributed import Distributed, distribute
-    from mpicomp.training.tensorboard import TensorBoard
+    from mpicomp.replica.clipping import Clip
+    from mpicomp.replica.distributed import Distributed, distribute
+    from mpicomp.replica.tensorboard import TensorBoard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,10 +29,10 @@ __all__ = [
 ]
 
 _FOUND_IN = {
-    "Clip": "mpicomp.training.clipping",
-    "Distributed": "mpicomp.training.distributed",
-    "TensorBoard": "mpicomp.training.tensorboard",
-    "distribute": "mpicomp.training.distributed",
+    "Clip": "mpicomp.replica.clipping",
+    "Distributed": "mpicomp.replica.distributed",
+    "TensorBoard": "mpicomp.replica.tensorboard",
+    "distribute": "mpicomp.replica.distributed",
 }
 
 

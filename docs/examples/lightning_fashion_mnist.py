@@ -20,9 +20,9 @@ from torchmetrics import Accuracy
 
 from mpicomp.algorithms import Choco
 from mpicomp.compression import TopK
+from mpicomp.data.datasets import fashion_mnist
 from mpicomp.integrations.lightning import GossipStrategy
 from mpicomp.topology import ring
-from mpicomp.training.data import fashion_mnist
 
 
 class Clothes(LightningModule):

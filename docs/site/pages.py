@@ -28,8 +28,8 @@ import mpicomp
 from mpicomp.algorithms import ALGORITHMS
 from mpicomp.cli import main
 from mpicomp.compression import COMPRESSORS
-from mpicomp.training.parameters import parameters
-from mpicomp.training.sections import SECTIONS, Section
+from mpicomp.config.parameters import parameters
+from mpicomp.config.sections import SECTIONS, Section
 
 ROOT = Path(__file__).parents[2]
 METHODS = Path(__file__).parent / "methods"

@@ -1,23 +1,23 @@
 """WHEN: one method per file; no MPI, no model."""
 
-from mpicomp.algorithms.adagossip import AdaGossip
-from mpicomp.algorithms.asgd import ASGD
-from mpicomp.algorithms.asynchronous import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms.asynchronous.asgd import ASGD
+from mpicomp.algorithms.asynchronous.base import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms.asynchronous.dc_asgd import DCASGD
+from mpicomp.algorithms.asynchronous.dc_gossip import DCGossip
 from mpicomp.algorithms.base import Algorithm, Local
-from mpicomp.algorithms.choco import Choco
-from mpicomp.algorithms.dc_asgd import DCASGD
-from mpicomp.algorithms.dc_gossip import DCGossip
-from mpicomp.algorithms.deep_squeeze import DeepSqueeze
-from mpicomp.algorithms.dgc import DGC
-from mpicomp.algorithms.dpsgd import DPSGD
-from mpicomp.algorithms.ef_sgd import EFSGD
-from mpicomp.algorithms.efficient_adam import EfficientAdam
-from mpicomp.algorithms.gmc import GMC
-from mpicomp.algorithms.local_sgd import LocalSGD
-from mpicomp.algorithms.onebit_adam import OneBitAdam
-from mpicomp.algorithms.powersgd import PowerSGD
+from mpicomp.algorithms.gossip.adagossip import AdaGossip
+from mpicomp.algorithms.gossip.choco import Choco
+from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
+from mpicomp.algorithms.gossip.dpsgd import DPSGD
+from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.sgd import SGD
-from mpicomp.algorithms.ssgd import SSGD
+from mpicomp.algorithms.sums.dgc import DGC
+from mpicomp.algorithms.sums.ef_sgd import EFSGD
+from mpicomp.algorithms.sums.efficient_adam import EfficientAdam
+from mpicomp.algorithms.sums.gmc import GMC
+from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
+from mpicomp.algorithms.sums.powersgd import PowerSGD
+from mpicomp.algorithms.sums.ssgd import SSGD
 
 ALGORITHMS: dict[str, type] = {
     "sgd": SGD,

@@ -2,7 +2,7 @@
 
 An algorithm is a frozen dataclass of hyper-parameters; its compressor, where it has one, is one of them. What changes
 lives in its state, a dataclass of tensors and numbers made by `Algorithm.init` and changed in place by
-`Algorithm.step`. Whatever a restart needs is a field of that state, so one generic code (`mpicomp.checkpoint.tree`)
+`Algorithm.step`. Whatever a restart needs is a field of that state, so one generic code (`mpicomp.state`)
 stores and restores the state of every algorithm. No message is in flight between two steps.
 """
 
@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Spec
-from mpicomp.compression.feedback import ErrorFeedback
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Spec
+from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology

@@ -30,8 +30,8 @@ from typing import Any
 
 from mpicomp.checkpoint import damage, hdf5
 from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
+from mpicomp.state import Leaf
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

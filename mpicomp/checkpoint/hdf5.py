@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.checkpoint.layout import Chunk, dtype_name, lay_out, pieces, stored
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
+from mpicomp.state import Leaf
 
 FORMAT = "mpicomp checkpoint"
 VERSION = 1

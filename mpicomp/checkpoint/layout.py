@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.checkpoint.fletcher import CHECKSUM_NBYTES, fletcher32
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
+from mpicomp.state import Leaf
 
 CHUNK_NBYTES = 2**20
 """Bytes of a chunk, at most. Large enough that the cost of each does not count, small enough for a core's cache."""

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
+from mpicomp.state import Leaf
 
 STRUCTURE = "structure"
 

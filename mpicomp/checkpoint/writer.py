@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.checkpoint.hdf5 import Digest, write
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
+from mpicomp.state import Leaf
 
 
 class Writer:

@@ -15,10 +15,10 @@ from torch import Tensor
 from mpicomp.checkpoint import export as model_export
 from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, rank_file
-from mpicomp.checkpoint.tree import Leaf
 from mpicomp.errors import CheckpointError
-from mpicomp.training.metrics import readable_bytes
-from mpicomp.training.run_folder import RunFolder
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.result import readable_bytes
+from mpicomp.state import Leaf
 
 VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
 """What differs between two runs that are otherwise the same."""

@@ -8,9 +8,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from mpicomp.data.datasets import FOLDER_VARIABLE, data_folder
+from mpicomp.data.download import ORIGINS, check, fetch
 from mpicomp.errors import DataError
-from mpicomp.training.data import FOLDER_VARIABLE, data_folder
-from mpicomp.training.download import ORIGINS, check, fetch
 
 KIND = click.Choice(sorted(ORIGINS))
 FOLDER = click.Path(path_type=Path, file_okay=False)

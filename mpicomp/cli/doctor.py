@@ -16,11 +16,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mpicomp import slurm
 from mpicomp.errors import ExchangeError
+from mpicomp.slurm import job as slurm
 
 if TYPE_CHECKING:
-    from mpicomp.exchange.probe import Library, Place, Trial
+    from mpicomp.exchange.mpi.probe import Library, Place, Trial
 
 TABLE_RANKS = 32
 """Up to how many ranks are listed one by one."""
@@ -63,8 +63,8 @@ def doctor(as_json: bool, timeout: float) -> None:
     with _Watchdog(timeout) as watchdog:
         watchdog.stage = "starting MPI"
         try:
-            from mpicomp.exchange import probe  # starts MPI
-            from mpicomp.exchange.world import MpiWorld
+            from mpicomp.exchange.mpi import probe  # starts MPI
+            from mpicomp.exchange.mpi.world import MpiWorld
         except ExchangeError as error:
             _finish(Report([str(error)]), as_json)
         watchdog.stage = "setting up the ranks"

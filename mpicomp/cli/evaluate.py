@@ -8,10 +8,10 @@ import click
 import torch
 
 from mpicomp.cli import debug_option
+from mpicomp.config.config import RunConfig
 from mpicomp.exchange.placement import choose_device
-from mpicomp.training.config import RunConfig
-from mpicomp.training.evaluation import evaluate as evaluate_model
-from mpicomp.training.run_folder import RunFolder
+from mpicomp.run.evaluation import evaluate as evaluate_model
+from mpicomp.run.folder import RunFolder
 
 
 @click.command()

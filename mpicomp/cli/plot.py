@@ -8,7 +8,7 @@ import click
 
 from mpicomp.cli import debug_option
 from mpicomp.errors import ConfigError
-from mpicomp.training.plot import figure, read_runs
+from mpicomp.run.plot import figure, read_runs
 
 
 @click.command()

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from mpicomp.batch import LAUNCHERS, BatchScript, Launcher
 from mpicomp.cli import debug_option
 from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.launcher import family
+from mpicomp.slurm.script import LAUNCHERS, BatchScript, Launcher
 
 _MPI4PY_S = 60.0
 """How long the MPI library may take to tell its name; a cold file system of a cluster is slow."""
@@ -168,7 +168,7 @@ def _seeds(text: str) -> list[str]:
 
 def _check(config: Path, batch: BatchScript) -> None:
     """Raise ConfigError now for what would end the job at its start."""
-    from mpicomp.training.config import RunConfig  # imports torch
+    from mpicomp.config.config import RunConfig  # imports torch
 
     for settings in batch.runs or [[]]:
         RunConfig.load(config, [*batch.overrides, *settings]).check(batch.ranks)

@@ -17,19 +17,21 @@ import click
 import torch
 
 from mpicomp.checkpoint.folder import Checkpoint, open_checkpoint
+from mpicomp.checkpoint.saver import find_checkpoint
 from mpicomp.cli import debug_option, is_debug
+from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError, MpicompError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, together
 from mpicomp.exchange.placement import choose_device
-from mpicomp.slurm import job_end_time
-from mpicomp.training.config import RunConfig
-from mpicomp.training.loop import train as train_model
-from mpicomp.training.metrics import Callback, Progress, summary
-from mpicomp.training.run_folder import RunFolder
-from mpicomp.training.saving import find_checkpoint
-from mpicomp.training.stopping import EXIT_UNFINISHED, StopRequests
-from mpicomp.training.tensorboard import TensorBoard, require_tensorboard
+from mpicomp.replica.record import Callback
+from mpicomp.replica.tensorboard import TensorBoard, require_tensorboard
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.loop import train as train_model
+from mpicomp.run.progress import Progress
+from mpicomp.run.result import summary
+from mpicomp.run.stopping import EXIT_UNFINISHED, StopRequests
+from mpicomp.slurm.job import job_end_time
 
 AUTO = "auto"
 """``--resume auto``: go on if there is something to go on from, start otherwise."""
@@ -237,7 +239,7 @@ def _train_guarded(world: World, config: RunConfig, request: _Request, requests:
 
 
 def _train_on_mpi(request: _Request) -> bool:
-    from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
 
     # The world of the run needs a configuration; this one carries the verdict on it.
     everyone = MpiWorld.from_environment("cpu")

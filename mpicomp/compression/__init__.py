@@ -1,15 +1,12 @@
 """WHAT is sent: one compressor per file, and three that wrap any of them."""
 
-from mpicomp.compression.allocation import allocate
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.block import RandomBlock
-from mpicomp.compression.by_rank import ByRank
 from mpicomp.compression.cast import Cast
-from mpicomp.compression.feedback import ErrorFeedback
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.log_grid import LogGrid
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.natural import Natural
-from mpicomp.compression.per_tensor import PerTensor
 from mpicomp.compression.qsgd import QSGD
 from mpicomp.compression.randk import RandomK
 from mpicomp.compression.sampled_topk import SampledTopK
@@ -18,6 +15,10 @@ from mpicomp.compression.terngrad import TernGrad
 from mpicomp.compression.threshold import HardThreshold
 from mpicomp.compression.topk import TopK
 from mpicomp.compression.uniform_grid import UniformGrid
+from mpicomp.compression.wrap.allocation import allocate
+from mpicomp.compression.wrap.by_rank import ByRank
+from mpicomp.compression.wrap.feedback import ErrorFeedback
+from mpicomp.compression.wrap.per_tensor import PerTensor
 
 COMPRESSORS: dict[str, type[Compressor]] = {
     "identity": Identity,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.timing import timed

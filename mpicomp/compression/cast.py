@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
+from mpicomp.compression.base import Compressor, blocks
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.errors import ConfigError
+from mpicomp.state import State
 from mpicomp.timing import timed
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.state import State
 from mpicomp.timing import timed
 
 

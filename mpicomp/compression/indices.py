@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Field, index_dtype
+from mpicomp.compression.message import Field, index_dtype
 from mpicomp.kernels.reference import index_code_nbytes, index_shift
 from mpicomp.timing import traced
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, blocks
+from mpicomp.compression.base import Compressor, blocks
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, uniform
 from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.state import State
 from mpicomp.timing import timed
 
 

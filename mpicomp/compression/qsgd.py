@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, next_seed
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import packed_nbytes

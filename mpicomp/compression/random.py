@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import OWN
+from mpicomp.state import OWN
 
 _MASK = 2**64 - 1
 

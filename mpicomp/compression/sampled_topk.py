@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
 from mpicomp.errors import ConfigError

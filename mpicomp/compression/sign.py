@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.kernels.reference import packed_nbytes
+from mpicomp.state import State
 from mpicomp.timing import timed
 
 

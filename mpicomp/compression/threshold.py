@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Layout, Payload, Spec, State
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
+from mpicomp.compression.message import Layout, Payload, Spec
 from mpicomp.compression.values import Values, check_values, read_values, value_fields, write_values
 from mpicomp.errors import ConfigError
+from mpicomp.state import State
 from mpicomp.timing import timed, traced
 
 _above = traced("select")(kernels.above)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.base import Compressor, Field, Layout, Payload, Spec, State, blocks
+from mpicomp.compression.base import Compressor, blocks
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import finite, pack_codes, packed_nbytes
+from mpicomp.state import State
 from mpicomp.timing import timed
 
 

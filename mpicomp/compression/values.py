@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Field, Payload
+from mpicomp.compression.message import Field, Payload
 from mpicomp.errors import ConfigError
 
 Values = Literal["full", "float32", "bfloat16", "float16", "int8"]

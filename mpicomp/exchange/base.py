@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Layout, Payload
+from mpicomp.compression.message import Layout, Payload
 from mpicomp.errors import ExchangeError, TopologyError
 from mpicomp.topology.base import Schedule, Topology
 

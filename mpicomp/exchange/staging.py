@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Layout, Payload
+from mpicomp.compression.message import Layout, Payload
 
 Bytes = np.ndarray
 

@@ -33,9 +33,9 @@ from mpicomp.algorithms.base import Algorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.guard import install_excepthook, together
+from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.placement import DeviceKind, choose_device
-from mpicomp.exchange.world import MpiWorld
-from mpicomp.training.distributed import Distributed, distribute
+from mpicomp.replica.distributed import Distributed, distribute
 
 OWN = "mpicomp"
 """The key of a checkpoint file that says which states of the ranks belong to it."""

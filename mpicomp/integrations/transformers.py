@@ -29,11 +29,11 @@ from mpicomp.compression.base import Compressor
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
-from mpicomp.exchange.world import MpiWorld
-from mpicomp.training.distributed import Distributed, distribute
+from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.replica.distributed import Distributed, distribute
 
 FOLDER = "gossip"
-"""Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.training.replica.Replica.save`)."""
+"""Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.replica.replica.Replica.save`)."""
 
 LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK")
 """By which `accelerate.PartialState` decides whether to start ``torch.distributed``."""

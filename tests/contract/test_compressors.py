@@ -150,7 +150,7 @@ def test_accumulate_adds_a_weighted_message(compressor):
 
 @every
 def test_state_is_a_plain_dataclass(compressor):
-    from mpicomp.checkpoint.tree import flatten
+    from mpicomp.state import flatten
 
     state = compressor.init(spec_of(10), CPU)
     assert state is None or dataclasses.is_dataclass(state)

@@ -4,7 +4,7 @@ import pytest
 from support.mailbox_table import TABLE
 
 from mpicomp.exchange import loopback
-from mpicomp.exchange.loopback_mailbox import Delays
+from mpicomp.exchange.loopback.mailbox import Delays
 
 
 def make(world, *args, **options):

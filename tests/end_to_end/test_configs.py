@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mpicomp.algorithms import ALGORITHMS
+from mpicomp.config.config import RunConfig
 from mpicomp.exchange.loopback import run
-from mpicomp.training.config import RunConfig
-from mpicomp.training.loop import train
+from mpicomp.run.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.toml"))

@@ -25,10 +25,10 @@ END_S = 15.0
 PROGRAM = """
 import os, signal, sys, time
 import torch
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange.guard import guard
 from mpicomp.exchange.watchdog import Watchdog
-from mpicomp.exchange.world import MpiWorld
+from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.topology import ring
 
 def act():

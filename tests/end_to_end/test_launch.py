@@ -29,7 +29,7 @@ START = """
 import sys
 from mpicomp.errors import DataError, DivergenceError
 from mpicomp.exchange.guard import guard, install_excepthook, together
-from mpicomp.exchange.world import MpiWorld
+from mpicomp.exchange.mpi.world import MpiWorld
 world = MpiWorld.from_environment(device="cpu")
 """
 

@@ -18,7 +18,7 @@ KEEP_THE_OTHERS = {"mpich": [], "openmpi": ["--with-ft", "ulfm"]}
 CODE = """
 import json, os, signal, sys, time
 from pathlib import Path
-from mpicomp.exchange.world import MpiWorld
+from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.topology import complete
 world = MpiWorld.from_environment(device="cpu")
 mailbox = world.mailbox(complete(3), 100)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange import loopback
 from mpicomp.exchange.staging import CudaStaging, HostStaging, make_staging
 from mpicomp.topology import ring

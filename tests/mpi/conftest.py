@@ -15,8 +15,8 @@ import time
 import pytest
 import torch
 
-from mpicomp.exchange.library import MPI
-from mpicomp.exchange.world import MpiWorld
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.world import MpiWorld
 
 GRACE_S = 15.0
 VERDICTS = MpiWorld.from_environment(device="cpu")

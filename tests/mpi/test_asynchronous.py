@@ -2,8 +2,8 @@
 
 import pytest
 
-from mpicomp.training.config import RunConfig
-from mpicomp.training.loop import train
+from mpicomp.config.config import RunConfig
+from mpicomp.run.loop import train
 
 EPOCHS = 4
 """With half as many, five ranks on two cores now and then learned less than what is asked for."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange import loopback
 from mpicomp.topology import OnePeerExponential, RandomMatching, complete, ring, torus
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from support.exchange_table import TABLE, VARIABLE, message
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.library import MPI
+from mpicomp.exchange.mpi.library import MPI
 from mpicomp.topology import Topology, complete, erdos_renyi, ring, star, torus
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mpicomp.exchange.library import MPI
-from mpicomp.exchange.probe import (
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.probe import (
     Trial,
     attempt,
     examine_library,

@@ -12,11 +12,11 @@ import torch
 from support.mailbox_stress import stress
 from support.mailbox_table import LAYOUT, TABLE, exchange_all, patiently
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.library import MPI
-from mpicomp.exchange.mailbox_choice import Reach
-from mpicomp.exchange.progress import is_possible
+from mpicomp.exchange.mailbox.choice import Reach
+from mpicomp.exchange.mailbox.progress import is_possible
+from mpicomp.exchange.mpi.library import MPI
 from mpicomp.topology import ring
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size not in (2, 3), reason="the mailbox is tested on 2 and 3 ranks")

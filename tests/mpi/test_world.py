@@ -7,9 +7,9 @@ import torch
 
 from mpicomp.errors import ConfigError, DataError, ExchangeError
 from mpicomp.exchange.guard import agree, together
-from mpicomp.exchange.library import MPI
-from mpicomp.exchange.wait import poll, wait_all
-from mpicomp.exchange.world import MpiWorld
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.wait import poll, wait_all
+from mpicomp.exchange.mpi.world import MpiWorld
 
 
 def test_messages_of_others_are_not_mistaken_for_ours(world):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mpicomp.compression import QSGD, HardThreshold, Identity, PerTensor, RandomBlock, SignNorm, TopK
-from mpicomp.compression.base import Field, Layout, Spec
+from mpicomp.compression.message import Field, Layout, Spec
 from mpicomp.errors import ExchangeError, TopologyError
-from mpicomp.exchange.aggregate import Aggregator
+from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.topology import OnePeerExponential, RandomMatching, Topology, chain, complete, ring, star, torus
 
 SUMMED = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError, TopologyError
 from mpicomp.topology import Topology, complete, ring, star
 

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from mpicomp.algorithms import EFSGD, GMC, SSGD, Choco, EfficientAdam
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
+from mpicomp.replica.distributed import distribute
 from mpicomp.topology import ring
-from mpicomp.training.distributed import distribute
 
 STEPS = 4
 GOSSIP = Choco(0.2, TopK(0.3), overlap=True)

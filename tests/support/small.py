@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from mpicomp.algorithms.two_way import TwoWayAdam
+from mpicomp.algorithms.sums.two_way import TwoWayAdam
+from mpicomp.replica.distributed import Distributed, distribute
 from mpicomp.topology import ring
-from mpicomp.training.distributed import Distributed, distribute
 
 CENTERS = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 

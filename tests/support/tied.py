@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from mpicomp.algorithms import DPSGD
+from mpicomp.replica.distributed import distribute
 from mpicomp.topology import ring
-from mpicomp.training.distributed import distribute
 
 
 class Tied(nn.Module):

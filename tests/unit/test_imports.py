@@ -11,16 +11,20 @@ ROOT = Path(mpicomp.__file__).parent
 ORDER = [
     "errors",
     "timing",
-    "slurm",
+    "state",
     "topology",
     "kernels",
     "compression",
     "exchange",
     "algorithms",
     "checkpoint",
-    "training",
+    "replica",
+    "data",
+    "models",
+    "config",
+    "run",
+    "slurm",
     "integrations",
-    "batch",
     "cli",
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpicomp import timing
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange import loopback
 from mpicomp.timing import HIDDEN, Recorder, record, take_seconds, timed, traced, use_clock
 from mpicomp.topology import ring

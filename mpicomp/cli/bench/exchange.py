@@ -15,12 +15,12 @@ from rich.table import Table
 
 from mpicomp.cli import debug_option
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, seconds, write_json
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ConfigError
 from mpicomp.topology import ring
 
 if TYPE_CHECKING:
-    from mpicomp.exchange.world import MpiWorld
+    from mpicomp.exchange.mpi.world import MpiWorld
 
 SMALLEST = 1000
 """Bytes of the first message; each further one is four times as long."""
@@ -71,8 +71,8 @@ def exchange(ctx: click.Context, largest: float, rounds: int, json_path: Path | 
     """
     from mpicomp.cli import is_debug
     from mpicomp.exchange.guard import guard
-    from mpicomp.exchange.library import MPI
-    from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+    from mpicomp.exchange.mpi.library import MPI
+    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
 
     world = MpiWorld.from_environment("cpu")
     with guard(world, debug=is_debug(ctx)):
@@ -134,7 +134,7 @@ def _packed(world: MpiWorld, nbytes: int) -> Callable[[], object]:
 
 def _raw(world: MpiWorld, nbytes: int) -> Callable[[], object]:
     """Return the same by mpi4py."""
-    from mpicomp.exchange.library import MPI
+    from mpicomp.exchange.mpi.library import MPI
 
     neighbors = ring(world.size).targets(world.rank)
     comm, out = world.comm.Dup(), np.ones(nbytes, np.uint8)

@@ -18,15 +18,16 @@ from rich.table import Table
 from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.cli import debug_option, is_debug
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, write_json
+from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import guard, together
-from mpicomp.training.config import RunConfig
-from mpicomp.training.distributed import Distributed
-from mpicomp.training.flat import FlatModel
-from mpicomp.training.metrics import PARTS, readable_bytes
-from mpicomp.training.setup import Setup, set_up
-from mpicomp.training.state import seed_random
+from mpicomp.replica.distributed import Distributed
+from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.record import PARTS
+from mpicomp.replica.state import seed_random
+from mpicomp.run.result import readable_bytes
+from mpicomp.run.setup import Setup, set_up
 
 _WARM_BLOCKS = 1
 
@@ -95,7 +96,7 @@ def step(
         if json_path:
             write_json(json_path, report)
         return
-    from mpicomp.exchange.world import MpiWorld  # here, because it starts MPI
+    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
 
     world = MpiWorld.from_environment("cpu")
     result = measured(world, is_debug(ctx))

@@ -6,10 +6,10 @@ import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DGC, EFSGD, GMC, SGD, Choco
-from mpicomp.checkpoint.tree import flatten
 from mpicomp.compression import ByRank, ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
+from mpicomp.state import flatten
 from mpicomp.topology import OnePeerExponential, chain, complete, ring, star, torus
 
 LR = 0.1

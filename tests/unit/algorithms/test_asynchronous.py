@@ -11,11 +11,11 @@ import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train, train_asynchronously
 
 from mpicomp.algorithms import ASGD, DCASGD, Choco, DCGossip
-from mpicomp.algorithms.asynchronous import DelayCompensation
+from mpicomp.algorithms.asynchronous.base import DelayCompensation
 from mpicomp.compression import Identity, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback_mailbox import Links
+from mpicomp.exchange.loopback.mailbox import Links
 from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, induced, ring, star
 
 LR = 0.1

@@ -12,8 +12,8 @@ from mpicomp.algorithms import DGC, EFSGD, GMC, AdaGossip, Choco, DCGossip, Deep
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import ByRank, HardThreshold, PerTensor, RandomK, TopK, allocate
 from mpicomp.exchange import loopback
+from mpicomp.run.resize import load_resized
 from mpicomp.topology import ring, star
-from mpicomp.training.resize import load_resized
 
 VOLUMES = [100, 30, 10, 3, 1]
 TENSORS = PerTensor(TopK(0.3))

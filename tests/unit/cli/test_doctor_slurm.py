@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from mpicomp import slurm
 from mpicomp.cli.doctor import find_slurm_advice
+from mpicomp.slurm import job as slurm
 
 MPICH, OPEN_MPI = "MPICH Version: 5.0.2", "Open MPI v5.0.11"
 

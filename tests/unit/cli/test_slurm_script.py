@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mpicomp.batch import BatchScript
 from mpicomp.cli import main
 from mpicomp.errors import ConfigError
+from mpicomp.slurm.script import BatchScript
 
 ROOT = Path(__file__).parents[3]
 CHOCO = "configs/methods/choco.toml"

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mpicomp.compression import QSGD, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
-from mpicomp.compression.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
+from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
 from mpicomp.errors import ConfigError
 
 RATIO_RULES = [dagc_ratios, waterfill_ratios]

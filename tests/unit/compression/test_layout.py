@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mpicomp.compression import Field, Layout, PerTensor, Spec, TopK
-from mpicomp.compression.base import index_dtype
+from mpicomp.compression.message import index_dtype
 
 MIXED = Layout(
     (

@@ -85,7 +85,7 @@ def test_types_defaults_and_texts_are_those_of_the_code(pages):
 
 
 def test_each_public_module_has_a_page_of_the_api(pages):
-    for module in ("mpicomp.algorithms.choco", "mpicomp.compression.topk", "mpicomp.topology"):
+    for module in ("mpicomp.algorithms.gossip.choco", "mpicomp.compression.topk", "mpicomp.topology"):
         assert pages[f"api/{module}.md"].startswith(f"::: {module}\n")
     assert not any(page.startswith("api/mpicomp.cli") for page in pages)
 
@@ -102,9 +102,11 @@ def test_measured_rows_are_those_of_the_method_under_the_first_of_their_table(si
 
 
 def test_links_of_a_file_lead_to_its_page(site):
-    text = "[a](mpicomp/algorithms/choco.py) [b](docs/lightning.md#x) [c](configs/methods) [d](https://x.y) [e](#z)"
+    text = (
+        "[a](mpicomp/algorithms/gossip/choco.py) [b](docs/lightning.md#x) [c](configs/methods) [d](https://x.y) [e](#z)"
+    )
     assert site.relink(text, "README.md", "index.md") == (
-        "[a](source/mpicomp/algorithms/choco.py.md) [b](lightning.md#x) [c](source/configs/methods/index.md) "
+        "[a](source/mpicomp/algorithms/gossip/choco.py.md) [b](lightning.md#x) [c](source/configs/methods/index.md) "
         "[d](https://x.y) [e](#z)"
     )
     assert site.relink("[a](../README.md)\n```\n[b](../README.md)\n```", "docs/a/b.md", "a/b.md") == (

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange.staging import HostStaging, make_staging
 
 LAYOUT = Layout((Field("index", torch.int16, 9, True), Field("value", torch.float32, 9, True)))

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ConfigError, DataError, ExchangeError
 from mpicomp.exchange import loopback
 from mpicomp.exchange.guard import describe, together

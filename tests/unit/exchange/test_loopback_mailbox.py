@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange import loopback
-from mpicomp.exchange import mailbox as module
-from mpicomp.exchange.loopback_mailbox import Delays
+from mpicomp.exchange.loopback.mailbox import Delays
+from mpicomp.exchange.mailbox import slots as module
 from mpicomp.topology import complete, ring
 
 LAYOUT = Layout((Field("x", torch.float32, 200, variable=True),))

@@ -151,7 +151,7 @@ def test_the_roster_tells_where_each_rank_runs():
 
 LOOPBACK = """
 import sys, time, torch
-from mpicomp.compression.base import Field, Layout
+from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange import loopback
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.topology import ring

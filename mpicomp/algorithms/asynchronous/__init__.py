@@ -1,0 +1,1 @@
+"""Methods whose ranks do not wait for each other."""

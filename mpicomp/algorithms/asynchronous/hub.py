@@ -1,0 +1,253 @@
+"""Asynchronous training through hubs: workers send gradients, hubs apply them as they come and answer with the model.
+
+    worker m:   g = gradient at w_m;  send C_up(g + e_m) to the hub, e_m keeps the rest;  wait for the answer
+    hub:        on a message of m:  w = step of the optimizer with the (corrected) gradient
+                                    send w, or C_down(w - b_m);  b_m = what m holds now
+
+The first ranks are the hubs, each with an even part of the flat model, and compute no gradients; the others are the
+workers, which talk to every hub. ``b_m`` is the backup model of worker m: at the next message the gradient was computed
+there, and errors of a compressed answer stay in ``w - b_m``, so they are sent later.
+
+Without a compressor a worker holds exactly the model of the hub. The optimizer and its learning rate are the hub's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.asynchronous.base import (
+    DELAYS,
+    AsynchronousAlgorithm,
+    Attempt,
+    Share,
+    count_delay_,
+    require_connected,
+)
+from mpicomp.algorithms.base import Local
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.message import Spec
+from mpicomp.compression.wrap.feedback import ErrorFeedback
+from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.exchange.base import Mail, Mailbox
+from mpicomp.state import SCRATCH, State
+from mpicomp.topology.base import Schedule
+
+
+@dataclass
+class HubState:
+    """What a hub of m parameters keeps.
+
+    Attributes:
+        backups: (m,) for each worker: its model.
+        mean_square: (m,) of the gradients, for methods that need it.
+        compressors: of the answers to each worker.
+        updates: how many gradients have been applied.
+        answered: for each worker, how many had been applied when it was answered.
+        delays: (workers, DELAYS) int64, how often a gradient was how many updates late.
+        scratch: (m,) room for a difference.
+        waiting: gradients that have been received and not yet applied, in that order; none between two checkpoints.
+
+    """
+
+    backups: list[Tensor]
+    mean_square: Tensor | None
+    compressors: list[State]
+    updates: int
+    answered: list[int]
+    delays: Tensor
+    scratch: Tensor = field(metadata=SCRATCH)
+    waiting: list[tuple[int, Mail]] = field(default_factory=list, metadata=SCRATCH)
+
+
+@dataclass
+class WorkerState:
+    """What a worker keeps.
+
+    Attributes:
+        compressors: of the gradients to each hub; they hold the error memory.
+        gradients: how many it has sent.
+        is_answered: for each hub, whether its part of the model has come.
+
+    """
+
+    compressors: list[State]
+    gradients: int
+    is_answered: list[bool]
+
+
+@dataclass(frozen=True)
+class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
+    """A method in which hubs hold the model; workers take it up from them ahead of each gradient.
+
+    Attributes:
+        compressor: of the gradients; one that leaves something out gets an error memory.
+        downlink: of the answers; `Identity` sends the model itself.
+        hubs: how many ranks hold the model, the first ones.
+        share: who computes how many gradients.
+
+    """
+
+    moves_model_for_gradient: ClassVar[bool] = True
+
+    compressor: Compressor = Identity()
+    downlink: Compressor = Identity()
+    hubs: int = 1
+    share: Share = "by_speed"
+
+    def __post_init__(self) -> None:
+        if self.hubs < 1:
+            raise ConfigError(f"algorithm.hubs = {self.hubs} must be at least 1")
+        if isinstance(self.downlink, ErrorFeedback):
+            raise ConfigError(
+                "downlink.error_feedback = true: a hub knows what its workers hold and sends the difference to it, so "
+                "every error would count twice. Leave it out."
+            )
+
+    def check(self, schedule: Schedule) -> None:
+        """Need an edge between every hub and every worker."""
+        topology = require_connected(self.name, schedule)
+        hubs, workers = range(self.hubs), range(self.hubs, topology.size)
+        if not workers:
+            raise TopologyError(
+                f"{topology.size} ranks with algorithm.hubs = {self.hubs}: there must be a worker beside the hubs, "
+                f"so start at least {self.hubs + 1} ranks"
+            )
+        for worker in workers:
+            if missing := set(hubs) - (set(topology.sources(worker)) & set(topology.targets(worker))):
+                remedy = "'star'" if self.hubs == 1 else f"'complete_bipartite' with topology.hubs = {self.hubs}"
+                raise TopologyError(
+                    f"topology.kind = {topology.name!r}: {self.name} needs an edge between hub {min(missing)} and "
+                    f"worker {worker}. Use topology.kind = {remedy}."
+                )
+
+    def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
+        """Each hub an even part."""
+        cuts = [spec.numel * hub // self.hubs for hub in range(self.hubs + 1)]
+        return [(hub, slice(cuts[hub], cuts[hub + 1])) for hub in range(self.hubs)]
+
+    @property
+    def compressors(self) -> tuple[Compressor, ...]:
+        """For both directions."""
+        return self._uplink, self.downlink
+
+    def message_nbytes(self, spec: Spec, size: int) -> int:
+        """The longest gradient or answer."""
+        parts = [_part(spec, part) for _, part in self.owners(size, spec)]
+        return max(c.layout(part).nbytes for part in parts for c in (self._uplink, self.downlink))
+
+    def init(self, local: Local, mailbox: Mailbox) -> HubState | WorkerState:
+        """Start with the same model everywhere."""
+        device = local.x.device
+        if mailbox.rank >= self.hubs:
+            parts = [_part(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
+            compressors = [self._uplink.init(part, device, mailbox.rank) for part in parts]
+            return WorkerState(compressors, 0, [True] * self.hubs)
+        part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
+        model = local.x[part]
+        workers = mailbox.size - self.hubs
+        return HubState(
+            backups=[model.clone() for _ in range(workers)],
+            mean_square=self.init_mean_square(model),
+            compressors=[self.downlink.init(_part(local.spec, part), device, worker) for worker in range(workers)],
+            updates=0,
+            answered=[0] * workers,
+            delays=torch.zeros((workers, DELAYS), dtype=torch.int64),
+            scratch=torch.empty_like(model),
+        )
+
+    def init_mean_square(self, model: Tensor) -> Tensor | None:
+        """Return the mean square of the gradients at the start, if the method keeps one."""
+        return None
+
+    def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
+        """Change a `gradient` (m,) whose model has `moved` (m,) since; `moved` may be overwritten."""
+
+    def phases(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> Attempt:
+        """Send a gradient, if the model has come."""
+        assert isinstance(state, WorkerState), "a hub computes no gradient"
+        if not all(state.is_answered):
+            self.serve(local, state, mailbox)
+        if not all(state.is_answered) or not all(mailbox.room(hub) for hub in range(self.hubs)):
+            return False
+        yield
+        for hub, part in self.owners(mailbox.size, local.spec):
+            spec = _part(local.spec, part)
+            payload = self._uplink.compress(local.g[part], spec, state.compressors[hub])
+            mailbox.put(payload, self._uplink.layout(spec), [hub], state.gradients)
+            state.is_answered[hub] = False
+        state.gradients += 1
+        return True
+
+    def awaited(self, state: HubState | WorkerState, mailbox: Mailbox) -> list[int]:
+        """Return the hubs that have not answered, or have no room."""
+        assert isinstance(state, WorkerState), "a hub computes no gradient"
+        return [hub for hub, is_answered in enumerate(state.is_answered) if not (is_answered and mailbox.room(hub))]
+
+    def serve(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> bool:
+        """Apply and answer one gradient on a hub, take in answers on a worker."""
+        if isinstance(state, WorkerState):
+            return self._take_answers(local, state, mailbox)
+        part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
+        spec = _part(local.spec, part)
+        for source, mails in mailbox.receive(self._uplink.layout(spec)).items():
+            state.waiting.extend((source, mail) for mail in mails)
+        first = next((i for i, (source, _) in enumerate(state.waiting) if mailbox.room(source)), None)
+        if first is None:
+            return False
+        source, mail = state.waiting.pop(first)
+        worker = source - self.hubs
+        model, gradient, backup = local.x[part], local.g[part], state.backups[worker]
+        count_delay_(state.delays[worker], state.updates - state.answered[worker])
+        gradient.zero_()
+        self._uplink.accumulate(mail.payload, spec, gradient)
+        torch.sub(model, backup, out=state.scratch)
+        self.correct_(gradient, state.scratch, state)
+        local.update(part)
+        state.updates += 1
+        state.answered[worker] = state.updates
+        if isinstance(self.downlink, Identity):
+            answer = self.downlink.compress(model, spec, None)
+            backup.copy_(model)
+        else:
+            answer = self.downlink.compress_difference_(model, backup, spec, state.compressors[worker], state.scratch)
+        mailbox.put(answer, self.downlink.layout(spec), [source], state.updates)
+        return True
+
+    def updates(self, state: HubState | WorkerState) -> int:
+        """Those of the hub; a worker applies none."""
+        return state.updates if isinstance(state, HubState) else 0
+
+    def delays(self, state: HubState | WorkerState, mailbox: Mailbox) -> dict[int, list[int]]:
+        """Return on a hub, by worker, how many gradients were how many updates late."""
+        if isinstance(state, WorkerState):
+            return {}
+        return {self.hubs + worker: row for worker, row in enumerate(state.delays.tolist())}
+
+    def _take_answers(self, local: Local, state: WorkerState, mailbox: Mailbox) -> bool:
+        owners = dict(self.owners(mailbox.size, local.spec))
+        layouts = {hub: self.downlink.layout(_part(local.spec, part)) for hub, part in owners.items()}
+        arrived = mailbox.receive(layouts)
+        for hub, mails in arrived.items():
+            (mail,) = mails
+            model = local.x[owners[hub]]
+            if isinstance(self.downlink, Identity):
+                model.zero_()
+            self.downlink.accumulate(mail.payload, _part(local.spec, owners[hub]), model)
+            state.is_answered[hub] = True
+        return bool(arrived)
+
+    @property
+    def _uplink(self) -> Compressor:
+        is_lossy = self.compressor.is_contractive and not isinstance(self.compressor, Identity)
+        return ErrorFeedback(self.compressor) if is_lossy else self.compressor
+
+
+def _part(spec: Spec, part: slice) -> Spec:
+    """Return the spec of a part of the flat model; all of it keeps its tensors."""
+    numel = part.stop - part.start
+    return spec if numel == spec.numel else Spec.flat(numel, spec.dtype)

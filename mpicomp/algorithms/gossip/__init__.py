@@ -1,0 +1,1 @@
+"""Methods whose ranks mix their models with those of their neighbors."""

@@ -1,0 +1,176 @@
+"""AdaGossip / AdaG-SGD: CHOCO-SGD with a consensus step per parameter.
+
+A parameter whose gossip error is large suffers more from compression and is averaged with a smaller step, as Adam
+does with gradients. Steps up to r_i are those of CHOCO-SGD.
+
+    y_i = x_i - lr u_i
+    q_i = C(y_i - xhat_i)                            send q_i to every neighbor, receive q_j
+    xhat_i = xhat_i + q_i;  s_i = s_i + sum_j W_ij q_j
+    r_i = s_i - xhat_i                               the gossip error, sum_j W_ij (xhat_j - xhat_i)
+    t = t + 1;  v_i = beta v_i + (1 - beta) r_i * r_i
+    vtilde_i = v_i / (1 - beta^t)                    (bias correction)
+    Gamma_i = min(gamma / (sqrt(vtilde_i) + epsilon), gamma_clip)
+    x_i = y_i + Gamma_i * r_i
+
+With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind the next gradient, as in CHOCO-SGD.
+
+gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
+averaged with step 1, the others move by about gamma. The mean over ranks is **not** preserved, because Gamma_i differs
+from rank to rank. Bias correction and clip are those of the authors' code (aparna-aketi/AdaG_SGD); the abstract's
+formula shows neither, and both can be switched off.
+
+``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
+(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): ``u_i = g_i + mu m_i``, and after
+mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``.
+
+Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
+Aketi, Hashemi, Roy 2024, arXiv 2404.05919.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp import kernels
+from mpicomp.algorithms.base import (
+    Algorithm,
+    Local,
+    Phases,
+    require_fixed_symmetric,
+    require_no_feedback,
+    require_positive,
+)
+from mpicomp.algorithms.gossip.choco import (
+    ChocoState,
+    Start,
+    add_messages_,
+    compression_error,
+    initial_copies,
+    send_difference,
+)
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+from mpicomp.topology.base import Schedule
+
+
+@dataclass
+class AdaGossipState(ChocoState):
+    """What a rank keeps beside CHOCO's copies.
+
+    Attributes:
+        v: (n,) running second raw moment of the gossip error.
+        momentum: (n,) the realized displacement per learning rate, or None without quasi-global momentum.
+        t: the number of mixings done.
+
+    """
+
+    v: Tensor
+    momentum: Tensor | None
+    t: int = 0
+
+
+@dataclass(frozen=True)
+class AdaGossip(Algorithm[AdaGossipState]):
+    """AdaG-SGD with any optimizer as the local step.
+
+    Attributes:
+        gamma: consensus step, > 0, in the unit of a parameter.
+        compressor: any contractive compressor.
+        beta: decay of the second moment, in [0, 1).
+        epsilon: added to the root, > 0.
+        bias_correction: whether v is divided by ``1 - beta^t``.
+        gamma_clip: the largest step of an entry; infinity switches the clip off.
+        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+        overlap: as in `Choco`.
+        start: as in `Choco`.
+
+    """
+
+    gamma: float
+    compressor: Compressor = Identity()
+    beta: float = 0.999
+    epsilon: float = 1e-8
+    bias_correction: bool = True
+    gamma_clip: float = 1.0
+    quasi_global_momentum: float = 0.0
+    overlap: bool = False
+    start: Start = "model"
+
+    def __post_init__(self) -> None:
+        require_positive(gamma=self.gamma, epsilon=self.epsilon)
+        require_no_feedback("AdaGossip", self.compressor)
+        for key in ("beta", "quasi_global_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
+        if not self.gamma_clip > 0:
+            raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
+
+    def check(self, schedule: Schedule) -> None:
+        """Need one undirected graph."""
+        require_fixed_symmetric("AdaGossip", schedule)
+
+    def init(self, local: Local, exchange: Exchange) -> AdaGossipState:
+        """Start the public copies, and the moments at zero.
+
+        Raises:
+            ConfigError: quasi-global momentum on top of the optimizer's own.
+
+        """
+        if self.quasi_global_momentum and local.momentum:
+            raise ConfigError(
+                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
+                f"momentum: optimizer.momentum must be 0, not {local.momentum}"
+            )
+        x = local.x
+        return AdaGossipState(
+            **initial_copies(self.start, self.compressor, local, exchange),
+            v=torch.zeros_like(x),
+            momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
+        )
+
+    def phases(self, local: Local, state: AdaGossipState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        if self.overlap:
+            own, pending = send_difference(self.compressor, local, state, exchange)
+            yield pending.test
+            add_messages_(self.compressor, local, state, exchange, own, pending)
+            self._update(local, state)
+        else:
+            yield None
+            self._update(local, state)
+            own, pending = send_difference(self.compressor, local, state, exchange)
+            add_messages_(self.compressor, local, state, exchange, own, pending)
+        state.t += 1
+        correction = 1 - self.beta**state.t if self.bias_correction else 1.0
+        kernels.adaptive_mix_(
+            local.x,
+            state.s,
+            state.x_hat,
+            state.v,
+            self.gamma,
+            self.beta,
+            correction,
+            self.epsilon,
+            self.gamma_clip,
+        )
+        if state.momentum is not None:
+            state.momentum.sub_(local.x)
+            for part, group in local.groups:
+                step = state.momentum[part]
+                step.div_(group["lr"]) if group["lr"] else step.zero_()  # without a rate there was no step
+
+    def _update(self, local: Local, state: AdaGossipState) -> None:
+        """``y_i = x_i - lr u_i``; the quasi-global momentum is x_i until the displacement is known."""
+        if state.momentum is not None:
+            local.g.add_(state.momentum, alpha=self.quasi_global_momentum)
+            state.momentum.copy_(local.x)
+        local.update()
+
+    def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
+        """``compression_error``, the relative distance |x - xhat| / |x|."""
+        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}

@@ -1,0 +1,78 @@
+"""DeepSqueeze: the compressed model itself is sent, with an error memory and no public copies.
+
+    y_i = x_i - lr u_i
+    v_i = y_i + e_i;  q_i = C(v_i);  e_i = v_i - q_i       send q_i to every neighbor, receive q_j
+    x_i = y_i + gamma (sum_j W_ij q_j - q_i)               (j = i included)
+
+There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm; but the
+messages do not vanish at consensus, and gamma must be much smaller than CHOCO's (0.01 to 0.05). The mean over ranks is
+preserved. Wire: one compressed message, the same to every neighbor. Memory: ``e``.
+Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_no_feedback, require_positive
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.exchange.base import Exchange
+from mpicomp.state import ERROR_MEMORY, State
+
+
+@dataclass
+class DeepSqueezeState:
+    """What a rank keeps.
+
+    Attributes:
+        e: (n,) what compression has left out so far.
+        compressor: state of the compressor.
+        step: the number of steps done, which picks the graph of a varying schedule.
+
+    """
+
+    e: Tensor = field(metadata=ERROR_MEMORY)
+    compressor: State
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class DeepSqueeze(Algorithm[DeepSqueezeState]):
+    """DeepSqueeze with any optimizer as the local step.
+
+    Attributes:
+        gamma: consensus step, > 0, dimensionless.
+        compressor: any contractive compressor, without `ErrorFeedback`, which is part of the method.
+
+    """
+
+    gamma: float
+    compressor: Compressor = Identity()
+
+    def __post_init__(self) -> None:
+        require_positive(gamma=self.gamma)
+        require_no_feedback("DeepSqueeze", self.compressor)
+
+    def init(self, local: Local, exchange: Exchange) -> DeepSqueezeState:
+        """Start with an empty error memory."""
+        compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
+        return DeepSqueezeState(torch.zeros_like(local.x), compressor)
+
+    def phases(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        rank, topology, spec = exchange.rank, exchange.schedule(state.step), local.spec
+        yield None
+        local.update()
+        v = state.e.add_(local.x)
+        own = self.compressor.compress(v, spec, state.compressor)
+        pending = exchange.start(own, self.compressor.layout(spec), topology)
+        # x first: with Identity `own` is v itself, which becomes e in place.
+        self.compressor.accumulate(own, spec, local.x, self.gamma * (topology.weight(rank, rank) - 1))
+        self.compressor.accumulate(own, spec, state.e, -1.0)
+        for source, payload in pending.wait().items():
+            self.compressor.accumulate(payload, spec, local.x, self.gamma * topology.weight(rank, source))
+        state.step += 1

@@ -1,0 +1,88 @@
+"""EF-SGD: the sum of compressed gradients, with an error memory and the momentum of each rank for itself.
+
+    g_k = gradient at x
+    u_k = mu u_k + g_k                                     local momentum (u_k = g_k for mu = 0)
+    p_k = e_k + u_k;  q_k = C(p_k);  e_k = p_k - q_k
+    x = x - lr u(sum_k w_k q_k)                            u: the optimizer, on all ranks alike
+
+``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`).
+
+The error is in the unit of a gradient, so a change of the learning rate does not touch it. The control for GMC and DGC:
+momentum before the compression, from the own gradients alone.
+
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e``, and ``u`` with momentum. Stich et al. 2018,
+arXiv 1809.07599; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
+from mpicomp.compression.message import Payload
+from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
+from mpicomp.exchange.base import Exchange
+from mpicomp.state import IN_FLIGHT
+
+
+@dataclass
+class EFSGDState:
+    """What a rank keeps.
+
+    Attributes:
+        feedback: the error memory (n,), and the state of the compressor.
+        velocity: (n,) the sum of the own gradients; None without momentum.
+        delayed: (nbytes,) uint8, the message of the last step; None without overlap.
+        steps: messages formed.
+
+    """
+
+    feedback: FeedbackState
+    velocity: Tensor | None
+    delayed: Tensor | None = field(metadata=IN_FLIGHT)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class EFSGD(GradientSum[EFSGDState]):
+    """SGD on sums of compressed gradients.
+
+    Attributes:
+        momentum: mu in [0, 1), of each rank for itself.
+
+    """
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_momentum(self.momentum)
+
+    def init(self, local: Local, exchange: Exchange) -> EFSGDState:
+        """Start without an error."""
+        self.rank_weights(exchange.size)  # raises what is wrong with them
+        if self.momentum:
+            require_no_momentum("EF-SGD", local)
+        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        velocity = torch.zeros_like(local.x) if self.momentum else None
+        return EFSGDState(feedback, velocity, self.init_delayed(local))
+
+    def add_gradient_(self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
+        """``p_k``, in the place of the error."""
+        yield meanwhile
+        direction = local.g
+        if state.velocity is not None:
+            direction = state.velocity.mul_(self.momentum).add_(direction)
+        ErrorFeedback(self.compressor).add_(direction, state.feedback)
+
+    def form_message(self, local: Local, state: EFSGDState) -> Payload:
+        """``q_k``, and ``e_k`` of it."""
+        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+
+    def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
+        """``error_norm``, |e|."""
+        return {"error_norm": float(state.feedback.residual.norm())}

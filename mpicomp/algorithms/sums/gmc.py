@@ -1,0 +1,132 @@
+"""GMC and GMC+: compressed gradients with the global momentum, the last step of the model that all ranks share.
+
+    x~ = x_t - lambda lr e_k                               detached point of GMC+; lambda = 0 is GMC
+    g_k = gradient at x~
+    p_k = e_k + g_k - (beta / lr) (x_t - x_{t-1})          all in the unit of a gradient
+    q_k = C(p_k);  e_k = p_k - q_k
+    x_{t+1} = x_t - lr sum_k w_k q_k                       by the optimizer, on all ranks alike
+
+Without compression this is heavy-ball momentum on the mean gradient (tested to 1e-12). What is compressed contains the
+step that all ranks have made together, where DGC and EF-SGD with momentum know the own gradients only: that is to help
+most where the data of the ranks differ. A change of the learning rate keeps the size of the last step and not its unit
+(heavy-ball convention; torch's SGD scales it), and leaves e as it is.
+
+``overlap`` (see `mpicomp.algorithms.sums.base`) delays the gradient alone. The momentum is formed when the sum of the
+last message has come and has moved the model, so it is the newest step of the model that the message contains, and the
+sums ``Q_k = sum_k w_k q_k`` obey the same recursion:
+
+    g_k = gradient at x~ of x_t, while the messages of the last step travel
+    x_{t+1} = x_t - lr Q_{k-1}
+    p_k = e_k + g_k - (beta / lr) (x_{t+1} - x_t);  q_k = C(p_k);  e_k = p_k - q_k
+
+Without compression this is heavy ball on gradients that are one step old, ``x_{t+1} = x_t - lr g_{k-1} + beta (x_t -
+x_{t-1})``. A change of the learning rate then scales the momentum as torch's SGD does: the rate of the step that a
+message will make is not known when it is formed.
+
+Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
+detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
+lambda = 0.3 is DEF's remembered default. Treat ``detachment`` as unverified.
+
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
+from mpicomp.compression.message import Payload
+from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+from mpicomp.state import IN_FLIGHT, PUBLIC_COPY
+
+
+@dataclass
+class GMCState:
+    """What a rank keeps.
+
+    Attributes:
+        feedback: the error memory (n,), and the state of the compressor.
+        previous: (n,) the model of the step before; with overlap, room for the last step of the model.
+        delayed: (nbytes,) uint8, the message of the last step; None without overlap.
+        steps: messages formed.
+
+    """
+
+    feedback: FeedbackState
+    previous: Tensor = field(metadata=PUBLIC_COPY)
+    delayed: Tensor | None = field(metadata=IN_FLIGHT)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class GMC(GradientSum[GMCState]):
+    """Global momentum compression.
+
+    Attributes:
+        momentum: beta in [0, 1).
+        detachment: lambda in [0, 1] of GMC+, unverified; 0 for GMC.
+
+    """
+
+    momentum: float = 0.9
+    detachment: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_momentum(self.momentum)
+        if not 0 <= self.detachment <= 1:
+            raise ConfigError(f"algorithm.detachment = {self.detachment} must be in [0, 1]")
+
+    @property
+    def begins_before_gradient(self) -> bool:
+        """Messages travel behind the gradient, or it is computed at the detached point."""
+        return self.overlap or self.moves_model_for_gradient
+
+    @property
+    def moves_model_for_gradient(self) -> bool:
+        """To the detached point of GMC+."""
+        return self.detachment > 0
+
+    def init(self, local: Local, exchange: Exchange) -> GMCState:
+        """Start without an error, at rest."""
+        self.rank_weights(exchange.size)  # raises what is wrong with them
+        require_no_momentum("GMC", local)
+        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        return GMCState(feedback, local.x.clone(), self.init_delayed(local))
+
+    def add_gradient_(self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
+        """``p_k``, in the place of the error; with overlap, without its momentum."""
+        error, previous = state.feedback.residual, state.previous
+        detached = error.clone() if self.detachment else None
+        if not self.overlap:
+            self._add_momentum_(local, state)
+        previous.copy_(local.x)
+        if detached is not None:
+            for part, group in local.groups:
+                local.x[part].sub_(detached[part].mul_(self.detachment * group["lr"]))
+            detached = None  # not to be held while the gradient is computed
+        yield meanwhile
+        local.x.copy_(previous)
+        ErrorFeedback(self.compressor).add_(local.g, state.feedback)
+
+    def form_message(self, local: Local, state: GMCState) -> Payload:
+        """``q_k``, and ``e_k`` of it."""
+        if self.overlap:
+            self._add_momentum_(local, state)
+        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+
+    def _add_momentum_(self, local: Local, state: GMCState) -> None:
+        """``p = p - (beta / lr) (x - previous)``; the content of `previous` is lost."""
+        step = state.previous.sub_(local.x)
+        for part, group in local.groups:
+            if group["lr"]:  # a schedule that begins at zero has made no step yet
+                state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
+
+    def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
+        """``error_norm``, |e|."""
+        return {"error_norm": float(state.feedback.residual.norm())}

@@ -1,0 +1,182 @@
+"""PowerSGD: gradients as products of two narrow matrices, by one power iteration a step from where the last one ended.
+
+    M_k = G_k + E_k                                        each tensor as a matrix: shape[0] x the rest
+    P = orthogonal basis of sum_k w M_k Q                  first sum, of the P of all matrices together; w = 1 / size
+    Q = sum_k w M_k' P                                     second sum, and with it the tensors of one dimension, whole
+    E_k = M_k - P Q';  g = P Q'                            Q is kept: the next step starts from it
+    x = x - lr u(g)                                        u: the optimizer, on all ranks alike
+
+The projection is linear, so ``P Q'`` is that of the mean gradient, and with full rank the mean gradient itself. The
+basis is that of a QR decomposition (`torch.linalg.qr`; the authors' library has Gram-Schmidt), which is complete even
+where ``M Q`` is not: a matrix whose gradients were zero does not stay lost. Every rank decomposes the same P and must
+get the same bits of it, so use ranks of the same kind.
+
+The paper's momentum is ``m = mu m + g;  x = x - lr (g + m)``: constant gradients make steps of ``1 + 1 / (1 - mu)``
+times their length. No optimizer of torch does that: its heavy ball is ``x - lr m``, its Nesterov ``x - lr (g + mu m)``.
+Leave ``momentum`` at 0 to use theirs on g. Weight decay is the optimizer's, so it is not compressed. The authors'
+library does half an iteration at a time, and sends gradients whole in its first 100 steps; this follows the paper.
+
+Wire: two dense sums (see `mpicomp.exchange.sums.aggregate`), of ``sum r m`` and ``sum r n`` entries for matrices of
+m x n; what is sent whole is part of the second. Memory: ``E_k``, ``Q``, and one vector with ``momentum``. Vogels et al.
+2019, arXiv 1905.13727, Algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpicomp.algorithms.base import Algorithm, Local, Phases
+from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.compression.message import Spec
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+from mpicomp.exchange.sums.aggregate import Aggregator, plan
+from mpicomp.state import ERROR_MEMORY
+from mpicomp.topology.base import Schedule
+
+
+@dataclass
+class PowerSGDState:
+    """What a rank keeps.
+
+    Attributes:
+        error: (n,) what the projection has left out; zero for tensors that are sent whole.
+        right: the Q of all matrices, one behind the other, the same on all ranks; then room for what is sent whole.
+        velocity: (n,) the paper's momentum, or None without.
+
+    """
+
+    error: Tensor = field(metadata=ERROR_MEMORY)
+    right: Tensor
+    velocity: Tensor | None
+
+
+@dataclass(frozen=True)
+class PowerSGD(Algorithm[PowerSGDState]):
+    """SGD on a low-rank approximation of the mean gradient.
+
+    Attributes:
+        rank: r, at least 1; less for a matrix that has fewer rows or columns.
+        momentum: mu in [0, 1) of the paper's momentum; above 0 the optimizer must have none.
+        min_compression_rate: a matrix is sent whole unless its P and Q have at most one in so many of its entries.
+        seed: of the first Q.
+
+    """
+
+    ranks_stay_equal: ClassVar[bool] = True
+    updates_with_sum: ClassVar[bool] = True
+
+    rank: int = 2
+    momentum: float = 0.0
+    min_compression_rate: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"algorithm.rank = {self.rank} must be at least 1")
+        if not self.min_compression_rate >= 0:
+            raise ConfigError(f"algorithm.min_compression_rate = {self.min_compression_rate} must be at least 0")
+        require_momentum(self.momentum)
+
+    def check(self, schedule: Schedule) -> None:
+        """Need a star or a ring."""
+        plan(schedule)
+
+    def init(self, local: Local, exchange: Exchange) -> PowerSGDState:
+        """Start without an error, from random Q, the same on all ranks."""
+        if self.momentum:
+            require_no_momentum("PowerSGD", local)
+        shapes = self._shapes(local.spec)
+        numel = sum(part.numel if shape is None else shape[1] * shape[2] for part, shape in shapes)
+        right = torch.randn(numel, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        velocity = torch.zeros_like(local.x) if self.momentum else None
+        return PowerSGDState(torch.zeros_like(local.x), right.to(local.x), velocity)
+
+    def phases(self, local: Local, state: PowerSGDState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        yield None
+        g, aggregator = local.g, Aggregator(exchange)
+        state.error.add_(g)
+        left = g.new_empty(sum(shape[0] * shape[2] for _, shape in self._shapes(local.spec) if shape is not None))
+        matrices, whole = self._views(local.spec, state.error, g, left, state.right)
+        for matrix in matrices:
+            torch.mm(matrix.m, matrix.q, out=matrix.p)
+        aggregator.mean_(left)
+        for matrix in matrices:
+            matrix.p.copy_(orthogonal(matrix.p))
+            torch.mm(matrix.m.T, matrix.p, out=matrix.q)
+        for tensor in whole:
+            tensor.sent.copy_(tensor.error)
+        aggregator.mean_(state.right)
+        for matrix in matrices:
+            torch.mm(matrix.p, matrix.q.T, out=matrix.g)
+            matrix.m.sub_(matrix.g)
+        for tensor in whole:
+            tensor.g.copy_(tensor.sent)
+            tensor.error.zero_()
+        if state.velocity is not None:
+            g.add_(state.velocity.mul_(self.momentum).add_(g))
+        local.update()
+
+    def diagnostics(self, local: Local, state: PowerSGDState) -> dict[str, float]:
+        """``error_norm``, |E|."""
+        return {"error_norm": float(state.error.norm())}
+
+    def _shapes(self, spec: Spec) -> list[tuple[Spec, tuple[int, int, int] | None]]:
+        """Return each tensor with the rows, columns and rank of its matrix, None if it is sent whole."""
+        shapes: list[tuple[Spec, tuple[int, int, int] | None]] = []
+        for part in spec.parts:
+            (shape,) = part.shapes
+            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+            rank = min(self.rank, rows, columns)
+            is_narrow = rank * (rows + columns) * self.min_compression_rate <= rows * columns
+            shapes.append((part, (rows, columns, rank) if rank and is_narrow else None))
+        return shapes
+
+    def _views(
+        self, spec: Spec, error: Tensor, g: Tensor, left: Tensor, right: Tensor
+    ) -> tuple[list[_Matrix], list[_Whole]]:
+        """Return the tensors of the flat vectors: those with a P and a Q, and those that are sent whole."""
+        matrices, whole, rest = [], [], []
+        p_at = q_at = 0
+        for (_, shape), e, mean in zip(self._shapes(spec), spec.split(error), spec.split(g), strict=True):
+            if shape is None:
+                rest.append((e, mean))
+                continue
+            rows, columns, rank = shape
+            p = left[p_at : p_at + rows * rank].view(rows, rank)
+            q = right[q_at : q_at + columns * rank].view(columns, rank)
+            matrices.append(_Matrix(e.view(rows, columns), mean.view(rows, columns), p, q))
+            p_at, q_at = p_at + rows * rank, q_at + columns * rank
+        for e, mean in rest:
+            whole.append(_Whole(e, mean, right[q_at : q_at + len(e)]))
+            q_at += len(e)
+        return matrices, whole
+
+
+class _Matrix(NamedTuple):
+    """Views of a tensor's gradient with its error (m, n), its mean (m, n), and P (m, r) and Q (n, r)."""
+
+    m: Tensor
+    g: Tensor
+    p: Tensor
+    q: Tensor
+
+
+class _Whole(NamedTuple):
+    """Views of a tensor's gradient with its error, of its mean, and of what is sent of it, all (n,)."""
+
+    error: Tensor
+    g: Tensor
+    sent: Tensor
+
+
+def orthogonal(p: Tensor) -> Tensor:
+    """Return a matrix (m, r) with orthonormal columns whose span contains that of `p` (m, r), for m >= r."""
+    basis: Tensor = torch.linalg.qr(p if p.dtype == torch.float64 else p.float()).Q
+    return basis

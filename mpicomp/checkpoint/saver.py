@@ -1,0 +1,260 @@
+"""Checkpoints of a run, written in the background and published by all ranks together.
+
+    begin      rank 0 makes the temporary folder; every rank copies its state in memory
+    write      a thread a rank writes that copy into a file of its own; training goes on
+    publish    when all have written, the ranks tell each other sizes and SHA-256; rank 0 writes the manifest and
+               renames the folder
+
+A rank that could not write makes this one checkpoint fail: it is reported, the earlier ones stay, training goes on.
+At most one checkpoint is being written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from mpicomp.checkpoint.folder import Checkpoint, Checkpoints, Manifest, open_checkpoint, rank_file, step_folder
+from mpicomp.checkpoint.hdf5 import Digest
+from mpicomp.checkpoint.writer import Writer
+from mpicomp.errors import CheckpointError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import agree, together
+from mpicomp.state import Leaf
+from mpicomp.timing import traced
+from mpicomp.topology.base import Schedule
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to; a restart must agree in all of it.
+
+    Attributes:
+        algorithm: the algorithm with its hyper-parameters and compressor.
+        topology: name and digest of the graph.
+        model: its class and the number of its parameters.
+        config: the text of config.toml; empty for a script of the user's own.
+
+    """
+
+    algorithm: str
+    topology: str
+    model: str
+    config: str = ""
+
+
+class Saver:
+    """Saves a run, one checkpoint after the other; every rank has one, and its methods are collective on all ranks.
+
+    Args:
+        world: the ranks.
+        folder: where the checkpoints go, on a file system that all ranks share.
+        identity: what they belong to.
+        keep_last: how many to keep, the newest; 0 for all.
+        keep_every: steps; those at a multiple of it are kept beside.
+        report: called on rank 0 with a line about what went wrong.
+
+    """
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        identity: Identity,
+        keep_last: int,
+        keep_every: int | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self._world = world
+        self._folder = Checkpoints(folder)
+        self._identity = identity
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._report = report
+        self._writer = Writer()
+        self._step: int | None = None
+        self._publisher = ThreadPoolExecutor(1, "publisher")
+        self._publishing: Future[tuple[int, str | None]] | None = None
+        self._is_sound = True
+        self._newest = self._folder.latest() if world.rank == 0 else None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint was begun and is not yet published; the same on all ranks."""
+        return self._step is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._writer.busy
+
+    @traced("checkpoint", "")
+    def start(self, step: int, leaves: Mapping[str, Leaf]) -> None:
+        """Copy the state in memory and begin to write it; waits for an earlier checkpoint that is still written."""
+        self.publish()
+        can_begin = self._world.broadcast(self._begin(step) if self._world.rank == 0 else False)
+        if can_begin:
+            self._step = step
+            path = self._folder.temporary(step) / rank_file(self._world.rank)
+            self._writer.start(path, leaves, _attributes(self._world, step))
+
+    def publish(self) -> None:
+        """Tell each other how the writing went; rank 0 publishes the checkpoint, or discards it, behind training."""
+        if self._step is not None:
+            self._publish_together(self._step)
+
+    @traced("checkpoint", "")
+    def _publish_together(self, step: int) -> None:
+        outcome = self._writer.wait()
+        outcomes = self._world.all_gather(str(outcome) if isinstance(outcome, CheckpointError) else outcome)
+        if self._world.rank == 0:
+            self._publishing = self._publisher.submit(self._publish, step, outcomes)
+        self._step = None
+
+    @traced("checkpoint", "")
+    def finish(self) -> bool:
+        """Wait until the checkpoint under way, if there is one, is published; return whether the last one is sound."""
+        self.publish()
+        if self._world.rank == 0:
+            self._settle()
+        return self._world.broadcast(self._is_sound)
+
+    def close(self) -> None:
+        """End the threads, after `finish`."""
+        self._writer.close()
+        self._publisher.shutdown()
+
+    def _begin(self, step: int) -> bool:
+        self._settle()
+        try:
+            self._folder.begin(step)
+        except CheckpointError as error:
+            self._fail(step, str(error))
+            return False
+        return True
+
+    def _publish(self, step: int, outcomes: Sequence[Digest | str]) -> tuple[int, str | None]:
+        """Publish the temporary folder if every rank has written its file; return the step and what went wrong."""
+        digests = [outcome for outcome in outcomes if isinstance(outcome, Digest)]
+        failures = [f"{outcome} (on rank {rank})" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        try:
+            if failures:
+                self._folder.discard(step)
+                return step, "; ".join(failures)
+            self._newest = self._folder.publish(_manifest(self._identity, step, digests))
+            if self._keep_last:
+                self._folder.prune(self._keep_last, self._keep_every)
+        except CheckpointError as error:
+            return step, str(error)
+        return step, None
+
+    def _settle(self) -> None:
+        """Wait for the publication under way, on rank 0."""
+        if self._publishing is not None:
+            step, problem = self._publishing.result()
+            self._publishing = None
+            self._is_sound = True
+            if problem is not None:
+                self._fail(step, problem)
+
+    def _fail(self, step: int, problem: str) -> None:
+        self._is_sound = False
+        kept = f"the newest is that of step {self._newest.manifest.step}" if self._newest else "there is none yet"
+        self._report(f"the checkpoint of step {step} could not be written, {kept}: {problem}")
+
+
+def topology_name(schedule: Schedule) -> str:
+    """Return the name of `schedule` and a digest of its weights, the same on every machine."""
+    weights = np.round(schedule.union.mixing, 12).tobytes()
+    return f"{schedule.name} {hashlib.sha256(weights).hexdigest()[:12]}"
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Return the versions of what a checkpoint depends on."""
+    return {
+        "mpicomp": version("mpicomp"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+    }
+
+
+def _manifest(identity: Identity, step: int, digests: list[Digest]) -> Manifest:
+    return Manifest(
+        step=step,
+        size=len(digests),
+        algorithm=identity.algorithm,
+        topology=identity.topology,
+        model=identity.model,
+        config=identity.config,
+        versions=versions(),
+        created=_now(),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+        files={rank_file(rank): digest for rank, digest in enumerate(digests)},
+    )
+
+
+def _attributes(world: World, step: int) -> dict[str, str | int | float]:
+    return {
+        "step": step,
+        "rank": world.rank,
+        "size": world.size,
+        "host": world.host,
+        "created": _now(),
+        "units": "bytes_sent: bytes; seconds: s; all else is without a unit",
+        **{f"version of {name}": text for name, text in versions().items()},
+    }
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="seconds")
+
+
+def find_checkpoint(world: World, folder: Path, step: int | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint in `folder`, the same on all ranks, or None; collective on all ranks.
+
+    Raises:
+        CheckpointError: the newest one cannot be read; or there is none of `step`, if that is given.
+
+    """
+    newest, error = None, None
+    if world.rank == 0:
+        try:
+            newest = Checkpoints(folder).latest() if step is None else open_checkpoint(folder / step_folder(step))
+        except CheckpointError as failure:
+            error = failure
+    agree(world, error)
+    path = world.broadcast(newest.path if newest else None)
+    if path is None:
+        return None
+    with together(world):
+        return open_checkpoint(path)
+
+
+def check_fits(checkpoint: Checkpoint, identity: Identity, size: int, resize: bool = False) -> None:
+    """Raise CheckpointError, naming both sides, unless `identity` on `size` ranks may go on from `checkpoint`."""
+    manifest = checkpoint.manifest
+    for what in ("algorithm", "model", "topology"):
+        theirs, own = getattr(manifest, what), getattr(identity, what)
+        if theirs != own and not (what == "topology" and manifest.size != size):
+            raise CheckpointError(f"{checkpoint.path}: is of the {what} {theirs}, this run has {own}")
+    if manifest.size != size and not resize:
+        raise CheckpointError(
+            f"{checkpoint.path}: was written by {manifest.size} ranks, this run has {size}, and the memory of "
+            f"compression errors belongs to ranks: start as many, or divide it anew with --resize"
+        )

@@ -1,0 +1,178 @@
+"""What a message is, and how it lies on the wire.
+
+A message is a `Payload`, a dict of tensors. Its `Layout` is known before a byte is sent: which fields, of which type,
+how many entries at most. On the wire the fields lie one behind the other in one contiguous buffer of bytes, each
+aligned to its element size; a field of variable length is preceded by its count. Bytes predicted from the layout are
+the bytes sent. Indices are 16 or 32 bits wide or a code of fewer, never 64 bits and never floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mpicomp.timing import traced
+
+LONGEST = 2**31
+"""Entries of the longest vector that indices of 32 bits reach."""
+
+Payload = dict[str, Tensor]
+"""A message: named, contiguous, one-dimensional tensors in the order of its layout."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The flat vector of a model: which tensors it is made of, in order.
+
+    Attributes:
+        names: a name for each tensor.
+        shapes: its shape.
+        dtype: the type of all of them.
+
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def flat(cls, numel: int, dtype: torch.dtype = torch.float32) -> Spec:
+        """Return the spec of a vector (numel,) without inner structure."""
+        return cls(("x",), ((numel,),), dtype)
+
+    @cached_property
+    def numel(self) -> int:
+        """The number of entries of the flat vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def parts(self) -> tuple[Spec, ...]:
+        """One spec per tensor."""
+        return tuple(Spec((n,), (s,), self.dtype) for n, s in zip(self.names, self.shapes, strict=True))
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is one tensor of less than two dimensions."""
+        return len(self.shapes) == 1 and len(self.shapes[0]) < 2
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of the flat `x` (numel,) as flat views."""
+        return torch.split(x, [part.numel for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a message.
+
+    Attributes:
+        name: its key in the payload.
+        dtype: its element type.
+        numel: the number of entries; the most that there can be if `variable`.
+        variable: whether a message may hold fewer; its count then travels as 4 bytes ahead of it.
+
+    """
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+    variable: bool = False
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a payload lies in a contiguous buffer of bytes."""
+
+    fields: tuple[Field, ...]
+
+    def _places(self, counts: Mapping[str, int] | None) -> Iterator[tuple[Field, int, int, int]]:
+        """Yield ``(field, offset of its count, offset of its data, entries)``; `counts` of None means the most."""
+        offset = 0
+        for field in self.fields:
+            count_at = offset
+            if field.variable:
+                count_at = _aligned(offset, 4)
+                offset = count_at + 4
+            numel = counts[field.name] if counts is not None and field.variable else field.numel
+            offset = _aligned(offset, field.dtype.itemsize)
+            yield field, count_at, offset, numel
+            offset += numel * field.dtype.itemsize
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of the longest message."""
+        return self._end(None)
+
+    def _end(self, counts: Mapping[str, int] | None) -> int:
+        end = 0
+        for field, _, offset, numel in self._places(counts):
+            end = offset + numel * field.dtype.itemsize
+        return end
+
+    def nbytes_of(self, payload: Payload) -> int:
+        """Return the bytes that `payload` takes on the wire."""
+        return self._end({name: tensor.numel() for name, tensor in payload.items()})
+
+    @traced("pack")
+    def pack(self, payload: Payload, wire: Tensor) -> int:
+        """Copy `payload` to the front of `wire`, a uint8 vector of at least `nbytes`; return the bytes used."""
+        end = 0
+        counts = {name: tensor.numel() for name, tensor in payload.items()}
+        for field, count_at, offset, numel in self._places(counts):
+            tensor = payload[field.name]
+            assert tensor.dtype == field.dtype and tensor.numel() == numel <= field.numel, (
+                field,
+                tensor.shape,
+            )
+            if field.variable:
+                wire[count_at : count_at + 4].view(torch.int32).fill_(numel)
+            end = offset + numel * field.dtype.itemsize
+            wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=True)
+        return end
+
+    @traced("unpack")
+    def unpack(self, wire: Tensor) -> Payload:
+        """Return the payload in `wire` as views of it."""
+        payload: Payload = {}
+        offset = 0
+        for field in self.fields:
+            numel = field.numel
+            if field.variable:
+                offset = _aligned(offset, 4)
+                numel = int(wire[offset : offset + 4].view(torch.int32).item())
+                assert 0 <= numel <= field.numel, f"a count of {numel} for {field}: sender and receiver differ"
+                offset += 4
+            offset = _aligned(offset, field.dtype.itemsize)
+            end = offset + numel * field.dtype.itemsize
+            payload[field.name] = wire[offset:end].view(field.dtype)
+            offset = end
+        return payload
+
+    @staticmethod
+    def concatenate(layouts: Sequence[Layout]) -> Layout:
+        """Return one layout for several messages; the fields of message i are named ``"i.name"``."""
+        return Layout(
+            tuple(
+                Field(f"{i}.{field.name}", field.dtype, field.numel, field.variable)
+                for i, layout in enumerate(layouts)
+                for field in layout.fields
+            )
+        )
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """Return the narrowest type that holds the indices of a vector of `numel` entries: 16 or 32 bits.
+
+    Indices from 32768 on are stored modulo 2**16 in int16.
+    """
+    if numel > LONGEST:
+        raise ValueError(f"a vector of {numel} entries is too long for 32-bit indices: compress per tensor")
+    return torch.int16 if numel <= 2**16 else torch.int32

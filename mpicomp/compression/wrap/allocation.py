@@ -1,0 +1,234 @@
+"""Allocation: how much each rank may send, by how many samples it has.
+
+    p_i = n_i / sum_k n_k                    the part of the samples, which is the weight of rank i in the sum
+    budget: mean of the ratios delta_i, or the harmonic mean of the thresholds lambda_i
+
+DAGC-R (ratios) and DAGC-A (thresholds): one ratio for all hurts where volumes differ, so ranks with many samples are
+compressed less. Lu et al., INFOCOM 2023 and arXiv 2311.07324; the rules are those of the authors' code (DAGC, ``MFL``),
+which sorts the volumes; here they come in any order. All is computed in float64 from the volumes alone, so every rank
+finds the same.
+
+What is doubtful. The paper's text was not at hand. Every number that the authors' code compares equals
+
+    Phi(delta) = (sum_i p_i / sqrt(delta_i)) / sqrt(min_i delta_i)
+
+at the ratios it would give, so that is likely the bound it means to minimize; but it does not: with volumes spaced
+evenly on a log scale over ten ranks, the last two equal, and ratios that sum to one, Phi is
+
+    largest / smallest     dagc_ratios     uniform     waterfill_ratios
+    10                     13.63           10.00       9.96
+    100                    19.31           10.00       9.50
+
+Either the bound has further terms, or the enumeration is a heuristic. `dagc_ratios` gives the numbers of the code;
+nothing here is claimed to be optimal. `waterfill_ratios` minimizes Phi, and is an experiment of this package.
+
+At least one entry is kept (of each tensor, with `PerTensor`), however small a ratio is: on small models a budget can be
+exceeded that way. The smallest ratio decides on gamma of CHOCO-SGD; see `mpicomp.compression.wrap.by_rank`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.ratio import check_ratio
+from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, with_strength
+from mpicomp.compression.wrap.feedback import ErrorFeedback
+from mpicomp.errors import ConfigError
+
+Rule = Literal["uniform", "dagc", "waterfill"]
+"""How the budget is shared out; ``"uniform"`` leaves all ranks the same."""
+
+SHOWN = 4
+"""Of how many ranks a summary shows the value, beside the smallest and the largest."""
+
+
+def dagc_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float, ...]:
+    """Return the ratios of DAGC-R, in the order of `volumes`.
+
+    With a_k = p_k^(2/3), S = sum_k a_k and ranks by descending volume, each rank j in turn is a candidate to be given
+    the smallest ratio, together with the smallest m of the others:
+
+        Q = (S - a_j) / a_m;   keep the j of the smallest  p_j (1 + Q) + p_m Q (1 + Q)
+        d_j = 1 / (1 + Q);   d_k = a_k / (a_m (1 + Q));   delta_i = n mean_ratio d_i
+
+    So all ranks but j follow ``delta ~ p^(2/3)``, and the ratios sum to ``n mean_ratio``. Of ranks of equal volume only
+    the last is a candidate, and it may be one in the middle: it then gets less than a rank with fewer samples. A
+    ratio above 1 means no compression, so it is cut to 1; as in the authors' code the excess goes to nobody, and the
+    mean stays below the budget.
+
+    Raises:
+        ConfigError: a rank without samples, or a `mean_ratio` outside (0, 1].
+
+    """
+    check_ratio(mean_ratio)
+    shares = _shares(volumes)
+    if len(shares) == 1:
+        return (mean_ratio,)
+    order = sorted(range(len(shares)), key=lambda rank: -shares[rank])
+    p = [shares[rank] for rank in order]
+    a = [share ** (2 / 3) for share in p]
+    total, last = math.fsum(a), len(p) - 1
+    best = (math.inf, last, last - 1, 0.0)
+    for j in range(last, -1, -1):
+        m = last - 1 if j == last else last
+        if j < last and p[j] == p[j + 1]:
+            continue
+        q = (total - a[j]) / a[m]
+        bound = p[j] * (1 + q) + p[m] * q * (1 + q)
+        if bound < best[0]:
+            best = (bound, j, m, q)
+    _, pinned, m, q = best
+    ratios = [0.0] * len(p)
+    for k, rank in enumerate(order):
+        d = (1.0 if k == pinned else a[k] / a[m]) / (1 + q)
+        ratios[rank] = min(1.0, len(p) * mean_ratio * d)
+    return tuple(ratios)
+
+
+def dagc_thresholds(volumes: Sequence[float], mean_threshold: float) -> tuple[float, ...]:
+    """Return the thresholds of DAGC-A, in the order of `volumes`.
+
+        lambda_i = mean_threshold (sum_k a_k / n) / a_i,   a_k = p_k^(2/3)
+
+    The more samples, the smaller the threshold; their harmonic mean is `mean_threshold`.
+
+    Raises:
+        ConfigError: a rank without samples, or a `mean_threshold` that is not a finite number > 0.
+
+    """
+    if not 0 < mean_threshold < math.inf:
+        raise ConfigError(f"compression.threshold = {mean_threshold} must be a finite number > 0")
+    a = [share ** (2 / 3) for share in _shares(volumes)]
+    mean = math.fsum(a) / len(a)
+    return tuple(mean_threshold * (mean / each) for each in a)
+
+
+def waterfill_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float, ...]:
+    """Return the ratios, in the order of `volumes`, that minimize the inferred bound; not from a paper.
+
+        minimize (sum_i p_i / sqrt(delta_i)) / sqrt(t)   so that  mean delta = mean_ratio,  t <= delta_i <= 1
+        solution: delta_i = c p_i^(2/3), cut to [t, 1]
+
+    The problem is convex in (delta, t). For a floor t the budget gives c; the best floor is where the derivative
+
+        sum_(i at the floor) (c^(-3/2) - p_i t^(-3/2)) / 2  -  (sum_i p_i / sqrt(delta_i)) / (2 t)
+
+    of the sum times sqrt(t) changes its sign, found by bisection. Excess above 1 goes to the other ranks.
+
+    Raises:
+        ConfigError: a rank without samples, or a `mean_ratio` outside (0, 1].
+
+    """
+    check_ratio(mean_ratio)
+    p = np.array(_shares(volumes))
+    a = p ** (2 / 3)
+    low, high = 0.0, mean_ratio
+    while low < (floor := (low + high) / 2) < high:
+        scale, ratios = _filled(a, mean_ratio, floor)
+        slopes = (scale**-1.5 - p * floor**-1.5)[ratios == floor]
+        if slopes.sum() < (p / np.sqrt(ratios)).sum() / floor:
+            low = floor
+        else:
+            high = floor
+    return tuple(_filled(a, mean_ratio, high)[1].tolist())
+
+
+def _filled(a: npt.NDArray[np.float64], mean: float, floor: float) -> tuple[float, npt.NDArray[np.float64]]:
+    """Return c, and ``c a`` cut to [floor, 1], of that mean, which is between the two."""
+    corners = np.sort(np.concatenate([floor / a, 1 / a]))
+    means = np.clip(np.outer(corners, a), floor, 1.0).mean(axis=1)
+    scale = float(np.interp(mean, means, corners))
+    return scale, np.clip(scale * a, floor, 1.0)
+
+
+RATIOS: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]] = {
+    "dagc": dagc_ratios,
+    "waterfill": waterfill_ratios,
+}
+THRESHOLDS = {"dagc": dagc_thresholds}
+"""By `Rule`, for compressors with a ratio, and those with a threshold."""
+
+
+def check_rule(compressor: Compressor, rule: str) -> None:
+    """Raise ConfigError if `rule` has nothing to share out with `compressor`."""
+    if rule not in get_args(Rule):
+        raise ConfigError(f"compression.allocation = {rule!r} must be one of {', '.join(map(repr, get_args(Rule)))}")
+    if rule == "uniform":
+        return
+    strength = strength_of(compressor)
+    if strength is None:
+        raise ConfigError(
+            f"compression.allocation = {rule!r} gives each rank a ratio or a threshold of its own, and this compressor "
+            "has neither: use compression.kind = 'topk' or 'threshold', or compression.allocation = 'uniform'"
+        )
+    if strength[0] == "threshold" and rule not in THRESHOLDS:
+        raise ConfigError(
+            f"compression.allocation = {rule!r} gives ratios, and this compressor has a threshold: use "
+            "compression.allocation = 'dagc' (DAGC-A), or compression.kind = 'topk'"
+        )
+
+
+def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dagc") -> Compressor:
+    """Return `compressor` with a ratio or threshold of its own on each rank.
+
+    For a script of one's own, with `TopK` (DAGC-R), `HardThreshold` (DAGC-A), or these in `PerTensor`::
+
+        world = MpiWorld.from_environment()                      # mpicomp.exchange.mpi.world
+        install_excepthook(world)                                # mpicomp.exchange.guard: an error ends all ranks
+        volumes = world.all_gather(len(dataset))                 # one number for each rank, the same list on all
+        compressor = allocate(TopK(ratio=0.01), volumes)         # 1 % is the mean over ranks
+        gossip = mpicomp.distribute(model, optimizer, Choco(gamma=0.02), ring, compressor, world)
+
+    gamma must suit the smallest of the ratios.
+
+    Args:
+        compressor: its ratio is the mean of all ranks, its threshold the harmonic mean.
+        volumes: the number of samples of each rank.
+        rule: ``"dagc"``, ``"waterfill"``, or ``"uniform"``, which returns `compressor` itself.
+
+    Raises:
+        ConfigError: a compressor that the rule has nothing to share out with, or a rank without samples.
+
+    """
+    check_rule(compressor, rule)
+    if rule == "uniform":
+        return compressor
+    if isinstance(compressor, ErrorFeedback):
+        return ErrorFeedback(allocate(compressor.inner, volumes, rule))
+    strength = strength_of(compressor)
+    assert strength is not None
+    name, mean = strength
+    values = (RATIOS if name == "ratio" else THRESHOLDS)[rule](volumes, mean)
+    return ByRank(tuple(with_strength(compressor, value) for value in values))
+
+
+def summary(compressor: Compressor) -> str | None:
+    """Return in a short line what each rank has been given; None if all are alike."""
+    by_rank = by_rank_of(compressor)
+    strengths = [strength for each in by_rank.compressors if (strength := strength_of(each))] if by_rank else []
+    if not strengths:
+        return None
+    values = [value for _, value in strengths]
+    first = ", ".join(f"{value:.3g}" for value in values[:SHOWN])
+    more = ", ..." if len(values) > SHOWN else ""
+    return f"{strengths[0][0]}s of the ranks: {min(values):.3g} to {max(values):.3g} ({first}{more})"
+
+
+def _shares(volumes: Sequence[float]) -> list[float]:
+    """Return the part of each rank in all samples."""
+    for rank, volume in enumerate(volumes):
+        if not 0 < volume < math.inf:
+            raise ConfigError(
+                f"compression.allocation: rank {rank} has {volume} samples, and so no part of the budget: give it some "
+                "(data.partition), or set compression.allocation = 'uniform'"
+            )
+    if not volumes:
+        raise ConfigError("compression.allocation: give the number of samples of each rank; none is given")
+    total = math.fsum(volumes)
+    return [volume / total for volume in volumes]

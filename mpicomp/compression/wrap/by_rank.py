@@ -1,0 +1,233 @@
+"""By rank: each rank compresses with a compressor of its own, and every rank reads the messages of all.
+
+    rank i sends C_i(x);  layout = one that the messages of all C_i fit
+
+The compressors differ in their ``ratio`` or ``threshold`` only, so that a message says all that is needed to read it: a
+receiver need not know who has sent it. In the common layout a field that is not of the same length on all ranks has
+variable length (4 bytes for its count). Where ranks send a field in different types (few indices as numbers, many as a
+code), each type has a field, of which all but one are empty. Equal compressors have the layout of one.
+
+What holds for the worst of the ranks holds: the contraction is that of the smallest ratio, and a method whose step
+depends on it (gamma of CHOCO-SGD, DC-gossip and DeepSqueeze) must be tuned to that one, not to the mean.
+
+`ByRank` goes around `PerTensor`, and `ErrorFeedback` around both, ``ErrorFeedback(ByRank((PerTensor(...), ...)))``;
+`mpicomp.compression.allocate` makes one of data volumes. A compressor from elsewhere will do whose ``accumulate`` reads
+all from the message and nothing from its own ratio. The idea of a ratio for each rank: Lu et al. 2023,
+arXiv 2311.07324; the common layout is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.wrap.feedback import ErrorFeedback
+from mpicomp.compression.wrap.per_tensor import PerTensor
+from mpicomp.errors import ConfigError
+from mpicomp.state import OWN, State
+
+STRENGTHS = ("ratio", "threshold")
+"""The parameters that may differ from rank to rank."""
+
+
+@dataclass
+class ByRankState:
+    """What a rank keeps.
+
+    Attributes:
+        rank: whose compressor it uses.
+        inner: the state of that.
+
+    """
+
+    rank: int = field(metadata=OWN)
+    inner: State
+
+
+@dataclass(frozen=True)
+class ByRank(Compressor):
+    """Compress on each rank by a compressor of its own.
+
+    Attributes:
+        compressors: one for each rank, alike but for their ``ratio`` or ``threshold``, without `ErrorFeedback`.
+
+    """
+
+    compressors: tuple[Compressor, ...]
+
+    def __post_init__(self) -> None:
+        if not self.compressors:
+            raise ConfigError("ByRank needs a compressor for each rank: none is given")
+        first = _without_strength(self.compressors[0])
+        for rank, compressor in enumerate(self.compressors):
+            if isinstance(compressor, ErrorFeedback | ByRank):
+                raise ConfigError(
+                    f"ByRank: the compressor of rank {rank} is a {type(compressor).__name__}. Put ErrorFeedback around "
+                    "ByRank, and no ByRank into another."
+                )
+            if _without_strength(compressor) != first:
+                raise ConfigError(
+                    f"ByRank: {compressor} of rank {rank} differs from {self.compressors[0]} of rank 0 in more than "
+                    f"{' or '.join(STRENGTHS)}, so its messages could not be read"
+                )
+
+    @property
+    def is_unbiased(self) -> bool:
+        """As all of them."""
+        return all(compressor.is_unbiased for compressor in self.compressors)
+
+    @property
+    def is_contractive(self) -> bool:
+        """As all of them."""
+        return all(compressor.is_contractive for compressor in self.compressors)
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> ByRankState:
+        """Start the compressor of rank `stream`; ConfigError if there is none."""
+        size = len(self.compressors)
+        if stream not in range(size):
+            raise ConfigError(
+                f"ByRank has compressors for ranks 0 to {size - 1}, and none for {stream}: give one for each rank of "
+                "the run, and put ByRank around PerTensor, not into it"
+            )
+        return ByRankState(stream, self.compressors[stream].init(spec, device, stream))
+
+    def layout(self, spec: Spec) -> Layout:
+        """The fields of the compressors, long enough for all; of variable length where they differ."""
+        return self._common(spec).layout
+
+    def compress(self, x: Tensor, spec: Spec, state: ByRankState) -> Payload:
+        """By the compressor of the own rank."""
+        payload = self.compressors[state.rank].compress(x, spec, state.inner)
+        return self._common(spec).write(payload)
+
+    def compress_difference_(
+        self, x: Tensor, x_hat: Tensor, spec: Spec, state: ByRankState, scratch: Tensor
+    ) -> Payload:
+        """By the compressor of the own rank."""
+        payload = self.compressors[state.rank].compress_difference_(x, x_hat, spec, state.inner, scratch)
+        return self._common(spec).write(payload)
+
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """As each of them would."""
+        self.compressors[0].accumulate(self._common(spec).read(payload), spec, out, weight)
+
+    def _common(self, spec: Spec) -> _Common:
+        """Return the common layout, made once for each `spec`: algorithms ask for it in every step."""
+        if spec not in self._made:
+            self._made[spec] = _Common.of([compressor.layout(spec) for compressor in self.compressors])
+        return self._made[spec]
+
+    @cached_property
+    def _made(self) -> dict[Spec, _Common]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Common:
+    """A layout for the messages of several compressors.
+
+    Attributes:
+        layout: its fields; those of one name and several types are called ``"name.type"``.
+        doubled: the fields of such a name.
+
+    """
+
+    layout: Layout
+    doubled: dict[str, list[Field]]
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> _Common:
+        """Return the layout that messages of each of `layouts` fit."""
+        names = [field.name for field in layouts[0].fields]
+        if any([field.name for field in layout.fields] != names for layout in layouts):
+            raise ConfigError("ByRank: the messages of its compressors have different fields, so they cannot be read")
+        fields: list[Field] = []
+        doubled = {}
+        for alike in zip(*(layout.fields for layout in layouts), strict=True):
+            dtypes = sorted({field.dtype for field in alike}, key=str)
+            merged = [_longest([field for field in alike if field.dtype == dtype]) for dtype in dtypes]
+            if len(merged) > 1:
+                merged = [
+                    Field(f"{each.name}.{str(each.dtype).removeprefix('torch.')}", each.dtype, each.numel, True)
+                    for each in merged
+                ]
+                doubled[alike[0].name] = merged
+            fields += merged
+        return cls(Layout(tuple(fields)), doubled)
+
+    def write(self, payload: Payload) -> Payload:
+        """Return a message of one compressor as it travels."""
+        if not self.doubled:
+            return payload
+        written: Payload = {}
+        for name, tensor in payload.items():
+            if name not in self.doubled:
+                written[name] = tensor
+                continue
+            for each in self.doubled[name]:
+                is_own = each.dtype == tensor.dtype
+                written[each.name] = tensor if is_own else tensor.new_empty(0, dtype=each.dtype)
+        return written
+
+    def read(self, payload: Payload) -> Payload:
+        """Return a message as the compressor has made it."""
+        if not self.doubled:
+            return payload
+        read = dict(payload)
+        for name, fields in self.doubled.items():
+            forms = [read.pop(each.name) for each in fields]
+            read[name] = next((tensor for tensor in forms if tensor.numel()), forms[0])
+        return read
+
+
+def _longest(fields: Sequence[Field]) -> Field:
+    """Return a field that holds the content of each of `fields`, of one name and type."""
+    numel = max(field.numel for field in fields)
+    is_variable = any(field.variable or field.numel != numel for field in fields)
+    return Field(fields[0].name, fields[0].dtype, numel, is_variable)
+
+
+def _without_strength(compressor: Compressor) -> Compressor:
+    """Return `compressor` with the same ratio or threshold as any other: what is left says how messages are read."""
+    return with_strength(compressor, 1.0) if strength_of(compressor) else compressor
+
+
+def strength_of(compressor: Compressor) -> tuple[str, float] | None:
+    """Return ``("ratio", value)`` or ``("threshold", value)``, which says how much `compressor` sends, if one does."""
+    if isinstance(compressor, ErrorFeedback | PerTensor):
+        return strength_of(compressor.inner)
+    names = getattr(compressor, "__dataclass_fields__", ())  # mypy knows that the base class is no dataclass
+    return next(((name, getattr(compressor, name)) for name in STRENGTHS if name in names), None)
+
+
+def with_strength(compressor: Compressor, value: float) -> Compressor:
+    """Return `compressor` with `value` for the ratio or threshold that it must have."""
+    if isinstance(compressor, ErrorFeedback | PerTensor):
+        return dataclasses.replace(compressor, inner=with_strength(compressor.inner, value))
+    strength = strength_of(compressor)
+    assert strength is not None, compressor
+    return cast(Compressor, dataclasses.replace(cast(Any, compressor), **{strength[0]: value}))
+
+
+def by_rank_of(compressor: Compressor) -> ByRank | None:
+    """Return the `ByRank` that `compressor` is or wraps, if any."""
+    inner = compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
+    return inner if isinstance(inner, ByRank) else None
+
+
+def require_size(compressor: Compressor, size: int) -> None:
+    """Raise ConfigError if `compressor` is made for another number of ranks than `size`."""
+    by_rank = by_rank_of(compressor)
+    if by_rank and len(by_rank.compressors) != size:
+        raise ConfigError(
+            f"ByRank has {len(by_rank.compressors)} compressors for {size} ranks: give one for each, e.g. "
+            "allocate(compressor, world.all_gather(len(dataset)))"
+        )

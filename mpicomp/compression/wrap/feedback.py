@@ -1,0 +1,91 @@
+"""Error feedback: what one message leaves out is added to the next.
+
+    p = x + e;  send Q(p);  e = p - Q(p)
+
+so that ``sum of all sent + e = sum of all x``. Makes any contractive compressor usable on gradients. Memory: e, one
+vector; the sum is formed in it. Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.message import Layout, Payload, Spec
+from mpicomp.state import ERROR_MEMORY, State
+from mpicomp.timing import timed
+
+
+@dataclass
+class FeedbackState:
+    """What a rank keeps.
+
+    Attributes:
+        residual: (n,) what has not been sent so far.
+        inner: state of the inner compressor.
+
+    """
+
+    residual: Tensor = field(metadata=ERROR_MEMORY)
+    inner: State
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Compressor):
+    """Remember the error of a compressor.
+
+    Attributes:
+        inner: the compressor; its messages are sent.
+
+    """
+
+    inner: Compressor
+
+    @property
+    def is_contractive(self) -> bool:
+        """Not for a single message: an old error comes with it."""
+        return False
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> FeedbackState:
+        """Start with no error."""
+        residual = torch.zeros(spec.numel, dtype=spec.dtype, device=device)
+        return FeedbackState(residual, self.inner.init(spec, device, stream))
+
+    def layout(self, spec: Spec) -> Layout:
+        """The inner layout."""
+        return self.inner.layout(spec)
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: FeedbackState) -> Payload:
+        """Compress the sum of `x` and the residual, and keep what is left."""
+        self.add_(x, state)
+        return self.compress_sum(spec, state)
+
+    @timed("compress")
+    def add_(self, x: Tensor, state: FeedbackState) -> None:
+        """Add `x` (n,) to what is to be sent: the first half of `compress`."""
+        state.residual.add_(x)
+
+    @timed("compress")
+    def compress_sum(self, spec: Spec, state: FeedbackState) -> Payload:
+        """Compress what is to be sent, and keep what is left: the second half."""
+        payload = apart_from(state.residual, self.inner.compress(state.residual, spec, state.inner))
+        self.inner.accumulate(payload, spec, state.residual, -1.0)
+        return payload
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """As the inner compressor."""
+        self.inner.accumulate(payload, spec, out, weight)
+
+
+def apart_from(x: Tensor, payload: Payload) -> Payload:
+    """Return the message, made of `x`, such that `x` may change: it may be a view of it (identity, block)."""
+    return {name: tensor.clone() if _overlaps(tensor, x) else tensor for name, tensor in payload.items()}
+
+
+def _overlaps(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,134 @@
+"""Per tensor: a compressor applied to each tensor of the model by itself.
+
+The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer.
+Bytes: those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones. Top-k has one
+message for all tensors (`per_tensor_topk`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.message import LONGEST, Layout, Payload, Spec
+from mpicomp.compression.random import mix64
+from mpicomp.compression.topk import TopK
+from mpicomp.compression.wrap.per_tensor_topk import PerTensorTopK
+from mpicomp.errors import DivergenceError
+from mpicomp.state import State
+from mpicomp.timing import timed
+
+V = TypeVar("V")
+
+
+@dataclass
+class PerTensorState:
+    """The states of the inner compressor, one a tensor."""
+
+    parts: list[State]
+
+
+@dataclass(frozen=True)
+class PerTensor(Compressor):
+    """Compress tensor by tensor.
+
+    Attributes:
+        inner: the compressor of each.
+        dense_1d: whether tensors of less than two dimensions (biases, scales of normalizations) are sent as they are.
+
+    """
+
+    inner: Compressor
+    dense_1d: bool = False
+
+    def is_dense(self, part: Spec) -> bool:
+        """Return whether the tensor of `part` is sent as it is."""
+        return self.dense_1d and part.is_vector
+
+    def _at_once(self, spec: Spec) -> PerTensorTopK | None:
+        """Return what does the same for all tensors at once, where there is such a thing."""
+        if isinstance(self.inner, TopK) and spec.numel <= LONGEST:
+            return PerTensorTopK(self.inner, self.dense_1d)
+        return None
+
+    def _of(self, part: Spec) -> Compressor:
+        return Identity() if self.is_dense(part) else self.inner
+
+    @property
+    def is_unbiased(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_unbiased
+
+    @property
+    def is_contractive(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_contractive
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
+        """Start the inner compressor for each tensor."""
+        states = [self._of(part).init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)]
+        return PerTensorState(states)
+
+    def layout(self, spec: Spec) -> Layout:
+        """The inner layouts, one behind the other."""
+        if at_once := self._at_once(spec):
+            return at_once.layout(spec)
+        return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
+        """Compress each tensor; DivergenceError names one with a NaN."""
+        if at_once := self._at_once(spec):
+            return at_once.compress(x, None, spec)
+
+        def compress(values: Tensor, part: Spec, inner: State) -> Payload:
+            return self._of(part).compress(values, part, inner)
+
+        return self._each(compress, spec, state, spec.split(x))
+
+    @timed("compress")
+    def compress_difference_(
+        self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
+    ) -> Payload:
+        """Compress the difference of each tensor; DivergenceError names one with a NaN."""
+        if at_once := self._at_once(spec):
+            return at_once.compress_difference_(x, x_hat, spec)
+
+        def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
+            values, public, room = vectors
+            return self._of(part).compress_difference_(values, public, part, inner, room)
+
+        vectors = zip(spec.split(x), spec.split(x_hat), spec.split(scratch), strict=True)
+        return self._each(compress, spec, state, vectors)
+
+    def _each(
+        self, compress: Callable[[V, Spec, State], Payload], spec: Spec, state: PerTensorState, vectors: Iterable[V]
+    ) -> Payload:
+        """Return the messages that `compress` makes of the `vectors` of each tensor, as one."""
+        payload: Payload = {}
+        for i, (part, values) in enumerate(zip(spec.parts, vectors, strict=True)):
+            try:
+                message = compress(values, part, state.parts[i])
+            except DivergenceError as error:
+                raise DivergenceError(f"{part.names[0]}: {error}") from error
+            payload.update({f"{i}.{name}": tensor for name, tensor in message.items()})
+        return payload
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """Add to each tensor."""
+        if at_once := self._at_once(spec):
+            at_once.accumulate(payload, spec, out, weight)
+            return
+        messages: list[Payload] = [{} for _ in spec.parts]
+        for key, tensor in payload.items():
+            i, _, name = key.partition(".")
+            messages[int(i)][name] = tensor
+        for message, part, values in zip(messages, spec.parts, spec.split(out), strict=True):
+            self._of(part).accumulate(message, part, values, weight)

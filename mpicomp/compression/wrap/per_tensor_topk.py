@@ -1,0 +1,124 @@
+"""Top-k of each tensor of a model, selected at once and sent as one message: what `PerTensor` does with `TopK`.
+
+``k = max(1, floor(ratio n))`` entries of each tensor of n, as of `TopK`. Bytes: the values and one code of all indices,
+which ascend over the whole model; `scale`s, where values have them, one a tensor; and the tensors that are sent as they
+are.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpicomp import kernels
+from mpicomp.compression.indices import index_field, scatter_add_, write_indices
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.ratio import kept
+from mpicomp.compression.topk import TopK
+from mpicomp.compression.values import read_values, value_fields, write_values
+from mpicomp.errors import DivergenceError
+from mpicomp.timing import traced
+
+_top_k_of_parts = traced("select")(kernels.top_k_of_parts)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is sent of the tensors of a model.
+
+    Attributes:
+        sizes: entries of each.
+        counts: how many are selected of each.
+        dense: where the tensors lie that are sent as they are.
+        indices: the field of the indices.
+
+    """
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    dense: tuple[slice, ...]
+    indices: Field
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(ratio: float, dense_1d: bool, spec: Spec) -> _Plan:
+    counts, dense, start = [], [], 0
+    for part in spec.parts:
+        whole = dense_1d and part.is_vector
+        counts.append(0 if whole else kept(part.numel, ratio))
+        if whole:
+            dense.append(slice(start, start + part.numel))
+        start += part.numel
+    sizes = tuple(part.numel for part in spec.parts)
+    return _Plan(sizes, tuple(counts), tuple(dense), index_field(spec.numel, sum(counts)))
+
+
+@dataclass(frozen=True)
+class PerTensorTopK:
+    """The operations of `PerTensor`, which has no state here.
+
+    Attributes:
+        inner: the ratio, and how values travel.
+        dense_1d: as in `PerTensor`.
+
+    """
+
+    inner: TopK
+    dense_1d: bool
+
+    def _plan(self, spec: Spec) -> _Plan:
+        return _plan(self.inner.ratio, self.dense_1d, spec)
+
+    def layout(self, spec: Spec) -> Layout:
+        """``values``, after their ``scale``s if they have them; ``indices`` of all tensors; ``dense``, if any are."""
+        plan = self._plan(spec)
+        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), scales=len(plan.counts))
+        dense = sum(part.stop - part.start for part in plan.dense)
+        return Layout((*values, plan.indices, *([Field("dense", spec.dtype, dense)] if plan.dense else [])))
+
+    def compress(self, x: Tensor, y: Tensor | None, spec: Spec) -> Payload:
+        """Return the message for `x` (n,), or for ``x - y``; DivergenceError names a tensor with a NaN."""
+        return self._message(x, y, *self._select(x, y, spec), spec)
+
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec) -> Payload:
+        """Return the message for ``x - x_hat``, and add it to `x_hat`."""
+        values, indices = self._select(x, x_hat, spec)
+        payload = self._message(x, x_hat, values, indices, spec)
+        plan = self._plan(spec)
+        kernels.scatter_add_(x_hat, indices, read_values(payload, x_hat.dtype, plan.counts))
+        self._add_dense(payload, plan, x_hat, 1.0)
+        return payload
+
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float) -> None:
+        """``out[indices] += weight * values``, and the same of whole tensors."""
+        plan = self._plan(spec)
+        scatter_add_(out, payload["indices"], read_values(payload, out.dtype, plan.counts), weight)
+        self._add_dense(payload, plan, out, weight)
+
+    def _select(self, x: Tensor, y: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
+        plan = self._plan(spec)
+        try:
+            return _top_k_of_parts(x, y, plan.sizes, plan.counts)
+        except DivergenceError as error:
+            tensors = zip(spec.parts, spec.split(x if y is None else x - y), strict=True)
+            name = next(part.names[0] for part, values in tensors if values.isnan().any())
+            raise DivergenceError(f"{name}: {error}") from error
+
+    def _message(self, x: Tensor, y: Tensor | None, values: Tensor, indices: Tensor, spec: Spec) -> Payload:
+        plan = self._plan(spec)
+        payload = write_values(values, self.inner.values, plan.counts)
+        payload["indices"] = write_indices(indices, spec.numel, plan.indices)
+        if plan.dense:
+            payload["dense"] = torch.cat([x[part] if y is None else x[part] - y[part] for part in plan.dense])
+        return payload
+
+    @staticmethod
+    def _add_dense(payload: Payload, plan: _Plan, out: Tensor, weight: float) -> None:
+        start = 0
+        for part in plan.dense:
+            end = start + part.stop - part.start
+            out[part].add_(payload["dense"][start:end], alpha=weight)
+            start = end

@@ -1,0 +1,272 @@
+"""One TOML file = one run: sections, checks, defaults, and what is built from them.
+
+    [run]          seed, device, how often to record and to evaluate
+    [data]         kind, path, partition; the parameters of both
+    [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
+    [training]     epochs or steps, batch_size
+    [checkpoint]   when to store the state of all ranks, and how many to keep
+    [downlink]     kind, and its parameters: what hubs answer
+    [slow]         ranks that are made slow on purpose
+    [simulation]   how long things take with --simulate
+
+The parameters of a kind are those of the function or class that its registry names: type and default are read from
+the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
+takes one from outside the package; the current folder is searched too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms.asynchronous.base import RegroupingAlgorithm
+from mpicomp.config.problems import Checked, refusals, unknown
+from mpicomp.config.sections import (
+    SECTIONS,
+    AlgorithmSection,
+    CheckpointSection,
+    CompressionSection,
+    DataSection,
+    DownlinkSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    ScheduleSection,
+    SimulationSection,
+    SlowSection,
+    TopologySection,
+    TrainingSection,
+    Values,
+    shown,
+)
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import World
+from mpicomp.replica.pace import Pace
+from mpicomp.topology.base import Schedule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+FREE = {
+    "checkpoint",
+    "slow",
+    "simulation",
+    "data.path",
+    "run.device",
+    "run.allow_shared_gpu",
+    "run.stop_signal",
+    "run.hang_timeout_s",
+    "run.on_peer_loss",
+    "training.epochs",
+    "training.steps",
+}
+"""What may change when a run goes on. A longer run gets the learning rates of the longer schedule from there on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration with all defaults filled in; equal to another one if all of its values are."""
+
+    run: RunSection
+    data: DataSection
+    model: ModelSection
+    topology: TopologySection
+    compression: CompressionSection
+    downlink: DownlinkSection
+    algorithm: AlgorithmSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    training: TrainingSection
+    checkpoint: CheckpointSection
+    slow: SlowSection
+    simulation: SimulationSection
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read and check the file `path`.
+
+        Args:
+            path: a TOML file.
+            overrides: ``section.key=value``; the value is TOML, or text as it stands where it is not. An empty value
+                removes the key from the file; ``training.steps`` takes the place of ``training.epochs`` and vice versa.
+
+        Raises:
+            ConfigError: a file that cannot be read, or all problems found in it, one a line.
+
+        """
+        values = _read(Path(path))
+        problems = _override_(values, overrides)
+        return cls._from_values(values, problems, str(path))
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "configuration") -> RunConfig:
+        """Check a configuration that is given as text; raise ConfigError with all problems, which names `source`."""
+        return cls._from_values(_parsed(text, source), [], source)
+
+    @classmethod
+    def _from_values(cls, values: Values, problems: list[str], source: str) -> RunConfig:
+        sections = {name: Checked(SECTIONS[name], values.get(name, {})) for name in SECTIONS}
+        known = {name: checked.known for name, checked in sections.items()}
+        problems += [unknown(name, "", known) for name in values if name not in SECTIONS]
+        problems += [problem for checked in sections.values() for problem in checked.problems(known)]
+        sound = {name: checked.result for name, checked in sections.items() if checked.result is not None}
+        problems += refusals(sound)
+        if problems:
+            raise ConfigError(_report(source, problems))
+        return cls(**sound)  # type: ignore[arg-type]
+
+    def to_toml(self) -> str:
+        """Return the configuration as TOML, all defaults filled in; `from_toml` gives an equal one back."""
+        return tomli_w.dumps(
+            {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in SECTIONS}
+        )
+
+    def check_continues(self, stored: RunConfig) -> None:
+        """Raise ConfigError, naming each key, if a run of `stored` cannot go on as this one, bit for bit.
+
+        Free to change are the sections and keys in `FREE`: they do not enter the arithmetic of a step.
+        """
+        problems = []
+        for name in SECTIONS:
+            own, theirs = getattr(self, name).model_dump(), getattr(stored, name).model_dump()
+            for key in sorted(own.keys() | theirs.keys()):
+                dotted = f"{name}.{key}"
+                if own.get(key) != theirs.get(key) and name not in FREE and dotted not in FREE:
+                    problems.append(f"{dotted} was {_shown(theirs.get(key))} and is now {_shown(own.get(key))}")
+        if problems:
+            source = "a run cannot go on under another configuration (put it back, or start a new run)"
+            raise ConfigError(_report(source, problems))
+
+    def pace(self, world: World) -> Pace:
+        """Return how long the gradients of a rank take."""
+        pace = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
+        pace.sleep = world.sleep
+        return pace
+
+    def check(self, size: int) -> tuple[Schedule, AnyAlgorithm]:
+        """Return graph and algorithm for `size` ranks, after a check that they fit; nothing large is allocated.
+
+        Raises:
+            ConfigError: a graph that does not exist at this size, or that the algorithm cannot use.
+
+        """
+        schedule = self.topology.build(size)
+        algorithm = self.algorithm.build(self.compression.build(), self.downlink.build())
+        algorithm.check(schedule)
+        if isinstance(algorithm, AsynchronousAlgorithm):
+            self._check_asynchronous(algorithm, size)
+            self._check_allocation(algorithm, size)
+        if self.run.on_peer_loss == "continue":
+            self._check_survivable(algorithm)
+        return schedule, algorithm
+
+    def _check_survivable(self, algorithm: AnyAlgorithm) -> None:
+        """Raise ConfigError where the ranks cannot go on without one of them."""
+        if not isinstance(algorithm, RegroupingAlgorithm):
+            why = (
+                "the part of the model that a hub holds is gone with it"
+                if isinstance(algorithm, AsynchronousAlgorithm)
+                else "its ranks wait for the messages of all of their neighbors in every step"
+            )
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue' does not go with algorithm.kind = {self.algorithm.kind!r}: {why}. Take "
+                "algorithm.kind = 'dc_gossip', or 'stop' and --resume"
+            )
+        if algorithm.share != "by_speed":
+            raise ConfigError(
+                "run.on_peer_loss = 'continue' needs algorithm.share = 'by_speed': with 'equal', the samples of a rank "
+                "would be lost with it"
+            )
+
+    def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
+        """Raise ConfigError where other sections contradict an asynchronous algorithm."""
+        trainers = algorithm.trainers(size)
+        if slow := [rank for rank in self.slow.ranks if rank < size and rank not in trainers]:
+            raise ConfigError(
+                f"slow.ranks: rank {slow[0]} is a hub of algorithm.kind = {self.algorithm.kind!r}, which computes no "
+                f"gradients that could be slow: choose among ranks {trainers[0]} to {trainers[-1]}"
+            )
+        if algorithm.share == "by_speed" and self.data.partition != "iid":
+            raise ConfigError(
+                f"algorithm.share = 'by_speed' lets all ranks take batches from one pile, so data.partition = "
+                f"{self.data.partition!r} would mean nothing: set algorithm.share = 'equal', or data.partition = 'iid'"
+            )
+
+    def _check_allocation(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
+        """Raise ConfigError where an asynchronous algorithm has no samples of each rank to set ratios by."""
+        rule, kind = self.compression.allocation, self.algorithm.kind
+        if rule == "uniform":
+            return
+        if algorithm.share == "by_speed":
+            raise ConfigError(
+                f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but with "
+                "algorithm.share = 'by_speed' all ranks take batches from one pile: set algorithm.share = 'equal', or "
+                "compression.allocation = 'uniform'"
+            )
+        if len(algorithm.trainers(size)) < size:
+            raise ConfigError(
+                f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but the hubs of "
+                f"algorithm.kind = {kind!r} have none, and count every gradient alike: set compression.allocation = "
+                "'uniform', or use a synchronous algorithm or 'dc_gossip'"
+            )
+
+
+def _report(source: str, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"{source}: {problems[0]}"
+    return "\n".join([f"{source}: {len(problems)} problems", *(f"  {problem}" for problem in problems)])
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else shown(value)
+
+
+def _read(path: Path) -> Values:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return _parsed(text, str(path))
+
+
+def _parsed(text: str, source: str) -> Values:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: is not TOML: {error}") from error
+
+
+def _override_(values: Values, overrides: Sequence[str]) -> list[str]:
+    """Put `overrides` into `values`; return what is wrong with them."""
+    problems = []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        section, dot, key = dotted.strip().partition(".")
+        if not (equals and dot and section and key):
+            problems.append(f"--set {override}: must have the form section.key=value, e.g. --set optimizer.lr=0.1")
+        elif isinstance(table := values.setdefault(section, {}), dict):
+            if section == "training" and key in ("steps", "epochs"):
+                table.pop("epochs" if key == "steps" else "steps", None)
+            table.pop(key, None)
+            if text:
+                table[key] = _value(text)
+    return problems
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text

@@ -1,0 +1,492 @@
+"""The sections of a configuration: their fixed keys, and what is built from them.
+
+A key such as ``kind`` names an entry of a registry; the other keys of the section are the parameters of that entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from torch import nn
+
+from mpicomp import models
+from mpicomp.algorithms import ALGORITHMS, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
+from mpicomp.compression.wrap.allocation import Rule, check_rule
+from mpicomp.config.parameters import Choice, Factory, parameters
+from mpicomp.config.schedule import SCHEDULES
+from mpicomp.config.schedule import Schedule as LearningRate
+from mpicomp.config.signals import signal_number
+from mpicomp.data import datasets as data
+from mpicomp.data.partition import PARTITIONS, Indices, partition
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.replica.pace import Pace, Spread
+from mpicomp.topology import TOPOLOGIES, make_topology
+from mpicomp.topology.base import Schedule
+
+Values = dict[str, Any]
+B = TypeVar("B")
+
+_UNSUPPORTED = {"lbfgs", "sparseadam"}
+"""Optimizers that need a closure or sparse gradients, which the training loop does not have."""
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name.lower(): optimizer
+    for name, optimizer in vars(torch.optim).items()
+    if isinstance(optimizer, type)
+    and issubclass(optimizer, torch.optim.Optimizer)
+    and optimizer is not torch.optim.Optimizer
+    and name.lower() not in _UNSUPPORTED
+}
+"""The values of ``optimizer.kind``: the classes of `torch.optim` in lower case."""
+
+
+class Section(BaseModel):
+    """A section of the file with fixed keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+    choices: ClassVar[Mapping[str, Choice]] = {}
+
+    @classmethod
+    def section(cls) -> str:
+        """Return the name of the section."""
+        return SECTION_NAMES[next(base for base in cls.__mro__ if base in SECTION_NAMES)]
+
+    @classmethod
+    def specialized(cls, values: Values) -> type[Section]:
+        """Return the model of this section with the parameters of what `values` choose.
+
+        Raises:
+            ConfigError: a choice that does not exist.
+
+        """
+        chosen = []
+        for key, choice in cls.choices.items():
+            name = values.get(key, cls.model_fields[key].default)
+            if not isinstance(name, str):
+                raise ConfigError(f"{cls.section()}.{key} = {shown(name)} must be a name: {', '.join(choice.registry)}")
+            chosen.append((choice.find(f"{cls.section()}.{key}", cls.normalized(name)), choice.given))
+        return _with_parameters(cls, tuple(chosen))
+
+    @classmethod
+    def normalized(cls, name: str) -> str:
+        """Return the spelling of a choice under which its registry has it."""
+        return name
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build what can be built before ranks, data and model are known; raise ConfigError if that is refused.
+
+        `others` holds the sections of the file that are in order.
+        """
+
+    def arguments(self, key: str = "kind") -> Values:
+        """Return the parameters of what `key` has chosen."""
+        choice = self.choices[key]
+        names = parameters(choice.find(f"{self.section()}.{key}", getattr(self, key)), choice.given)
+        return {name: getattr(self, name) for name in names}
+
+
+class RunSection(Section):
+    """``[run]``: the run as a whole."""
+
+    seed: NonNegativeInt = 0
+    """Of initialization, partition and batches; random graphs and compressors have a seed of their own."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; ``"auto"`` takes a GPU where there is one."""
+
+    allow_shared_gpu: bool = False
+    """Whether several ranks may share a GPU."""
+
+    log_every: PositiveInt = 10
+    """Steps from one record in ``metrics.jsonl`` to the next."""
+
+    evaluate_every_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Epochs from one evaluation of the averaged model to the next, also parts of one; the last step is always
+    evaluated."""
+
+    stop_signal: str = "USR1"
+    """The signal that asks the run to store a checkpoint and to end with exit code 75; on any rank."""
+
+    hang_timeout_s: float = Field(600.0, ge=0, allow_inf_nan=False)
+    """Seconds without a step after which a rank says what it waits for, and the run is ended; 0 for never."""
+
+    on_peer_loss: Literal["stop", "continue"] = "stop"
+    """What the other ranks do when one has died; ``"continue"`` for ``dc_gossip`` on one machine."""
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Look the signal up."""
+        signal_number(self.stop_signal)
+
+
+class DataSection(Section):
+    """``[data]``: what is learnt, and which rank holds which part of it."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(data.DATASETS, 1), "partition": Choice(PARTITIONS, 3)}
+
+    kind: str = "digits"
+    path: str | None = None
+    """The data folder, or the file itself; else the environment variable ``MPICOMP_DATA``, else ``./data``."""
+
+    partition: str = "iid"
+
+    def load(self) -> data.Dataset:
+        """Read the data set; raise DataError if it is missing or damaged."""
+        return data.load(self.kind, Path(self.path) if self.path else None, **self.arguments())
+
+    def split(self, labels: npt.NDArray[np.int64], ranks: int, seed: int) -> list[Indices]:
+        """Return the training samples of each rank, given the class (n,) of every sample."""
+        return partition(self.partition, labels, ranks, seed, **self.arguments("partition"))
+
+
+class ModelSection(Section):
+    """``[model]``: what is trained."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(models.MODELS, 1)}
+
+    kind: str = "mlp"
+
+    def build(self, dataset: data.Dataset, seed: int) -> nn.Module:
+        """Return the model for `dataset` on the CPU; its parameters depend on the arguments alone."""
+        return models.build(
+            self.kind,
+            dataset.input_shape,
+            dataset.classes,
+            seed,
+            task=dataset.task,
+            data_kind=dataset.kind,
+            **self.arguments(),
+        )
+
+
+class TopologySection(Section):
+    """``[topology]``: who talks to whom."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(TOPOLOGIES, 1)}
+
+    kind: str = "ring"
+
+    def build(self, size: int) -> Schedule:
+        """Return the graph over `size` ranks; raise TopologyError if there is none."""
+        return make_topology(self.kind, size, **self.arguments())
+
+
+class CompressorSection(Section):
+    """A section that makes a compressor."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(COMPRESSORS)}
+
+    kind: str = "identity"
+    per_tensor: bool = False
+    """Whether each tensor is compressed by itself, instead of the model as one vector."""
+
+    dense_1d: bool = False
+    """Whether tensors of less than two dimensions (biases, scales) are sent as they are; with `per_tensor`."""
+
+    error_feedback: bool = False
+    """Whether what was not sent is added to the next message; most algorithms do that by themselves."""
+
+    def build(self) -> Compressor:
+        """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
+        compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.arguments()))
+        if self.dense_1d and not self.per_tensor:
+            raise ConfigError(f"{self.section()}.dense_1d needs {self.section()}.per_tensor = true")
+        if self.per_tensor:
+            compressor = PerTensor(compressor, self.dense_1d)
+        return ErrorFeedback(compressor) if self.error_feedback else compressor
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the compressor."""
+        self.build()
+
+
+class CompressionSection(CompressorSection):
+    """``[compression]``: what is sent."""
+
+    allocation: Rule = "uniform"
+    """What sets the ratio or threshold of each rank by its samples: ``"dagc"`` or ``"waterfill"``, with that mean.
+    gamma of a gossip method must suit the smallest ratio."""
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the compressor, and see whether it has what is to be allocated."""
+        check_rule(self.build(), self.allocation)
+
+
+class DownlinkSection(CompressorSection):
+    """``[downlink]``: what hubs answer, for algorithms that compress in both directions."""
+
+
+class AlgorithmSection(Section):
+    """``[algorithm]``: when to compute and when to talk."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(ALGORITHMS)}
+
+    kind: str = "dpsgd"
+
+    def build(self, compressor: Compressor, downlink: Compressor = Identity()) -> AnyAlgorithm:
+        """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
+
+        Raises:
+            ConfigError: a parameter out of its range, or a compressor for an algorithm that has no use for it.
+
+        """
+        target = ALGORITHMS[self.kind]
+        arguments = self.arguments()
+        for key, section, value in (("compressor", "compression", compressor), ("downlink", "downlink", downlink)):
+            if key in inspect.signature(target).parameters:
+                arguments[key] = value
+            elif not isinstance(value, Identity):
+                users = [
+                    f"'{name}'" for name, entry in ALGORITHMS.items() if key in inspect.signature(entry).parameters
+                ]
+                raise ConfigError(
+                    f"algorithm.kind = {self.kind!r} has no use for the section [{section}], so leave it out (or "
+                    f"{section}.kind = 'identity'). Algorithms that have: {', '.join(users)}."
+                )
+        return cast(AnyAlgorithm, _built(self, (Algorithm, AsynchronousAlgorithm), lambda: target(**arguments)))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the algorithm; a compressor that cannot be built is reported by its own section."""
+        compressors: list[Compressor] = [Identity(), Identity()]
+        for i, name in enumerate(("compression", "downlink")):
+            section = others.get(name)
+            if isinstance(section, CompressorSection):
+                with contextlib.suppress(ConfigError):
+                    compressors[i] = section.build()
+        self.build(*compressors)
+
+
+class OptimizerSection(Section):
+    """``[optimizer]``: the local step, any class of `torch.optim` but LBFGS and SparseAdam."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(OPTIMIZERS, 1)}
+
+    kind: str = "sgd"
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    """The learning rate, required; ``[schedule]`` changes it over the run."""
+
+    decay_1d: bool = True
+    """Whether weight decay also holds for biases and the scales of normalizations, as in plain `torch.optim`."""
+
+    @classmethod
+    def normalized(cls, name: str) -> str:
+        """Return names of `torch.optim` in lower case."""
+        return name if ":" in name else name.lower()
+
+    @field_validator("kind")
+    @classmethod
+    def _lower(cls, kind: str) -> str:
+        return cls.normalized(kind)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over the trainable parameters of `model`."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups: list[Values] = [{"params": trained}]
+        if not self.decay_1d:
+            groups = [{"params": [p for p in trained if p.ndim > 1]}]
+            groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+        return self.over([group for group in groups if group["params"]])
+
+    def over(self, groups: list[Values]) -> torch.optim.Optimizer:
+        """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
+        return _built(self, torch.optim.Optimizer, lambda: OPTIMIZERS[self.kind](groups, **self.arguments()))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the optimizer over a matrix: some take nothing else."""
+        self.over([{"params": [torch.zeros(1, 1, requires_grad=True)]}])
+
+
+class ScheduleSection(Section):
+    """``[schedule]``: the learning rate over time."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(SCHEDULES, 1)}
+
+    kind: str = "constant"
+
+    def build(self, total_epochs: float) -> LearningRate:
+        """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
+        return _built(self, LearningRate, lambda: SCHEDULES[self.kind](total_epochs, **self.arguments()))
+
+    def try_out(self, others: Mapping[str, Section]) -> None:
+        """Build the schedule if the length of the run is known in epochs."""
+        training = others.get("training")
+        if isinstance(training, TrainingSection) and training.epochs is not None:
+            self.build(training.epochs)
+
+
+class TrainingSection(Section):
+    """``[training]``: how long, in which portions."""
+
+    epochs: PositiveInt | None = None
+    """Passes over the data of all ranks together; or give `steps`."""
+
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    """Samples per rank and step."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of training.epochs and training.steps")
+        return self
+
+
+class CheckpointSection(Section):
+    """``[checkpoint]``: when the state of all ranks is stored, and which of the checkpoints are kept."""
+
+    every_steps: PositiveInt | None = None
+    """Steps from one checkpoint to the next."""
+
+    every_minutes: float = Field(15.0, ge=0, allow_inf_nan=False)
+    """Minutes from one checkpoint to the next; 0 for none by the clock. A run's end and a stop store one anyway."""
+
+    keep_last: NonNegativeInt = 2
+    """How many to keep, the newest; 0 for all."""
+
+    keep_every: PositiveInt | None = None
+    """Steps: those at a multiple of it are kept beside."""
+
+    stop_before_end_s: float = Field(120.0, ge=0, allow_inf_nan=False)
+    """How long before the end of the time limit to stop; at most a quarter of the limit."""
+
+
+_Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SlowSection(Section):
+    """``[slow]``: ranks that are made slow on purpose, to try what a method gains where ranks are unequal."""
+
+    ranks: list[NonNegativeInt] = []
+    """Whose gradients take longer; those that the run does not have are ignored."""
+
+    factor: _Factor | list[_Factor] = 1.0
+    """How many times as long, or a number for each of `ranks`; of the host's time, so give `seconds` for a GPU."""
+
+    seconds: _Seconds | list[_Seconds] = 0.0
+    """By how many seconds beside, or a number for each of `ranks`."""
+
+    spread: Spread = "fixed"
+    """Whether the extra time is the same in each step, or random: ``"uniform"`` or ``"exponential"``, of that mean."""
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> SlowSection:
+        for key, value in (("factor", self.factor), ("seconds", self.seconds)):
+            if isinstance(value, list) and len(value) != len(self.ranks):
+                raise ValueError(f"needs as many slow.{key} as slow.ranks, or one number: {len(value)} are given")
+        return self
+
+    def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> Pace:
+        """Return the pace of `rank`, in real time or in that of `simulation`."""
+        simulated = {} if simulation is None else simulation.gradient()
+        if rank not in self.ranks:
+            return Pace(seed=seed, rank=rank, **simulated)
+        place = self.ranks.index(rank)
+        factor, seconds = (v[place] if isinstance(v, list) else v for v in (self.factor, self.seconds))
+        return Pace(factor, seconds, self.spread, seed, rank, **simulated)
+
+
+class SimulationSection(Section):
+    """``[simulation]``: the time that things take with ``--simulate``."""
+
+    gradient_s: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The mean time of a gradient, in seconds; the section ``[slow]`` comes on top."""
+
+    spread: Spread = "fixed"
+    """Whether each takes that time, or a random one: ``"uniform"`` or ``"exponential"``, of that mean."""
+
+    latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """How long a message travels after it has been sent, in seconds."""
+
+    bytes_per_s: float = Field(float("inf"), gt=0)
+    """How fast a link takes bytes; each pair of ranks has one in each direction."""
+
+    def gradient(self) -> Values:
+        """Return the arguments of a `Pace`."""
+        return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}
+
+    def links(self) -> Links:
+        """Return the network."""
+        return Links(self.latency_s, self.bytes_per_s)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "data": DataSection,
+    "model": ModelSection,
+    "topology": TopologySection,
+    "compression": CompressionSection,
+    "downlink": DownlinkSection,
+    "algorithm": AlgorithmSection,
+    "optimizer": OptimizerSection,
+    "schedule": ScheduleSection,
+    "training": TrainingSection,
+    "checkpoint": CheckpointSection,
+    "slow": SlowSection,
+    "simulation": SimulationSection,
+}
+SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
+
+
+def _built(section: Section, kind: Any, make: Callable[[], B]) -> B:
+    """Return what `make` makes, a `kind`; errors of the constructor become ConfigErrors with dotted keys."""
+    try:
+        made = make()
+    except ConfigError as error:
+        raise type(error)(_dotted(section, str(error))) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section.section()}: {error}") from error
+    if not isinstance(made, kind):
+        name = getattr(section, "kind", None)
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(f"{section.section()}.kind = {name!r} makes a {type(made).__name__}, not a {wanted}")
+    return made
+
+
+def _dotted(section: Section, message: str) -> str:
+    """Put the section in front of a key that a message begins with."""
+    key = re.match(r"\w+(?= = )", message)
+    return f"{section.section()}.{message}" if key and key[0] in type(section).model_fields else message
+
+
+@lru_cache
+def _with_parameters(section: type[Section], chosen: tuple[tuple[Factory, int], ...]) -> type[Section]:
+    """Return `section` with the parameters of what was chosen as further fields; the same class each time."""
+    fields: dict[str, Any] = {}
+    for target, given in chosen:
+        for name, (annotation, default) in parameters(target, given).items():
+            if name not in section.model_fields:
+                fields[name] = (annotation, default)
+    return create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+
+
+def shown(value: Any) -> str:
+    """Return a value as TOML writes it, near enough."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,459 @@
+"""Data sets: train and test splits in memory, from files of a data folder or from nothing.
+
+Images stay uint8 and text stays character ids; `Dataset.batch` makes floats of one batch at a time. A data set is
+read-only, so all ranks of one process share one.
+
+The folder is ``data.path``, else the environment variable ``MPICOMP_DATA``, else ``./data``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mpicomp.data.arguments import require_known, require_positive
+from mpicomp.data.partition import permutation, philox
+from mpicomp.errors import ConfigError, DataError, unknown_name
+
+Task = Literal["classification", "language"]
+Split = Literal["train", "test"]
+Labels = npt.NDArray[np.int64]
+
+FOLDER_VARIABLE = "MPICOMP_DATA"
+CROP_PADDING = 4
+
+# The first entry of every key of random bits; those of partition.py start at 1.
+_SPLIT, _SYNTHETIC, _AUGMENT = 101, 102, 103
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split.
+
+    Attributes:
+        inputs: (n, C, H, W) uint8 images, (n, d) float32 vectors, or (n, context + 1) uint8 windows of a text.
+        labels: (n,) int64; zeros for a text, whose targets are the next characters.
+
+    """
+
+    inputs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits and how to make batches of them.
+
+    Attributes:
+        kind: the name in `DATASETS`.
+        task: ``"classification"``, or ``"language"``: predict the next character.
+        classes: the number of classes, or of different characters.
+        train: the samples that are partitioned over the ranks.
+        test: the samples for evaluation.
+        mean: of an input that becomes float, per channel: ``(x * scale - mean) / std``.
+        std: see `mean`.
+        scale: see `mean`; 1/255 for bytes.
+        augment: whether training images are cropped and flipped at random (He et al. 2016, arXiv 1512.03385, 4.2).
+
+    """
+
+    kind: str
+    task: Task
+    classes: int
+    train: Samples
+    test: Samples
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 1.0
+    augment: bool = False
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input: (C, H, W), (d,) or (context,)."""
+        shape = tuple(self.train.inputs.shape[1:])
+        return (shape[0] - 1,) if self.task == "language" else shape
+
+    @property
+    def train_labels(self) -> Labels:
+        """The class of each training sample, (n,), for the partition over ranks."""
+        return self.train.labels.numpy()
+
+    def samples(self, split: Split) -> Samples:
+        """Return the samples of `split`."""
+        return self.train if split == "train" else self.test
+
+    def batch(
+        self,
+        split: Split,
+        indices: Labels,
+        device: torch.device | str = "cpu",
+        draw: tuple[int, int, int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of some samples.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+            indices: (b,) which samples.
+            device: where the tensors are to lie.
+            draw: (seed, epoch, rank, step), on which random crops and flips depend; None for none.
+
+        Returns:
+            Float32 inputs (b, C, H, W) or (b, d) with int64 targets (b,); for language int64 ids (b, context) with the
+            ids one character later, (b, context).
+
+        """
+        samples = self.samples(split)
+        chosen = torch.from_numpy(indices)
+        inputs = samples.inputs[chosen]
+        if self.task == "language":
+            windows = inputs.to(device).long()
+            return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self.augment and draw is not None and split == "train":
+            inputs = crop_and_flip(inputs, draw)
+        return self._normalize(inputs.to(device)), samples.labels[chosen].to(device)
+
+    def _normalize(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype != torch.uint8:
+            return inputs
+        shape = (-1, *[1] * (inputs.ndim - 2))
+        factor = torch.tensor([self.scale / std for std in self.std], device=inputs.device).view(shape)
+        shift = torch.tensor([m / s for m, s in zip(self.mean, self.std, strict=True)], device=inputs.device).view(
+            shape
+        )
+        return inputs.float().mul_(factor).sub_(shift)
+
+
+def crop_and_flip(images: Tensor, draw: tuple[int, int, int, int]) -> Tensor:
+    """Shift each image by up to 4 pixels (black enters) and mirror every other one on average.
+
+    Args:
+        images: (b, C, H, W) uint8.
+        draw: (seed, epoch, rank, step); the same draw gives the same shifts.
+
+    Returns:
+        (b, C, H, W) uint8, another tensor.
+
+    """
+    count, _, height, width = images.shape
+    bits = philox(_AUGMENT, *draw).random_raw(3 * count).reshape(3, count) >> np.uint64(32)
+    top, left = (torch.from_numpy((row % (2 * CROP_PADDING + 1)).astype(np.int64)) for row in bits[:2])
+    flip = torch.from_numpy((bits[2] % 2).astype(bool))
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, [CROP_PADDING] * 4)
+    # Indices on both sides of a slice move their axes to the front: (b, H, W, C).
+    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def digits(folder: Path | None) -> Dataset:
+    """8x8 digits that ship with scikit-learn: 1,797 images, every fifth of a class for testing."""
+    from sklearn.datasets import load_digits  # takes as long to import as torch; only two data sets need it
+
+    images, labels = load_digits(return_X_y=True)
+    train, test = _split(labels, fraction=0.2, seed=0)
+    inputs = torch.from_numpy(images.astype(np.uint8)).view(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    return Dataset(
+        kind="digits",
+        task="classification",
+        classes=10,
+        train=Samples(inputs[train], targets[train]),
+        test=Samples(inputs[test], targets[test]),
+        mean=(0.3053,),
+        std=(0.3760,),
+        scale=1 / 16,
+    )
+
+
+def fashion_mnist(folder: Path | None, augment: bool = False) -> Dataset:
+    """28x28 grayscale pictures of clothes, 60,000 + 10,000, 10 classes (Xiao et al. 2017, arXiv 1708.07747)."""
+    path = find("fashion_mnist", "fashion_mnist.h5", folder)
+    train, test = (read_images("fashion_mnist", path, split, n, (28, 28)) for split, n in IMAGE_COUNTS["fashion_mnist"])
+    return Dataset(
+        kind="fashion_mnist",
+        task="classification",
+        classes=10,
+        train=train,
+        test=test,
+        mean=(0.2860,),
+        std=(0.3530,),
+        scale=1 / 255,
+        augment=augment,
+    )
+
+
+def cifar10(folder: Path | None, augment: bool = False) -> Dataset:
+    """32x32 color photographs, 50,000 + 10,000, 10 classes (Krizhevsky 2009)."""
+    path = find("cifar10", "cifar10.h5", folder)
+    train, test = (read_images("cifar10", path, split, n, (32, 32, 3)) for split, n in IMAGE_COUNTS["cifar10"])
+    return Dataset(
+        kind="cifar10",
+        task="classification",
+        classes=10,
+        train=train,
+        test=test,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        scale=1 / 255,
+        augment=augment,
+    )
+
+
+IMAGE_COUNTS: dict[str, tuple[tuple[Split, int], ...]] = {
+    "fashion_mnist": (("train", 60_000), ("test", 10_000)),
+    "cifar10": (("train", 50_000), ("test", 10_000)),
+}
+
+TINYSHAKESPEARE_CHARACTERS = 1_115_394
+
+
+def tinyshakespeare(folder: Path | None, context: int = 64) -> Dataset:
+    """1,115,394 characters of Shakespeare (Karpathy 2015, char-rnn); the last tenth for testing."""
+    path = find("tinyshakespeare", "tinyshakespeare.txt", folder)
+    text = _read_text("tinyshakespeare", path)
+    if len(text) != TINYSHAKESPEARE_CHARACTERS:
+        raise damaged("tinyshakespeare", path, f"{len(text)} characters instead of {TINYSHAKESPEARE_CHARACTERS}")
+    return _windows("tinyshakespeare", path, text, context)
+
+
+def text(folder: Path | None, file: str = "input.txt", context: int = 64) -> Dataset:
+    """Any UTF-8 text of at most 256 different characters, cut into windows; the last tenth for testing."""
+    path = find("text", file, folder)
+    return _windows("text", path, _read_text("text", path), context)
+
+
+def libsvm(
+    folder: Path | None,
+    file: str = "train.txt",
+    test_file: str | None = None,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+) -> Dataset:
+    """Sparse vectors in LIBSVM's text form, made dense float32; labels are mapped to 0..C-1 in ascending order.
+
+    Without `test_file`, a stratified random `test_fraction` of `file` is kept for testing.
+    """
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"data.test_fraction = {test_fraction:g}: must be between 0 and 1, both excluded.")
+    paths = [find("libsvm", name, folder) for name in (file, test_file) if name is not None]
+    inputs, values = _read_libsvm(paths)
+    known = np.unique(values[0])
+    if len(known) < 2:
+        raise damaged("libsvm", paths[0], "all its labels are the same")
+    targets = [torch.from_numpy(np.searchsorted(known, of).astype(np.int64)) for of in values]
+    if len(paths) == 2:
+        if unseen := sorted(set(values[1].tolist()) - set(known.tolist())):
+            raise damaged("libsvm", paths[1], f"label {unseen[0]:g} does not occur in {paths[0].name}")
+        train, test = (Samples(x, y) for x, y in zip(inputs, targets, strict=True))
+    else:
+        chosen = _split(targets[0].numpy(), test_fraction, split_seed)
+        train, test = (Samples(inputs[0][of], targets[0][of]) for of in chosen)
+        if not len(test) or not len(train):
+            raise damaged("libsvm", paths[0], "it has too few samples of each class to keep any for testing")
+    return Dataset("libsvm", "classification", len(known), train, test)
+
+
+def synthetic(
+    folder: Path | None,
+    samples: int = 2000,
+    features: int = 20,
+    classes: int = 4,
+    noise: float = 0.1,
+    data_seed: int = 0,
+) -> Dataset:
+    """Gaussian vectors labeled by a linear teacher: ``y = argmax(x A + noise * sqrt(features) * e)``.
+
+    ``x``, ``A`` (features, classes) and ``e`` are standard normal. A fifth more samples are made for testing, without
+    noise in their labels.
+    """
+    require_positive("data", samples=samples, features=features)
+    if classes < 2:
+        raise ConfigError(f"data.classes = {classes}: must be at least 2.")
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ConfigError(f"data.noise = {noise:g}: must not be negative.")
+    generator = np.random.Generator(philox(_SYNTHETIC, data_seed))
+    tests = max(1, samples // 5)
+    x = generator.standard_normal((samples + tests, features), dtype=np.float32)
+    scores = x @ generator.standard_normal((features, classes), dtype=np.float32)
+    disturbance = generator.standard_normal((samples, classes), dtype=np.float32)
+    scores[:samples] += np.float32(noise * math.sqrt(features)) * disturbance
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(scores.argmax(axis=1))
+    return Dataset(
+        kind="synthetic",
+        task="classification",
+        classes=classes,
+        train=Samples(inputs[:samples], labels[:samples]),
+        test=Samples(inputs[samples:], labels[samples:]),
+    )
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "tinyshakespeare": tinyshakespeare,
+    "text": text,
+    "libsvm": libsvm,
+    "synthetic": synthetic,
+}
+
+
+def load(kind: str, path: Path | None = None, **params: object) -> Dataset:
+    """Read or make the data set `kind`.
+
+    Args:
+        kind: a name in `DATASETS`.
+        path: ``data.path``: the folder with the files, or the file itself; None looks elsewhere (see `find`).
+        params: the further arguments of that data set, e.g. ``context``.
+
+    Raises:
+        ConfigError: an unknown `kind` or parameter, or a value out of its range.
+        DataError: a file that is missing or damaged.
+
+    """
+    if kind not in DATASETS:
+        raise unknown_name("data.kind", kind, DATASETS)
+    require_known("data.kind", kind, DATASETS[kind], params)
+    return DATASETS[kind](path, **params)
+
+
+def data_folder(path: Path | None) -> Path:
+    """Return the data folder: `path`, else the environment variable ``MPICOMP_DATA``, else ``./data``."""
+    return path if path is not None else Path(os.environ.get(FOLDER_VARIABLE) or "data")
+
+
+def find(kind: str, file: str, path: Path | None) -> Path:
+    """Return the path of `file` in the data folder, or `path` itself if it is a file.
+
+    Raises:
+        DataError: there is no such file.
+
+    """
+    folder = data_folder(path)
+    found = folder if folder.is_file() else folder / file
+    if found.is_file():
+        return found
+    asked = (
+        f"data.path = {str(path)!r}" if path is not None else f"{FOLDER_VARIABLE} or ./data, as data.path is not set"
+    )
+    remedy = f" Or download it: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else ""
+    raise DataError(
+        f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({asked}). Set data.path or "
+        f"the environment variable {FOLDER_VARIABLE} to the folder that holds it.{remedy}"
+    )
+
+
+DOWNLOADABLE = ("fashion_mnist", "cifar10", "tinyshakespeare")
+
+
+def damaged(kind: str, path: Path, reason: str) -> DataError:
+    """Build the error for a file that does not hold what it should."""
+    remedy = f"Download it again: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else "Check the file."
+    return DataError(f"data.kind = {kind!r}: the file {path} is damaged: {reason}. {remedy}")
+
+
+def read_images(kind: str, path: Path, split: Split, count: int, shape: tuple[int, ...]) -> Samples:
+    """Read ``<split>/images`` (count, *shape) uint8 and ``<split>/labels`` (count,) uint8 below 10 from HDF5.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+
+    """
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            images, labels = (_array(kind, path, file, f"{split}/{name}") for name in ("images", "labels"))
+            for array, expected in ((images, (count, *shape)), (labels, (count,))):
+                if array.shape != expected or array.dtype != np.uint8:
+                    found = f"{array.name} is {array.dtype} {array.shape} instead of uint8 {expected}"
+                    raise damaged(kind, path, found)
+            samples = Samples(_channels_first(images), torch.from_numpy(labels[:].astype(np.int64)))
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise damaged(kind, path, f"HDF5 cannot read it ({error})") from error
+    if int(samples.labels.max()) > 9:
+        raise damaged(kind, path, f"{split}/labels holds {int(samples.labels.max())}, but there are 10 classes")
+    return samples
+
+
+def _array(kind: str, path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        raise damaged(kind, path, f"it has no array {name}")
+    return found
+
+
+def _channels_first(images: h5py.Dataset) -> Tensor:
+    """Read (n, H, W[, C]) into (n, C, H, W), piece by piece, so that no second copy of all of it is ever held."""
+    channels = images.shape[3:] or (1,)
+    out = np.empty((len(images), *channels, *images.shape[1:3]), dtype=np.uint8)
+    for start in range(0, len(images), 1000):
+        piece = images[start : start + 1000].reshape(-1, *images.shape[1:3], *channels)
+        out[start : start + 1000] = piece.transpose(0, 3, 1, 2)
+    return torch.from_numpy(out)
+
+
+def _read_text(kind: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(kind, path, f"it is not UTF-8 text ({error})") from error
+
+
+def _windows(kind: str, path: Path, text: str, context: int) -> Dataset:
+    """Cut a text into windows of ``context + 1`` characters that overlap by one: each character is predicted once."""
+    require_positive("data", context=context)
+    characters, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
+    if len(characters) > 256:
+        raise damaged(kind, path, f"{len(characters)} different characters, at most 256 can be coded")
+    tests = len(ids) // 10
+    if tests < context + 1:
+        raise DataError(
+            f"data.context = {context}: the text {path} has {len(ids)} characters, but its last tenth must hold a "
+            f"window of {context + 1}. Take a longer text or a shorter context."
+        )
+    coded = torch.from_numpy(ids.astype(np.uint8))
+    inputs = [part.unfold(0, context + 1, context) for part in (coded[:-tests], coded[-tests:])]
+    train, test = (Samples(windows, torch.zeros(len(windows), dtype=torch.int64)) for windows in inputs)
+    return Dataset(kind, "language", len(characters), train, test)
+
+
+def _read_libsvm(paths: list[Path]) -> tuple[list[Tensor], list[npt.NDArray[np.float64]]]:
+    """Return the dense vectors and the raw labels of each file; all files have the same columns."""
+    from sklearn.datasets import load_svmlight_files  # takes as long to import as torch
+
+    try:
+        parsed = load_svmlight_files([str(path) for path in paths], dtype=np.float32)
+    except (OSError, ValueError, OverflowError) as error:
+        raise damaged("libsvm", paths[0], f"it is not LIBSVM text ({error})") from error
+    inputs, labels = list(parsed[0::2]), list(parsed[1::2])
+    for path, x, y in zip(paths, inputs, labels, strict=True):
+        if x.shape[0] == 0:
+            raise damaged("libsvm", path, "it has no samples")
+        if not (np.isfinite(x.data).all() and np.isfinite(y).all()):
+            raise damaged("libsvm", path, "it holds values that are not finite")
+        if (y != np.rint(y)).any():
+            raise damaged("libsvm", path, "its labels are not whole numbers; regression is not supported")
+    return [torch.from_numpy(x.toarray()) for x in inputs], labels
+
+
+def _split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return ascending train and test indices; `fraction` of every class is for testing, chosen by `seed`."""
+    test = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        test[members[permutation(len(members), _SPLIT, seed, int(c))[: round(fraction * len(members))]]] = True
+    return torch.from_numpy(np.flatnonzero(~test)), torch.from_numpy(np.flatnonzero(test))

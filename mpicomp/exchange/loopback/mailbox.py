@@ -1,0 +1,206 @@
+"""Boards of the loopback: memory of the same process, with delays on request, so that races can be replayed.
+
+With `Delays` every write is cut into up to three pieces, each of which arrives after a random number of turns of its
+target: late, torn, and out of order, as far as a transport may do so. Turns are counted, not timed, and the numbers
+come from the seed and the edge; on one core (``loopback.run(..., cores=1)``) ranks change places in a fixed order, so
+that a run with the same seed is the same run.
+
+Under simulated time there are no turns: a message arrives when a link of a given speed has carried it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mpicomp.exchange.mailbox.slots import Slots
+from mpicomp.exchange.staging import Bytes
+
+PAUSE_NS = 250_000_000
+"""The longest pause of a rank without mail, in simulated time."""
+
+
+@dataclass(frozen=True)
+class Delays:
+    """How late writes arrive.
+
+    Attributes:
+        seed: of the random numbers.
+        turns: the most polls of the target that a piece may take.
+
+    """
+
+    seed: int
+    turns: int = 20
+
+
+class _Memory:
+    """The memory of one rank, and the pieces on their way to it."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.bytes: Bytes = np.zeros(slots.total, dtype=np.uint8)
+        self.turn = 0
+        self.coming: list[tuple[int, int, int, Bytes]] = []
+        self.pieces = 0
+        self.last_due: dict[int, int] = {}
+
+    def add(self, begin: int, piece: Bytes, due: int) -> None:
+        # The number keeps pieces that are due together in the order they were written.
+        heapq.heappush(self.coming, (due, self.pieces, begin, piece))
+        self.pieces += 1
+
+    def arrive(self, until: float) -> None:
+        while self.coming and self.coming[0][0] <= until:
+            _, _, begin, piece = heapq.heappop(self.coming)
+            self.bytes[begin : begin + piece.size] = piece
+
+
+class LoopbackBoard:
+    """The memory of one rank, written by the other threads.
+
+    `pause` hands the core on, `meet` is a collective operation that returns the values of all ranks.
+    """
+
+    how = "loopback"
+    needs_poke = False
+    beat_s = math.inf
+
+    def __init__(
+        self,
+        rank: int,
+        slots: Slots,
+        delays: Delays | None,
+        pause: Callable[[], None],
+        meet: Callable[[_Memory | None], Sequence[_Memory | None]],
+    ) -> None:
+        self._rank = rank
+        self._pause = pause
+        self._meet = meet
+        self._mine = _Memory(slots)
+        self.memory = self._mine.bytes
+        self._all = [memory for memory in meet(self._mine) if memory is not None]
+        self._delays = delays
+        self._generators = [
+            np.random.default_rng([delays.seed, rank, target]) if delays else None for target in range(len(self._all))
+        ]
+
+    def write(self, target: int, index: int | None, data: Bytes) -> None:
+        """Copy `data` into the slot of this rank at `target`, at once or in late pieces."""
+        memory, generator = self._all[target], self._generators[target]
+        begin = memory.slots.note(self._rank) if index is None else memory.slots.message(self._rank, index)
+        if generator is None or self._delays is None:
+            memory.bytes[begin : begin + data.size] = data
+            return
+        cuts = sorted(generator.integers(0, data.size + 1, 2).tolist())
+        # Two writes to the same place arrive in order: every transport promises that.
+        earliest = max(memory.turn, memory.last_due.get(begin, 0))
+        dues = [earliest + int(turns) for turns in generator.integers(0, self._delays.turns + 1, 3)]
+        memory.last_due[begin] = max(dues)
+        for cut, end, due in zip([0, *cuts], [*cuts, data.size], dues, strict=True):
+            memory.add(begin + cut, data[cut:end], due)
+
+    def poll(self) -> None:
+        """Let the other ranks run, and see what has arrived since the last turn."""
+        self._pause()
+        self._mine.turn += 1
+        self._mine.arrive(self._mine.turn)
+
+    def pause(self, idle_s: float) -> None:
+        """Nothing more: every poll is a pause."""
+
+    def settle(self) -> None:
+        """Wait for all ranks, and let everything arrive."""
+        self._meet(None)
+        self._mine.arrive(math.inf)
+        self._meet(None)
+
+    def free(self) -> None:
+        """Nothing to give back."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network of a simulation: a link of its own for each pair of ranks and direction.
+
+    Attributes:
+        latency_s: from the end of sending to the arrival, in seconds.
+        bytes_per_s: how fast a link takes bytes.
+
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+
+
+class Clock(Protocol):
+    """The time of a simulation."""
+
+    def now_ns(self) -> int:
+        """Return the simulated time in nanoseconds."""
+
+    def await_mail(self, rank: int, until_ns: int) -> None:
+        """Wake `rank` at that time, or when something arrives before."""
+
+    def notify(self, rank: int, at_ns: int) -> None:
+        """Note that something will arrive at `rank` at that time."""
+
+
+class SimulatedBoard:
+    """The memory of one rank under simulated time: a write arrives whole, as soon as its link has carried it."""
+
+    how = "simulation"
+    needs_poke = False
+    beat_s = math.inf
+
+    def __init__(
+        self,
+        rank: int,
+        slots: Slots,
+        links: Links,
+        clock: Clock,
+        meet: Callable[[_Memory | None], Sequence[_Memory | None]],
+    ) -> None:
+        self._rank = rank
+        self._links = links
+        self._clock = clock
+        self._meet = meet
+        self._mine = _Memory(slots)
+        self.memory = self._mine.bytes
+        self._all = [memory for memory in meet(self._mine) if memory is not None]
+        self._free_at_ns: dict[int, int] = {}
+
+    def write(self, target: int, index: int | None, data: Bytes) -> None:
+        """Send `data` behind what is on its way to `target` already."""
+        memory, now_ns = self._all[target], self._clock.now_ns()
+        begin = memory.slots.note(self._rank) if index is None else memory.slots.message(self._rank, index)
+        free_at_ns = max(now_ns, self._free_at_ns.get(target, 0)) + round(1e9 * data.size / self._links.bytes_per_s)
+        due_ns = free_at_ns + round(1e9 * self._links.latency_s)
+        self._free_at_ns[target] = free_at_ns
+        memory.add(begin, data, due_ns)
+        self._clock.notify(target, due_ns)
+
+    def poll(self) -> None:
+        """See what has arrived by now."""
+        self._mine.arrive(self._clock.now_ns())
+
+    def pause(self, idle_s: float) -> None:
+        """Wait until something arrives, but not for ever: the rank may have other things to look after."""
+        until_ns = self._clock.now_ns() + PAUSE_NS
+        coming_ns = self._mine.coming[0][0] if self._mine.coming else until_ns
+        self._clock.await_mail(self._rank, min(until_ns, coming_ns))
+
+    def settle(self) -> None:
+        """Wait for all ranks, and let everything arrive."""
+        self._meet(None)
+        self._mine.arrive(math.inf)
+        self._free_at_ns.clear()
+        self._meet(None)
+
+    def free(self) -> None:
+        """Nothing to give back."""

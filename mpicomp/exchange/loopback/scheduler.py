@@ -1,0 +1,301 @@
+"""Where the threads of the loopback meet: who of them may run, and what they have for each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import Stopped
+from mpicomp.exchange.loopback.mailbox import Delays, LoopbackBoard, SimulatedBoard
+from mpicomp.exchange.mailbox.slots import Slots
+from mpicomp.exchange.watchdog import Waiting
+
+Sender = tuple[int, int]
+"""The number of an exchange, in the order in which every rank makes them, and a source rank."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Message:
+    """A packed payload; its buffer goes back to the sender's pool when the last reader has released it."""
+
+    wire: Tensor
+    nbytes: int
+    readers: int
+    pool: list[Tensor]
+
+
+@dataclass
+class RankThread:
+    """What the scheduler knows of one rank."""
+
+    rank: int
+    woken: threading.Condition
+    may_run: bool = False
+    inbox: defaultdict[Sender, deque[Message]] = field(default_factory=lambda: defaultdict(deque))
+    missing: set[Sender] = field(default_factory=set)
+    naps: int = 0
+    is_awaiting_mail: bool = False
+
+
+class Collective:
+    """One collective operation: the values given so far."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[Any] = [None] * size
+        self.missing = set(range(size))
+        self.waiting: list[RankThread] = []
+
+
+class Tally:
+    """Numbers that the ranks give one by one, without waiting for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[list[float]] = [[] for _ in range(size)]
+        self.missing = size
+        self.waiting: list[RankThread] = []
+        self.unread = size
+
+
+class Scheduler:
+    """Where the threads meet, and who of them may run.
+
+    One lock guards everything; each rank sleeps on a condition of its own. No more ranks run at a time than there are
+    cores, and a rank that must wait hands its core to the next one that is ready: hundreds of threads that all want
+    Python's interpreter lock would mostly wake each other.
+    """
+
+    def __init__(self, size: int, cores: int, delays: Delays | None = None) -> None:
+        self.size = size
+        self.cores = cores
+        self.delays = delays
+        self.error: BaseException | None = None
+        self.failed_rank: int | None = None
+        self._lock = threading.Lock()
+        self._threads = [RankThread(rank, threading.Condition(self._lock)) for rank in range(size)]
+        self._collective = Collective(size)
+        self._tallies: defaultdict[int, Tally] = defaultdict(lambda: Tally(size))
+        self._counters: dict[int, int] = {}
+        self._free_cores = cores
+        self._ready: deque[RankThread] = deque()
+        self._present = size
+        self._blocked = 0
+        # By rank, whichever thread comes first, so that a run on one core can be repeated.
+        with self._lock:
+            for thread in self._threads:
+                self._make_ready(thread)
+
+    def fail(self, error: BaseException, rank: int | None = None) -> None:
+        """Stop all ranks because of `error` on `rank`; the first error wins."""
+        with self._lock:
+            self._fail(error, rank)
+
+    def enter(self, rank: int) -> None:
+        """Wait for a core to begin on."""
+        with self._lock:
+            self._await_core(self._threads[rank])
+            self._check_alive()
+
+    def leave(self) -> None:
+        """Note that a rank has returned."""
+        with self._lock:
+            self._present -= 1
+            self._hand_on_core()
+            self._check_progress()
+
+    def post(self, sender: Sender, targets: Iterable[int], message: Message) -> None:
+        """Put `message` into the inbox of each of `targets`."""
+        with self._lock:
+            for target in targets:
+                thread = self._threads[target]
+                thread.inbox[sender].append(message)
+                if sender in thread.missing:
+                    thread.missing.discard(sender)
+                    if not thread.missing:
+                        self._wake(thread)
+
+    def take(self, rank: int, senders: Sequence[Sender]) -> list[Message]:
+        """Return the next message from each of `senders`, when all are there."""
+        with self._lock:
+            thread = self._threads[rank]
+            thread.missing = {sender for sender in senders if not thread.inbox[sender]}
+            if thread.missing:
+                with Waiting("message", lambda: [source for _, source in self._snapshot(thread.missing)]):
+                    self._sleep(thread)
+            self._check_alive()
+            return [thread.inbox[sender].popleft() for sender in senders]
+
+    def is_there(self, rank: int, senders: Sequence[Sender]) -> bool:
+        """Return whether `take` would return at once."""
+        with self._lock:
+            self._check_alive()
+            inbox = self._threads[rank].inbox
+            return all(inbox[sender] for sender in senders)
+
+    def release(self, messages: Iterable[Message]) -> None:
+        """Give back messages that a rank has read."""
+        with self._lock:
+            for message in messages:
+                message.readers -= 1
+                if message.readers == 0:
+                    message.pool.append(message.wire)
+
+    def gather(self, rank: int, value: T, operation: str) -> list[T]:
+        """Return the values of all ranks, when all have called this; `operation` is what it is for, for people."""
+        with self._lock:
+            self._check_alive()
+            current = self._collective
+            current.values[rank] = value
+            current.missing.discard(rank)
+            if current.missing:
+                current.waiting.append(self._threads[rank])
+                with Waiting(operation, lambda: self._snapshot(current.missing)):
+                    self._sleep(self._threads[rank])
+                self._check_alive()
+            else:
+                self._collective = Collective(self.size)
+                for thread in current.waiting:
+                    self._wake(thread)
+            return list(current.values)
+
+    def give(self, rank: int, number: int, values: list[float]) -> None:
+        """Give this rank's part of gather `number`."""
+        with self._lock:
+            self._check_alive()
+            tally = self._tallies[number]
+            tally.values[rank] = values
+            tally.missing -= 1
+            if not tally.missing:
+                for thread in tally.waiting:
+                    self._wake(thread)
+                self._notify_all()
+
+    def is_given(self, number: int) -> bool:
+        """Return whether all ranks have given their part of gather `number`."""
+        with self._lock:
+            return number not in self._tallies or not self._tallies[number].missing
+
+    def collect(self, rank: int, number: int) -> list[list[float]]:
+        """Return the parts of gather `number`, when all are there; once for each rank."""
+        with self._lock:
+            tally = self._tallies[number]
+            if tally.missing:
+                tally.waiting.append(self._threads[rank])
+                with Waiting("gather"):
+                    self._sleep(self._threads[rank])
+            self._check_alive()
+            tally.unread -= 1
+            if not tally.unread:
+                del self._tallies[number]
+            return tally.values
+
+    def count(self, number: int, start: int) -> int:
+        """Return the next value of counter `number`, which begins at `start`."""
+        with self._lock:
+            value = self._counters.get(number, start)
+            self._counters[number] = value + 1
+            return value
+
+    def now(self) -> float:
+        """Return the time in seconds."""
+        return time.perf_counter()
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Leave the core to others for `seconds`."""
+        with self._lock:
+            thread = self._threads[rank]
+            thread.may_run = False
+            self._hand_on_core()
+        time.sleep(seconds)
+        with self._lock:
+            self._make_ready(thread)
+            self._await_core(thread)
+            self._check_alive()
+
+    def make_board(self, rank: int, slots: Slots) -> LoopbackBoard | SimulatedBoard:
+        """Return the memory of a mailbox."""
+        return LoopbackBoard(
+            rank, slots, self.delays, lambda: self.pause(rank), lambda value: self.gather(rank, value, "mailbox")
+        )
+
+    def pause(self, rank: int) -> None:
+        """Let another rank run if one is ready: at the end of the queue, each gets its turn."""
+        with self._lock:
+            self._check_alive()
+            if self._ready:
+                thread = self._threads[rank]
+                thread.may_run = False
+                self._ready.append(thread)
+                self._hand_on_core()
+                with Waiting("mail", list):
+                    self._await_core(thread)
+                self._check_alive()
+
+    def _notify_all(self) -> None:
+        """Note that something has happened that ranks may be looking for: here they look by themselves."""
+
+    def _snapshot(self, missing: set[T]) -> list[T]:
+        """Return what is missing, which changes under the lock; for threads that do not hold it."""
+        with self._lock:
+            return list(missing)
+
+    def _sleep(self, thread: RankThread) -> None:
+        self._blocked += 1
+        thread.may_run = False
+        self._hand_on_core()
+        self._check_progress()
+        self._await_core(thread)
+
+    def _wake(self, thread: RankThread) -> None:
+        self._blocked -= 1
+        self._make_ready(thread)
+
+    def _make_ready(self, thread: RankThread) -> None:
+        self._ready.append(thread)
+        if self._free_cores:
+            self._free_cores -= 1
+            self._hand_on_core()
+
+    def _hand_on_core(self) -> None:
+        if self._ready:
+            thread = self._ready.popleft()
+            thread.may_run = True
+            thread.woken.notify()
+        else:
+            self._free_cores += 1
+
+    def _await_core(self, thread: RankThread) -> None:
+        while not thread.may_run and self.error is None:
+            thread.woken.wait()
+
+    def _check_progress(self) -> None:
+        if self._blocked == self._present > 0:
+            waiting = [rank for rank, thread in enumerate(self._threads) if thread.missing]
+            detail = ", ".join(
+                f"rank {rank} for {sorted(source for _, source in self._threads[rank].missing)}" for rank in waiting[:8]
+            )
+            self._fail(
+                ExchangeError(
+                    f"deadlock: {self._present} of {self.size} ranks still run, and all of them wait"
+                    + (f" ({detail})" if detail else " for a collective operation")
+                ),
+                None,
+            )
+
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise Stopped
+
+    def _fail(self, error: BaseException, rank: int | None) -> None:
+        if self.error is None:
+            self.error, self.failed_rank = error, rank
+            for thread in self._threads:
+                thread.woken.notify()

@@ -1,0 +1,95 @@
+"""The scheduler of a loopback whose time is simulated."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TypeVar
+
+from mpicomp.exchange.loopback.mailbox import Links, SimulatedBoard
+from mpicomp.exchange.loopback.scheduler import RankThread, Scheduler
+from mpicomp.exchange.mailbox.slots import Slots
+from mpicomp.exchange.watchdog import Waiting
+
+T = TypeVar("T")
+
+
+class SimulatedScheduler(Scheduler):
+    """A scheduler whose time goes on only when every rank sleeps or waits: to the next moment at which one has work.
+
+    One rank runs at a time, and ranks that wake at the same moment do so in their order; so a run can be repeated
+    exactly, on any machine, and goes on from a checkpoint as if it had not been interrupted. Computing takes no time by
+    itself: ranks `sleep` for as long as it is to take.
+    """
+
+    def __init__(self, size: int, links: Links) -> None:
+        super().__init__(size, cores=1)
+        self._links = links
+        self._now_ns = 0
+        self._events: list[tuple[int, int, int, int]] = []
+        self._decided = 0
+
+    def now(self) -> float:
+        """Return the simulated time in seconds."""
+        return self._now_ns / 1e9
+
+    def now_ns(self) -> int:
+        """Return the simulated time: whole nanoseconds, so that a run that goes on from a checkpoint adds up alike."""
+        return self._now_ns
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Wake up after `seconds` of simulated time."""
+        self._nap(rank, self._now_ns + round(1e9 * seconds), is_awaiting_mail=False)
+
+    def gather(self, rank: int, value: T, operation: str) -> list[T]:
+        """Return the values of all ranks, which then go on in their order, whoever came last."""
+        values = super().gather(rank, value, operation)
+        self.sleep(rank, 0.0)
+        return values
+
+    def await_mail(self, rank: int, until_ns: int) -> None:
+        """Wake up at that time, or when something arrives before."""
+        self._nap(rank, until_ns, is_awaiting_mail=True)
+
+    def notify(self, rank: int, at_ns: int) -> None:
+        """Note that something will arrive at `rank` at that time."""
+        with self._lock:
+            self._notify(self._threads[rank], at_ns)
+
+    def make_board(self, rank: int, slots: Slots) -> SimulatedBoard:
+        """Return the memory of a mailbox."""
+        return SimulatedBoard(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
+
+    def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:
+        with self._lock:
+            self._check_alive()
+            thread = self._threads[rank]
+            thread.is_awaiting_mail = is_awaiting_mail
+            self._at(until_ns, thread)
+            thread.may_run = False
+            self._hand_on_core()
+            with Waiting("mail", list):
+                self._await_core(thread)
+            self._check_alive()
+
+    def _notify_all(self) -> None:
+        for thread in self._threads:
+            self._notify(thread, self._now_ns)
+
+    def _notify(self, thread: RankThread, at_ns: int) -> None:
+        if thread.is_awaiting_mail:
+            self._at(at_ns, thread)
+
+    def _at(self, at_ns: int, thread: RankThread) -> None:
+        heapq.heappush(self._events, (at_ns, thread.rank, self._decided, thread.naps))
+        self._decided += 1
+
+    def _hand_on_core(self) -> None:
+        while not self._ready and self._events:
+            at_ns, rank, _, nap = heapq.heappop(self._events)
+            thread = self._threads[rank]
+            if nap == thread.naps:  # else it was woken by an earlier event
+                self._now_ns = max(self._now_ns, at_ns)
+                thread.naps += 1
+                thread.is_awaiting_mail = False
+                self._ready.append(thread)
+        super()._hand_on_core()

@@ -1,0 +1,173 @@
+"""The neighbor exchange over MPI: one packed message to every target, one from every source.
+
+The communicator is a Cartesian one for grids and a distributed graph for any other topology: it documents and checks
+the neighborhood. The messages themselves are Irecv and Isend, one for each distinct neighbor: Open MPI 5.0.11's
+non-blocking neighbor all-to-all delivers wrong data on periodic dimensions of 1 and 2, and no neighbor collective was
+faster than this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.compression.message import Layout, Payload
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import all_reduce_nbytes, check_message
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.wait import test_all, wait_all
+from mpicomp.exchange.staging import make_staging
+from mpicomp.timing import Underway, timed
+from mpicomp.topology.base import Schedule, Topology
+
+if TYPE_CHECKING:
+    from mpicomp.exchange.mpi.world import MpiWorld
+
+
+class NeighborExchange:
+    """The `Exchange` between MPI ranks. Making one and `free` are collective on all ranks.
+
+    Attributes:
+        comm: the communicator that knows the neighborhood.
+        is_polite: whether another rank needs this core.
+
+    Raises:
+        ExchangeError: the ranks were given different graphs.
+
+    """
+
+    def __init__(self, world: MpiWorld, schedule: Schedule) -> None:
+        self.rank = world.rank
+        self.size = world.size
+        self.schedule = schedule
+        self.bytes_sent = 0
+        union = schedule.union
+        _check_same(world, schedule)
+        self.comm = _cartesian(world, union) or world.comm.Create_dist_graph_adjacent(
+            union.sources(self.rank), union.targets(self.rank), reorder=False
+        )
+        self.is_polite = world.is_polite
+        self._staging = make_staging(world.device)
+        self._sources = frozenset(union.sources(self.rank))
+        self._targets = frozenset(union.targets(self.rank))
+        self._pending: _NeighborPending | None = None
+
+    @timed("exchange", "send")
+    def start(self, payload: Payload, layout: Layout, topology: Topology) -> _NeighborPending:
+        """Send `payload` to this rank's targets, and begin to receive from its sources."""
+        if self._pending is not None:
+            raise ExchangeError("an exchange is still pending: wait for it before the next one")
+        sources, targets = topology.sources(self.rank), topology.targets(self.rank)
+        if not (self._sources.issuperset(sources) and self._targets.issuperset(targets)):
+            raise ExchangeError(f"topology {topology.name!r} has edges that {self.schedule.name!r} did not announce")
+        buffers = self._staging.receive(len(sources), layout.nbytes)
+        requests = [self.comm.Irecv(buffer, source) for buffer, source in zip(buffers, sources, strict=True)]
+        if targets:
+            wire = self._staging.pack(payload, layout)
+            requests += [self.comm.Isend(wire, target) for target in targets]
+            self.bytes_sent += wire.nbytes * len(targets)
+        self._pending = _NeighborPending(self, requests, layout, sources, targets)
+        return self._pending
+
+    @timed("exchange", "all_reduce")
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place, by MPI's all-reduce: summed in x's precision and in MPI's order."""
+        host = _reducible(x)
+        request = self.comm.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
+        wait_all([request], is_polite=self.is_polite, operation="mean_")
+        host /= self.size
+        if host.data_ptr() != x.data_ptr():
+            x.detach().copy_(host.view_as(x))
+        self.bytes_sent += all_reduce_nbytes(x, self.size)
+
+    def free(self) -> None:
+        """Give the communicator back to MPI, which has some two thousand of them (collective on all ranks)."""
+        self.comm.Free()
+
+    def _finish(self, statuses: list[MPI.Status], layout: Layout, sources: list[int]) -> dict[int, Payload]:
+        self._pending = None
+        sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
+        payloads = self._staging.unpack(layout, sizes)
+        for source, size, payload in zip(sources, sizes, payloads, strict=True):
+            check_message(payload, layout, size, source)
+        return dict(zip(sources, payloads, strict=True))
+
+
+class _NeighborPending:
+    """An exchange under way."""
+
+    def __init__(
+        self,
+        exchange: NeighborExchange,
+        requests: list[MPI.Request],
+        layout: Layout,
+        sources: list[int],
+        targets: list[int],
+    ) -> None:
+        self._exchange = exchange
+        self._requests = requests
+        self._layout = layout
+        self._sources = sources
+        self._targets = targets
+        self._statuses = [MPI.Status() for _ in requests]
+        self._is_complete = not requests
+        self._underway = Underway() if requests else None
+
+    @timed("exchange", is_event=False)
+    def test(self) -> bool:
+        """Return whether all messages are there, and move on what is under way."""
+        if not self._is_complete and test_all(self._requests, self._statuses):
+            self._complete()
+        return self._is_complete
+
+    @timed("exchange")
+    def wait(self) -> dict[int, Payload]:
+        """Return the messages by source rank, ascending."""
+        assert self._exchange._pending is self, "waited for twice"
+        if not self._is_complete:
+            self._complete()
+            peers = [*self._sources, *self._targets]
+            wait_all(self._requests, self._statuses, is_polite=self._exchange.is_polite, peers=peers)
+        return self._exchange._finish(self._statuses, self._layout, self._sources)
+
+    def _complete(self) -> None:
+        """Note that nothing is under way behind other work any more."""
+        self._is_complete = True
+        if self._underway:
+            self._underway.arrived()
+
+
+def _reducible(x: Tensor) -> Tensor:
+    """Return `x` as a flat host vector of a type that MPI can add: itself where possible, else a copy."""
+    flat = x.detach().view(-1)
+    dtype = flat.dtype if flat.dtype in (torch.float32, torch.float64) else torch.float32
+    return flat.to("cpu", dtype)
+
+
+def _check_same(world: MpiWorld, schedule: Schedule) -> None:
+    graphs = [schedule.union, *(schedule(step) for step in range(4))]
+    edges = np.concatenate([np.packbits(graph.mixing != 0) for graph in graphs])
+    digests = world.all_gather(hashlib.sha256(edges.tobytes()).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ExchangeError(
+            f"topology {schedule.name!r}: ranks {', '.join(map(str, different))} have another graph than rank 0; "
+            "give all ranks the same seed and file"
+        )
+
+
+def _cartesian(world: MpiWorld, union: Topology) -> MPI.Cartcomm | None:
+    """Return the Cartesian communicator of a grid; None for any other graph (collective on all ranks)."""
+    if union.dims is None or union.periods is None or math.prod(union.dims) != world.size:
+        return None
+    comm = world.comm.Create_cart(list(union.dims), list(union.periods), reorder=False)
+    found = {rank for axis in range(len(union.dims)) for rank in comm.Shift(axis, 1)} - {MPI.PROC_NULL, world.rank}
+    if all(world.all_gather(found == set(union.sources(world.rank)))):
+        return comm
+    comm.Free()
+    return None

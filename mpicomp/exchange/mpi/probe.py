@@ -1,0 +1,273 @@
+"""What the MPI at hand is, and whether it works: facts and small trials for ``mpicomp doctor``.
+
+Importing this module starts MPI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mpicomp.compression.message import Field, Layout
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.base import Mail
+from mpicomp.exchange.launcher import launched_by
+from mpicomp.exchange.mailbox.window import allocate
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.topology import ring
+
+_LEVELS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
+
+SMALL = 1024
+LARGE = 4 * 2**20
+WINDOW = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Library:
+    """The MPI library of this process.
+
+    Attributes:
+        version: its own text, one line.
+        standard: the version of the MPI standard that it claims.
+        path: the file that is loaded.
+        mpi4py: the version of its Python interface.
+        thread_level: what it provides.
+        launcher: who started this process.
+        gpu_support: what the library says of GPU memory by kind; empty where it cannot be asked. Built with it does
+            not mean that it works.
+
+    """
+
+    version: str
+    standard: str
+    path: str
+    mpi4py: str
+    thread_level: str
+    launcher: str
+    gpu_support: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and on what.
+
+    Attributes:
+        cores: how many it is allowed on.
+        core_share: how many fall to it, when each is split between the ranks allowed on it.
+        threads: how many torch uses.
+        gpu: the name of its GPU, None on the CPU.
+        uuid: that of its GPU.
+
+    """
+
+    rank: int
+    host: str
+    local_rank: int
+    local_size: int
+    cores: int
+    core_share: float
+    threads: int
+    gpu: str | None
+    uuid: str | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How something went that was tried for real, on the slowest rank.
+
+    Attributes:
+        problem: what is wrong; empty if the bytes that arrived were the right ones.
+        latency_us: microseconds for one small operation.
+        mb_per_s: 1e6 bytes a second that a rank has sent in large ones; None if that was not measured.
+        how: the way that was chosen, where there are several.
+
+    """
+
+    problem: str
+    latency_us: float | None = None
+    mb_per_s: float | None = None
+    how: str = ""
+
+
+def examine_library() -> Library:
+    """Return the facts about the MPI library; not collective."""
+    path = _loaded_library()
+    claim = launched_by(os.environ)
+    return Library(
+        version=" ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split()),
+        standard=".".join(map(str, MPI.Get_version())),
+        path=str(path or "unknown"),
+        mpi4py=version("mpi4py"),
+        thread_level=_LEVELS[MPI.Query_thread()],
+        launcher=claim[0] if claim else "none",
+        gpu_support=_gpu_support(path) if path else {},
+    )
+
+
+def examine_place(world: MpiWorld) -> Place:
+    """Return where this rank runs; not collective."""
+    gpu = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else None
+    return Place(
+        rank=world.rank,
+        host=world.host,
+        local_rank=world.local_rank,
+        local_size=world.local_size,
+        cores=len(os.sched_getaffinity(0)),
+        core_share=world.core_share,
+        threads=torch.get_num_threads(),
+        gpu=gpu.name if gpu else None,
+        uuid=str(gpu.uuid) if gpu else None,
+    )
+
+
+def try_neighbors(world: MpiWorld) -> Trial:
+    """Exchange messages on a ring and compare every byte; collective on all ranks."""
+    topology = ring(world.size)
+    exchange = world.exchange(topology)
+
+    def once(numel: int, step: int) -> bool:
+        layout = Layout((Field("bytes", torch.uint8, numel),))
+        payload = {"bytes": _pattern(numel, world.rank + step).to(world.device)}
+        received = exchange.start(payload, layout, topology).wait()
+        return all(
+            torch.equal(message["bytes"].cpu(), _pattern(numel, source + step)) for source, message in received.items()
+        )
+
+    def timed(numel: int, repeats: int) -> float:
+        layout = Layout((Field("bytes", torch.uint8, numel),))
+        payload = {"bytes": _pattern(numel, 0).to(world.device)}
+        world.barrier()
+        return _median_seconds(lambda: exchange.start(payload, layout, topology).wait(), repeats)
+
+    outcomes = [once(numel, step) for step, numel in enumerate((1, SMALL, 65_537, LARGE))]
+    small, large = timed(SMALL, 50), timed(LARGE, 5)
+    exchange.free()
+    problem = "" if all(outcomes) else "wrong bytes arrived from a neighbor"
+    sent = LARGE * len(topology.targets(world.rank))
+    return _slowest(world, Trial(problem, small * 1e6, sent / large / 1e6))
+
+
+def try_window(world: MpiWorld) -> Trial:
+    """Put bytes into the right-hand neighbor's window and compare them there; collective on all ranks."""
+    comm = world.comm.Dup()
+    window = allocate(comm, WINDOW)
+    target, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    data = _pattern(WINDOW, world.rank).numpy()
+
+    def put() -> None:
+        window.Put(data, target)
+        window.Flush(target)
+
+    seconds = _median_seconds(put, 20)
+    world.barrier()
+    window.Sync()
+    is_right = window.tomemory().tobytes() == _pattern(WINDOW, source).numpy().tobytes()
+    window.Unlock_all()
+    window.Free()
+    comm.Free()
+    return _slowest(world, Trial("" if is_right else "wrong bytes arrived in the window", seconds * 1e6))
+
+
+def try_mailbox(world: MpiWorld) -> Trial:
+    """Send messages round a ring by the mailbox that these ranks get, and compare every byte; collective on all ranks.
+
+    Between hosts the neighbors look for their mail all the time here, as they do not while they compute.
+    """
+    topology = ring(world.size)
+    mailbox = world.mailbox(topology, LARGE)
+    sources, targets = topology.sources(world.rank), topology.targets(world.rank)
+
+    def once(numel: int, step: int) -> bool:
+        layout = Layout((Field("bytes", torch.uint8, numel),))
+        payload = {"bytes": _pattern(numel, world.rank + step)}
+        while not all(mailbox.room(target) for target in targets):
+            mailbox.pause()
+        mailbox.put(payload, layout, targets, step)
+        arrived: dict[int, list[Mail]] = {}
+        while len(arrived) < len(sources):
+            arrived |= mailbox.receive(layout, up_to=step)
+            mailbox.pause()
+        return all(
+            torch.equal(mails[0].payload["bytes"].cpu(), _pattern(numel, source + step))
+            for source, mails in arrived.items()
+        )
+
+    steps = itertools.count()
+    outcomes = [once(numel, next(steps)) for numel in (1, 65_537, LARGE)]
+    seconds = _median_seconds(lambda: outcomes.append(once(SMALL, next(steps))), 20)
+    how = mailbox.how
+    mailbox.free()
+    trial = _slowest(world, Trial("" if all(outcomes) else "wrong bytes arrived in the mailbox", seconds * 1e6))
+    return replace(trial, how=how)
+
+
+def attempt(world: MpiWorld, trial: Callable[[MpiWorld], Trial]) -> Trial:
+    """Return what `trial` returns, or its error; collective on all ranks, and ends them if it fails on some only."""
+    try:
+        return trial(world)
+    except (MPI.Exception, ExchangeError) as error:
+        return Trial(str(error))
+
+
+def _median_seconds(action: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _slowest(world: MpiWorld, mine: Trial) -> Trial:
+    trials = world.all_gather(mine)
+    problems = [f"rank {rank}: {trial.problem}" for rank, trial in enumerate(trials) if trial.problem]
+    return Trial(
+        "; ".join(problems),
+        max(trial.latency_us for trial in trials if trial.latency_us is not None),
+        min((trial.mb_per_s for trial in trials if trial.mb_per_s is not None), default=None),
+    )
+
+
+def _pattern(numel: int, seed: int) -> torch.Tensor:
+    return ((torch.arange(numel) * 37 + seed * 101) % 251).to(torch.uint8)
+
+
+def _loaded_library() -> Path | None:
+    """Return the file of the MPI library in this process's memory, which `ldconfig` or `which` may not know."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    files = {Path(line.split(maxsplit=5)[5]) for line in lines if "/libmpi" in line}
+    return next((file for file in sorted(files) if hasattr(ctypes.CDLL(str(file)), "MPI_Init")), None)
+
+
+def _gpu_support(path: Path) -> dict[str, bool]:
+    """Ask the loaded library which GPU memory it takes; ``ompi_info`` of another installation would not know."""
+    library = ctypes.CDLL(str(path))
+    support = {}
+    for kind in ("cuda", "rocm"):
+        query = getattr(library, f"MPIX_Query_{kind}_support", None)
+        if query is not None:
+            support[kind] = bool(query())
+    query = getattr(library, "MPIX_GPU_query_support", None)
+    if query is not None:
+        for code, kind in ((0, "cuda"), (1, "ze"), (2, "rocm")):
+            answer = ctypes.c_int(0)
+            if query(ctypes.c_int(code), ctypes.byref(answer)) == MPI.SUCCESS:
+                support[kind] = bool(answer.value)
+    return support

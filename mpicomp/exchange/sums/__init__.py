@@ -1,0 +1,1 @@
+"""Sums of compressed messages over a star or a ring."""

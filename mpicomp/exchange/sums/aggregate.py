@@ -1,0 +1,386 @@
+"""The sum that a server would form, over the links of a star or of a ring alone. No MPI here.
+
+    star    every rank sends its message to the hub, which adds them up and sends the sum to all
+    ring    the messages are relayed ``size - 1`` times, and every rank repeats the hub's arithmetic: no sum travels
+    ring, messages of a common support (identity, block)      a ring all-reduce of their values
+
+Messages are added up by ascending rank, so that all ranks hold the same bits, and a star the same as a relay. A ring
+all-reduce adds up each of its ``size`` pieces in another order: all ranks hold the same bits again, but they agree with
+those of a star to rounding only.
+
+Bytes sent, where m is a message: star: a worker m, the hub ``size - 1`` sums of which only what is not zero travels
+(values alone for a common support); relay: ``(size - 1) m`` a rank; all-reduce: ``2 (size - 1) / size`` of the values.
+Memory: a hub or a rank of a ring holds all ``size`` messages until it has added them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.nonzero import Nonzero
+from mpicomp.errors import TopologyError
+from mpicomp.exchange.base import Exchange, Pending
+from mpicomp.topology.base import Schedule, Topology
+
+_SUM = Nonzero()
+
+
+class PendingAverage(Protocol):
+    """A weighted sum under way.
+
+    It takes several exchanges, one after the other. Each begins when the last one is seen to be complete: by `test`,
+    or else not before `wait`.
+    """
+
+    def test(self) -> bool:
+        """Move on what is under way, and return whether all messages are there: `wait` then adds up, at most."""
+
+    def wait(self, out: Tensor) -> None:
+        """Overwrite `out` (n,) by the sum, on every rank."""
+
+    def wait_on_servers(self, out: Tensor) -> None:
+        """Overwrite `out` (n,) by the sum where `Aggregator.is_server`; elsewhere its content is lost."""
+
+
+class Aggregator:
+    """Sums over all ranks, by messages between neighbors. Every method is collective on all ranks.
+
+    Args:
+        exchange: over a star or a ring.
+
+    Raises:
+        TopologyError: another graph.
+
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._plan = plan(exchange.schedule)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this rank does what a server would: the hub of a star, every rank of a ring."""
+        return isinstance(self._plan, Ring) or self._exchange.rank == self._plan.hub
+
+    def start(
+        self, payload: Payload, compressor: Compressor, spec: Spec, weights: Sequence[float] | None = None
+    ) -> PendingAverage:
+        """Begin to form ``sum_i weights[i] Q(x_i)``.
+
+        Args:
+            payload: the message of this rank, made by `compressor`; not to be changed until the sum is there.
+            compressor: reads the messages of all ranks.
+            spec: of the vectors.
+            weights: by rank; ``1 / size`` each, if there are none.
+
+        """
+        size = self._exchange.size
+        shares = [1 / size] * size if weights is None else list(weights)
+        if isinstance(self._plan, Star):
+            return _StarAverage(self._exchange, self._plan, payload, compressor, spec, shares)
+        if compressor.has_common_support:
+            return _RingAllReduce(self._exchange, self._plan, payload, compressor, spec, shares)
+        return _RingRelay(self._exchange, self._plan, payload, compressor, spec, shares)
+
+    def average_(
+        self,
+        payload: Payload,
+        compressor: Compressor,
+        spec: Spec,
+        out: Tensor,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Overwrite `out` (n,) by ``sum_i weights[i] Q(x_i)`` on every rank; see `start`."""
+        self.start(payload, compressor, spec, weights).wait(out)
+
+    def mean_(self, x: Tensor, weights: Sequence[float] | None = None) -> None:
+        """Overwrite `x` (n,) by the mean over all ranks, uncompressed."""
+        spec = Spec.flat(x.numel(), x.dtype)
+        self.average_({"values": x.clone()}, Identity(), spec, x, weights)
+
+    def answer(self, payload: Payload, layout: Layout) -> Payload:
+        """Return the `payload` of the servers, which all of them have made alike; that of other ranks is ignored.
+
+        What is returned is to be read only, and valid until the next exchange.
+        """
+        if isinstance(self._plan, Ring):
+            return payload
+        received = self._exchange.start(payload, layout, self._plan.down).wait()
+        return received.get(self._plan.hub, payload)
+
+
+@dataclass(frozen=True, eq=False)
+class Star:
+    """One rank in the middle.
+
+    Attributes:
+        hub: the rank.
+        up: the edges to it.
+        down: the edges from it.
+
+    """
+
+    hub: int
+    up: Topology
+    down: Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """A cycle.
+
+    Attributes:
+        order: the ranks along it, from rank 0 on.
+        onward: the edges from each rank to the next.
+
+    """
+
+    order: tuple[int, ...]
+    onward: Topology
+
+
+def plan(schedule: Schedule) -> Star | Ring:
+    """Return how to sum over `schedule`; raise TopologyError unless it is a star or a ring."""
+    found = _plan(schedule) if isinstance(schedule, Topology) else None
+    if found is None:
+        raise TopologyError(
+            f"topology.kind = {schedule.name!r}: gradients of all ranks are added up through the hub of a star or "
+            "round a ring. Use topology.kind = 'ring' or 'star'."
+        )
+    return found
+
+
+@lru_cache
+def _plan(graph: Topology) -> Star | Ring | None:
+    size = graph.size
+    neighbors = [graph.targets(rank) for rank in range(size)]
+    if any(graph.sources(rank) != neighbors[rank] for rank in range(size)):
+        return None
+    order = _cycle(neighbors)
+    if len(order) == size > 1:
+        return Ring(tuple(order), _directed("onward", size, {(order[i - 1], order[i]) for i in range(size)}))
+    hubs = [rank for rank in range(size) if len(neighbors[rank]) == size - 1]
+    if len(hubs) != 1 or sum(map(len, neighbors)) != 2 * (size - 1):
+        return None
+    (hub,) = hubs
+    others = set(range(size)) - {hub}
+    return Star(
+        hub,
+        _directed("up", size, {(rank, hub) for rank in others}),
+        _directed("down", size, {(hub, rank) for rank in others}),
+    )
+
+
+def _cycle(neighbors: list[list[int]]) -> list[int]:
+    """Return the ranks round the cycle that the graph is, from 0 towards its smaller neighbor; fewer if it is none."""
+    degree = min(len(neighbors) - 1, 2)
+    if any(len(of) != degree for of in neighbors):
+        return []
+    order = [0]
+    while onward := [rank for rank in neighbors[order[-1]] if rank not in order]:
+        order.append(onward[0])
+    return order
+
+
+def _directed(name: str, size: int, edges: set[tuple[int, int]]) -> Topology:
+    """Return the graph of `edges` (from, to); its weights carry no meaning."""
+    mixing = np.eye(size)
+    for source, target in edges:
+        mixing[target, source] = 1
+    return Topology(name, mixing / mixing.sum(axis=1, keepdims=True))
+
+
+class _StarAverage:
+    """Up, and down."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        star: Star,
+        payload: Payload,
+        compressor: Compressor,
+        spec: Spec,
+        weights: list[float],
+    ) -> None:
+        self._exchange, self._star, self._own = exchange, star, payload
+        self._compressor, self._spec, self._weights = compressor, spec, weights
+        self._is_hub = exchange.rank == star.hub
+        self._pending = exchange.start(payload, compressor.layout(spec), star.up)
+        self._answer: tuple[Payload, Tensor] | None = None
+
+    def wait_on_servers(self, out: Tensor) -> None:
+        """Add up on the hub."""
+        received = self._pending.wait()
+        if self._is_hub:
+            _add_up_(out, {**received, self._star.hub: self._own}, self._compressor, self._spec, self._weights)
+
+    def test(self) -> bool:
+        """Turn round at the hub, once all messages are there."""
+        if self._answer is None:
+            if not self._pending.test():
+                return False
+            device = next(iter(self._own.values())).device
+            is_summed_here = self._is_hub and not self._compressor.has_common_support
+            self._turn(torch.empty(self._spec.numel if is_summed_here else 0, dtype=self._spec.dtype, device=device))
+        return self._pending.test()
+
+    def wait(self, out: Tensor) -> None:
+        """Add up on the hub, and send the sum to all."""
+        own, sum_ = self._answer or self._turn(out)
+        message = self._pending.wait().get(self._star.hub, own)
+        if self._compressor.has_common_support:
+            out.zero_()
+            self._compressor.accumulate(message, self._spec, out)
+        elif not self._is_hub:
+            out.zero_()
+            _SUM.accumulate(message, self._spec, out)
+        elif sum_ is not out:
+            out.copy_(sum_)
+
+    def _turn(self, sum_: Tensor) -> tuple[Payload, Tensor]:
+        """Wait for what goes to the hub, add it up there, and begin to answer; `sum_` (n,) is room for a sparse sum."""
+        layout, answer = _SUM.layout(self._spec), self._own
+        if self._compressor.has_common_support:
+            layout, received = self._compressor.layout(self._spec), self._pending.wait()
+            if self._is_hub:
+                values = torch.zeros_like(self._own["values"])
+                for rank, payload in sorted({**received, self._star.hub: self._own}.items()):
+                    values.add_(payload["values"], alpha=self._weights[rank])
+                answer = {**self._own, "values": values}
+        else:
+            self.wait_on_servers(sum_)
+            if self._is_hub:
+                answer = _SUM.compress(sum_, self._spec, None)
+        self._pending = self._exchange.start(answer, layout, self._star.down)
+        self._answer = answer, sum_
+        return self._answer
+
+
+class _RingRelay:
+    """Every message goes round, and every rank adds up all of them."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        ring: Ring,
+        payload: Payload,
+        compressor: Compressor,
+        spec: Spec,
+        weights: list[float],
+    ) -> None:
+        self._exchange, self._ring, self._own = exchange, ring, payload
+        self._compressor, self._spec, self._weights = compressor, spec, weights
+        self._place = ring.order.index(exchange.rank)
+        self._messages = {exchange.rank: payload}
+        self._pending = self._pass_on(payload)
+
+    def test(self) -> bool:
+        """Relay what is there."""
+        while self._is_relaying:
+            if not self._pending.test():
+                return False
+            self._relay()
+        return True
+
+    def wait(self, out: Tensor) -> None:
+        """Relay, and add up."""
+        while self._is_relaying:
+            self._relay()
+        _add_up_(out, self._messages, self._compressor, self._spec, self._weights)
+
+    wait_on_servers = wait
+
+    @property
+    def _is_relaying(self) -> bool:
+        return len(self._messages) < self._exchange.size
+
+    def _relay(self) -> None:
+        """Wait for a message, and pass it on unless it has been everywhere."""
+        (received,) = self._pending.wait().values()
+        message = {name: tensor.clone() for name, tensor in received.items()}
+        self._messages[self._ring.order[self._place - len(self._messages)]] = message
+        if self._is_relaying:
+            self._pending = self._pass_on(message)
+
+    def _pass_on(self, payload: Payload) -> Pending:
+        return self._exchange.start(payload, self._compressor.layout(self._spec), self._ring.onward)
+
+
+class _RingAllReduce:
+    """A ring all-reduce of the values: each of `size` pieces goes round to be added up, and again to be known."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        ring: Ring,
+        payload: Payload,
+        compressor: Compressor,
+        spec: Spec,
+        weights: list[float],
+    ) -> None:
+        self._exchange, self._ring, self._own = exchange, ring, payload
+        self._compressor, self._spec = compressor, spec
+        values = payload["values"]
+        piece = -(-values.numel() // exchange.size)
+        self._layout = Layout((Field("values", values.dtype, piece),))
+        self._place = ring.order.index(exchange.rank)
+        self._sums = values.new_zeros(exchange.size, piece)
+        torch.mul(values, weights[exchange.rank], out=self._sums.view(-1)[: values.numel()])
+        self._hops = 0
+        self._pending = self._pass_on(self._place)
+
+    def test(self) -> bool:
+        """Add up and collect what is there."""
+        while self._is_passing_on:
+            if not self._pending.test():
+                return False
+            self._hop()
+        return True
+
+    def wait(self, out: Tensor) -> None:
+        """Add up, collect, and add the whole to `out`."""
+        while self._is_passing_on:
+            self._hop()
+        values = self._sums.view(-1)[: self._own["values"].numel()]
+        out.zero_()
+        self._compressor.accumulate({**self._own, "values": values}, self._spec, out)
+
+    wait_on_servers = wait
+
+    @property
+    def _is_passing_on(self) -> bool:
+        return self._hops < 2 * self._exchange.size - 2
+
+    def _hop(self) -> None:
+        """Wait for a piece, add to it or keep it, and pass it on unless it has been everywhere."""
+        (received,) = self._pending.wait().values()
+        self._hops += 1
+        place = (self._place - self._hops) % self._exchange.size
+        if self._hops < self._exchange.size:
+            self._sums[place].add_(received["values"])
+        else:
+            self._sums[place].copy_(received["values"])
+        if self._is_passing_on:
+            self._pending = self._pass_on(place)
+
+    def _pass_on(self, piece: int) -> Pending:
+        return self._exchange.start({"values": self._sums[piece]}, self._layout, self._ring.onward)
+
+
+def _add_up_(
+    out: Tensor, messages: dict[int, Payload], compressor: Compressor, spec: Spec, weights: list[float]
+) -> None:
+    """``out = sum_i weights[i] Q(x_i)``, by ascending rank."""
+    out.zero_()
+    for rank, message in sorted(messages.items()):
+        compressor.accumulate(message, spec, out, weights[rank])

@@ -1,0 +1,89 @@
+"""The model of one rank among those of ranks that do not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm, RegroupingAlgorithm
+from mpicomp.errors import ExchangeError
+from mpicomp.exchange.watchdog import Member
+from mpicomp.replica.replica import Replica
+from mpicomp.topology.base import Topology
+
+PEERS_S = 0.5
+"""How often a rank looks whether the others are still there."""
+
+
+class AsynchronousReplica(Replica):
+    """A model that is trained together with those of ranks that do not wait for it."""
+
+    algorithm: AsynchronousAlgorithm[Any]
+    schedule: Topology
+
+    def _connect(self) -> None:
+        algorithm, topology, world, spec = self.algorithm, self.schedule, self.world, self.local.spec
+        # Loading kernels takes seconds, in which a rank that has done so already would take all batches.
+        for compressor in algorithm.compressors:
+            compressor.rehearse(self.local.x, spec)
+        self.link = self.mailbox = world.mailbox(topology, algorithm.message_nbytes(spec, world.size), algorithm.depth)
+        self.state = algorithm.init(self.local, self.mailbox)
+        self._owners = algorithm.owners(world.size, spec)
+        if self.mailbox.needs_poke:
+            for module in self.local.model.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(self._poke)
+            for p in self.local.model.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]
+
+    def regroup(self, topology: Topology) -> None:
+        """Go on over another graph, that of the survivors; collective on these."""
+        assert isinstance(self.algorithm, RegroupingAlgorithm)
+        sent, spec = self.bytes_sent, self.local.spec
+        nbytes = self.algorithm.message_nbytes(spec, self.world.size)
+        self.schedule = topology
+        self.link = self.mailbox = self.world.mailbox(topology, nbytes, self.algorithm.depth)
+        exchange = self.world.exchange(topology)
+        self.algorithm.regroup_(self.local, self.state, self.mailbox, exchange)
+        self.mailbox.bytes_sent = sent + exchange.bytes_sent
+
+    def take_in(self) -> None:
+        """Take in all that has arrived."""
+        self.algorithm.drain(self.local, self.state, self.mailbox)
+
+    def drain(self) -> None:
+        """Take in all that is on its way: first what was sent, then the answers to it; collective on all ranks."""
+        for _ in range(2):
+            self.mailbox.settle()
+            self.take_in()
+
+    def require_neighbors(self, members: Sequence[Member], remedy: str) -> None:
+        """Raise ExchangeError if a neighbor's process has gone; `members` are the names of the ranks."""
+        for rank, peer in self.mailbox.peers().items():
+            if peer.has_ended:
+                raise ExchangeError(
+                    f"{members[rank]} has ended, which rank {self.world.rank} shares an edge with: "
+                    f"go on from the last checkpoint with {remedy}"
+                )
+
+    def average_(self) -> None:
+        """Take the model from its owners, if it has any; statistics are averaged over the ranks that train."""
+        if not self._owners:
+            super().average_()
+            return
+        for rank, part in self._owners:
+            self.world.broadcast_(self.local.x[part], rank)
+        self.local.show_parameters()
+        hubs = len(self._owners)
+        for buffer in self.local.buffers() if self.averages_buffers else []:
+            if self.world.rank < hubs:
+                buffer.zero_()
+            self.world.mean_(buffer)
+            buffer.mul_(self.world.size / (self.world.size - hubs))
+
+    def _poke(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            self.mailbox.poke()

@@ -1,0 +1,104 @@
+"""Whether ranks that must hold the same model do: methods that add up gradients never send the model itself.
+
+All ranks of any method must have the same tensors, or messages would not fit. In a sum, a rank with another learning
+rate, another frozen layer or other steps would drift away from the others without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import agree
+from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.model_checks import plain_name
+
+EVERY_STEPS = 50
+"""Steps from one comparison to the next."""
+
+TOLERANCE = 1e-5
+"""How far sums over all parameters may be apart, relative to the sum of absolute values: all-reduces may round."""
+
+
+class Signs(NamedTuple):
+    """What ranks compare: learning rates by group, names of the frozen parameters, and sums over all parameters."""
+
+    rates: tuple[float, ...]
+    frozen: tuple[str, ...]
+    total: float
+    absolute: float
+
+
+def signs(local: FlatModel) -> Signs:
+    """Return what this rank has to compare."""
+    x = local.x.detach()
+    return Signs(
+        tuple(float(group["lr"]) for group in local.optimizer.param_groups),
+        tuple(local.frozen_names()),
+        float(x.sum(dtype=torch.float64)),
+        float(x.abs().sum(dtype=torch.float64)),
+    )
+
+
+def require_same_tensors(world: World, local: FlatModel) -> None:
+    """Compare what the model is made of on all ranks with rank 0; collective on all ranks.
+
+    Raises:
+        ConfigError: on all ranks; names the rank and the first tensor that differs.
+
+    """
+    tensors = [*local.model.named_parameters(), *local.model.named_buffers()]
+    first, *others = world.all_gather({plain_name(name): f"{t.dtype} {tuple(t.shape)}" for name, t in tensors})
+    agree(world, next((e for rank, other in enumerate(others, 1) if (e := _other_tensor(first, other, rank))), None))
+
+
+def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int) -> ConfigError | None:
+    for name in [*first, *other]:
+        if first.get(name) != other.get(name):
+            return ConfigError(
+                f"rank {rank} has another model than rank 0: {name} is {other.get(name, 'missing')}, and "
+                f"{first.get(name, 'missing')} on rank 0. Build the same model on all ranks"
+            )
+    return None
+
+
+def require_same_model(world: World, local: FlatModel) -> None:
+    """Compare all ranks with rank 0; collective on all ranks.
+
+    Raises:
+        ConfigError: on all ranks; names the rank that differs, and in what.
+
+    """
+    first, *others = world.all_gather(signs(local))
+    agree(world, next((e for rank, other in enumerate(others, 1) if (e := _difference(first, other, rank))), None))
+
+
+def _difference(first: Signs, other: Signs, rank: int) -> ConfigError | None:
+    if other.rates != first.rates:
+        return ConfigError(
+            f"rank {rank} has the learning rates {_shown(other.rates)}, rank 0 {_shown(first.rates)}: this method "
+            "needs the same on all ranks. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss "
+            "that is averaged over ranks"
+        )
+    if other.frozen != first.frozen:
+        names = sorted(set(other.frozen) ^ set(first.frozen))[:4]
+        return ConfigError(
+            f"rank {rank} and rank 0 have frozen different parameters ({', '.join(names)}): "
+            "freeze the same on all ranks"
+        )
+    apart = abs(other.total - first.total)
+    if not (apart <= TOLERANCE * first.absolute or math.isnan(apart)):  # what is not a number is reported elsewhere
+        return ConfigError(
+            f"rank {rank} holds another model than rank 0 (sums of the parameters: {other.total:.9g} and "
+            f"{first.total:.9g}), but this method keeps them equal: something has changed parameters on one rank "
+            "alone, such as loading or initializing them after mpicomp.distribute()"
+        )
+    return None
+
+
+def _shown(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)

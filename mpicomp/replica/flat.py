@@ -1,0 +1,415 @@
+"""The model of a rank as one flat vector of parameters and one of gradients."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mpicomp.algorithms.base import Meanwhile
+from mpicomp.compression.message import Spec
+from mpicomp.errors import ConfigError
+from mpicomp.replica.model_checks import listed, named_parameters, trained_parameters
+from mpicomp.replica.pace import Pace
+from mpicomp.timing import timed
+
+_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The parameters of all flat models; the values say nothing."""
+
+
+class Hook:
+    """A hook on a module that is trained: copies of the module, and stored ones, have one that does nothing.
+
+    Without this they would take the whole training with them.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: object) -> None:
+        """Call the function."""
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+class FlatModel:
+    """A `torch.nn.Module` and its optimizer, seen as the flat vectors that algorithms work on (a `Local`).
+
+    Parameters and their gradients become views of two flat buffers, so that no message and no arithmetic of an
+    algorithm goes parameter by parameter. Any `torch.optim` optimizer goes on working on the parameters. Where the
+    parameters are of several types, the buffers are of the widest, and parameters of others are kept equal to their
+    part of `x`, rounded.
+
+    A parameter that is frozen (``requires_grad`` is false) stays where it is; it may be thawed later.
+
+    Attributes:
+        x: (n,) the parameters that the optimizer holds, in the order of ``model.named_parameters()``.
+        g: (n,) their gradients.
+        spec: names and shapes of the tensors in `x`.
+        closure: computes the loss of the next batch, a scalar.
+        micro_batches: how often `gradient` calls `closure`; its gradient is the mean.
+        clip: changes `g` when it has been computed; None for no change.
+        clip_sum: changes `g` before the optimizer's step; None for no change.
+        skips_update: whether `update` does nothing.
+        loss: the mean loss of the last `gradient`, detached, on the device.
+        has_loss: whether that is known: a closure may return None.
+        pace: how long each gradient takes.
+
+    Raises:
+        ConfigError: a model and an optimizer that do not fit together (see `trained_parameters`).
+
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        named = trained_parameters(model, optimizer)
+        if taken := [name for name, p in named if p in _taken]:
+            raise ConfigError(
+                f"the model is distributed already: {listed(taken)}. For another training, distribute "
+                "copy.deepcopy(model), with an optimizer of its own"
+            )
+        _taken.update((p, None) for _, p in named)
+        self.model = model
+        self.optimizer = optimizer
+        dtype = reduce(torch.promote_types, (p.dtype for _, p in named))
+        self.spec = Spec(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named), dtype)
+        self.x = torch.cat([p.detach().reshape(-1).to(dtype) for _, p in named])
+        self.g = torch.zeros_like(self.x)
+        self.closure: Callable[[], Tensor | None] = _no_closure
+        self.micro_batches = 1
+        self.clip: Callable[[Tensor], None] | None = None
+        self.clip_sum: Callable[[Tensor], None] | None = None
+        self.skips_update = False
+        self.loss = torch.full((), torch.nan)
+        self.has_loss = False
+        self.pace = Pace()
+        self._meanwhile: Meanwhile = None
+        self._is_hooked = False
+        self._has_backward = False
+        self._is_updating = False
+        self._thread = 0
+        self._parameters = [p for _, p in named]
+        self._values = [x.view(shape) for x, shape in zip(self.spec.split(self.x), self.spec.shapes, strict=True)]
+        self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
+        self._dtypes = [p.dtype for p in self._parameters]
+        self._copies = [i for i, p in enumerate(self._parameters) if p.dtype != dtype]
+        for p, x in zip(self._parameters, self._values, strict=True):
+            if p.dtype == dtype:
+                p.data = x
+        self._unheard = list(self._parameters)
+        self._hear()
+        self._pointers = [p.data_ptr() for p in self._parameters]
+        self._sizes: list[int] = []
+        self._read_groups()
+        self._read_modules()
+
+    def not_finite(self) -> str | None:
+        """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""
+        tensors = zip(self.spec.names, self.spec.split(self.x), self.spec.split(self.g), strict=True)
+        return next((name for name, x, g in tensors if not (x.isfinite().all() and g.isfinite().all())), None)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the optimizer's first group, for reports."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def groups(self) -> list[tuple[slice, dict[str, Any]]]:
+        """The parts of `x`, in order, each with the optimizer's group of its parameters."""
+        return [(part, self.optimizer.param_groups[group]) for part, group in self._parts]
+
+    @property
+    def momentum(self) -> float:
+        """The largest momentum of the optimizer's groups (the first decay rate of Adam and its kin), 0 without one."""
+        groups = self.optimizer.param_groups
+        return max(float(group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]) for group in groups)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether the optimizer's step that runs is that of `update`."""
+        return self._is_updating
+
+    @timed("gradient")
+    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
+        """Run `closure`, and its backward pass unless it has made one; return the flat gradient (n,).
+
+        `meanwhile` is called between the layers, until it returns true. On a GPU it is not during the backward pass,
+        which runs in a thread of its own, far ahead of the device.
+        """
+        start = time.perf_counter()
+        self.listen(meanwhile)
+        try:
+            self.loss = self._micro_batch()
+            if self.micro_batches > 1:
+                # One sum beside the gradients: a closure may call zero_grad().
+                total = self.g.clone()
+                for _ in range(self.micro_batches - 1):
+                    self.loss = self.loss + self._micro_batch()
+                    total.add_(self.g)
+                torch.div(total, self.micro_batches, out=self.g)
+                self.loss = self.loss / self.micro_batches
+            self.pace.keep(time.perf_counter() - start, self._meanwhile)
+        finally:
+            self._meanwhile = None
+        self._clip()
+        return self.g
+
+    def take_gradients(self, scale: Tensor | None = None) -> Tensor:
+        """Return the flat gradient (n,) of the backward passes that the caller has made, divided by `scale`."""
+        self._meanwhile = None
+        self._collect()
+        if scale is not None:
+            self.g.mul_(scale.double().reciprocal().to(self.g))  # as `GradScaler.unscale_` does, to the bit
+        self._clip()
+        return self.g
+
+    def listen(self, meanwhile: Meanwhile) -> None:
+        """Have `meanwhile` called between the layers of the passes that follow, until it returns true."""
+        self._meanwhile, self._thread = meanwhile, threading.get_ident()
+        if meanwhile is not None and not self._is_hooked:
+            self._hook()
+
+    @timed("gradient")
+    def update(self, part: slice | None = None) -> None:
+        """Take the optimizer's step; only on the tensors that `part` of the flat vector touches, if it is given."""
+        if self.skips_update:
+            return
+        if self.clip_sum is not None:
+            self.clip_sum(self.g)
+        self._show_gradients(part or slice(0, self.spec.numel))
+        self._is_updating = True
+        try:
+            self.optimizer.step()
+        finally:
+            self._is_updating = False
+        for i in self._copies:
+            self._values[i].copy_(self._parameters[i].detach())
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in their place."""
+        self.g.zero_()
+        self._show_gradients(slice(0, self.spec.numel))
+
+    def show_parameters(self) -> None:
+        """Round `x` to the parameters of another type: a change of `x` by an algorithm is not yet one of theirs."""
+        for i in self._copies:
+            self._values[i].copy_(self._parameters[i].data.copy_(self._values[i]))
+
+    def end_step(self) -> None:
+        """Have the parameters be `x` again, and their gradients `g`, after an algorithm's step."""
+        self.show_parameters()
+        self._show_gradients(slice(0, self.spec.numel))
+        for p in self._parameters:  # changes of `x` are none of theirs to autograd: it would accept a graph from before
+            torch.autograd.graph.increment_version(p)
+
+    def frozen(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the part of `x` of each frozen parameter, with a copy of it."""
+        pairs = zip(self._parameters, self._values, strict=True)
+        return [(x, x.clone()) for p, x in pairs if not p.requires_grad]
+
+    def frozen_names(self) -> list[str]:
+        """Return the names of the frozen parameters."""
+        return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
+
+    def check(self) -> None:
+        """Look whether model and optimizer still are those that this was made of, and mend what can be mended.
+
+        Raises:
+            ConfigError: a parameter that has been converted, moved or added; names it.
+
+        """
+        if [p.data_ptr() for p in self._parameters] != self._pointers:
+            self._mend()
+        if self._unheard:
+            self._hear()
+        if [len(group["params"]) for group in self.optimizer.param_groups] != self._sizes:
+            self._read_groups()
+        if any(len(now) != len(then) or not all(map(is_, now.values(), then)) for now, then in self._children):
+            self._check_modules()
+            self._read_modules()
+        if any(p.requires_grad for p in self._others):
+            self._check_modules()
+        for i in self._copies:
+            self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
+
+    def buffers(self) -> list[Tensor]:
+        """Return the floating-point buffers (batch-norm statistics), which may be averaged; counters may not."""
+        return [b for b in self.model.buffers() if b.is_floating_point()]
+
+    def untrained(self) -> list[Tensor]:
+        """Return all tensors of the model beside those in `x`: parameters that the optimizer does not hold, buffers."""
+        return [*self._others, *self.model.buffers()]
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the parameters and buffers, for `restore_`."""
+        return Snapshot(self.x.clone(), [b.clone() for b in self.buffers()])
+
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Overwrite the parameters and buffers by those of `snapshot`."""
+        self.x.copy_(snapshot.x)
+        self.show_parameters()
+        for buffer, stored in zip(self.buffers(), snapshot.buffers, strict=True):
+            buffer.copy_(stored)
+
+    def _micro_batch(self) -> Tensor:
+        """Compute the gradient of one call of the closure into `g`, and return its loss."""
+        self.zero_grad()
+        self._has_backward = False
+        shown = [p.grad for p in self._parameters]
+        with torch.enable_grad():
+            loss = self.closure()
+            has_gradients = self._has_backward or any(
+                p.grad is not None and p.grad is not g for p, g in zip(self._parameters, shown, strict=True)
+            )
+            if not isinstance(loss, Tensor) and not (has_gradients and isinstance(loss, float | int | None)):
+                raise ConfigError(
+                    f"the closure returned {type(loss).__name__}: return the loss, a scalar tensor. One that calls "
+                    "loss.backward() itself may return a number or None as well"
+                )
+            if isinstance(loss, Tensor) and not has_gradients:
+                torch.autograd.backward(loss)
+        self._collect()
+        self.has_loss = loss is not None
+        return torch.as_tensor(torch.nan if loss is None else loss).detach()
+
+    def _collect(self) -> None:
+        """Bring the gradients of all parameters into `g`: zero_grad() of torch.optim takes them off it."""
+        for p, g in zip(self._parameters, self._gradients, strict=True):
+            if p.grad is g and p.requires_grad:
+                continue
+            if p.grad is None or not p.requires_grad:
+                g.zero_()
+            else:
+                g.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+        self._show_gradients(slice(0, self.spec.numel))
+
+    def _clip(self) -> None:
+        if self.clip is not None:
+            self.clip(self.g)
+
+    def _hook(self) -> None:
+        """Have `_between_layers` called after each layer of a forward pass, from now on."""
+        self._is_hooked = True
+        for module in self.model.modules():
+            if not list(module.children()):
+                module.register_forward_hook(Hook(self._between_layers))
+
+    def _hear(self) -> None:
+        """Have `_after_gradient` called for each parameter; a frozen one takes no hook before it is thawed."""
+        for p in self._unheard:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+        self._unheard = [p for p in self._unheard if not p.requires_grad]
+
+    def _after_gradient(self, _: Tensor) -> None:
+        self._has_backward = True
+        self._between_layers()
+
+    def _between_layers(self, *_: object) -> None:
+        if torch.compiler.is_compiling():  # a compiled model has no place between its layers
+            return
+        if self._meanwhile is not None and threading.get_ident() == self._thread and self._meanwhile():
+            self._meanwhile = None
+
+    def _show_gradients(self, part: slice) -> None:
+        """Give the parameters that `part` touches their views of `g`, rounded where they are of another type.
+
+        Others, and frozen ones, get none: the optimizer then leaves them alone.
+        """
+        offset = 0
+        for p, g in zip(self._parameters, self._gradients, strict=True):
+            if offset < part.stop and part.start < offset + g.numel() and p.requires_grad:
+                p.grad = g if p.dtype == g.dtype else g.to(p.dtype)
+            else:
+                p.grad = None
+            offset += g.numel()
+
+    def _mend(self) -> None:
+        """Take parameters that were given other memory (``p.data = ...``) back into `x`."""
+        for name, p, x, dtype in zip(self.spec.names, self._parameters, self._values, self._dtypes, strict=True):
+            if (p.dtype, p.shape, p.device) != (dtype, x.shape, x.device):
+                raise ConfigError(
+                    f"parameter {name!r} is {p.dtype} {tuple(p.shape)} on {p.device} now, and was {dtype} "
+                    f"{tuple(x.shape)} on {x.device} when the model was distributed: convert and move a model before "
+                    "mpicomp.distribute()"
+                )
+            if p.data_ptr() != x.data_ptr():
+                x.copy_(p.detach())
+                if dtype == x.dtype:
+                    p.data = x
+        self._pointers = [p.data_ptr() for p in self._parameters]
+
+    def _read_groups(self) -> None:
+        """Find out which group holds which part of `x`."""
+        groups = self.optimizer.param_groups
+        self._sizes = [len(group["params"]) for group in groups]
+        index = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        own = set(self._parameters)
+        if added := [tuple(p.shape) for p in index if p not in own]:
+            raise ConfigError(
+                f"the optimizer has got parameters of shapes {added} since mpicomp.distribute(), which would not be "
+                "trained together: make model and optimizer complete first (a layer to be added later may be there "
+                "from the beginning, frozen by requires_grad_(False))"
+            )
+        if removed := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in index]:
+            raise ConfigError(
+                f"the optimizer has lost parameters since mpicomp.distribute(): {listed(removed)}. "
+                "Freeze them by requires_grad_(False) instead"
+            )
+        self._parts: list[tuple[slice, int]] = []
+        offset = 0
+        for p in self._parameters:
+            stop, group = offset + p.numel(), index[p]
+            if self._parts and self._parts[-1][1] == group:
+                self._parts[-1] = slice(self._parts[-1][0].start, stop), group
+            else:
+                self._parts.append((slice(offset, stop), group))
+            offset = stop
+
+    def _read_modules(self) -> None:
+        """Keep what each module consists of, to see whether one of them changes."""
+        held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
+        self._children = [(children, list(children.values())) for children in held]
+        own = set(self._parameters)
+        self._others = [p for p in self.model.parameters() if p not in own]
+
+    def _check_modules(self) -> None:
+        """Raise ConfigError if the model has other trainable parameters than at first."""
+        own = set(self._parameters)
+        found = dict(named_parameters(self.model))
+        if added := [name for name, p in found.items() if p.requires_grad and p not in own]:
+            raise ConfigError(
+                f"the model has got trainable parameters since mpicomp.distribute(): {listed(added)}. They would not "
+                "be trained together: build the whole model first, and give the optimizer what is to be thawed later"
+            )
+        now = set(found.values())
+        if lost := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in now]:
+            raise ConfigError(
+                f"the model has lost parameters since mpicomp.distribute(): {listed(lost)}. Freeze them by "
+                "requires_grad_(False) instead of removing or replacing them"
+            )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The parameters (n,) and the floating-point buffers of a model."""
+
+    x: Tensor
+    buffers: list[Tensor]
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _no_closure() -> Tensor:
+    raise AssertionError("set FlatModel.closure before the first gradient")

@@ -1,0 +1,186 @@
+"""What the steps of a rank cost since the last record, and the record that all ranks make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from mpicomp.errors import DivergenceError
+from mpicomp.replica.record import PARTS, Record, training_seconds
+from mpicomp.replica.replica import Replica, root_mean_square
+from mpicomp.state import SCRATCH
+from mpicomp.timing import HIDDEN, now, recorder, take_seconds, traced
+
+MEASURED = (*PARTS, HIDDEN)
+"""The seconds of a step."""
+
+OTHER = "other"
+"""The seconds between two steps."""
+
+RUNAWAY_RECORDS = 3
+"""Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
+
+SAMPLED_ENTRIES = 4096
+"""Parameters from which the records' consensus distance is estimated; `Replica.consensus_distance` is exact."""
+
+
+@dataclass
+class Meter:
+    """Adds up losses and seconds; enter it for each step, `take` what came since the last record.
+
+    Attributes:
+        loss: the sum over the steps whose loss is known, a scalar.
+        steps: how many they are.
+        seconds: of all steps and of meetings, in the order of `MEASURED`.
+        total_seconds: the same since the start, without what is hidden.
+        runaway: records in a row with public copies that have left the models.
+        other: the seconds between steps.
+        start: when the step began that is under way.
+        since: until when the time is booked; None before the first step.
+
+    """
+
+    loss: Tensor
+    steps: int = 0
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(MEASURED))
+    total_seconds: float = 0.0
+    runaway: int = 0
+    other: float = field(default=0.0, metadata=SCRATCH)
+    start: float = field(default=0.0, metadata=SCRATCH)
+    since: float | None = field(default=None, metadata=SCRATCH)
+
+    def __enter__(self) -> None:
+        self._book_other()
+        self.start = now()
+
+    def __exit__(self, *error: object) -> None:
+        end = now()
+        parts = take_seconds()
+        if taker := recorder():
+            taker.end_step(self.start, end)
+        parts["mix"] = end - self.start - training_seconds(parts)
+        self._book(parts)
+        self.total_seconds += end - self.start
+        self.since = end
+
+    def add(self, loss: Tensor) -> None:
+        """Take in the loss of a step, one number."""
+        self.loss += loss.reshape(())
+        self.steps += 1
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Book the time within the block, in which this rank waits for the others, as exchange."""
+        self._book_other()
+        begun = now()
+        yield
+        seconds = now() - begun
+        if taker := recorder():
+            taker.add("meet", "exchange", begun, begun + seconds)
+        self.seconds[MEASURED.index("exchange")] += seconds
+        self.total_seconds += seconds
+        self.skip()
+
+    def skip(self) -> None:
+        """Leave out the time since what was booked last."""
+        take_seconds()
+        self.since = now()
+
+    def take(self) -> tuple[float | None, dict[str, float]]:
+        """Return the mean loss, None if none is known, and the seconds by part since the last call."""
+        mean = float(self.loss) / self.steps if self.steps else None
+        seconds = dict(zip(MEASURED, self.seconds, strict=True)) | {OTHER: self.other}
+        self.loss.zero_()
+        self.steps, self.seconds, self.other = 0, [0.0] * len(MEASURED), 0.0
+        return mean, seconds
+
+    @traced("record", "")
+    def record(self, replica: Replica, loss: Tensor | float | None = None) -> Record:
+        """Return the means over ranks since the last call; collective on all ranks.
+
+        Ranks that are ahead of others wait for them here, which counts as exchange; the rest of the time within counts
+        for nothing.
+
+        Args:
+            replica: the model whose steps these are.
+            loss: of this rank, in place of the mean over the steps whose loss is known.
+
+        Raises:
+            DivergenceError: a loss that is not finite, or public copies that have been running away for some records.
+
+        """
+        own = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if self.steps:
+            replica.check_finite()
+        world = replica.world
+        with self.meeting():
+            world.barrier()
+        mean, seconds = self.take()
+        step = replica.steps_of_all()
+        distance = sampled_consensus_distance(replica, step)
+        rows = world.all_gather(
+            (
+                mean if own is None else own,
+                replica.bytes_sent,
+                seconds,
+                replica.algorithm.diagnostics(replica.local, replica.state),
+            )
+        )
+        losses, sent, parts, diagnostics = zip(*rows, strict=True)
+        known = [value for value in losses if value is not None]
+        record = Record(
+            step=step,
+            epoch=None,
+            loss=fmean(known) if known else None,
+            lr=replica.local.lr,
+            bytes_sent=sum(sent),
+            seconds={part: fmean(of_rank[part] for of_rank in parts) for part in seconds},
+            consensus_distance=distance,
+            diagnostics={
+                key: fmean(numbers[key] for numbers in diagnostics if key in numbers)
+                for key in dict.fromkeys(key for numbers in diagnostics for key in numbers)
+            },
+        )
+        self._check_copies(record)
+        self.skip()
+        return record
+
+    def _check_copies(self, record: Record) -> None:
+        """Raise DivergenceError if the public copies have been running away for some records."""
+        error = record.diagnostics.get("compression_error", 0.0)
+        self.runaway = self.runaway + 1 if error > 1 else 0
+        if self.runaway == RUNAWAY_RECORDS:
+            raise DivergenceError(
+                f"the public copies have left the models behind (compression_error {error:.3g} at step {record.step}): "
+                "algorithm.gamma is too large for this compressor, or optimizer.lr is"
+            )
+
+    def _book_other(self) -> None:
+        """Book the time since what was booked last as between steps; exchanges may have moved on in it."""
+        parts = take_seconds()
+        if self.since is not None:
+            self._book(parts)
+            self.other += now() - self.since - training_seconds(parts)
+
+    def _book(self, parts: dict[str, float]) -> None:
+        self.seconds = [total + parts.get(part, 0.0) for total, part in zip(self.seconds, MEASURED, strict=True)]
+
+
+def sampled_consensus_distance(replica: Replica, step: int) -> float:
+    """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange.
+
+    Which ones depends on `step`, the same on all ranks.
+    """
+    x = replica.local.x
+    if len(x) > SAMPLED_ENTRIES:
+        generator = torch.Generator().manual_seed(step)
+        x = x[torch.randint(len(x), (SAMPLED_ENTRIES,), generator=generator).to(x.device)]
+    mean = x.clone()
+    replica.world.mean_(mean)
+    scale = (len(replica.local.x) / len(x)) ** 0.5
+    return root_mean_square(replica.world, scale * float((x - mean).norm()))

@@ -1,0 +1,108 @@
+"""A `torch.optim.Optimizer` whose step is one of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from mpicomp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpicomp.replica.distributed import Distributed
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """What a training loop calls in the place of its own optimizer; shares the groups, state and defaults of that one.
+
+    Schedulers, `torch.amp.GradScaler` and Trainers take it as any optimizer. Its hooks of a step run around the whole
+    step, and see the gradients of this rank; hooks of the own optimizer run around the local step.
+    """
+
+    _step_supports_amp_scaling = True
+    """Has `GradScaler.step` call `step` also after an overflow, which others would wait for."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(self, gossip: Distributed) -> None:
+        # Not Optimizer.__init__, which would make groups and a state of its own; this makes the hooks.
+        self._gossip = gossip
+        self._own = gossip.local.optimizer
+        self.__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the own optimizer."""
+        return self._own.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """That of the own optimizer."""
+        return self._own.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the own optimizer."""
+        return self._own.defaults
+
+    @property
+    def _opt_called(self) -> bool:
+        """Whether a step has been made, by either entry: schedulers warn if they are called before."""
+        return self._gossip.steps > 0
+
+    @_opt_called.setter
+    def _opt_called(self, _: bool) -> None:
+        """Ignore what schedulers note when they see `step`."""
+
+    def take_over(self) -> None:
+        """Refuse steps of the own optimizer that are not part of a distributed one."""
+        local = self._gossip.local
+
+        def refuse(*_: object) -> None:
+            if not local.is_updating:
+                raise ConfigError(
+                    "optimizer.step() would train this rank alone: call gossip.optimizer.step(), or gossip.step("
+                    "closure), where gossip = mpicomp.distribute(...)"
+                )
+
+        self._own.register_step_pre_hook(refuse)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step of training with the gradients in ``p.grad``, or of `closure`; collective on all ranks.
+
+        With a closure it is `Distributed.step`. After an overflow in float16 (`GradScaler`) this rank only takes part
+        in the exchange, see `Distributed.step_with_gradients`.
+        """
+        if closure is not None:
+            return self._gossip.step(closure)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_skipped = found_inf is not None and bool(found_inf)  # waits for the device, as torch's own optimizers do
+        self._gossip.step_with_gradients(is_skipped, getattr(self, "grad_scale", None))
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients to zero in their place, whatever `set_to_none` says: they are views of one vector."""
+        self._gossip.local.zero_grad()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state into the own optimizer."""
+        self._own.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the parameters of a distributed model are fixed.
+
+        Raises:
+            ConfigError: always.
+
+        """
+        raise ConfigError(
+            "a parameter group cannot be added after mpicomp.distribute(): give all parameters to the optimizer first; "
+            "those to be trained later may be frozen by requires_grad_(False)"
+        )

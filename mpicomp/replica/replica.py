@@ -1,0 +1,271 @@
+"""The model of one rank among those of the others: its state, its checkpoints, and the mean over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpicomp.algorithms import AnyAlgorithm
+from mpicomp.checkpoint import nested
+from mpicomp.checkpoint.saver import Identity, Saver, check_fits, find_checkpoint, topology_name
+from mpicomp.errors import CheckpointError, DivergenceError
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import together
+from mpicomp.replica.consistency import require_same_tensors
+from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.state import (
+    algorithm_leaves,
+    load_algorithm_,
+    load_model_,
+    load_optimizer_,
+    load_random,
+    model_leaves,
+    optimizer_leaves,
+    random_leaves,
+)
+from mpicomp.state import Leaf
+from mpicomp.topology.base import Schedule
+
+
+class Link(Protocol):
+    """What takes the messages of training: an `Exchange` or a `Mailbox`."""
+
+    bytes_sent: int
+
+
+class Replica:
+    """A model that is trained together with those of the other ranks. Making one is collective on all ranks.
+
+    Attributes:
+        world: the ranks.
+        algorithm: how they train.
+        schedule: who talks to whom.
+        local: the flat model.
+        link: what takes the messages.
+        state: of the algorithm.
+        averages_buffers: whether the averaged model has averaged batch-norm statistics, or each rank's own.
+        steps: how many are done.
+
+    """
+
+    link: Link
+    state: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: AnyAlgorithm,
+        schedule: Schedule,
+        world: World,
+    ) -> None:
+        algorithm.check(schedule)
+        self.world = world
+        self.algorithm = algorithm
+        self.schedule = schedule
+        with together(world):
+            self.local = FlatModel(model, optimizer)
+        require_same_tensors(world, self.local)
+        world.broadcast_(self.local.x)
+        for tensor in self.local.untrained():
+            common = tensor.detach().contiguous()
+            world.broadcast_(common)
+            tensor.detach().copy_(common)
+        self.local.show_parameters()
+        self.averages_buffers = True
+        self.steps = 0
+        self._connect()
+
+    def steps_of_all(self) -> int:
+        """Return the steps that checkpoints and records are named after, the same on all ranks; collective on them."""
+        return self.steps
+
+    def _connect(self) -> None:
+        """Make `link` and `state`; collective on all ranks."""
+        raise NotImplementedError
+
+    @property
+    def bytes_sent(self) -> int:
+        """The bytes that this rank has sent in training messages."""
+        return self.link.bytes_sent
+
+    def check_finite(self) -> None:
+        """Raise DivergenceError if the last loss is NaN or infinite."""
+        if not bool(torch.isfinite(self.local.loss)):
+            raise self._diverged(f"the loss is {self.local.loss.item()}")
+
+    @contextmanager
+    def naming_divergence(self) -> Iterator[None]:
+        """Have a DivergenceError out of the block say in which tensor, at which step and on which rank."""
+        try:
+            yield
+        except DivergenceError as error:
+            raise self._diverged(str(error)) from error
+
+    def _diverged(self, what: str) -> DivergenceError:
+        """Return the error for a step in which something is not a number; names a tensor in which it is."""
+        name = self.local.not_finite()
+        place = f" (first in {name})" if name and not what.startswith(f"{name}:") else ""
+        return DivergenceError(
+            f"{what}{place} at step {self.steps} on rank {self.world.rank}: lower optimizer.lr or algorithm.gamma, "
+            "or lengthen schedule.warmup"
+        )
+
+    def average_(self) -> None:
+        """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
+        self.world.mean_(self.local.x)
+        self.local.show_parameters()
+        for buffer in self.local.buffers() if self.averages_buffers else []:
+            self.world.mean_(buffer)
+
+    def require_between_steps(self, what: str) -> None:
+        """Raise ConfigError if `what` cannot be done now, because a step has begun; where one can."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Give the model the parameters and batch-norm statistics that the ranks have trained, within the block.
+
+        This is the model to evaluate and to keep; it is in evaluation mode, and every module of it in its former mode
+        afterwards. Entering is collective on all ranks and not counted as training traffic. The block itself is this
+        rank's own affair: one rank alone may evaluate in it.
+
+        Raises:
+            ConfigError: a step has begun.
+
+        """
+        with together(self.world):
+            self.require_between_steps("averaged()")
+        snapshot = self.local.snapshot()
+        modes = [(module, module.training) for module in self.local.model.modules()]
+        try:
+            self.average_()
+            self.local.model.eval()
+            yield self.local.model
+        finally:
+            self.local.restore_(snapshot)
+            for module, mode in modes:
+                module.training = mode  # not by train(mode), which reaches those below, and may be the user's own
+
+    def averaged_state_dict(self) -> dict[str, Any]:
+        """Return the `state_dict` of the averaged model on the CPU, the same on all ranks; collective on all ranks.
+
+        Names and order are those of ``model.state_dict()``; tied weights share one tensor. Counters and parameters that
+        the optimizer does not hold are this rank's own, and so is what a module's `get_extra_state` returns. Training
+        goes on as if this had not been called.
+        """
+        with self.averaged() as model:
+            averaged: dict[str, Any] = model.state_dict(keep_vars=True)  # parameters themselves, so that ties show
+            copies: dict[int, Any] = {}
+            for name, value in averaged.items():
+                if id(value) not in copies:
+                    is_tensor = isinstance(value, Tensor)
+                    copies[id(value)] = value.detach().to("cpu", copy=True) if is_tensor else deepcopy(value)
+                averaged[name] = copies[id(value)]
+        return averaged
+
+    def consensus_distance(self) -> float:
+        """Return ``sqrt(mean_i |x_i - xbar|^2)``, the distance of the ranks' models from their mean; collective."""
+        mean = self.local.x.clone()
+        self.world.mean_(mean)
+        return root_mean_square(self.world, float((self.local.x - mean).norm()))
+
+    def identity(self, config: str = "") -> Identity:
+        """Return what checkpoints of this rank belong to; `config` is the text of a configuration, if there is one."""
+        return Identity(
+            algorithm=repr(self.algorithm),
+            topology=topology_name(self.schedule),
+            model=f"{type(self.local.model).__name__} with {self.local.spec.numel:,} parameters",
+            config=config,
+        )
+
+    def state_dict(self) -> dict[str, Leaf]:
+        """Return all that this rank needs to go on later, by path (see `mpicomp.replica.state`); nothing is copied.
+
+        Model, optimizer, public copies, moments, residuals, random generators. Not the caller's own: loader, scheduler.
+        """
+        return {
+            **model_leaves(self.local),
+            **optimizer_leaves(self.local),
+            **algorithm_leaves(self.state),
+            "exchange/steps": self.steps,
+            "exchange/bytes_sent": self.link.bytes_sent,
+            **random_leaves(self.world.device),
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
+        """Take over what `state_dict` gave on this rank.
+
+        Raises:
+            CheckpointError: the state of another algorithm, compressor, optimizer or model.
+
+        """
+        load_model_(self.local, stored)
+        self.local.show_parameters()
+        load_optimizer_(self.local, stored)
+        load_algorithm_(self.state, stored)
+        self.steps = int(stored["exchange/steps"])
+        self.link.bytes_sent = int(stored["exchange/bytes_sent"])
+        load_random(self.world.device, stored)
+
+    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
+        """Store a checkpoint of all ranks in `folder`, which they share, and wait for it; collective on all ranks.
+
+        `extra` is what `resume` gives back to this rank, with the same structure and types: the state of a scheduler, a
+        sampler or a gradient scaler, the epoch. It takes None, booleans, numbers, texts, bytes, tensors and arrays, in
+        dicts, lists and tuples of any depth (`mpicomp.checkpoint.nested`).
+
+        Raises:
+            ConfigError: a step has begun.
+            CheckpointError: `extra`, or what the optimizer keeps, has something that cannot be stored, and nothing was
+                written; or the checkpoint could not be written. Earlier checkpoints are intact.
+
+        """
+        problems: list[str] = []
+        step = self.steps_of_all()
+        with together(self.world):
+            self.require_between_steps("save()")
+            own = nested.pack({} if extra is None else extra, "extra")
+            leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
+            saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
+        saver.start(step, leaves)
+        is_sound = saver.finish()
+        saver.close()
+        if not is_sound:
+            raise CheckpointError("; ".join(self.world.broadcast(problems)))
+
+    def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
+
+        Tensors of `extra` are on the CPU, where the `load_state_dict` of what they belong to takes them from. `step`
+        asks for the checkpoint of that many steps instead, and it is an error if there is none.
+
+        Raises:
+            ConfigError: a step has begun.
+            CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
+
+        """
+        checkpoint = find_checkpoint(self.world, Path(folder), step)
+        if checkpoint is None:
+            return None
+        with together(self.world):
+            self.require_between_steps("resume()")
+            check_fits(checkpoint, self.identity(), self.world.size)
+            stored = checkpoint.read(self.world.rank)
+            prefix = "extra/"
+            extra = nested.unpack(
+                {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)}
+            )
+            self.load_state_dict(stored)
+        return extra
+
+
+def root_mean_square(world: World, value: float) -> float:
+    """Return the root of the mean over ranks of `value` squared; collective on all ranks."""
+    values = world.all_gather(value)
+    return float((sum(v * v for v in values) / len(values)) ** 0.5)

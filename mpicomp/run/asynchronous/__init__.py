@@ -1,0 +1,1 @@
+"""A run whose ranks do not wait for each other."""

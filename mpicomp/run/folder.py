@@ -1,0 +1,282 @@
+"""The folder of a run, written by rank 0.
+
+config.toml     the configuration with all defaults filled in; ``mpicomp train`` takes it as it is
+metrics.jsonl   one `Record` a line
+ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
+checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
+trace/          a timeline, if it was asked for (`mpicomp.run.trace`)
+tensorboard/    the records for TensorBoard, if it was asked for (`mpicomp.replica.tensorboard`)
+stop            made by a user, asks the run to store a checkpoint and to end
+result.json     the `Result`, when the run has ended well
+model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
+                the module, where tied ones are links to one dataset, and the attributes ``format``, ``version`` and
+                ``config`` (the text of config.toml)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpicomp.config.config import RunConfig
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange.watchdog import Member
+from mpicomp.replica.model_checks import named_parameters, plain_name
+from mpicomp.replica.record import Record
+from mpicomp.replica.state import aliases
+from mpicomp.run.result import Result, to_json
+
+FORMAT = "mpicomp model"
+VERSION = 1
+RUNS = Path("runs")
+"""Where runs without a folder of their own go."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder for a new run; an empty one, or one with other files, may be there already.
+
+        Raises:
+            ConfigError: the folder holds a run, or cannot be made.
+
+        """
+        folder = cls(path)
+        for file in (folder.config_path, folder.metrics_path, folder.result_path):
+            if file.exists():
+                raise ConfigError(
+                    f"the run folder {path} already holds a run ({file.name}): give another --run-dir, remove it, or "
+                    "go on with it (--resume)"
+                )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the run folder {path} cannot be made: {error.strerror}") from error
+        return folder
+
+    @classmethod
+    def create_named(cls, name: str) -> RunFolder:
+        """Make ``runs/<name>-<date>-<time>``, with a number behind it where that exists already."""
+        stamped = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        path, count = RUNS / stamped, 1
+        while path.exists():
+            count += 1
+            path = RUNS / f"{stamped}-{count}"
+        return cls.create(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Return the folder of an earlier run; raise ConfigError if there is none."""
+        folder = cls(path)
+        if not folder.config_path.is_file():
+            raise ConfigError(f"{path} is not the folder of a run: it has no {folder.config_path.name}")
+        return folder
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The records."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_path(self) -> Path:
+        """The result."""
+        return self.path / "result.json"
+
+    @property
+    def ranks_path(self) -> Path:
+        """Where each rank of the last start runs, or ran."""
+        return self.path / "ranks.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def trace_path(self) -> Path:
+        """The folder of the timeline."""
+        return self.path / "trace"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        """The folder for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def stop_path(self) -> Path:
+        """The file that asks the run to stop."""
+        return self.path / "stop"
+
+    @property
+    def model_path(self) -> Path:
+        """The averaged model."""
+        return self.path / "model.h5"
+
+    @contextmanager
+    def kept_if_used(self) -> Iterator[None]:
+        """Take the folder away again if the block fails before the first record, so that its name is free."""
+        try:
+            yield
+        except BaseException:
+            if not self.metrics_path.exists():
+                for path in (self.config_path, self.ranks_path):
+                    path.unlink(missing_ok=True)
+                with suppress(OSError):  # the user's own files stay, and their folder with them
+                    self.path.rmdir()
+            raise
+
+    def save_config(self, config: RunConfig) -> None:
+        """Write the resolved configuration."""
+        with _replacing(self.config_path) as path:
+            path.write_text(config.to_toml(), encoding="utf-8")
+
+    def save_ranks(self, members: Sequence[Member]) -> None:
+        """Write where each rank runs."""
+        with _replacing(self.ranks_path) as path:
+            path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
+
+    def on_record(self, record: Record) -> None:
+        """Add a record; it is in the file when this returns, whatever happens to the run."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read all records; a last line that is cut off, as of a run that was killed, is left out.
+
+        Raises:
+            CheckpointError: the file is missing, or another line is damaged.
+
+        """
+        records = []
+        try:
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics_path}: cannot be read: {error.strerror}") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):
+                    raise CheckpointError(f"{self.metrics_path}: line {number} is damaged: {error}") from error
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Drop all records after `step`, and what the run has left since: it goes on from there."""
+        kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
+        with _replacing(self.metrics_path) as path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        for path in (self.result_path, self.model_path):
+            path.unlink(missing_ok=True)
+
+    def load_result(self) -> Result | None:
+        """Return the result, or None if the run has not ended well; raise CheckpointError if it is damaged."""
+        try:
+            return Result(**json.loads(self.result_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.result_path}: is damaged: {error}") from error
+
+    def save_result(self, result: Result) -> None:
+        """Write the result, all of it or nothing."""
+        with _replacing(self.result_path) as path:
+            path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
+
+    def save_model(self, model: nn.Module, config: RunConfig) -> None:
+        """Write parameters and persistent buffers of `model`, all of them or nothing."""
+        with _replacing(self.model_path) as path, h5py.File(path, "w", track_order=True) as file:
+            file.attrs.update({"format": FORMAT, "version": VERSION, "config": config.to_toml()})
+            for group, tensors in _tensors(model).items():
+                for name, tensor in tensors.items():
+                    file.create_dataset(f"{group}/{name}", data=_array(tensor))
+            for name, other in aliases(model).items():
+                group = "parameters" if f"parameters/{other}" in file else "buffers"
+                file[f"{group}/{name}"] = file[f"{group}/{other}"]
+
+    @torch.no_grad()
+    def load_model(self, model: nn.Module) -> None:
+        """Overwrite parameters and persistent buffers of `model` by the stored ones.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another model.
+
+        """
+        try:
+            with h5py.File(self.model_path, "r", locking="best-effort") as file:
+                self._check_format(file)
+                groups, tied = _tensors(model), aliases(model)
+                for group, tensors in groups.items():
+                    stored = file.get(group, {})
+                    self._check_names(group, tensors, {name: stored[name] for name in stored if name not in tied})
+                for group, tensors in groups.items():
+                    for name, tensor in tensors.items():
+                        tensor.copy_(torch.from_numpy(np.asarray(file[f"{group}/{name}"][()])))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.model_path}: there is no such file; did the run end well?") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.model_path}: is damaged, HDF5 cannot read it: {error}") from error
+
+    def _check_format(self, file: h5py.File) -> None:
+        if file.attrs.get("format") != FORMAT:
+            raise CheckpointError(f"{self.model_path}: is not a model that mpicomp has stored")
+        if (version := int(file.attrs["version"])) != VERSION:
+            raise CheckpointError(f"{self.model_path}: has format version {version}, this program reads {VERSION}")
+
+    def _check_names(self, group: str, tensors: dict[str, Tensor], stored: dict[str, h5py.Dataset]) -> None:
+        """Compare names and shapes."""
+        wrong = [f"lacks {name}" for name in tensors if name not in stored]
+        wrong += [f"has {name}, which the model lacks" for name in stored if name not in tensors]
+        wrong += [
+            f"has {name} of shape {stored[name].shape} instead of {tuple(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in stored and stored[name].shape != tuple(tensor.shape)
+        ]
+        if wrong:
+            raise CheckpointError(f"{self.model_path}: is of another model: {group}: {'; '.join(wrong)}")
+
+
+def _tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return what makes up a model, by group and name; tied parameters once, buffers that are not stored left out."""
+    parameters = {name: p.detach() for name, p in named_parameters(model)}
+    persistent = model.state_dict()
+    buffers = {plain_name(name): b for name, b in model.named_buffers() if name in persistent}
+    return {"parameters": parameters, "buffers": buffers}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array; bfloat16, which numpy lacks, as float32."""
+    host = tensor.detach().cpu()
+    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place at the end, if no error occurs."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""Loss, test accuracy and consensus distance of some runs, against steps, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.replica.record import training_seconds
+from mpicomp.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = npt.NDArray[np.float64]
+
+ABSCISSAS = {"steps": "step", "bytes": "bytes sent by all ranks", "seconds": "seconds of training"}
+ORDINATES = {"loss": "training loss", "accuracy": "test accuracy", "consensus": "consensus distance"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The curves of one run: an entry a record, NaN where there is no value.
+
+    Attributes:
+        name: for the legend.
+        curves: by the keys of `ABSCISSAS` and `ORDINATES`.
+
+    """
+
+    name: str
+    curves: dict[str, Curve]
+
+    @classmethod
+    def read(cls, folder: RunFolder, name: str) -> Run:
+        """Read the records of a run; raise CheckpointError if there are none."""
+        records = folder.records()
+        if not records:
+            raise CheckpointError(f"{folder.metrics_path}: holds no record yet")
+        try:
+            return cls(
+                name,
+                {
+                    "steps": _curve(records, "step"),
+                    "bytes": _curve(records, "bytes_sent"),
+                    "seconds": np.cumsum([training_seconds(record["seconds"]) for record in records]),
+                    "loss": _curve(records, "loss"),
+                    "accuracy": _curve(records, "test_accuracy"),
+                    "consensus": _curve(records, "consensus_distance"),
+                },
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder.metrics_path}: is not a file of records: {error!r}") from error
+
+
+def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
+    return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=np.float64)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read the runs in some folders, named by as much of their paths as tells them apart.
+
+    Raises:
+        ConfigError: a path that is no run folder.
+        CheckpointError: a run without records, or with damaged ones.
+
+    """
+    folders = [RunFolder.open(path) for path in paths]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def figure(runs: Sequence[Run]) -> Figure:
+    """Return nine panels, a row for each of `ORDINATES` and a column for each of `ABSCISSAS`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'mpicomp[plot]'") from error
+    made = Figure(figsize=(13, 10), layout="constrained")
+    panels = made.subplots(len(ORDINATES), len(ABSCISSAS), sharex="col", sharey="row")
+    for row, y in zip(panels, ORDINATES, strict=True):
+        for axes, x in zip(row, ABSCISSAS, strict=True):
+            _draw(axes, runs, x, y)
+        row[0].set_ylabel(ORDINATES[y])
+    for axes, label in zip(panels[-1], ABSCISSAS.values(), strict=True):
+        axes.set_xlabel(label)
+    made.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4))
+    return made
+
+
+def _draw(axes: Axes, runs: Sequence[Run], x: str, y: str) -> None:
+    for run in runs:
+        abscissa, ordinate = run.curves[x], run.curves[y]
+        if y == "consensus":
+            ordinate = np.where(ordinate > 0, ordinate, np.nan)
+        shown = np.isfinite(ordinate)
+        # Few points, as of accuracy, would be hard to see without a mark.
+        marker = "o" if shown.sum() <= 30 else None
+        axes.plot(abscissa[shown], ordinate[shown], marker=marker, markersize=3, linewidth=1.2, label=run.name)
+    axes.grid(alpha=0.3)
+    if x == "bytes" and all((run.curves["bytes"] > 0).all() for run in runs):
+        axes.set_xscale("log")
+    if y != "accuracy" and any(np.nanmax(run.curves[y], initial=0.0) > 0 for run in runs):
+        axes.set_yscale("log")

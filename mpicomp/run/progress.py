@@ -1,0 +1,118 @@
+"""What a user sees of a run: one live line on a terminal, plain lines now and then in a log file."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mpicomp.replica.record import Record
+from mpicomp.run.result import readable_bytes, readable_time
+
+LINE_S = 5.0
+"""Seconds between lines in a log file."""
+
+EVALUATION_S = 1.0
+"""The same for lines that bring a new accuracy."""
+
+
+class Progress:
+    """Shows a run on rank 0; use it as a context manager, so that the terminal is restored after an error.
+
+    Args:
+        steps: the length of the run, or None if it is given in epochs.
+        epochs: the length of the run, or None if it is given in steps.
+        console: where to write; standard output by default.
+
+    """
+
+    def __init__(self, steps: int | None, epochs: float | None, console: Console | None = None) -> None:
+        self._steps = steps
+        self._epochs = epochs
+        # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
+        self._console = console or Console(highlight=False, force_terminal=None if sys.stderr.isatty() else False)
+        self._live: Live | None = None
+        self._started = self._last_time = self._last_line = time.monotonic()
+        self._last_bytes = 0
+        self._begun = 0.0
+        self._accuracy: float | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def start(self, header: Sequence[str], begun: float = 0.0) -> None:
+        """Print `header` and begin to count time; `begun` is the part of the run that an earlier start has done."""
+        self._begun = begun
+        self._print(*header)
+        self._started = self._last_time = self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def on_record(self, record: Record) -> None:
+        """Show `record`: in place on a terminal, as a line now and then elsewhere."""
+        if record.test_accuracy is not None:
+            self._accuracy = record.test_accuracy
+        now = time.monotonic()
+        line = self._line(record, now)
+        is_new = record.test_accuracy is not None
+        if self._live is not None:
+            self._live.update(Text(line), refresh=True)
+        wait = EVALUATION_S if is_new else math.inf if self._live is not None else LINE_S
+        if now - self._last_line >= wait or self._done(record) >= 1:
+            self._print(line)
+            self._last_line = now
+        self._last_time, self._last_bytes = now, record.bytes_sent
+
+    def warn(self, line: str) -> None:
+        """Print `line` at once, to be noticed."""
+        self._print(f"mpicomp: warning: {line}")
+
+    def finish(self, summary: Sequence[str]) -> None:
+        """End the live line and print `summary`."""
+        self._stop()
+        self._print(*summary)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            self._console.print(line, markup=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def _done(self, record: Record) -> float:
+        """Return the part of the run that is done."""
+        if self._steps is not None:
+            return record.step / self._steps
+        return record.epoch / self._epochs if self._epochs and record.epoch is not None else 0.0
+
+    def _line(self, record: Record, now: float) -> str:
+        epoch = f"epoch {record.epoch:6.2f}  " if record.epoch is not None else ""
+        loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
+        accuracy = f"{self._accuracy:7.2%}" if self._accuracy is not None else "      -"
+        rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
+        done = self._done(record)
+        left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
+        sent = f"{readable_bytes(record.bytes_sent):>8} ({rate:.3g} MB/s)"
+        trained = [count for count in record.gradients if count]
+        ranks = f"gradients a rank {min(trained)}-{max(trained)}  " if trained else ""
+        distance = record.consensus_distance
+        consensus = f"consensus {distance:8.2e}  " if distance is not None else ""
+        return (
+            f"{epoch}step {record.step:6}  loss {loss}  accuracy {accuracy}  "
+            f"sent {sent}  {ranks}{consensus}{readable_time(left)} left"
+        )

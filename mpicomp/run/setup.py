@@ -1,0 +1,147 @@
+"""What a rank builds before training starts, and the batches that it then takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.wrap.allocation import Rule, allocate, summary
+from mpicomp.config.config import RunConfig
+from mpicomp.config.sections import TrainingSection
+from mpicomp.data.datasets import Dataset
+from mpicomp.data.partition import Indices
+from mpicomp.exchange.base import World
+from mpicomp.models import loss
+from mpicomp.run.resize import Deal
+from mpicomp.topology import spectral_gap
+from mpicomp.topology.base import Schedule
+
+_loading = threading.Lock()
+_loaded: dict[str, Dataset] = {}
+
+
+@dataclass
+class Setup:
+    """What a rank has built before training starts.
+
+    Attributes:
+        dataset: all samples.
+        deal: which of them a rank that trains visits when; all take from one pile if its size is 1.
+        trainers: how many ranks train.
+        schedule: who talks to whom.
+        algorithm: how the ranks train.
+        model: on the device of the rank.
+        optimizer: over its parameters.
+        training: the section of the configuration.
+
+    """
+
+    dataset: Dataset
+    deal: Deal
+    trainers: int
+    schedule: Schedule
+    algorithm: AnyAlgorithm
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    training: TrainingSection
+    _ordered: tuple[Deal, int, int] | None = None
+    _order: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def steps(self) -> int:
+        """The steps of the whole run, from its start; batches, if all ranks take them from one pile."""
+        if self.training.steps:
+            return self.training.steps * self.trainers // self.deal.size
+        return self.deal.course.offset + self.deal.per_epoch * (self.training.epochs or 0)
+
+    def epoch(self, step: float) -> float:
+        """Return the epochs that are over after `step` steps."""
+        return (step - self.deal.course.offset) / self.deal.per_epoch
+
+    def batch(self, step: int, place: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of batch `step` of the rank that is `place` among those that train.
+
+        They depend on (seed, epoch, place, step) alone.
+        """
+        epoch, index = self.deal.position(step)
+        if self._ordered != (self.deal, epoch, place):
+            self._ordered, self._order = (self.deal, epoch, place), self.deal.order(epoch, place)
+        size = self.deal.batch_size
+        chosen = self._order[index * size : (index + 1) * size]
+        return self.dataset.batch("train", chosen, device, (self.deal.seed, epoch, place, index))
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch, with its graph."""
+        return loss(self.model(inputs), targets)
+
+
+def set_up(config: RunConfig, world: World) -> Setup:
+    """Check everything, cheapest first, and build what this rank needs; no communication."""
+    schedule, algorithm = config.check(world.size)
+    dataset = _load(config)
+    trainers = sharers = world.size
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        trainers = len(algorithm.trainers(world.size))
+        sharers = 1 if algorithm.share == "by_speed" else trainers
+    deal = Deal(
+        lru_cache(partial(config.data.split, dataset.train_labels, seed=config.run.seed)),
+        len(dataset.train),
+        sharers,
+        config.training.batch_size,
+        config.run.seed,
+    )
+    volumes = [len(samples) for samples in deal.split(sharers)]  # raises what is wrong with it
+    algorithm = with_volumes(algorithm, volumes, config.compression.allocation)
+    model = config.model.build(dataset, config.run.seed).to(world.device)
+    optimizer = config.optimizer.build(model)
+    return Setup(dataset, deal, trainers, schedule, algorithm, model, optimizer, config.training)
+
+
+def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
+    """Return `algorithm` for ranks of so many samples: ratios by `rule`, and its field ``volumes`` if it has one."""
+    found: dict[str, Any] = {}
+    if rule != "uniform":
+        found["compressor"] = allocate(cast(Any, algorithm).compressor, volumes, rule)
+    if getattr(algorithm, "volumes", None) == ():
+        found["volumes"] = tuple(volumes)
+    return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), **found)) if found else algorithm
+
+
+def _load(config: RunConfig) -> Dataset:
+    """Return the data set; ranks that are threads of one process share it."""
+    key = config.data.model_dump_json()
+    with _loading:
+        if key not in _loaded:
+            dataset = config.data.load()
+            _loaded.clear()
+            _loaded[key] = dataset
+        return _loaded[key]
+
+
+def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[str]:
+    """Return what a user should know before the first step."""
+    n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
+    resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
+    simulated = ", simulated time" if world.is_simulated else ""
+    allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
+    is_pile = setup.deal.size == 1 < setup.trainers
+    length = f"{steps} batches" if is_pile else f"{steps} steps"
+    each = f"samples, from one pile for {setup.trainers} ranks" if is_pile else "samples a rank"
+    return [
+        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
+        f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",
+        f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
+        f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",
+        *([f"{config.compression.allocation}: {allocated}"] if allocated else []),
+        *resumed,
+    ]

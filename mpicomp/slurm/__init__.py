@@ -1,0 +1,1 @@
+"""Slurm: the job that a process is in, and the script that starts one."""

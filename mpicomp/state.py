@@ -1,0 +1,116 @@
+"""What a checkpoint keeps: states as ``{path: tensor or number}`` and back, and the metadata that say how.
+
+A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths name its leaves,
+``"compressor/residual"``. Restoring needs a state made by `init`, whose leaves are compared one by one: what does not
+fit is an error that names the path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mpicomp.errors import CheckpointError
+
+State = Any
+"""A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory.
+
+The metadata of its fields say what a restart makes of them; without any, a field is stored, and a run that goes on with
+another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+"""
+
+SCRATCH = {"scratch": True}
+"""A field whose content means nothing between steps, and is not stored."""
+
+ERROR_MEMORY = {"resize": "sum"}
+"""A field of what has not been sent yet: new ranks divide the sum over the old ones."""
+
+PUBLIC_COPY = {"resize": "model"}
+"""A field that copies of models make up: after a dense exchange of the mean model it is that model."""
+
+SERVERS = {"resize": "servers"}
+"""A field (n,) that servers hold, all of them alike, and other ranks as (0,): new servers get it."""
+
+IN_FLIGHT = {"resize": "refused"}
+"""A field of messages of the old ranks that are under way between steps: no other number of ranks can take them."""
+
+OWN = {"resize": "own"}
+"""A field that tells a rank from the others: new ranks keep what `init` gave them."""
+
+Leaf = Tensor | int | float | str | bool
+
+
+def flatten(state: Any) -> dict[str, Leaf]:
+    """Return the leaves of `state` by path; tensors are not copied.
+
+    Raises:
+        CheckpointError: a value that cannot be stored; found when the state is first flattened, not on restart.
+
+    """
+    return {path: getattr(holder, key) if isinstance(key, str) else holder[key] for path, holder, key in _leaves(state)}
+
+
+def resize_rules(state: Any) -> dict[str, str]:
+    """Return by path what another number of ranks makes of a leaf, where the metadata of its field have a rule."""
+    rules = {}
+    for path, holder, key in _leaves(state):
+        if dataclasses.is_dataclass(holder):
+            metadata = {field.name: field.metadata for field in dataclasses.fields(holder)}[str(key)]
+            if "resize" in metadata:
+                rules[path] = str(metadata["resize"])
+    return rules
+
+
+def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:
+    """Overwrite the leaves of `state` by `stored`: tensors in place, numbers by assignment.
+
+    Raises:
+        CheckpointError: a missing or surplus path, or a tensor of another shape or type.
+
+    """
+    places = {path: (holder, key) for path, holder, key in _leaves(state)}
+    if places.keys() != stored.keys():
+        missing, surplus = sorted(places.keys() - stored.keys()), sorted(stored.keys() - places.keys())
+        raise CheckpointError(f"the stored state is another one: missing {missing}, not expected {surplus}")
+    for path, (holder, key) in places.items():
+        value = stored[path]
+        current = getattr(holder, key) if isinstance(key, str) else holder[key]
+        if isinstance(current, Tensor):
+            if not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
+                raise CheckpointError(f"the stored {path!r} does not fit: {_kind(value)} instead of {_kind(current)}")
+            current.copy_(value)
+        elif type(value) is not type(current):
+            raise CheckpointError(f"the stored {path!r} does not fit: {_kind(value)} instead of {_kind(current)}")
+        elif isinstance(key, str):
+            setattr(holder, key, value)
+        else:
+            holder[key] = value
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any, str | int]]:
+    """Yield ``(path, holder, key)`` for every leaf below `node`, in order."""
+    if node is None:
+        return
+    if dataclasses.is_dataclass(node):
+        children: list[tuple[str | int, Any]] = [
+            (field.name, getattr(node, field.name))
+            for field in dataclasses.fields(node)
+            if not field.metadata.get("scratch")
+        ]
+    elif isinstance(node, list):
+        children = list(enumerate(node))
+    else:
+        raise CheckpointError(f"the state {path!r} is a {type(node).__name__}, which cannot be stored")
+    for key, child in children:
+        below = f"{path}/{key}" if path else str(key)
+        if isinstance(child, Leaf):
+            yield below, node, key
+        else:
+            yield from _leaves(child, below)
+
+
+def _kind(value: Leaf) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,331 @@
+"""What a replica gives away: the averaged model, and checkpoints with what is the caller's own."""
+
+import json
+
+import pytest
+import torch
+from support import small, tied
+from torch import nn
+
+from mpicomp.algorithms import Choco
+from mpicomp.checkpoint import export, hdf5
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
+from mpicomp.compression import TopK
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.exchange import loopback
+from mpicomp.replica.distributed import distribute
+from mpicomp.replica.state import aliases, load_model_, model_leaves
+from mpicomp.topology import ring
+
+CHOCO = Choco(gamma=0.2, compressor=TopK(ratio=0.3))
+
+
+def test_averaged_is_in_evaluation_mode_and_every_module_in_its_former_one_afterwards():
+    def serve(world):
+        gossip, _ = small.make(world, CHOCO)
+        model = gossip.local.model
+        model.train()
+        model[1].eval()  # a norm that stays as it is in training
+        before = [module.training for module in model.modules()]
+        with gossip.averaged() as mean_model:
+            inside = [module.training for module in mean_model.modules()]
+            model.train()  # an evaluation that ends as most do
+        after = [module.training for module in model.modules()]
+        with pytest.raises(ZeroDivisionError), gossip.averaged():
+            raise ZeroDivisionError
+        return before, inside, after, [module.training for module in model.modules()]
+
+    for before, inside, after, after_error in loopback.run(2, serve):
+        assert before == [True, True, False, True, True]
+        assert not any(inside)
+        assert before == after == after_error
+
+
+def test_an_error_in_the_block_leaves_the_own_parameters():
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        own = gossip.local.x.clone()
+        with pytest.raises(ZeroDivisionError), gossip.averaged():
+            raise ZeroDivisionError
+        return torch.equal(own, gossip.local.x)
+
+    assert loopback.run(3, serve) == [True] * 3
+
+
+def test_rank_0_alone_may_evaluate():
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        losses = []
+        for step in range(4):
+            gossip.step(closure(step))
+            with gossip.averaged(), torch.no_grad():
+                if world.rank == 0:
+                    losses.append(float(closure(99)()))
+        return losses
+
+    first, *others = loopback.run(3, serve)
+    assert len(first) == 4 and first[-1] < first[0]
+    assert others == [[], []]
+
+
+@pytest.mark.parametrize("look", ["averaged", "averaged_state_dict"])
+def test_looking_at_the_averaged_model_leaves_training_as_it_is(look):
+    def serve(world, looks):
+        gossip, closure = small.make(world, CHOCO)
+        for step in range(6):
+            gossip.step(closure(step))
+            if looks and look == "averaged":
+                with gossip.averaged() as model:
+                    model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step)))
+            elif looks:
+                gossip.averaged_state_dict()
+        return {path: leaf for path, leaf in gossip.state_dict().items() if not path.startswith("random/")}
+
+    for ours, theirs in zip(
+        loopback.run(3, lambda world: serve(world, True)),
+        loopback.run(3, lambda world: serve(world, False)),
+        strict=True,
+    ):
+        assert ours.keys() == theirs.keys()
+        for path, leaf in ours.items():
+            same = torch.equal(leaf, theirs[path]) if isinstance(leaf, torch.Tensor) else leaf == theirs[path]
+            assert same, path
+
+
+def test_averaged_state_dict_is_the_state_dict_of_the_averaged_model():
+    def serve(world):
+        gossip = tied.train(world)
+        gossip.local.model.norm.num_batches_tracked.fill_(world.rank)
+        found = gossip.averaged_state_dict()
+        with gossip.averaged() as model:
+            expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        own = gossip.local.model.state_dict()
+        gossip.step(tied.closure(gossip.local.model, world.rank, 9))
+        return found, expected, own
+
+    results = loopback.run(3, serve)
+    for rank, (found, expected, own) in enumerate(results):
+        assert list(found) == list(expected) == list(own)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
+            assert (type(tensor), tensor.requires_grad, tensor.device.type) == (torch.Tensor, False, "cpu")
+            assert tensor.data_ptr() != own[name].data_ptr()
+        assert found["head.weight"] is found["embedding.weight"]
+        assert found["again.bias"] is found["middle.bias"]
+        assert found["norm.num_batches_tracked"] == rank
+        assert torch.equal(found["norm.running_mean"], results[0][0]["norm.running_mean"])
+        assert not torch.equal(found["head.weight"], own["head.weight"])
+        tied.Tied().load_state_dict(found, strict=True)
+
+
+class Odd(nn.Module):
+    """A module with a buffer of two names, one that is not stored, and a state of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("mean", torch.ones(2))
+        self.register_buffer("same", self.mean)
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+        self.register_buffer("scratch_too", self.scratch, persistent=False)
+        self.notes = ["a"]
+
+    def get_extra_state(self):
+        return self.notes
+
+    def set_extra_state(self, state):
+        self.notes = state
+
+
+def test_aliases_are_those_of_parameters_and_stored_buffers():
+    assert aliases(Odd()) == {"same": "mean"}
+    assert aliases(tied.Tied()) == {
+        "again.weight": "middle.weight",
+        "again.bias": "middle.bias",
+        "head.weight": "embedding.weight",
+    }
+
+
+def test_a_modules_own_state_is_copied():
+    def serve(world):
+        model = Odd()
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), CHOCO, ring, world=world)
+        found = gossip.averaged_state_dict()
+        model.notes.append("b")
+        return found
+
+    for found in loopback.run(2, serve):
+        assert found["_extra_state"] == ["a"]
+        assert found["same"] is found["mean"]
+        Odd().load_state_dict(found, strict=True)
+
+
+def test_a_model_of_the_time_before_aliases_is_loaded():
+    def serve(world):
+        gossip = tied.train(world)
+        stored = {path: leaf for path, leaf in model_leaves(gossip.local).items() if path != "model/aliases"}
+        stored = {path: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for path, leaf in stored.items()}
+        gossip.step(tied.closure(gossip.local.model, world.rank, 9))
+        load_model_(gossip.local, stored)
+        return torch.equal(gossip.local.x, stored["model/parameters"])
+
+    assert loopback.run(2, serve) == [True, True]
+
+
+def test_extra_comes_back_to_each_rank_with_its_structure(tmp_path):
+    def extra(world):
+        return {"epoch": 3, "rank": world.rank, "sampler": {"order": torch.arange(world.rank), 7: (None, [True])}}
+
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        gossip.save(tmp_path, extra=extra(world))
+        back = small.make(world, CHOCO)[0].resume(tmp_path)
+        order = back["sampler"].pop("order")
+        return back, order
+
+    for rank, (back, order) in enumerate(loopback.run(3, serve)):
+        assert back == {"epoch": 3, "rank": rank, "sampler": {7: (None, [True])}}
+        assert torch.equal(order, torch.arange(rank))
+
+
+def test_extra_that_one_rank_cannot_store_is_refused_on_every_rank_and_nothing_is_written(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.save(tmp_path)
+        gossip.step(closure(0))
+        with pytest.raises(CheckpointError) as caught:
+            gossip.save(tmp_path, extra={"scheduler": {"lr_lambdas": [None if world.rank != 1 else print]}})
+        gossip.step(closure(1))
+        return str(caught.value), sorted(path.name for path in tmp_path.iterdir())
+
+    for message, names in loopback.run(3, serve):
+        assert message.startswith("extra['scheduler']['lr_lambdas'][0] is of type builtin_function_or_method, which ")
+        assert message.endswith("(on rank 1)")
+        assert names == ["latest", "step_00000000"]
+
+
+def test_a_damaged_checkpoint_is_an_error_of_save_on_every_rank(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.save(tmp_path)
+        world.barrier()
+        if world.rank == 0:
+            (tmp_path / "step_00000000" / MANIFEST).write_text("{}")
+        gossip.step(closure(0))
+        with pytest.raises(CheckpointError, match=r"manifest.json: is damaged"):
+            gossip.save(tmp_path)
+        return True
+
+    assert loopback.run(2, serve) == [True, True]
+
+
+def test_a_checkpoint_of_the_time_when_extra_was_flat_is_resumed(tmp_path):
+    """Its leaves of `extra` were not packed, and there were no aliases."""
+
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        gossip.save(tmp_path, extra={})
+        world.barrier()
+        if world.rank == 0:
+            as_before(tmp_path, {"extra/note": "text", "extra/rate": 0.5})
+        world.barrier()
+        return small.make(world, CHOCO)[0].resume(tmp_path)
+
+    assert loopback.run(2, serve) == [{"note": "text", "rate": 0.5}] * 2
+
+
+def as_before(folder, extra):
+    """Rewrite the newest checkpoint without what is new, and with `extra` as leaves."""
+    checkpoint = Checkpoints(folder).latest()
+    digests = {}
+    for rank in range(checkpoint.manifest.size):
+        leaves = checkpoint.read(rank)
+        del leaves["model/aliases"], leaves["extra/structure"]
+        digests[rank_file(rank)] = hdf5.write(checkpoint.path / rank_file(rank), {**leaves, **extra}, {})
+    path = checkpoint.path / MANIFEST
+    values = json.loads(path.read_text())
+    for key in ("format", "version", "sha256", "files"):
+        del values[key]
+    path.write_text(Manifest(**values, files=digests).to_json())
+
+
+def test_a_scheduler_that_is_made_after_resume_is_named(tmp_path):
+    def serve(world):
+        gossip, _ = small.make(world, CHOCO)
+        torch.optim.lr_scheduler.StepLR(gossip.local.optimizer, 2)
+        gossip.save(tmp_path)
+        with pytest.raises(CheckpointError, match="those of a scheduler, make it before resume"):
+            small.make(world, CHOCO)[0].resume(tmp_path)
+
+    loopback.run(2, serve)
+
+
+def test_a_layer_may_be_frozen_between_save_and_resume(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        gossip.save(tmp_path)
+        own = gossip.local.x.clone()
+        other, _ = small.make(world, CHOCO, seed=1)
+        other.local.model[0].requires_grad_(False)
+        other.resume(tmp_path)
+        return torch.equal(own, other.local.x)
+
+    assert loopback.run(2, serve) == [True, True]
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_stored(tmp_path):
+    def make(world, value):
+        model = tied.Tied()
+        model.middle.requires_grad_(False).weight.fill_(value)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return distribute(model, torch.optim.SGD(trained, lr=0.1), CHOCO, ring, world=world)
+
+    def serve(world):
+        make(world, 3.0).save(tmp_path)
+        gossip = make(world, 0.0)
+        gossip.resume(tmp_path)
+        return gossip.local.model.middle.weight.eq(3).all(), gossip.averaged_state_dict()
+
+    results = loopback.run(2, serve)
+    for is_back, found in results:
+        assert is_back
+        assert found["again.weight"].eq(3).all()
+    exported, expected = export.mean_model(Checkpoints(tmp_path).latest()), results[0][1]
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_compiled_model_is_exported_by_its_plain_names(tmp_path):
+    def serve(world):
+        model = torch.compile(tied.Tied(), backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gossip = distribute(model, optimizer, CHOCO, ring, world=world)
+        gossip.save(tmp_path)
+        assert gossip.averaged_state_dict().keys() == model.state_dict().keys()
+
+    loopback.run(2, serve)
+    tied.Tied().load_state_dict(export.mean_model(Checkpoints(tmp_path).latest()), strict=True)
+
+
+@pytest.mark.parametrize("call", ["averaged", "averaged_state_dict", "save", "resume"])
+def test_the_middle_of_a_step_on_one_rank_is_refused_on_every_rank(call, tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, Choco(gamma=0.2, compressor=TopK(ratio=0.3), overlap=True))
+        gossip.save(tmp_path)
+        if world.rank == 1:
+            closure(0)()
+        arguments = [tmp_path] if call in ("save", "resume") else []
+        with pytest.raises(ConfigError, match=rf"(?s)^{call.split('_')[0]}\(\) in the middle of a step: .*on rank 1"):
+            with_(getattr(gossip, call)(*arguments))
+
+    loopback.run(2, serve)
+
+
+def with_(context):
+    """Enter and leave `context`."""
+    with context:
+        pass

@@ -1,0 +1,145 @@
+"""Runs whose ranks send by what they hold."""
+
+import dataclasses
+
+import pytest
+from click.testing import CliRunner
+from support.runs import assert_same_checkpoint, records
+
+from mpicomp.algorithms import EFSGD
+from mpicomp.checkpoint.folder import Checkpoints
+from mpicomp.cli import main
+from mpicomp.compression import ByRank, HardThreshold, PerTensor, TopK
+from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, waterfill_ratios
+from mpicomp.config.config import RunConfig
+from mpicomp.exchange.loopback import run
+from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.run.loop import train
+from mpicomp.run.setup import header, set_up
+
+RUN = """
+[data]
+kind = "digits"
+partition = "volumes"
+skew = 20.0
+alpha = 1.0
+[compression]
+kind = "topk"
+ratio = 0.05
+allocation = "dagc"
+[algorithm]
+kind = "choco"
+gamma = 0.1
+[optimizer]
+lr = 0.1
+[training]
+steps = 20
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return lambda *overrides: RunConfig.load(path, overrides)
+
+
+def volumes_of(config, size):
+    dataset = config.data.load()
+    return [len(part) for part in config.data.split(dataset.train_labels, size, config.run.seed)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "make"),
+    [
+        ([], lambda v: map(TopK, dagc_ratios(v, 0.05))),
+        (["compression.allocation=waterfill"], lambda v: map(TopK, waterfill_ratios(v, 0.05))),
+        (
+            ["compression.per_tensor=true", "compression.dense_1d=true"],
+            lambda v: (PerTensor(TopK(ratio), dense_1d=True) for ratio in dagc_ratios(v, 0.05)),
+        ),
+        (
+            ["compression.kind=threshold", "compression.ratio=", "compression.threshold=0.01"],
+            lambda v: map(HardThreshold, dagc_thresholds(v, 0.01)),
+        ),
+    ],
+)
+def test_the_compressor_follows_the_samples_of_the_ranks(load, overrides, make):
+    config = load(*overrides)
+    volumes = volumes_of(config, 4)
+    assert volumes[0] > 10 * volumes[3]
+    setups = run(4, lambda world: set_up(config, world))
+    assert [setup.algorithm.compressor for setup in setups] == [ByRank(tuple(make(volumes)))] * 4
+    uniform = run(4, lambda world: set_up(load(*overrides, "compression.allocation=uniform"), world))
+    assert not isinstance(uniform[0].algorithm.compressor, ByRank)
+
+
+def test_the_header_shows_what_each_rank_has(load):
+    def lines(world, config):
+        return header(config, set_up(config, world), world, 0)
+
+    (shown, *_) = run(4, lines, load())
+    ratios = dagc_ratios(volumes_of(load(), 4), 0.05)
+    listed = ", ".join(f"{ratio:.3g}" for ratio in ratios)
+    assert f"dagc: ratios of the ranks: {min(ratios):.3g} to {max(ratios):.3g} ({listed})" in shown
+    (plain, *_) = run(4, lines, load("compression.allocation=uniform"))
+    assert not any("ratios" in line for line in plain)
+
+
+@pytest.mark.parametrize("weights", ["equal", "volume"])
+def test_an_algorithm_with_volumes_is_told_them(load, weights):
+    config = load("algorithm.kind=ef_sgd", "algorithm.gamma=", f"algorithm.weights={weights}")
+    (setup, *_) = run(4, lambda world: set_up(config, world))
+    volumes = tuple(volumes_of(config, 4))
+    assert setup.algorithm == EFSGD(ByRank(tuple(map(TopK, dagc_ratios(volumes, 0.05)))), weights, volumes)
+    given = load("algorithm.kind=ef_sgd", "algorithm.gamma=", "algorithm.volumes=[1, 2, 3, 4]")
+    (setup, *_) = run(4, lambda world: set_up(given, world))
+    assert setup.algorithm.volumes == (1, 2, 3, 4)
+
+
+def test_asynchronous_gossip_takes_it_with_equal_shares(load):
+    config = load("algorithm.kind=dc_gossip", "algorithm.share=equal", "training.steps=60", "compression.ratio=0.2")
+    (result, *others) = run(4, lambda world: train(config, world), simulated=Links())
+    assert all(other == result for other in others)
+    assert result.test_accuracy > 0.5
+
+
+def test_weights_by_volume_and_ratios_by_volume_learn(load):
+    config = load(
+        *("algorithm.kind=ef_sgd", "algorithm.gamma=", "algorithm.weights=volume", "training.steps=100"),
+        "compression.per_tensor=true",
+    )
+    (result, *others) = run(4, lambda world: train(config, world))
+    assert all(dataclasses.replace(other, seconds=result.seconds) == result for other in others)
+    assert result.test_accuracy > 0.7
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["compression.kind=randk", "compression.shared=false"],
+        ["algorithm.kind=ef_sgd", "algorithm.gamma=", "algorithm.weights=volume", "compression.per_tensor=true"],
+    ],
+)
+def test_a_run_that_goes_on_is_the_run_that_did_not_stop(load, tmp_path, overrides):
+    options = ["checkpoint.every_steps=8", "checkpoint.keep_last=0", "run.log_every=1", *overrides]
+    words = [word for option in options for word in ("--set", option)]
+    load()
+    folders = [tmp_path / name for name in ("whole", "again")]
+    for folder in folders:
+        command = ["train", str(tmp_path / "run.toml"), *words, "--loopback", "3", "--run-dir", str(folder)]
+        outcome = CliRunner().invoke(main, command)
+        assert outcome.exit_code == 0, outcome.output
+    whole, again = folders
+    first = sorted((again / "checkpoints").glob("step_*"))[0]
+    outcome = CliRunner().invoke(main, ["train", "--resume", str(first), "--loopback", "3"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "Going on after step 8" in outcome.output
+    assert_same_checkpoint(*(Checkpoints(folder / "checkpoints").latest() for folder in folders))
+    assert records(whole) == records(again)
+    refused = CliRunner().invoke(
+        main, ["train", "--resume", str(first), "--loopback", "3", "--set", "compression.allocation=uniform"]
+    )
+    assert refused.exit_code == 2
+    assert "compression.allocation was 'dagc' and is now 'uniform'" in refused.output

@@ -1,0 +1,217 @@
+"""The folder of a run: what is refused, and that what is written comes back."""
+
+import json
+
+import h5py
+import pytest
+import torch
+from support.tied import Tied
+from torch import nn
+
+from mpicomp.config.config import RunConfig
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.replica.record import Record
+from mpicomp.run import folder as run_folder
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.result import Result
+
+CONFIG = RunConfig.from_toml("optimizer.lr = 0.1\ntraining.steps = 3")
+
+
+def record(step, accuracy=None):
+    return Record(step, step / 10, 0.5, 0.1, 100 * step, {"gradient": 0.1}, 0.0, accuracy)
+
+
+RESULT = Result("dpsgd", "ring", "identity", 2, 3, 1.0, 0.5, 0.9, [0.8, 0.9], [10, 10], 0.0, 5, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "a" / "run")
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+
+
+@pytest.mark.parametrize("file", ["config.toml", "metrics.jsonl", "result.json"])
+def test_a_folder_that_holds_a_run_is_refused(tmp_path, file):
+    (tmp_path / file).write_text("")
+    with pytest.raises(
+        ConfigError, match=rf"already holds a run \({file}\): give another --run-dir, remove it, or go on"
+    ):
+        RunFolder.create(tmp_path)
+
+
+def test_a_folder_with_other_files_is_taken(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    RunFolder.create(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        RunFolder.create(tmp_path / "file" / "run")
+
+
+def test_runs_without_a_name_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {RunFolder.create_named("choco").path for _ in range(3)}
+    assert len(paths) == 3
+    assert all(path.parent == run_folder.RUNS and path.name.startswith("choco-2") for path in paths)
+
+
+def test_opening_needs_a_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not the folder of a run: it has no config.toml"):
+        RunFolder.open(tmp_path)
+
+
+def test_the_configuration_comes_back(folder):
+    folder.save_config(CONFIG)
+    assert RunConfig.load(RunFolder.open(folder.path).config_path) == CONFIG
+
+
+def test_records_come_back(folder):
+    folder.on_record(record(1))
+    folder.on_record(record(2, accuracy=0.5))
+    first, second = folder.records()
+    assert (first["step"], first["test_accuracy"], first["seconds"]) == (1, None, {"gradient": 0.1})
+    assert (second["step"], second["test_accuracy"]) == (2, 0.5)
+
+
+def test_a_record_that_was_cut_off_is_left_out(folder):
+    folder.on_record(record(1))
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 2, "ep')
+    assert [r["step"] for r in folder.records()] == [1]
+
+
+def test_damaged_records_are_named(folder):
+    folder.metrics_path.write_text("{}\nnonsense\n{}\n")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: line 2 is damaged"):
+        folder.records()
+    folder.metrics_path.unlink()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be read"):
+        folder.records()
+
+
+def test_the_result_is_json(folder):
+    folder.save_result(RESULT)
+    stored = json.loads(folder.result_path.read_text())
+    assert {"algorithm", "topology", "compressor", "ranks", "steps", "seconds", "train_loss"} <= set(stored)
+    assert stored["test_accuracy_local"] == [0.8, 0.9]
+    assert stored["bytes_sent"] == [10, 10]
+    assert [path.name for path in folder.path.iterdir()] == ["result.json"]
+
+
+def test_a_result_is_written_whole_or_not_at_all(folder, monkeypatch):
+    folder.save_result(RESULT)
+    before = folder.result_path.read_text()
+    monkeypatch.setattr(run_folder, "to_json", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folder.save_result(RESULT)
+    assert folder.result_path.read_text() == before
+    assert [path.name for path in folder.path.iterdir()] == ["result.json"]
+
+
+def test_the_model_comes_back(folder):
+    stored = model()
+    stored(torch.randn(8, 3))
+    folder.save_model(stored, CONFIG)
+    fresh = model()
+    with torch.no_grad():
+        fresh[0].weight.zero_()
+    folder.load_model(fresh)
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_the_model_is_plain_hdf5(folder):
+    folder.save_model(model(), CONFIG)
+    with h5py.File(folder.model_path) as file:
+        assert file["parameters/0.weight"].shape == (4, 3)
+        assert file["buffers/1.running_mean"].shape == (4,)
+        assert file.attrs["version"] == 1
+        assert RunConfig.from_toml(file.attrs["config"]) == CONFIG
+
+
+def test_tied_weights_have_all_their_names_and_are_stored_once(folder):
+    stored = Tied()
+    folder.save_model(stored, CONFIG)
+    with h5py.File(folder.model_path) as file:
+        names = {name for group in ("parameters", "buffers") for name in file[group]}
+        assert names == set(stored.state_dict())
+        assert file["parameters/head.weight"] == file["parameters/embedding.weight"]  # one dataset
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
+    with h5py.File(folder.model_path, "a") as file:  # as it was written before
+        for name in ("head.weight", "again.weight", "again.bias"):
+            del file[f"parameters/{name}"]
+    fresh = Tied()
+    folder.load_model(fresh)
+    assert torch.equal(fresh.head.weight, stored.head.weight)
+
+
+def test_half_precision_is_kept(folder):
+    stored = model().to(torch.bfloat16)
+    folder.save_model(stored, CONFIG)
+    fresh = model().to(torch.bfloat16)
+    folder.load_model(fresh)
+    assert torch.equal(stored[0].weight, fresh[0].weight)
+
+
+def test_another_model_is_refused_and_left_alone(folder):
+    folder.save_model(model(), CONFIG)
+    other = nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2))
+    before = other[2].weight.clone()
+    with pytest.raises(CheckpointError) as caught:
+        folder.load_model(other)
+    for text in (
+        "has 0.weight of shape (4, 3) instead of (5, 3)",
+        "lacks 2.bias",
+        "has 1.weight, which the model lacks",
+    ):
+        assert text in str(caught.value)
+    assert torch.equal(other[2].weight, before)
+
+
+def test_model_files_that_cannot_be_read(folder):
+    with pytest.raises(CheckpointError, match="there is no such file; did the run end well"):
+        folder.load_model(model())
+    folder.model_path.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folder.load_model(model())
+    with h5py.File(folder.model_path, "w") as file:
+        file["x"] = 1
+    with pytest.raises(CheckpointError, match="is not a model that mpicomp has stored"):
+        folder.load_model(model())
+    folder.save_model(model(), CONFIG)
+    with h5py.File(folder.model_path, "a") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(CheckpointError, match="has format version 2, this program reads 1"):
+        folder.load_model(model())
+
+
+def test_a_run_that_fails_early_leaves_its_name_free(folder):
+    with pytest.raises(RuntimeError), folder.kept_if_used():
+        folder.save_config(CONFIG)
+        raise RuntimeError
+    assert not folder.path.exists()
+
+
+def test_a_run_that_fails_early_leaves_other_files_alone(folder):
+    (folder.path / "notes.txt").write_text("")
+    with pytest.raises(RuntimeError), folder.kept_if_used():
+        folder.save_config(CONFIG)
+        raise RuntimeError
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_fails_later_is_kept(folder):
+    with pytest.raises(RuntimeError), folder.kept_if_used():
+        folder.save_config(CONFIG)
+        folder.on_record(record(1))
+        raise RuntimeError
+    assert folder.config_path.exists()

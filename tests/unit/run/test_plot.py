@@ -1,0 +1,75 @@
+"""The curves of runs, and the picture of them."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from mpicomp.config.config import RunConfig
+from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.replica.record import Record
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.plot import figure, read_runs
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make_run(name, records=5, consensus=0.1):
+        folder = RunFolder.create(tmp_path / name)
+        folder.save_config(RunConfig.from_toml("optimizer.lr = 0.1\ntraining.steps = 3"))
+        for i in range(1, records + 1):
+            accuracy = 0.1 * i if i % 2 else None
+            folder.on_record(Record(i, i / 2, 1 / i, 0.1, 10 * i, {"gradient": 0.5, "mix": 0.5}, consensus, accuracy))
+        return folder.path
+
+    return make_run
+
+
+def test_curves_are_read(make):
+    (run,) = read_runs([make("a")])
+    assert run.name == "a"
+    np.testing.assert_allclose(run.curves["steps"], [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(run.curves["bytes"], [10, 20, 30, 40, 50])
+    np.testing.assert_allclose(run.curves["seconds"], [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(run.curves["accuracy"], [0.1, np.nan, 0.3, np.nan, 0.5])
+
+
+def test_runs_of_the_same_name_are_told_apart(make):
+    names = [run.name for run in read_runs([make("x/seed0"), make("y/seed0")])]
+    assert len(set(names)) == 2
+
+
+def test_the_figure_has_nine_panels_and_one_legend(make):
+    picture = figure(read_runs([make("a"), make("b", records=9)]))
+    assert len(picture.axes) == 9
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["a", "b"]
+    accuracy = picture.axes[3].lines[0]
+    np.testing.assert_allclose(accuracy.get_xdata(), [1, 3, 5])
+    assert picture.axes[1].get_xscale() == "log"
+    assert picture.axes[8].get_xlabel() == "seconds of training"
+
+
+def test_zeros_do_not_spoil_the_scales(make, tmp_path):
+    picture = figure(read_runs([make("ssgd", consensus=0.0)]))
+    picture.savefig(tmp_path / "plot.png")
+    assert picture.axes[6].get_yscale() == "linear"
+
+
+def test_a_run_without_records_is_refused(make):
+    path = make("empty", records=0)
+    (path / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="holds no record yet"):
+        read_runs([path])
+
+
+def test_a_file_of_something_else_is_refused(make):
+    path = make("other")
+    (path / "metrics.jsonl").write_text('{"steps": 3}\n')
+    with pytest.raises(CheckpointError, match="is not a file of records"):
+        read_runs([path])
+
+
+def test_a_missing_matplotlib_is_named(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mpicomp\[plot\]'"):
+        figure(read_runs([make("a")]))

@@ -1,0 +1,159 @@
+from functools import partial
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from support import small
+
+from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam
+from mpicomp.checkpoint.folder import Checkpoints
+from mpicomp.compression import RandomK, TopK
+from mpicomp.data.partition import partition
+from mpicomp.errors import CheckpointError
+from mpicomp.exchange import loopback
+from mpicomp.run.resize import Deal, load_resized
+from mpicomp.topology import from_graph, ring, star
+
+
+def trained(world, folder, algorithm):
+    gossip, closure = small.make(world, algorithm)
+    for step in range(6):
+        gossip.step(closure(step))
+    gossip.save(folder)
+    return copied(gossip.state_dict())
+
+
+def resized(world, folder, algorithm):
+    gossip, closure = small.make(world, algorithm, seed=1)
+    fresh = copied(gossip.state_dict())
+    load_resized(gossip, Checkpoints(folder).latest())
+    state = copied(gossip.state_dict())
+    losses = [float(gossip.step(closure(step))) for step in range(6, 30)]
+    return fresh, state, losses
+
+
+def copied(state):
+    return {path: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for path, leaf in state.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        Choco(0.2, TopK(0.2)),
+        AdaGossip(0.01, TopK(0.2)),
+        DeepSqueeze(0.05, TopK(0.2)),
+        Choco(0.1, RandomK(0.2, shared=False)),
+    ],
+)
+def test_what_becomes_of_the_state(tmp_path, algorithm, size):
+    old = loopback.run(3, trained, tmp_path, algorithm)
+    new = loopback.run(size, resized, tmp_path, algorithm)
+
+    def mean(path):
+        return sum(state[path].double() for state in old) / len(old)
+
+    for fresh, state, losses in new:
+        for path in ("model/parameters", "model/buffers/1.running_mean", "optimizer/state/momentum_buffer/0.weight"):
+            assert torch.allclose(state[path].double(), mean(path), atol=1e-6)
+        assert state["model/buffers/1.num_batches_tracked"] == 6
+        for copy in ("algorithm/x_hat", "algorithm/s"):
+            if copy in state:
+                assert torch.equal(state[copy], state["model/parameters"])
+        if "algorithm/v" in state:
+            assert torch.allclose(state["algorithm/v"].double(), mean("algorithm/v"), atol=1e-9)
+        if "algorithm/compressor/stream" in state:
+            assert state["algorithm/compressor/stream"] == fresh["algorithm/compressor/stream"]
+            assert state["algorithm/compressor/step"] == 6
+        assert sum(losses[-5:]) < sum(losses[:5])
+    if "algorithm/e" in old[0]:
+        kept = sum(state["algorithm/e"].double() for _, state, _ in new)
+        assert torch.allclose(kept, sum(state["algorithm/e"].double() for state in old), atol=1e-6)
+
+
+def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
+    algorithm = EFSGD(TopK(0.2), overlap=True)
+    loopback.run(3, trained, tmp_path, algorithm)
+    with pytest.raises(CheckpointError, match=r"each of 3 ranks that is under way \(algorithm\.overlap = true\)"):
+        loopback.run(2, resized, tmp_path, algorithm)
+
+
+def deal(size, samples=96, batch_size=2):
+    labels = np.arange(samples) % 4
+    return Deal(partial(partition, "iid", labels, seed=7), samples, size, batch_size, seed=7)
+
+
+def visited(deal, epoch, start, stop):
+    """Return the samples of some steps of an epoch, over all ranks."""
+    orders = [deal.order(epoch, rank)[start * deal.batch_size : stop * deal.batch_size] for rank in range(deal.size)]
+    return np.concatenate(orders).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (4, 8), (2, 5, 3), (8, 1, 4)])
+def test_no_sample_of_an_epoch_comes_twice_when_the_number_of_ranks_changes(sizes):
+    current, seen, step = deal(sizes[0]), [], 0
+    step = current.per_epoch  # begin in epoch 1
+    for size in sizes[1:]:
+        epoch, place = current.position(step)
+        seen += visited(current, epoch, place, place + 2)
+        step += 2
+        current = current.resized(step, size)
+    epoch, place = current.position(step)
+    assert epoch == 1
+    seen += visited(current, epoch, place, current.per_epoch)
+    assert -1 not in seen
+    assert len(set(seen)) == len(seen)
+    assert len(seen) > 96 - 2 * 2 * max(sizes) * len(sizes)  # at most a step of each is dropped
+    step += current.per_epoch - place
+    assert current.position(step) == (2, 0)
+    assert np.array_equal(current.order(2, 0), deal(sizes[-1]).order(2, 0))
+
+
+def test_a_change_at_the_end_of_an_epoch_begins_the_next():
+    before = deal(4)
+    after = before.resized(before.per_epoch, 3)
+    assert after.position(before.per_epoch) == (1, 0)
+    full = deal(3)
+    assert sorted(visited(after, 1, 0, after.per_epoch)) == list(range(96))
+    assert len(visited(after, 1, 0, after.per_epoch)) == len(visited(full, 1, 0, full.per_epoch))
+
+
+SERVED = EfficientAdam(TopK(0.2), downlink=TopK(0.2))
+
+
+def served(world, folder, topology):
+    gossip, closure = small.make(world, SERVED, topology)
+    for step in range(6):
+        gossip.step(closure(step))
+    gossip.save(folder)
+    return copied(gossip.state_dict())
+
+
+def served_again(world, folder, topology):
+    gossip, closure = small.make(world, SERVED, topology, seed=1)
+    load_resized(gossip, Checkpoints(folder).latest())
+    state = copied(gossip.state_dict())
+    for step in range(6, 9):
+        gossip.step(closure(step))
+    return state, gossip.local.x
+
+
+def star_of_2(size):
+    """A star whose hub is rank 2."""
+    return from_graph(nx.Graph((2, rank) for rank in range(size) if rank != 2))
+
+
+@pytest.mark.parametrize("before", [ring, star, star_of_2], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("after", [ring, star, star_of_2], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("size", [3, 5])
+def test_new_servers_get_the_error_of_the_old_ones(tmp_path, before, after, size):
+    path = "algorithm/messages/server_error"
+    old = loopback.run(4, served, tmp_path, before)
+    (error, *others) = [state[path] for state in old if state[path].numel()]
+    assert error.any() and all(torch.equal(error, other) for other in others)
+    new = loopback.run(size, served_again, tmp_path, after)
+    for rank, (state, x) in enumerate(new):
+        is_server = after is ring or rank == (2 if after is star_of_2 else 0)
+        assert torch.equal(state[path], error) if is_server else state[path].numel() == 0
+        assert torch.equal(x, new[0][1])
