@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpicomp import algorithms, compression, exchange, topology
     from mpicomp.replica.clipping import Clip
-    from mpicomp.replica.distributed import Distributed, distribute
+    from mpicomp.replica.distribute import distribute
+    from mpicomp.replica.distributed import Distributed
     from mpicomp.replica.tensorboard import TensorBoard
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ _FOUND_IN = {
     "Clip": "mpicomp.replica.clipping",
     "Distributed": "mpicomp.replica.distributed",
     "TensorBoard": "mpicomp.replica.tensorboard",
-    "distribute": "mpicomp.replica.distributed",
+    "distribute": "mpicomp.replica.distribute",
 }
 
 

@@ -35,7 +35,8 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.placement import DeviceKind, choose_device
-from mpicomp.replica.distributed import Distributed, distribute
+from mpicomp.replica.distribute import distribute
+from mpicomp.replica.distributed import Distributed
 
 OWN = "mpicomp"
 """The key of a checkpoint file that says which states of the ranks belong to it."""

@@ -30,7 +30,8 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
-from mpicomp.replica.distributed import Distributed, distribute
+from mpicomp.replica.distribute import distribute
+from mpicomp.replica.distributed import Distributed
 
 FOLDER = "gossip"
 """Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.replica.replica.Replica.save`)."""

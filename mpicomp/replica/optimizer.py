@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from mpicomp.errors import ConfigError
+from mpicomp.replica.flat import FlatModel
 
-if TYPE_CHECKING:
-    from mpicomp.replica.distributed import Distributed
+
+class Steps(Protocol):
+    """What makes the steps: a `Distributed`.
+
+    Attributes:
+        local: the flat model.
+        steps: how many are done.
+
+    """
+
+    local: FlatModel
+    steps: int
+
+    def step(self, closure: Callable[[], Tensor | None]) -> Tensor:
+        """Do one step with the gradient of `closure`."""
+
+    def step_with_gradients(self, is_skipped: bool = False, scale: Tensor | None = None) -> None:
+        """Do one step with the gradients in ``p.grad``."""
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -27,7 +44,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    def __init__(self, gossip: Distributed) -> None:
+    def __init__(self, gossip: Steps) -> None:
         # Not Optimizer.__init__, which would make groups and a state of its own; this makes the hooks.
         self._gossip = gossip
         self._own = gossip.local.optimizer

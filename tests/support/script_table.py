@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from mpicomp.algorithms import EFSGD, GMC, SSGD, Choco, EfficientAdam
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.topology import ring
 
 STEPS = 4

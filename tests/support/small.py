@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
-from mpicomp.replica.distributed import Distributed, distribute
+from mpicomp.replica.distribute import distribute
+from mpicomp.replica.distributed import Distributed
 from mpicomp.topology import ring
 
 CENTERS = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mpicomp.algorithms import DPSGD
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.topology import ring
 
 

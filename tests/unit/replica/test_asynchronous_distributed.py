@@ -10,7 +10,7 @@ from mpicomp.compression import TopK, UniformGrid
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.topology import chain, complete_bipartite, ring, star
 
 TOP = TopK(ratio=0.3)

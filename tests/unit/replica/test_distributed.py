@@ -7,7 +7,7 @@ from mpicomp.algorithms import DPSGD, SSGD, Choco
 from mpicomp.compression import ByRank, TopK, allocate
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange import loopback
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.topology import exponential, ring
 
 

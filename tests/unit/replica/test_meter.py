@@ -11,7 +11,7 @@ from mpicomp.algorithms import DPSGD, Choco
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.exchange import loopback
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.meter import SAMPLED_ENTRIES, Meter, sampled_consensus_distance
 from mpicomp.timing import timed, use_clock
 from mpicomp.topology import ring

@@ -13,7 +13,7 @@ from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
 from mpicomp.compression import TopK
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange import loopback
-from mpicomp.replica.distributed import distribute
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.state import aliases, load_model_, model_leaves
 from mpicomp.topology import ring
 
