@@ -64,7 +64,7 @@ def _save_safetensors(model: dict[str, Tensor], path: Path) -> None:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ConfigError("safetensors is not installed: pip install mpicomp[export]") from error
+        raise ConfigError("safetensors is not installed: pip install safetensors") from error
     first: dict[Tensor, str] = {}
     names = {name: first.setdefault(tensor, name) for name, tensor in model.items()}
     metadata = {name: other for name, other in names.items() if name != other}

@@ -224,7 +224,7 @@ def _versions() -> dict[str, str]:
         "HDF5": f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, MPI {'yes' if h5py.get_config().mpi else 'no'}",
         "compression": "compiled kernels (numba)"
         if kernels.compiled()
-        else "plain torch, several times slower on the CPU: pip install 'mpicomp[fast]'",
+        else "plain torch, several times slower on the CPU: pip install numba",
     }
 
 

@@ -170,7 +170,7 @@ def _draw(schedule: Schedule, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("--picture needs matplotlib: pip install 'mpicomp[plot]'") from error
+        raise ConfigError("--picture needs matplotlib: pip install matplotlib") from error
     inches = min(max(6.0, 0.15 * schedule.size), 30.0)
     figure = Figure(figsize=(inches, inches), layout="constrained")
     axes = figure.add_subplot(aspect="equal", title=_title(schedule))

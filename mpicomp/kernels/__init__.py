@@ -2,8 +2,8 @@
 
 `reference` defines every operation in plain torch. `cpu` and `gpu` have compiled versions, with the same results bit
 for bit, for contiguous float32 and float64 vectors in the memory of the host or of a GPU; they need numba
-(``pip install 'mpicomp[fast]'``) and Triton (``'mpicomp[gpu]'``; torch for CUDA brings it) and take the place of the
-definition where they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
+(the extra ``fast``) and Triton (the extra ``gpu``; torch for CUDA brings it) and take the place of the definition where
+they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
 """
 
 from __future__ import annotations

@@ -62,4 +62,4 @@ def require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"TensorBoard is not installed ({error}): pip install 'mpicomp[tensorboard]'") from error
+        raise ConfigError(f"TensorBoard is not installed ({error}): pip install tensorboard") from error

@@ -88,7 +88,7 @@ def figure(runs: Sequence[Run]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'mpicomp[plot]'") from error
+        raise ConfigError("plots need matplotlib: pip install matplotlib") from error
     made = Figure(figsize=(13, 10), layout="constrained")
     panels = made.subplots(len(ORDINATES), len(ABSCISSAS), sharex="col", sharey="row")
     for row, y in zip(panels, ORDINATES, strict=True):

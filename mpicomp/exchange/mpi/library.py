@@ -42,8 +42,7 @@ try:
         from mpi4py import MPI
 except (ImportError, RuntimeError) as error:
     raise ExchangeError(
-        f"mpi4py finds no MPI library ({error}). Load your cluster's MPI module, or install one: "
-        "pip install 'mpicomp[mpich]'"
+        f"mpi4py finds no MPI library ({error}). Load your cluster's MPI module, or install one: pip install mpich"
     ) from error
 
 check_after_start(family(MPI.Get_library_version()), MPI.COMM_WORLD.Get_size(), os.environ)

@@ -71,5 +71,5 @@ def test_a_file_of_something_else_is_refused(make):
 
 def test_a_missing_matplotlib_is_named(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'mpicomp\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install matplotlib"):
         figure(read_runs([make("a")]))
