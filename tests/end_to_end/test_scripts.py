@@ -62,7 +62,7 @@ def run(body="pass", after="", prepare="", algorithm="gossip"):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"hung for 60 s\n{output}")
-    seconds = [time.time() - float(start) for start in re.findall(r"starts at (\S+)", output)]
+    seconds = [time.time() - float(start) for start in re.findall(r"starts at (\d+\.\d+)", output)]
     assert not seconds or min(seconds) < TIMEOUT_S + END_S, output
     return process.returncode, output
 
