@@ -101,7 +101,8 @@ def test_extra_that_one_rank_cannot_store_is_an_error_on_every_rank(world, share
     gossip, _ = make(world, DPSGD())
     bad = world.size - 1
     extra = {"loader": {"workers": [3, open if world.rank == bad else None]}}
-    with pytest.raises(CheckpointError, match=rf"^extra\['loader'\]\['workers'\]\[1\] is of type .*rank {bad}"):
+    where = f".*rank {bad}" if world.size > 1 else ""  # one rank is not named
+    with pytest.raises(CheckpointError, match=rf"^extra\['loader'\]\['workers'\]\[1\] is of type {where}"):
         gossip.save(shared_tmp_path, extra=extra)
     world.barrier()
     assert list(shared_tmp_path.iterdir()) == []
