@@ -99,7 +99,7 @@ def unknown(section: str, key: str, known: Mapping[str, list[str]], kind: str | 
         hint = _elsewhere(section, known) or nearest(section, known)
         return f"{section} is unknown.{hint or ' Sections: ' + ', '.join(known) + '.'}"
     of = f" for {section}.kind = {kind!r}" if kind is not None else ""
-    hint = _owners(section, key) or _close(section, key, known[section]) or _elsewhere(key, known)
+    hint = _owners(section, key) or _elsewhere(key, known) or _close(section, key, known[section])
     return f"{section}.{key} is unknown{of}.{hint or ' Known: ' + ', '.join(known[section]) + '.'}"
 
 

@@ -365,3 +365,8 @@ def test_only_what_toml_can_say_becomes_a_parameter():
     assert found["pair"][0] == tuple[float, float]
     assert found["pair"][1].default == (1.0, 2.0)
     assert found["untyped"][0] is int
+
+
+def test_the_same_key_of_another_section_is_nearer_than_a_similar_one(load):
+    with pytest.raises(ConfigError, match=r"Did you mean 'optimizer.weight_decay'\?"):
+        load("algorithm.weight_decay=0.1")
