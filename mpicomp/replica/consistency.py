@@ -1,7 +1,7 @@
-"""Whether ranks that must hold the same model do: methods that add up gradients never send the model itself.
+"""Checks that compare the ranks: the same tensors for every method, the same model for methods that add up gradients.
 
-All ranks of any method must have the same tensors, or messages would not fit. In a sum, a rank with another learning
-rate, another frozen layer or other steps would drift away from the others without a word.
+Messages of ranks with other tensors would not fit. A sum never sends the model itself, so a rank with another learning
+rate or another frozen layer would drift away from the others without an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 """How far sums over all parameters may be apart, relative to the sum of absolute values: all-reduces may round."""
 
 
-class Signs(NamedTuple):
+class Compared(NamedTuple):
     """What ranks compare: learning rates by group, names of the frozen parameters, and sums over all parameters."""
 
     rates: tuple[float, ...]
@@ -33,10 +33,10 @@ class Signs(NamedTuple):
     absolute: float
 
 
-def signs(local: FlatModel) -> Signs:
+def compared(local: FlatModel) -> Compared:
     """Return what this rank has to compare."""
     x = local.x.detach()
-    return Signs(
+    return Compared(
         tuple(float(group["lr"]) for group in local.optimizer.param_groups),
         tuple(local.frozen_names()),
         float(x.sum(dtype=torch.float64)),
@@ -73,11 +73,11 @@ def require_same_model(world: World, local: FlatModel) -> None:
         ConfigError: on all ranks; names the rank that differs, and in what.
 
     """
-    first, *others = world.all_gather(signs(local))
+    first, *others = world.all_gather(compared(local))
     agree(world, next((e for rank, other in enumerate(others, 1) if (e := _difference(first, other, rank))), None))
 
 
-def _difference(first: Signs, other: Signs, rank: int) -> ConfigError | None:
+def _difference(first: Compared, other: Compared, rank: int) -> ConfigError | None:
     if other.rates != first.rates:
         return ConfigError(
             f"rank {rank} has the learning rates {_shown(other.rates)}, rank 0 {_shown(first.rates)}: this method "

@@ -145,13 +145,10 @@ class Distributed(Replica):
         while not all(has_left for (has_left,) in self.world.start_gather([True]).wait()):
             self.step_with_gradients(is_skipped=True)
 
-    def require_between_steps(self, what: str) -> None:
-        """Raise ConfigError if a step has begun: `what` is to be done before a forward pass, or after its step."""
-        if self._phases is not None:
-            raise ConfigError(
-                f"{what} in the middle of a step: a forward pass in training mode has begun it. Call it after "
-                "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
-            )
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step has begun whose gradient is still to come."""
+        return self._phases is not None
 
     def _connect(self) -> None:
         assert isinstance(self.algorithm, Algorithm)

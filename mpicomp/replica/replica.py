@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mpicomp.algorithms import AnyAlgorithm
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.saver import Identity, Saver, check_fits, find_checkpoint, topology_name
-from mpicomp.errors import CheckpointError, DivergenceError
+from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.replica.consistency import require_same_tensors
@@ -39,7 +40,7 @@ class Link(Protocol):
     bytes_sent: int
 
 
-class Replica:
+class Replica(ABC):
     """A model that is trained together with those of the other ranks. Making one is collective on all ranks.
 
     Attributes:
@@ -86,9 +87,9 @@ class Replica:
         """Return the steps that checkpoints and records are named after, the same on all ranks; collective on them."""
         return self.steps
 
+    @abstractmethod
     def _connect(self) -> None:
         """Make `link` and `state`; collective on all ranks."""
-        raise NotImplementedError
 
     @property
     def bytes_sent(self) -> int:
@@ -124,8 +125,18 @@ class Replica:
         for buffer in self.local.buffers() if self.averages_buffers else []:
             self.world.mean_(buffer)
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step has begun whose gradient is still to come."""
+        return False
+
     def require_between_steps(self, what: str) -> None:
-        """Raise ConfigError if `what` cannot be done now, because a step has begun; where one can."""
+        """Raise ConfigError if a step has begun: `what` is to be done before a forward pass, or after its step."""
+        if self.is_in_step:
+            raise ConfigError(
+                f"{what} in the middle of a step: a forward pass in training mode has begun it. Call it after "
+                "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import warnings
 
 import pytest
 import torch
@@ -18,8 +19,6 @@ if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 # Lightning and what it imports use deprecated functions of torch, and warn of small data; ours must not warn.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::mpicomp")]
-
-import warnings  # noqa: E402
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

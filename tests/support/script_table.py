@@ -6,7 +6,7 @@ with a closure, and plain torch in one process on the batches of all ranks. The 
 with a method of gossip and with one that adds up gradients; and `SSGD` in the loop must equal plain torch, up to
 rounding, so that a fault of both forms shows as well.
 
-`tests/unit/training/test_scripts.py` runs the table over the loopback, `tests/mpi/test_scripts.py` over MPI. What ends
+`tests/unit/replica/test_scripts.py` runs the table over the loopback, `tests/mpi/test_scripts.py` over MPI. What ends
 a job, such as ranks that wait for one that does not come, is in `tests/end_to_end/test_scripts.py`.
 """
 
@@ -53,7 +53,6 @@ class Row:
         error: the class of that error.
         ranks: how many ranks it needs.
         origin: where people were seen to do it: repository and number of the thread.
-        fault: what is wrong in the package, if the row is known to fail.
 
     """
 
@@ -65,7 +64,6 @@ class Row:
     error: type[Exception] = MpicompError
     ranks: int = 1
     origin: str = ""
-    fault: str = ""
 
     def check(self, world) -> None:
         """Run the script, and its reference, on this rank."""
@@ -127,7 +125,7 @@ class Form:
             yield tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
-def in_all_forms(origin="", torch_too=True, methods=METHODS, fault="", ranks=1):
+def in_all_forms(origin="", torch_too=True, methods=METHODS, ranks=1):
     """Put a script that takes a `Form` into the table."""
 
     def add(script):
@@ -137,16 +135,16 @@ def in_all_forms(origin="", torch_too=True, methods=METHODS, fault="", ranks=1):
         name = script.__name__
         for method, algorithm in methods.items():
             row = Row(f"{name}-{method}", of("loop", algorithm), of("closure", algorithm))
-            TABLE.append(_completed(row, origin, fault, ranks))
+            TABLE.append(_completed(row, origin, ranks))
         if torch_too:  # summed by MPI in an order of its own, and by torch over one large batch
             row = Row(f"{name}-torch", of("loop", SSGD()), of("torch", None), tolerance=2e-5)
-            TABLE.append(_completed(row, origin, fault, ranks))
+            TABLE.append(_completed(row, origin, ranks))
         return script
 
     return add
 
 
-def right(equals, origin="", tolerance=None, methods=METHODS, fault="", ranks=1):
+def right(equals, origin="", tolerance=None, methods=METHODS, ranks=1):
     """Put a script that takes a world and an algorithm into the table, with one that it must equal."""
 
     def add(script):
@@ -157,13 +155,13 @@ def right(equals, origin="", tolerance=None, methods=METHODS, fault="", ranks=1)
                 lambda world, a=algorithm: equals(world, a),
                 tolerance,
             )
-            TABLE.append(_completed(row, origin, fault, ranks))
+            TABLE.append(_completed(row, origin, ranks))
         return script
 
     return add
 
 
-def refused(message, origin="", error=ConfigError, methods=None, fault="", ranks=1):
+def refused(message, origin="", error=ConfigError, methods=None, ranks=1):
     """Put a script that takes a world and an algorithm into the table, to be refused with `message` on all ranks."""
 
     def add(script):
@@ -174,22 +172,19 @@ def refused(message, origin="", error=ConfigError, methods=None, fault="", ranks
                 refused=message,
                 error=error,
             )
-            TABLE.append(_completed(row, origin, fault, ranks))
+            TABLE.append(_completed(row, origin, ranks))
         return script
 
     return add
 
 
-def _completed(row, origin, fault, ranks):
-    return Row(**{**vars(row), "origin": origin, "fault": fault, "ranks": ranks})
+def _completed(row, origin, ranks):
+    return Row(**{**vars(row), "origin": origin, "ranks": ranks})
 
 
 def params():
     """Return the table for `pytest.mark.parametrize`."""
-    return [
-        pytest.param(row, id=row.name, marks=pytest.mark.xfail(strict=True, reason=row.fault) if row.fault else ())
-        for row in TABLE
-    ]
+    return [pytest.param(row, id=row.name) for row in TABLE]
 
 
 # ---- what the scripts are made of
