@@ -113,7 +113,7 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
         for number, victim in enumerate(victims):
             wait_until(partial(run.has_reached, 20 + 25 * number), "training")
             run.kill(victim)
-            wait_until(partial(run.has_ranks, 3 - number), "the others regroup", 10)
+            wait_until(partial(run.has_ranks, 3 - number), "the others regroup")
         wait_until(run.has_ended, "the end")
         if WAYS[way][2]:
             assert run.exit_codes(4) == [0, 0, 137, 137]
@@ -129,7 +129,10 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     assert steps == sorted(steps)
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == steps  # of rank 0, and of the one that took its place
+    # of rank 0, which may die between the two files, and of the rank that took its place
+    last_of_the_dead = [record["step"] for record in records(run.folder) if len(record["gradients"]) == 3][-1]
+    shown = [event.step for event in events.Scalars("loss")]
+    assert sorted({*shown, last_of_the_dead}) == steps and len(shown) >= len(steps) - 1
     assert steps[-1] in range(BATCHES // 4, BATCHES // 4 + 2)  # with the batches that the dead had taken
 
     again = tmp_path / "again"
