@@ -31,12 +31,16 @@ SAMPLED_ENTRIES = 4096
 
 @dataclass
 class Meter:
-    """Adds up losses and seconds; enter it for each step, `take` what came since the last record.
+    """Adds up losses and seconds since the last `take`, or since the start where nobody takes.
+
+    A loop in which steps have a begin and an end enters it for each step. One in which all time is work or waiting
+    calls `work` and `wait` after either.
 
     Attributes:
         loss: the sum over the steps whose loss is known, a scalar.
         steps: how many they are.
-        seconds: of all steps and of meetings, in the order of `MEASURED`.
+        parts: by which the seconds are kept.
+        seconds: of all steps and of meetings, in the order of `parts`.
         total_seconds: the same since the start, without what is hidden.
         runaway: records in a row with public copies that have left the models.
         other: the seconds between steps.
@@ -47,26 +51,38 @@ class Meter:
 
     loss: Tensor
     steps: int = 0
-    seconds: list[float] = field(default_factory=lambda: [0.0] * len(MEASURED))
+    parts: tuple[str, ...] = field(default=MEASURED, metadata=SCRATCH)
+    seconds: list[float] = field(default_factory=list)
     total_seconds: float = 0.0
     runaway: int = 0
     other: float = field(default=0.0, metadata=SCRATCH)
     start: float = field(default=0.0, metadata=SCRATCH)
     since: float | None = field(default=None, metadata=SCRATCH)
 
+    def __post_init__(self) -> None:
+        self.seconds = [0.0] * len(self.parts)
+
     def __enter__(self) -> None:
         self._book_other()
         self.start = now()
 
     def __exit__(self, *error: object) -> None:
-        end = now()
-        parts = take_seconds()
+        self._end_work(self.start, is_step=True)
+
+    def work(self, is_step: bool = False) -> None:
+        """Book the time since what was booked last as work; `is_step` if a gradient was computed in it."""
+        assert self.since is not None
+        self._end_work(self.since, is_step)
+
+    def wait(self) -> None:
+        """Book the time since what was booked last as waiting; for meters with this part."""
+        assert self.since is not None
+        begun = self.since
+        self.skip()
         if taker := recorder():
-            taker.end_step(self.start, end)
-        parts["mix"] = end - self.start - training_seconds(parts)
-        self._book(parts)
-        self.total_seconds += end - self.start
-        self.since = end
+            taker.add_idle(begun, self.since)
+        self._book({"wait": self.since - begun})
+        self.total_seconds += self.since - begun
 
     def add(self, loss: Tensor) -> None:
         """Take in the loss of a step, one number."""
@@ -82,7 +98,7 @@ class Meter:
         seconds = now() - begun
         if taker := recorder():
             taker.add("meet", "exchange", begun, begun + seconds)
-        self.seconds[MEASURED.index("exchange")] += seconds
+        self.seconds[self.parts.index("exchange")] += seconds
         self.total_seconds += seconds
         self.skip()
 
@@ -94,9 +110,9 @@ class Meter:
     def take(self) -> tuple[float | None, dict[str, float]]:
         """Return the mean loss, None if none is known, and the seconds by part since the last call."""
         mean = float(self.loss) / self.steps if self.steps else None
-        seconds = dict(zip(MEASURED, self.seconds, strict=True)) | {OTHER: self.other}
+        seconds = dict(zip(self.parts, self.seconds, strict=True)) | {OTHER: self.other}
         self.loss.zero_()
-        self.steps, self.seconds, self.other = 0, [0.0] * len(MEASURED), 0.0
+        self.steps, self.seconds, self.other = 0, [0.0] * len(self.parts), 0.0
         return mean, seconds
 
     @traced("record", "")
@@ -160,6 +176,16 @@ class Meter:
                 "algorithm.gamma is too large for this compressor, or optimizer.lr is"
             )
 
+    def _end_work(self, begun: float, is_step: bool) -> None:
+        """Book the time since `begun`, by part; `mix` is what the others leave."""
+        end, parts = now(), take_seconds()
+        if taker := recorder():
+            (taker.end_step if is_step else taker.add_rest)(begun, end)
+        parts["mix"] = end - begun - training_seconds(parts)
+        self._book(parts)
+        self.total_seconds += end - begun
+        self.since = end
+
     def _book_other(self) -> None:
         """Book the time since what was booked last as between steps; exchanges may have moved on in it."""
         parts = take_seconds()
@@ -168,7 +194,7 @@ class Meter:
             self.other += now() - self.since - training_seconds(parts)
 
     def _book(self, parts: dict[str, float]) -> None:
-        self.seconds = [total + parts.get(part, 0.0) for total, part in zip(self.seconds, MEASURED, strict=True)]
+        self.seconds = [total + parts.get(part, 0.0) for total, part in zip(self.seconds, self.parts, strict=True)]
 
 
 def sampled_consensus_distance(replica: Replica, step: int) -> float:

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -96,26 +96,24 @@ class StopRequests:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """What a rank reports in a round of the agreement, and the maxima over all ranks.
+class Status:
+    """What a rank reports to the others, and the maxima over all ranks.
 
     Attributes:
         stop: a `Reason`.
         save: 1 if a checkpoint is due by the clock.
         writing: 1 if a checkpoint is still being written.
-        step_us: microseconds a step.
 
     """
 
     stop: int = Reason.NONE
     save: int = 0
     writing: int = 0
-    step_us: int = 0
 
     @classmethod
-    def maxima(cls, rows: Sequence[Sequence[float]]) -> Signs:
-        """Return the largest value of each, given what the ranks have reported."""
-        return cls(*(int(max(column)) for column in zip(*rows, strict=True)))
+    def maxima(cls, statuses: Iterable[Status]) -> Status:
+        """Return the largest value of each."""
+        return cls(*map(max, zip(*map(dataclasses.astuple, statuses), strict=True)))
 
 
 class Agreement:
@@ -126,25 +124,30 @@ class Agreement:
         self._pending: Gather | None = None
         self._begun = self._due = step
         self._interval = 1
+        self._slowest_us = 0
         self._clock = time.perf_counter()
 
     def is_due(self, step: int) -> bool:
         """Return whether all ranks call `next_round` after `step` steps."""
         return step >= self._due
 
-    def next_round(self, step: int, mine: Signs) -> Signs:
+    def next_round(self, step: int, mine: Status) -> Status:
         """End the round under way and return what it says, nothing at first; begin the next with `mine`."""
         agreed = self.finish()
         now = time.perf_counter()
-        if agreed.step_us:
-            wanted = round(1e6 * INTERVAL_S / agreed.step_us)
+        if self._slowest_us:
+            wanted = round(1e6 * INTERVAL_S / self._slowest_us)
             self._interval = max(1, min(wanted, 2 * self._interval))
         step_us = round(1e6 * (now - self._clock) / max(step - self._begun, 1))
         self._clock, self._begun, self._due = now, step, step + self._interval
-        self._pending = self._world.start_gather(dataclasses.astuple(dataclasses.replace(mine, step_us=step_us)))
+        self._pending = self._world.start_gather((*dataclasses.astuple(mine), step_us))
         return agreed
 
-    def finish(self) -> Signs:
+    def finish(self) -> Status:
         """End the round under way, if there is one, and return what it says."""
+        self._slowest_us = 0
         pending, self._pending = self._pending, None
-        return Signs() if pending is None else Signs.maxima(pending.wait())
+        if pending is None:
+            return Status()
+        *statuses, self._slowest_us = (int(max(column)) for column in zip(*pending.wait(), strict=True))
+        return Status(*statuses)

@@ -6,7 +6,7 @@ import pytest
 
 from mpicomp.errors import ConfigError
 from mpicomp.exchange import loopback
-from mpicomp.run.stopping import Agreement, Reason, Signs, StopRequests, signal_number
+from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests, signal_number
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_all_ranks_learn_at_the_same_step_what_one_knows():
         agreement, heard = Agreement(world, 10), []
         for step in range(10, 60):
             if agreement.is_due(step):
-                mine = Signs(stop=Reason.SIGNAL if world.rank == 2 and step >= 12 else Reason.NONE, writing=world.rank)
+                mine = Status(stop=Reason.SIGNAL if world.rank == 2 and step >= 12 else Reason.NONE, writing=world.rank)
                 heard.append((step, agreement.next_round(step, mine)))
         agreement.finish()
         return [(step, signs.stop, signs.writing) for step, signs in heard]
@@ -85,7 +85,7 @@ def test_rounds_become_rarer_when_steps_are_short(monkeypatch):
         for step in range(2000):
             if agreement.is_due(step):
                 due.append(step)
-                agreement.next_round(step, Signs())
+                agreement.next_round(step, Status())
             clock[0] += 0.001
         agreement.finish()
         return due

@@ -1,0 +1,161 @@
+"""A run under way, on one rank: what it was started with, what it writes to, and how it restarts, stops and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mpicomp.checkpoint.folder import Checkpoint
+from mpicomp.checkpoint.saver import check_fits
+from mpicomp.config.config import RunConfig
+from mpicomp.exchange.base import World
+from mpicomp.exchange.guard import together
+from mpicomp.exchange.watchdog import Watchdog
+from mpicomp.replica.meter import Meter
+from mpicomp.replica.record import Callback, Record, report
+from mpicomp.replica.replica import Replica
+from mpicomp.run.evaluation import evaluate
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.progress import Progress
+from mpicomp.run.resize import load_resized
+from mpicomp.run.result import Result, summary
+from mpicomp.run.setup import Setup, header
+from mpicomp.run.stopping import Reason, StopRequests, stopped
+from mpicomp.state import Leaf, flatten, restore_
+from mpicomp.topology import spectral_gap
+
+METER = "meter/"
+"""Where a checkpoint has the meter."""
+
+
+@dataclass
+class RunContext:
+    """A run under way, on one rank.
+
+    Attributes:
+        config: the run.
+        world: the ranks.
+        setup: what this rank has built.
+        watchdog: ends the run if nothing moves.
+        folder: of the run, for records, checkpoints and the result.
+        progress: what rank 0 shows; None on other ranks.
+        callbacks: what rank 0 tells of each record, after `folder` and `progress`.
+        requests: what may ask the run to stop.
+        checkpoint: what to go on from.
+        resize: whether it may be of another number of ranks.
+        lost: the ranks that have died on the way, in words.
+
+    """
+
+    config: RunConfig
+    world: World
+    setup: Setup
+    watchdog: Watchdog
+    folder: RunFolder | None = None
+    progress: Progress | None = None
+    callbacks: Sequence[Callback] = ()
+    requests: StopRequests | None = None
+    checkpoint: Checkpoint | None = None
+    resize: bool = False
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def written_folder(self) -> RunFolder | None:
+        """The folder, on the rank that writes it."""
+        return self.folder if self.world.rank == 0 else None
+
+    def restore_(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
+        """Take over the state in `checkpoint`, and return it with all else that was stored; collective on all ranks.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another run.
+
+        """
+        checkpoint, world = self.checkpoint, self.world
+        assert checkpoint is not None
+        stored: dict[str, Leaf] = {}
+        with together(world):
+            check_fits(checkpoint, replica.identity(self.config.to_toml()), world.size, self.resize)
+            if checkpoint.manifest.size == world.size:
+                stored = checkpoint.read(world.rank)
+                replica.load_state_dict(stored)
+        if not stored:
+            stored = load_resized(replica, checkpoint)
+        restore_(meter, _meter_leaves(stored))
+        if folder := self.written_folder:
+            folder.save_config(self.config)
+            folder.rewind(checkpoint.manifest.step)
+        return stored
+
+    def leaves(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
+        """Return what `restore_` takes over."""
+        return {**replica.state_dict(), **{METER + path: leaf for path, leaf in flatten(meter).items()}}
+
+    def start(self, step: int, part_done: float) -> None:
+        """Show that training begins after `step` steps, with `part_done` of the run done."""
+        if folder := self.written_folder:
+            folder.save_ranks(self.watchdog.members)
+        if self.progress:
+            self.progress.start(header(self.config, self.setup, self.world, step), part_done)
+
+    def record(self, record: Record) -> None:
+        """Write and show a record."""
+        report(record, self.world.rank, [self.folder, self.progress, *self.callbacks])
+
+    def stop(self, step: int, steps: int, reason: Reason) -> None:
+        """Show that the run has stopped, and its last checkpoint is stored."""
+        if folder := self.written_folder:  # not at the next start: a request may arrive while it begins
+            folder.stop_path.unlink(missing_ok=True)
+        if self.progress:
+            self.progress.finish(stopped(step, steps, reason, self.folder.path if self.folder else None))
+
+    def finish(self, replica: Replica, meter: Meter, last: Record, end: Callable[[], object]) -> Result:
+        """Store and show what the whole run came to, and return it; collective on all ranks.
+
+        Args:
+            replica: the trained model.
+            meter: of this rank.
+            last: the record of the last step, with the accuracy.
+            end: stores the last checkpoint.
+
+        """
+        config, world = self.config, self.world
+        own = evaluate(replica.local.model, self.setup.dataset, world.device)
+        assert last.loss is not None and last.test_accuracy is not None
+        result = Result(
+            algorithm=config.algorithm.kind,
+            topology=config.topology.kind,
+            compressor=config.compression.kind,
+            ranks=world.size,
+            steps=last.step,
+            seconds=max(world.all_gather(meter.total_seconds)),
+            train_loss=last.loss,
+            test_accuracy=last.test_accuracy,
+            test_accuracy_local=world.all_gather(own.right / own.total),
+            bytes_sent=world.all_gather(replica.bytes_sent),
+            consensus_distance=replica.consensus_distance(),
+            parameters=replica.local.spec.numel,
+            spectral_gap=spectral_gap(self.setup.schedule),
+            gradients=last.gradients,
+            delays=last.delays,
+            lost=self.lost,
+        )
+        with replica.averaged() as model:
+            if folder := self.written_folder:
+                folder.save_model(model, config)
+                folder.save_result(result)
+        end()
+        if self.folder and self.progress:
+            self.progress.finish(summary(result, self.folder.path))
+        return result
+
+
+def _meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Return the state of the meter; asynchronous runs of version 0.1 stored it under other names."""
+    leaves = {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)}
+    if "gradients" in leaves:
+        leaves |= {"steps": leaves.pop("gradients"), "total_seconds": leaves.pop("elapsed_s"), "runaway": 0}
+        leaves["loss"] = torch.tensor(leaves["loss"], dtype=torch.float64)
+    return leaves
