@@ -47,7 +47,7 @@ from mpicomp.config.sections import (
 )
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
-from mpicomp.replica.pace import Pace
+from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.topology.base import Schedule
 
 if sys.version_info >= (3, 11):
@@ -146,11 +146,11 @@ class RunConfig:
             source = "a run cannot go on under another configuration (put it back, or start a new run)"
             raise ConfigError(_report(source, problems))
 
-    def pace(self, world: World) -> Pace:
+    def gradient_delay(self, world: World) -> GradientDelay:
         """Return how long the gradients of a rank take."""
-        pace = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
-        pace.sleep = world.sleep
-        return pace
+        delay = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
+        delay.sleep = world.sleep
+        return delay
 
     def check(self, size: int) -> tuple[Schedule, AnyAlgorithm]:
         """Return graph and algorithm for `size` ranks, after a check that they fit; nothing large is allocated.

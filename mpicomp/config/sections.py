@@ -40,7 +40,7 @@ from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback.mailbox import Links
-from mpicomp.replica.pace import Pace, Spread
+from mpicomp.replica.gradient_delay import GradientDelay, Spread
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.base import Schedule
 
@@ -403,14 +403,14 @@ class SlowSection(Section):
                 raise ValueError(f"needs as many slow.{key} as slow.ranks, or one number: {len(value)} are given")
         return self
 
-    def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> Pace:
-        """Return the pace of `rank`, in real time or in that of `simulation`."""
+    def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> GradientDelay:
+        """Return how long the gradients of `rank` take, in real time or in that of `simulation`."""
         simulated = {} if simulation is None else simulation.gradient()
         if rank not in self.ranks:
-            return Pace(seed=seed, rank=rank, **simulated)
+            return GradientDelay(seed=seed, rank=rank, **simulated)
         place = self.ranks.index(rank)
         factor, seconds = (v[place] if isinstance(v, list) else v for v in (self.factor, self.seconds))
-        return Pace(factor, seconds, self.spread, seed, rank, **simulated)
+        return GradientDelay(factor, seconds, self.spread, seed, rank, **simulated)
 
 
 class SimulationSection(Section):
@@ -429,7 +429,7 @@ class SimulationSection(Section):
     """How fast a link takes bytes; each pair of ranks has one in each direction."""
 
     def gradient(self) -> Values:
-        """Return the arguments of a `Pace`."""
+        """Return the arguments of a `GradientDelay`."""
         return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}
 
     def links(self) -> Links:

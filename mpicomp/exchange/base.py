@@ -193,7 +193,7 @@ class Counter(Protocol):
         """Give the memory back."""
 
 
-class Lookout(Protocol):
+class FailureDetector(Protocol):
     """Sees which ranks die, and makes a world of the others."""
 
     def look(self) -> None:
@@ -247,7 +247,7 @@ class World(Protocol):
     def counter(self, start: int = 0) -> Counter:
         """Return a counter whose first value is `start`, the same on all ranks."""
 
-    def lookout(self, names: Sequence[str]) -> Lookout | None:
+    def failure_detector(self, names: Sequence[str]) -> FailureDetector | None:
         """Look after the ranks, of these `names`, from now on; None where one cannot die alone, or not be seen to."""
 
     def now(self) -> float:

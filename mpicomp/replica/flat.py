@@ -17,8 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
+from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.replica.model_checks import listed, named_parameters, trained_parameters
-from mpicomp.replica.pace import Pace
 from mpicomp.timing import timed
 
 _taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -63,7 +63,7 @@ class FlatModel:
         skips_update: whether `update` does nothing.
         loss: the mean loss of the last `gradient`, detached, on the device.
         has_loss: whether that is known: a closure may return None.
-        pace: how long each gradient takes.
+        delay: how long each gradient takes.
 
     Raises:
         ConfigError: a model and an optimizer that do not fit together (see `trained_parameters`).
@@ -91,7 +91,7 @@ class FlatModel:
         self.skips_update = False
         self.loss = torch.full((), torch.nan)
         self.has_loss = False
-        self.pace = Pace()
+        self.delay = GradientDelay()
         self._meanwhile: Meanwhile = None
         self._is_hooked = False
         self._has_backward = False
@@ -157,7 +157,7 @@ class FlatModel:
                     total.add_(self.g)
                 torch.div(total, self.micro_batches, out=self.g)
                 self.loss = self.loss / self.micro_batches
-            self.pace.keep(time.perf_counter() - start, self._meanwhile)
+            self.delay.keep(time.perf_counter() - start, self._meanwhile)
         finally:
             self._meanwhile = None
         self._clip()

@@ -16,10 +16,10 @@ from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.record import Callback, Record, report
 from mpicomp.replica.replica import Replica
+from mpicomp.replica.resize import load_resized
 from mpicomp.run.evaluation import evaluate
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
-from mpicomp.run.resize import load_resized
 from mpicomp.run.result import Result, summary
 from mpicomp.run.setup import Setup, header
 from mpicomp.run.stopping import Reason, StopRequests, stopped
@@ -83,7 +83,7 @@ class RunContext:
                 replica.load_state_dict(stored)
         if not stored:
             stored = load_resized(replica, checkpoint)
-        restore_(meter, _meter_leaves(stored))
+        restore_(meter, meter_leaves(stored))
         if folder := self.written_folder:
             folder.save_config(self.config)
             folder.rewind(checkpoint.manifest.step)
@@ -152,7 +152,7 @@ class RunContext:
         return result
 
 
-def _meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
+def meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
     """Return the state of the meter; asynchronous runs of version 0.1 stored it under other names."""
     leaves = {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)}
     if "gradients" in leaves:

@@ -16,13 +16,13 @@ from mpicomp.replica.distributed import Distributed
 from mpicomp.replica.meter import MEASURED
 from mpicomp.replica.record import Callback, Record
 from mpicomp.replica.state import seed_random
+from mpicomp.run.assignment import ResizeHistory
 from mpicomp.run.asynchronous.loop import train_asynchronously
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
 from mpicomp.run.evaluation import averaged_accuracy
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
-from mpicomp.run.resize import Course
 from mpicomp.run.result import Result
 from mpicomp.run.setup import Setup, set_up
 from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests
@@ -50,7 +50,7 @@ def train(
         folder: where rank 0 writes records, result and model, and every rank its part of the checkpoints.
         progress: what rank 0 shows; None on other ranks.
         checkpoint: what to go on from.
-        resize: whether it may be of another number of ranks (see `mpicomp.run.resize`).
+        resize: whether it may be of another number of ranks (see `mpicomp.replica.resize`).
         requests: what may ask the run to stop. It then stores a checkpoint and returns None.
         trace_steps: how many steps the timeline shows, from the first one of this start on; 0 for none.
         callbacks: what rank 0 tells of each record, after `folder` and `progress`; where ranks may die, another one
@@ -77,11 +77,11 @@ def _train_in_step(run: RunContext) -> Result | None:
     """Train with ranks that all do the same number of steps."""
     config, world, setup = run.config, run.world, run.setup
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
-    gossip.local.pace = config.pace(world)
+    gossip.local.delay = config.gradient_delay(world)
     seed_random(config.run.seed, world.rank)
     if run.checkpoint:
         stored = run.restore_(gossip, gossip.meter)
-        _restore_deal(setup, run.checkpoint.manifest.size, str(stored["data/course"]), gossip.steps, world.size)
+        _restore_assignment(setup, run.checkpoint.manifest.size, str(stored["data/course"]), gossip.steps, world.size)
     learning_rate = config.schedule.build(setup.epoch(setup.steps))
     between_steps = _BetweenSteps(run, gossip)
     run.start(gossip.steps, gossip.steps / setup.steps)
@@ -135,13 +135,13 @@ class _BetweenSteps:
 
     def _save(self, step: int) -> None:
         leaves = self._run.leaves(self._gossip, self._gossip.meter)
-        self._checkpoints.save(step, leaves | {"data/course": self._run.setup.deal.course.to_json()})
+        self._checkpoints.save(step, leaves | {"data/course": self._run.setup.assignment.history.to_json()})
 
 
-def _restore_deal(setup: Setup, stored_size: int, course: str, steps: int, size: int) -> None:
-    """Deal the samples from `steps` on as the run has, or to another number of ranks."""
-    deal = dataclasses.replace(setup.deal, size=stored_size, course=Course.from_json(course))
-    setup.deal = deal if stored_size == size else deal.resized(steps, size)
+def _restore_assignment(setup: Setup, stored_size: int, history: str, steps: int, size: int) -> None:
+    """Give the ranks their samples from `steps` on: as stored, or anew for another number of ranks."""
+    assignment = dataclasses.replace(setup.assignment, size=stored_size, history=ResizeHistory.from_json(history))
+    setup.assignment = assignment if stored_size == size else assignment.resized(steps, size)
 
 
 def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:

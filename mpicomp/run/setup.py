@@ -22,7 +22,7 @@ from mpicomp.data.datasets import Dataset
 from mpicomp.data.partition import Indices
 from mpicomp.exchange.base import World
 from mpicomp.models import loss
-from mpicomp.run.resize import Deal
+from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
 
@@ -36,7 +36,7 @@ class Setup:
 
     Attributes:
         dataset: all samples.
-        deal: which of them a rank that trains visits when; all take from one pile if its size is 1.
+        assignment: which of them a rank that trains visits when; all take from one pile if its size is 1.
         trainers: how many ranks train.
         schedule: who talks to whom.
         algorithm: how the ranks train.
@@ -47,38 +47,38 @@ class Setup:
     """
 
     dataset: Dataset
-    deal: Deal
+    assignment: BatchAssignment
     trainers: int
     schedule: Schedule
     algorithm: AnyAlgorithm
     model: nn.Module
     optimizer: torch.optim.Optimizer
     training: TrainingSection
-    _ordered: tuple[Deal, int, int] | None = None
+    _ordered: tuple[BatchAssignment, int, int] | None = None
     _order: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def steps(self) -> int:
         """The steps of the whole run, from its start; batches, if all ranks take them from one pile."""
         if self.training.steps:
-            return self.training.steps * self.trainers // self.deal.size
-        return self.deal.course.offset + self.deal.per_epoch * (self.training.epochs or 0)
+            return self.training.steps * self.trainers // self.assignment.size
+        return self.assignment.history.offset + self.assignment.per_epoch * (self.training.epochs or 0)
 
     def epoch(self, step: float) -> float:
         """Return the epochs that are over after `step` steps."""
-        return (step - self.deal.course.offset) / self.deal.per_epoch
+        return (step - self.assignment.history.offset) / self.assignment.per_epoch
 
     def batch(self, step: int, place: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of batch `step` of the rank that is `place` among those that train.
 
         They depend on (seed, epoch, place, step) alone.
         """
-        epoch, index = self.deal.position(step)
-        if self._ordered != (self.deal, epoch, place):
-            self._ordered, self._order = (self.deal, epoch, place), self.deal.order(epoch, place)
-        size = self.deal.batch_size
+        epoch, index = self.assignment.position(step)
+        if self._ordered != (self.assignment, epoch, place):
+            self._ordered, self._order = (self.assignment, epoch, place), self.assignment.order(epoch, place)
+        size = self.assignment.batch_size
         chosen = self._order[index * size : (index + 1) * size]
-        return self.dataset.batch("train", chosen, device, (self.deal.seed, epoch, place, index))
+        return self.dataset.batch("train", chosen, device, (self.assignment.seed, epoch, place, index))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, with its graph."""
@@ -93,18 +93,18 @@ def set_up(config: RunConfig, world: World) -> Setup:
     if isinstance(algorithm, AsynchronousAlgorithm):
         trainers = len(algorithm.trainers(world.size))
         sharers = 1 if algorithm.share == "by_speed" else trainers
-    deal = Deal(
+    assignment = BatchAssignment(
         lru_cache(partial(config.data.split, dataset.train_labels, seed=config.run.seed)),
         len(dataset.train),
         sharers,
         config.training.batch_size,
         config.run.seed,
     )
-    volumes = [len(samples) for samples in deal.split(sharers)]  # raises what is wrong with it
+    volumes = [len(samples) for samples in assignment.split(sharers)]  # raises what is wrong with it
     algorithm = with_volumes(algorithm, volumes, config.compression.allocation)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    return Setup(dataset, deal, trainers, schedule, algorithm, model, optimizer, config.training)
+    return Setup(dataset, assignment, trainers, schedule, algorithm, model, optimizer, config.training)
 
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
@@ -134,7 +134,7 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
     simulated = ", simulated time" if world.is_simulated else ""
     allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
-    is_pile = setup.deal.size == 1 < setup.trainers
+    is_pile = setup.assignment.size == 1 < setup.trainers
     length = f"{steps} batches" if is_pile else f"{steps} steps"
     each = f"samples, from one pile for {setup.trainers} ranks" if is_pile else "samples a rank"
     return [

@@ -127,7 +127,7 @@ def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: 
     """Return what the steps of `setup` take; collective on all ranks."""
     assert not isinstance(setup.algorithm, AsynchronousAlgorithm)
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
-    gossip.local.pace = config.pace(world)
+    gossip.local.delay = config.gradient_delay(world)
     alone = _Alone(setup, config)
     seed_random(config.run.seed, world.rank)
     rows = []

@@ -1,4 +1,4 @@
-"""Boards of the loopback: memory of the same process, with delays on request, so that races can be replayed.
+"""Transports of the loopback: memory of the same process, with delays on request, so that races can be replayed.
 
 With `Delays` every write is cut into up to three pieces, each of which arrives after a random number of turns of its
 target: late, torn, and out of order, as far as a transport may do so. Turns are counted, not timed, and the numbers
@@ -61,7 +61,7 @@ class _Memory:
             self.bytes[begin : begin + piece.size] = piece
 
 
-class LoopbackBoard:
+class LoopbackTransport:
     """The memory of one rank, written by the other threads.
 
     `pause` hands the core on, `meet` is a collective operation that returns the values of all ranks.
@@ -151,7 +151,7 @@ class Clock(Protocol):
         """Note that something will arrive at `rank` at that time."""
 
 
-class SimulatedBoard:
+class SimulatedTransport:
     """The memory of one rank under simulated time: a write arrives whole, as soon as its link has carried it."""
 
     how = "simulation"

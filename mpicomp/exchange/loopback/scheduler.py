@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Stopped
-from mpicomp.exchange.loopback.mailbox import Delays, LoopbackBoard, SimulatedBoard
+from mpicomp.exchange.loopback.mailbox import Delays, LoopbackTransport, SimulatedTransport
 from mpicomp.exchange.mailbox.slots import Slots
 from mpicomp.exchange.watchdog import Waiting
 
@@ -55,7 +55,7 @@ class Collective:
         self.waiting: list[RankThread] = []
 
 
-class Tally:
+class PendingGather:
     """Numbers that the ranks give one by one, without waiting for each other."""
 
     def __init__(self, size: int) -> None:
@@ -82,7 +82,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._threads = [RankThread(rank, threading.Condition(self._lock)) for rank in range(size)]
         self._collective = Collective(size)
-        self._tallies: defaultdict[int, Tally] = defaultdict(lambda: Tally(size))
+        self._gathers: defaultdict[int, PendingGather] = defaultdict(lambda: PendingGather(size))
         self._counters: dict[int, int] = {}
         self._free_cores = cores
         self._ready: deque[RankThread] = deque()
@@ -170,32 +170,32 @@ class Scheduler:
         """Give this rank's part of gather `number`."""
         with self._lock:
             self._check_alive()
-            tally = self._tallies[number]
-            tally.values[rank] = values
-            tally.missing -= 1
-            if not tally.missing:
-                for thread in tally.waiting:
+            pending = self._gathers[number]
+            pending.values[rank] = values
+            pending.missing -= 1
+            if not pending.missing:
+                for thread in pending.waiting:
                     self._wake(thread)
                 self._notify_all()
 
     def is_given(self, number: int) -> bool:
         """Return whether all ranks have given their part of gather `number`."""
         with self._lock:
-            return number not in self._tallies or not self._tallies[number].missing
+            return number not in self._gathers or not self._gathers[number].missing
 
     def collect(self, rank: int, number: int) -> list[list[float]]:
         """Return the parts of gather `number`, when all are there; once for each rank."""
         with self._lock:
-            tally = self._tallies[number]
-            if tally.missing:
-                tally.waiting.append(self._threads[rank])
+            pending = self._gathers[number]
+            if pending.missing:
+                pending.waiting.append(self._threads[rank])
                 with Waiting("gather"):
                     self._sleep(self._threads[rank])
             self._check_alive()
-            tally.unread -= 1
-            if not tally.unread:
-                del self._tallies[number]
-            return tally.values
+            pending.unread -= 1
+            if not pending.unread:
+                del self._gathers[number]
+            return pending.values
 
     def count(self, number: int, start: int) -> int:
         """Return the next value of counter `number`, which begins at `start`."""
@@ -220,9 +220,9 @@ class Scheduler:
             self._await_core(thread)
             self._check_alive()
 
-    def make_board(self, rank: int, slots: Slots) -> LoopbackBoard | SimulatedBoard:
+    def make_transport(self, rank: int, slots: Slots) -> LoopbackTransport | SimulatedTransport:
         """Return the memory of a mailbox."""
-        return LoopbackBoard(
+        return LoopbackTransport(
             rank, slots, self.delays, lambda: self.pause(rank), lambda value: self.gather(rank, value, "mailbox")
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import TypeVar
 
-from mpicomp.exchange.loopback.mailbox import Links, SimulatedBoard
+from mpicomp.exchange.loopback.mailbox import Links, SimulatedTransport
 from mpicomp.exchange.loopback.scheduler import RankThread, Scheduler
 from mpicomp.exchange.mailbox.slots import Slots
 from mpicomp.exchange.watchdog import Waiting
@@ -55,9 +55,9 @@ class SimulatedScheduler(Scheduler):
         with self._lock:
             self._notify(self._threads[rank], at_ns)
 
-    def make_board(self, rank: int, slots: Slots) -> SimulatedBoard:
+    def make_transport(self, rank: int, slots: Slots) -> SimulatedTransport:
         """Return the memory of a mailbox."""
-        return SimulatedBoard(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
+        return SimulatedTransport(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
 
     def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:
         with self._lock:

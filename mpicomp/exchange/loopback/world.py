@@ -48,8 +48,8 @@ class LoopbackWorld:
     def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> SlotMailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
         check_schedule(topology, self.size)
-        board = self._scheduler.make_board(self.rank, slots_of(topology, self.rank, nbytes, depth))
-        return SlotMailbox(self, board, topology, nbytes, depth)
+        transport = self._scheduler.make_transport(self.rank, slots_of(topology, self.rank, nbytes, depth))
+        return SlotMailbox(self, transport, topology, nbytes, depth)
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank: the objects themselves, not copies."""
@@ -76,7 +76,7 @@ class LoopbackWorld:
         self._counters += 1
         return LoopbackCounter(self._scheduler, self._counters, start)
 
-    def lookout(self, names: Sequence[str]) -> None:
+    def failure_detector(self, names: Sequence[str]) -> None:
         """Return None: threads of one process live and die together."""
 
     def now(self) -> float:

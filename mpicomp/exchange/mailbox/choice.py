@@ -1,4 +1,4 @@
-"""Which board a mailbox gets: tried on the ranks at hand, not assumed.
+"""Which transport a mailbox gets: tried on the ranks at hand, not assumed.
 
 ========================================  ===========================================================
 a put arrives while its target is busy    the mailbox
@@ -34,10 +34,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.mailbox.messages import MessageBoard
+from mpicomp.exchange.mailbox.messages import MessageTransport
 from mpicomp.exchange.mailbox.progress import ProgressThread, check_thread_level, is_possible
-from mpicomp.exchange.mailbox.slots import Board, SlotMailbox, slots_of
-from mpicomp.exchange.mailbox.window import WindowBoard, is_passive
+from mpicomp.exchange.mailbox.slots import SlotMailbox, SlotTransport, slots_of
+from mpicomp.exchange.mailbox.window import WindowTransport, is_passive
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.process import Process
 from mpicomp.topology.base import Topology
@@ -99,19 +99,19 @@ def make_mailbox(
         )
     if progress == "thread":
         check_thread_level()
-    board: Board
+    chosen: SlotTransport
     if transport != "messages" and reach.is_everywhere:
         everyone = {rank: rank for rank in range(world.size)}
-        board = WindowBoard(world.comm.Dup(), everyone, world.rank, slots_at, world.is_polite, world.wait)
+        chosen = WindowTransport(world.comm.Dup(), everyone, world.rank, slots_at, world.is_polite, world.wait)
     else:
         near = None
         if transport == "auto" and reach.near:
             node = _node(world)
             places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
-            near = WindowBoard(node, places, world.rank, slots_at, world.is_polite, world.wait)
-        board = MessageBoard(world.comm.Dup(), slots_at, near, world.is_polite)
-    mailbox = SlotMailbox(world, board, topology, nbytes, depth, visible_processes(world))
-    if progress == "thread" or (progress == "auto" and isinstance(board, MessageBoard) and is_possible()):
+            near = WindowTransport(node, places, world.rank, slots_at, world.is_polite, world.wait)
+        chosen = MessageTransport(world.comm.Dup(), slots_at, near, world.is_polite)
+    mailbox = SlotMailbox(world, chosen, topology, nbytes, depth, visible_processes(world))
+    if progress == "thread" or (progress == "auto" and isinstance(chosen, MessageTransport) and is_possible()):
         mailbox.progress = ProgressThread(mailbox)
     return mailbox
 

@@ -1,4 +1,4 @@
-"""Boards over two-sided messages: for hosts without hardware that writes into another host's memory.
+"""Transports over two-sided messages: for hosts without hardware that writes into another host's memory.
 
 A write is an `Isend` whose tag names the slot; the receiver's `poll` matches it and receives straight into that slot.
 Messages below the library's eager limit (64 KiB over TCP with both libraries) leave the sender without the receiver's
@@ -15,7 +15,7 @@ import numpy as np
 
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.mailbox.slots import Slots
-from mpicomp.exchange.mailbox.window import WindowBoard
+from mpicomp.exchange.mailbox.window import WindowTransport
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.wait import poll, rest
 from mpicomp.exchange.staging import Bytes
@@ -23,7 +23,7 @@ from mpicomp.exchange.staging import Bytes
 _NOTE_TAG = 0
 
 
-class MessageBoard:
+class MessageTransport:
     """The memory of a `Mailbox`, written by two-sided messages, and by the window `near` to the ranks that are in it.
 
     Takes the communicators over, and frees them.
@@ -36,7 +36,7 @@ class MessageBoard:
         self,
         comm: MPI.Comm,
         slots_at: Callable[[int], Slots],
-        near: WindowBoard | None,
+        near: WindowTransport | None,
         is_polite: bool,
     ) -> None:
         self._comm = comm

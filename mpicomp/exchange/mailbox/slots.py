@@ -1,8 +1,8 @@
 """The mailbox: neighbors write into each other's memory, and nobody waits for anybody.
 
-Every rank has a piece of memory that its neighbors write into, its `Board`: `depth` slots for the messages of each
-source, and one note from each neighbor. Every slot and every note has a single writer. How the bytes get there is the
-board's business (`window`, `mailbox_messages`, `loopback_mailbox`); they may arrive late, in pieces and in any order.
+Every rank has a piece of memory that its neighbors write into: `depth` slots for the messages of each source, and one
+note from each neighbor. Every slot and every note has a single writer. How the bytes get there is the business of the
+`SlotTransport` (`window`, `messages`, the loopback's); they may arrive late, in pieces and in any order.
 
 A message carries its number (1, 2, ... on each edge), its sender's step, its length and a CRC-32 of all of it; number
 i lies in slot ``(i - 1) % depth``. The reader takes number i when the slot shows i *and* the CRC is right, so a message
@@ -100,7 +100,7 @@ def slots_of(topology: Topology, rank: int, nbytes: int, depth: int) -> Slots:
     return Slots(depth, nbytes, tuple(sorted({*sources, *targets})), tuple(sources))
 
 
-class Board(Protocol):
+class SlotTransport(Protocol):
     """Memory that the neighbors write into. Making one, `settle` and `free` are collective on all ranks.
 
     Attributes:
@@ -172,7 +172,7 @@ class _Known:
 
 
 class SlotMailbox:
-    """The `Mailbox` over a `Board`.
+    """The `Mailbox` over a `SlotTransport`.
 
     Attributes:
         processes: those of the ranks on this machine, as far as this rank can see them.
@@ -182,7 +182,7 @@ class SlotMailbox:
     def __init__(
         self,
         world: World,
-        board: Board,
+        transport: SlotTransport,
         topology: Topology,
         nbytes: int,
         depth: int,
@@ -193,7 +193,7 @@ class SlotMailbox:
         self.topology = topology
         self.bytes_sent = 0
         self.torn = 0
-        self.board = board
+        self.transport = transport
         self.processes = dict(processes or {})
         self.progress: Stoppable | None = None
         self.failure: BaseException | None = None
@@ -215,12 +215,12 @@ class SlotMailbox:
     @property
     def how(self) -> str:
         """The way the bytes take, for people: "window", "messages", ..."""
-        return self.board.how + (", progress thread" if self.progress else "")
+        return self.transport.how + (", progress thread" if self.progress else "")
 
     @property
     def needs_poke(self) -> bool:
         """Whether messages move faster if a rank that computes for long pokes now and then."""
-        return self.board.needs_poke and self.progress is None
+        return self.transport.needs_poke and self.progress is None
 
     @timed("exchange")
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
@@ -240,9 +240,9 @@ class SlotMailbox:
                 outbox = self._outboxes[target]
                 outbox.sent += 1
                 data = _message(outbox.sent, step, packed)
-                self.board.write(target, (outbox.sent - 1) % self._depth, data)
+                self.transport.write(target, (outbox.sent - 1) % self._depth, data)
                 self.bytes_sent += data.nbytes
-            self.board.poll()
+            self.transport.poll()
             if taken:
                 self._news = time.monotonic()
         return taken
@@ -275,7 +275,7 @@ class SlotMailbox:
         with self._lock:
             self._step, self._is_done = step, is_done
             self._tell(*self._known)
-            self.board.poll()
+            self.transport.poll()
 
     def peers(self) -> dict[int, Peer]:
         """Return what is known of each neighbor."""
@@ -291,26 +291,26 @@ class SlotMailbox:
         """Let messages pass; for the middle of a long computation, where they need it."""
         with self._lock:
             self._look()
-            if time.monotonic() - self._told > self.board.beat_s:
+            if time.monotonic() - self._told > self.transport.beat_s:
                 self._tell(*self._known)
 
     def pause(self) -> None:
         """Leave the core to others for a moment; in every loop that waits for mail."""
         self.poke()
-        self.board.pause(time.monotonic() - self._news)
+        self.transport.pause(time.monotonic() - self._news)
 
     def settle(self) -> None:
         """Wait until everything that was put has arrived, and can be received (collective on all ranks)."""
         with self._lock:
-            self.board.settle()
+            self.transport.settle()
 
     def free(self) -> None:
         """Give the memory back; what was not received is lost (collective on all ranks)."""
         if self.progress:
             self.progress.stop()
         with self._lock:
-            self.board.settle()
-            self.board.free()
+            self.transport.settle()
+            self.transport.free()
 
     def _room(self, target: int) -> int:
         outbox = self._outboxes[target]
@@ -320,10 +320,10 @@ class SlotMailbox:
         """Read the notes."""
         if self.failure:
             raise self.failure
-        self.board.poll()
+        self.transport.poll()
         for writer, known in self._known.items():
             begin = self._slots.note(writer)
-            read, step, state, crc = self.board.memory[begin : begin + NOTE].copy().view(np.int64).tolist()
+            read, step, state, crc = self.transport.memory[begin : begin + NOTE].copy().view(np.int64).tolist()
             count, is_done = divmod(state, 2)
             # A torn note is read again at the next look; until then the last one holds.
             if count <= known.count or crc != _note_crc(read, step, state):
@@ -339,13 +339,13 @@ class SlotMailbox:
         for neighbor in neighbors:
             read = self._inboxes[neighbor].read if neighbor in self._inboxes else 0
             note = np.array([read, self._step, state, _note_crc(read, self._step, state)], dtype=np.int64)
-            self.board.write(neighbor, None, note.view(np.uint8))
+            self.transport.write(neighbor, None, note.view(np.uint8))
             self.bytes_sent += note.nbytes
 
     def _take(self, source: int, inbox: _Inbox, layout: Layout, up_to: float) -> Mail | None:
         number = inbox.read + 1
         begin = self._slots.message(source, inbox.read % self._depth)
-        memory = self.board.memory[begin : begin + self._slots.stride]
+        memory = self.transport.memory[begin : begin + self._slots.stride]
         found, step, nbytes, crc = memory[:HEADER].copy().view(np.int64).tolist()
         if found != number:
             return None

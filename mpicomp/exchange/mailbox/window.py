@@ -1,4 +1,4 @@
-"""Boards in an MPI window: a write is a `Put` into the neighbor's memory. The only place with `MPI.Win`.
+"""Transports in an MPI window: a write is a `Put` into the neighbor's memory. The only place with `MPI.Win`.
 
 The window is allocated by MPI in host memory, and locked for all once, for as long as it lives. On one machine such
 memory is shared, and MPICH 5.0.2 and Open MPI 5.0.11 both write it at once, whatever its owner is doing. Between hosts
@@ -24,7 +24,7 @@ PATIENCE_S = 0.3
 """How long a put may take to show up while its target does nothing, for the window to count as passive."""
 
 
-class WindowBoard:
+class WindowTransport:
     """The memory of a `Mailbox` in an MPI window over `comm`, for the neighbors that are in `comm`; it is passive.
 
     Takes the communicator over, and frees it.

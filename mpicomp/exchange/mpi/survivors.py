@@ -53,7 +53,7 @@ _TAG = 1
 
 
 class Survivors:
-    """The `Lookout` of an `MpiWorld` whose ranks are all on this machine.
+    """The `FailureDetector` of an `MpiWorld` whose ranks are all on this machine.
 
     Args:
         world: the ranks.

@@ -151,7 +151,7 @@ class MpiWorld:
         """Return a counter in the memory of rank 0."""
         return WindowCounter(self.comm.Dup(), start)
 
-    def lookout(self, names: Sequence[str]) -> Survivors | None:
+    def failure_detector(self, names: Sequence[str]) -> Survivors | None:
         """Look after the processes of all ranks from now on; None unless all are on this machine, and can be seen."""
         processes = visible_processes(self)
         is_seen = all(self.all_gather(len(processes) == self.size))
@@ -221,7 +221,7 @@ class MpiWorld:
         """Wait for the `request` of a collective operation, politely where ranks outnumber cores.
 
         Raises:
-            RankLost: a rank has died, if there is a `lookout`.
+            RankLost: a rank has died, if there is a `failure_detector`.
 
         """
         if self._survivors is not None:

@@ -26,7 +26,7 @@ class Batches:
         self.held = held
         self.next = start
         self._total = setup.steps
-        self._counter = world.counter(start) if setup.deal.size == 1 and setup.trainers > 1 else None
+        self._counter = world.counter(start) if setup.assignment.size == 1 and setup.trainers > 1 else None
         self._is_trainer = is_trainer
 
     @property

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm
 from mpicomp.errors import ConfigError, ExchangeError, RankLost, TopologyError
-from mpicomp.exchange.base import Lookout
+from mpicomp.exchange.base import FailureDetector
 from mpicomp.exchange.watchdog import Waiting
 from mpicomp.replica.asynchronous_replica import PEERS_S, AsynchronousReplica
+from mpicomp.replica.gradient_delay import SLICE_S
 from mpicomp.replica.meter import Meter
-from mpicomp.replica.pace import SLICE_S
 from mpicomp.replica.pulse import Pulse
 from mpicomp.replica.record import Record
 from mpicomp.replica.state import seed_random
 from mpicomp.run.asynchronous.batches import Batches
-from mpicomp.run.asynchronous.membership import Crew
+from mpicomp.run.asynchronous.membership import ElasticMembership
 from mpicomp.run.asynchronous.report import ASYNCHRONOUS_PARTS, Report, mean_loss, mean_seconds
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
@@ -50,10 +50,10 @@ def train_asynchronously(run: RunContext) -> Result | None:
         raise ConfigError(
             f"--resize: algorithm.kind = {config.algorithm.kind!r} cannot go on with another number of ranks yet"
         )
-    crew = Crew.of(run.world, run.checkpoint)
-    if crew.lost:
-        setup.schedule, setup.trainers = crew.graph(config.topology.build(crew.size)), crew.size
-    training = _Training(run, crew)
+    membership = ElasticMembership.of(run.world, run.checkpoint)
+    if membership.lost:
+        setup.schedule, setup.trainers = membership.graph(config.topology.build(membership.size)), membership.size
+    training = _Training(run, membership)
     while True:
         try:
             return training.go_on()
@@ -64,22 +64,22 @@ def train_asynchronously(run: RunContext) -> Result | None:
 class _Training:
     """One rank of an asynchronous run; making one starts, or goes on from the checkpoint (collective on all ranks)."""
 
-    def __init__(self, run: RunContext, crew: Crew) -> None:
+    def __init__(self, run: RunContext, membership: ElasticMembership) -> None:
         config, world, setup = run.config, run.world, run.setup
         self._run = run
-        self._crew = crew
+        self._membership = membership
         assert isinstance(setup.algorithm, AsynchronousAlgorithm) and isinstance(setup.schedule, Topology)
         self._algorithm = setup.algorithm
         self._replica = AsynchronousReplica(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
         self._meter = Meter(torch.zeros((), dtype=torch.float64, device=world.device), parts=ASYNCHRONOUS_PARTS)
         trainers = self._algorithm.trainers(world.size)
         self._is_trainer = world.rank in trainers
-        self._share = trainers.index(world.rank) if self._is_trainer and setup.deal.size > 1 else 0
-        self._pace = self._replica.local.pace = config.pace(world)
+        self._share = trainers.index(world.rank) if self._is_trainer and setup.assignment.size > 1 else 0
+        self._delay = self._replica.local.delay = config.gradient_delay(world)
         if self._replica.mailbox.needs_poke:
-            self._pace.sleep = self._sleep_and_poke
+            self._delay.sleep = self._sleep_and_poke
         self._learning_rate = config.schedule.build(setup.epoch(setup.steps))
-        self._lookout: Lookout | None = None
+        self._failure_detector: FailureDetector | None = None
         # MPI may yet write into the buffers of a pulse that was given up.
         self._given_up: list[Pulse] = []
         self._last_look = time.monotonic()
@@ -91,7 +91,7 @@ class _Training:
             stored = run.restore_(self._replica, self._meter)
             start, number = int(stored["data/next"]), int(stored["data/held"])
             held = None if number < 0 else number
-        self._pace.gradients = self._meter.steps
+        self._delay.gradients = self._meter.steps
         self._checkpoints = RunCheckpoints(run, self._replica)
         self._begin(start, held)
         run.start(self._logged, self._part_done)
@@ -113,16 +113,16 @@ class _Training:
 
     def regroup(self) -> None:
         """Go on without the ranks that have died; collective on the others."""
-        assert self._lookout is not None
-        run, crew, members = self._run, self._crew, self._run.watchdog.members
+        assert self._failure_detector is not None
+        run, membership, members = self._run, self._membership, self._run.watchdog.members
         self._given_up.append(self._pulse)
         self._checkpoints.give_up()
         self._batches.hold()
-        with self._lookout.regrouped() as dead:
+        with self._failure_detector.regrouped() as dead:
             names = [str(members[rank]) for rank in dead]
             run.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]
-            crew.lose(dead, names)
-            schedule = run.setup.schedule = crew.graph(run.config.topology.build(crew.size))
+            membership.lose(dead, names)
+            schedule = run.setup.schedule = membership.graph(run.config.topology.build(membership.size))
             try:
                 self._algorithm.check(schedule)
             except TopologyError as error:
@@ -132,7 +132,7 @@ class _Training:
                 ) from error
             self._replica.regroup(schedule)
             start = max(run.world.all_gather(self._batches.next))
-            crew.taken = start - sum(run.world.all_gather(self._taken))
+            membership.taken = start - sum(run.world.all_gather(self._taken))
             if run.written_folder and not run.progress:
                 run.progress = Progress(run.config.training.steps, run.config.training.epochs)
                 run.progress.start([], self._part_done)
@@ -159,8 +159,8 @@ class _Training:
         """Look after all ranks, where they can go on without one; collective on all ranks."""
         run = self._run
         if self._replica.mailbox.how == "window":
-            self._lookout = run.world.lookout([str(member) for member in run.watchdog.members])
-        if self._lookout is None and run.progress:
+            self._failure_detector = run.world.failure_detector([str(member) for member in run.watchdog.members])
+        if self._failure_detector is None and run.progress:
             run.progress.warn(
                 "run.on_peer_loss = 'continue' needs ranks that are processes of one machine, see each other there and "
                 "write into windows; here it is 'stop'"
@@ -215,14 +215,14 @@ class _Training:
         step = self._save_last()
         self._free()
         setup = self._run.setup
-        self._run.stop(step, setup.steps * setup.deal.size // setup.trainers, reason)
+        self._run.stop(step, setup.steps * setup.assignment.size // setup.trainers, reason)
 
     def _end(self) -> Result:
         """Take in what is under way, and finish the run."""
         self._replica.drain()
         self._meter.work()
         record = self._record(self._gathered_reports(), with_accuracy=True)
-        self._run.lost = self._crew.lost
+        self._run.lost = self._membership.lost
         return self._run.finish(self._replica, self._meter, record, self._save_and_free)
 
     def _save_and_free(self) -> None:
@@ -245,7 +245,7 @@ class _Training:
 
     @property
     def _gradients_per_epoch(self) -> int:
-        return self._run.setup.deal.per_epoch * self._run.setup.deal.size
+        return self._run.setup.assignment.per_epoch * self._run.setup.assignment.size
 
     def _step(self, reports: list[Report]) -> int:
         """Return the steps of a rank on average."""
@@ -253,11 +253,11 @@ class _Training:
 
     def _done(self, reports: list[Report]) -> int:
         """Return the batches that are done, and those that the dead had taken."""
-        return sum(report.gradients for report in reports) + self._crew.taken
+        return sum(report.gradients for report in reports) + self._membership.taken
 
     @property
     def _part_done(self) -> float:
-        return self._done(self._last_reports) / (self._run.setup.steps * self._run.setup.deal.size)
+        return self._done(self._last_reports) / (self._run.setup.steps * self._run.setup.assignment.size)
 
     @property
     def _taken(self) -> int:
@@ -266,7 +266,7 @@ class _Training:
 
     def _due_evaluations(self, reports: list[Report]) -> int:
         """Return how many evaluations are due by now, without the one at the end."""
-        done, whole = self._done(reports), self._run.setup.steps * self._run.setup.deal.size
+        done, whole = self._done(reports), self._run.setup.steps * self._run.setup.assignment.size
         epochs = min(done, whole - 1) / self._gradients_per_epoch
         return int(epochs / self._run.config.run.evaluate_every_epochs)
 
@@ -341,11 +341,11 @@ class _Training:
 
     def _leaves(self) -> Mapping[str, Leaf]:
         """Return what a checkpoint keeps of this rank; collective on all ranks."""
-        taken_by_all = sum(self._run.world.all_gather(self._taken)) + self._crew.taken
+        taken_by_all = sum(self._run.world.all_gather(self._taken)) + self._membership.taken
         return {
             **self._run.leaves(self._replica, self._meter),
-            **self._crew.leaves(),
-            "data/next": taken_by_all if self._run.setup.deal.size == 1 else self._taken,
+            **self._membership.leaves(),
+            "data/next": taken_by_all if self._run.setup.assignment.size == 1 else self._taken,
             "data/held": -1 if self._batches.held is None else self._batches.held,
         }
 
@@ -365,8 +365,8 @@ class _Training:
         if now - self._last_look < PEERS_S:
             return
         self._last_look = now
-        if self._lookout:
-            self._lookout.look()
+        if self._failure_detector:
+            self._failure_detector.look()
             return
         self._replica.require_neighbors(self._run.watchdog.members, "--resume")
 

@@ -17,7 +17,7 @@ _PATH = "data/crew"
 
 
 @dataclass
-class Crew:
+class ElasticMembership:
     """The ranks of a run.
 
     Attributes:
@@ -34,13 +34,15 @@ class Crew:
     taken: int = 0
 
     @classmethod
-    def of(cls, world: World, checkpoint: Checkpoint | None) -> Crew:
+    def of(cls, world: World, checkpoint: Checkpoint | None) -> ElasticMembership:
         """Return that of a run that starts, or goes on from `checkpoint`; collective on all ranks."""
-        crew = cls(world.size, list(range(world.size)))
+        membership = cls(world.size, list(range(world.size)))
         if checkpoint and checkpoint.manifest.size == world.size:
             with together(world):
-                crew = cls(**json.loads(str(checkpoint.read(world.rank, {_PATH}).get(_PATH, json.dumps(vars(crew))))))
-        return crew
+                membership = cls(
+                    **json.loads(str(checkpoint.read(world.rank, {_PATH}).get(_PATH, json.dumps(vars(membership)))))
+                )
+        return membership
 
     def leaves(self) -> dict[str, Leaf]:
         """Return what a checkpoint must have of it."""

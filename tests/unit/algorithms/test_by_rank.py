@@ -12,7 +12,7 @@ from mpicomp.algorithms import DGC, EFSGD, GMC, AdaGossip, Choco, DCGossip, Deep
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import ByRank, HardThreshold, PerTensor, RandomK, TopK, allocate
 from mpicomp.exchange import loopback
-from mpicomp.run.resize import load_resized
+from mpicomp.replica.resize import load_resized
 from mpicomp.topology import ring, star
 
 VOLUMES = [100, 30, 10, 3, 1]

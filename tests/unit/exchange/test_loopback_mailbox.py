@@ -57,9 +57,9 @@ def test_a_damaged_message_is_named(monkeypatch):
             mailbox.put({"x": torch.ones(50)}, LAYOUT, [1], step=0)
         mailbox.settle()
         if world.rank == 1:
-            assert mailbox.board.memory[-LAYOUT.nbytes * 2 :].any()
+            assert mailbox.transport.memory[-LAYOUT.nbytes * 2 :].any()
             begin = mailbox._slots.message(0, 0) + 100
-            mailbox.board.memory[begin] ^= 1
+            mailbox.transport.memory[begin] ^= 1
             while True:
                 mailbox.receive(LAYOUT)
 

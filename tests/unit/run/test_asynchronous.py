@@ -15,9 +15,12 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.replica.meter import Meter
+from mpicomp.run.context import meter_leaves
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
 from mpicomp.run.setup import Setup
+from mpicomp.state import restore_
 
 HUB, GOSSIP = "configs/methods/dc_asgd.toml", "configs/methods/dc_gossip.toml"
 SHORT = ["training.epochs=2", "schedule.warmup=0"]
@@ -31,7 +34,7 @@ def batches(monkeypatch):
     batch = Setup.batch
 
     def record(self, step, place, device):
-        taken.append((place, *self.deal.position(step)))
+        taken.append((place, *self.assignment.position(step)))
         return batch(self, step, place, device)
 
     monkeypatch.setattr(Setup, "batch", record)
@@ -169,3 +172,10 @@ def test_simulation_keeps_its_infinite_links():
     config = RunConfig.load(HUB)
     assert RunConfig.from_toml(config.to_toml()) == config
     assert dataclasses.asdict(config.simulation.links()) == {"latency_s": 0.0, "bytes_per_s": float("inf")}
+
+
+def test_a_checkpoint_of_version_0_1_has_other_names_for_the_meter():
+    stored = {"meter/gradients": 7, "meter/loss": 3.5, "meter/seconds/0": 1.0, "meter/elapsed_s": 9.0, "model/x": 1}
+    meter = Meter(torch.zeros((), dtype=torch.float64), parts=("gradient",))
+    restore_(meter, meter_leaves(stored))
+    assert (meter.steps, float(meter.loss), meter.seconds, meter.total_seconds) == (7, 3.5, [1.0], 9.0)

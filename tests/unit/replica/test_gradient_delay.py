@@ -3,7 +3,7 @@
 import pytest
 
 from mpicomp.config.sections import SimulationSection, SlowSection
-from mpicomp.replica.pace import SLICE_S, Pace
+from mpicomp.replica.gradient_delay import SLICE_S, GradientDelay
 
 
 def slept(pace, *computed_s):
@@ -16,24 +16,24 @@ def slept(pace, *computed_s):
 
 
 def test_no_rank_is_slow_unless_asked():
-    assert slept(Pace(), 1.0) == []
+    assert slept(GradientDelay(), 1.0) == []
 
 
 def test_factor_and_seconds_add_up():
-    assert slept(Pace(factor=4.0, seconds=0.5), 0.2) == pytest.approx([1.1])
+    assert slept(GradientDelay(factor=4.0, seconds=0.5), 0.2) == pytest.approx([1.1])
 
 
 @pytest.mark.parametrize("spread", ["exponential", "uniform"])
 def test_a_random_time_has_that_mean_and_can_be_repeated(spread):
-    first, second = (slept(Pace(seconds=0.5, spread=spread, seed=3, rank=1), *[0.0] * 4000) for _ in range(2))
+    first, second = (slept(GradientDelay(seconds=0.5, spread=spread, seed=3, rank=1), *[0.0] * 4000) for _ in range(2))
     assert sum(first) / len(first) == pytest.approx(0.5, rel=0.1)
     assert first == second
     assert len(set(first)) > 3990
 
 
 def test_a_pace_goes_on_where_it_was():
-    whole = slept(Pace(seconds=0.5, spread="exponential"), *[0.0] * 10)
-    pace = Pace(seconds=0.5, spread="exponential")
+    whole = slept(GradientDelay(seconds=0.5, spread="exponential"), *[0.0] * 10)
+    pace = GradientDelay(seconds=0.5, spread="exponential")
     pace.gradients = 6
     assert slept(pace, *[0.0] * 4) == whole[6:]
 
@@ -57,7 +57,7 @@ def test_simulated_time_takes_the_place_of_the_real_one():
 
 
 def test_a_slow_rank_looks_at_its_messages_until_they_are_there():
-    pace, seconds, looks = Pace(seconds=0.1), [], iter([False] * 3 + [True])
+    pace, seconds, looks = GradientDelay(seconds=0.1), [], iter([False] * 3 + [True])
     pace.sleep = seconds.append
     pace.keep(0.5, lambda: next(looks))
     assert seconds[:3] == [SLICE_S] * 3

@@ -1,7 +1,4 @@
-from functools import partial
-
 import networkx as nx
-import numpy as np
 import pytest
 import torch
 from support import small
@@ -9,10 +6,9 @@ from support import small
 from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
-from mpicomp.data.partition import partition
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange import loopback
-from mpicomp.run.resize import Deal, load_resized
+from mpicomp.replica.resize import load_resized
 from mpicomp.topology import from_graph, ring, star
 
 
@@ -77,46 +73,6 @@ def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
     loopback.run(3, trained, tmp_path, algorithm)
     with pytest.raises(CheckpointError, match=r"each of 3 ranks that is under way \(algorithm\.overlap = true\)"):
         loopback.run(2, resized, tmp_path, algorithm)
-
-
-def deal(size, samples=96, batch_size=2):
-    labels = np.arange(samples) % 4
-    return Deal(partial(partition, "iid", labels, seed=7), samples, size, batch_size, seed=7)
-
-
-def visited(deal, epoch, start, stop):
-    """Return the samples of some steps of an epoch, over all ranks."""
-    orders = [deal.order(epoch, rank)[start * deal.batch_size : stop * deal.batch_size] for rank in range(deal.size)]
-    return np.concatenate(orders).tolist()
-
-
-@pytest.mark.parametrize("sizes", [(4, 3), (4, 8), (2, 5, 3), (8, 1, 4)])
-def test_no_sample_of_an_epoch_comes_twice_when_the_number_of_ranks_changes(sizes):
-    current, seen, step = deal(sizes[0]), [], 0
-    step = current.per_epoch  # begin in epoch 1
-    for size in sizes[1:]:
-        epoch, place = current.position(step)
-        seen += visited(current, epoch, place, place + 2)
-        step += 2
-        current = current.resized(step, size)
-    epoch, place = current.position(step)
-    assert epoch == 1
-    seen += visited(current, epoch, place, current.per_epoch)
-    assert -1 not in seen
-    assert len(set(seen)) == len(seen)
-    assert len(seen) > 96 - 2 * 2 * max(sizes) * len(sizes)  # at most a step of each is dropped
-    step += current.per_epoch - place
-    assert current.position(step) == (2, 0)
-    assert np.array_equal(current.order(2, 0), deal(sizes[-1]).order(2, 0))
-
-
-def test_a_change_at_the_end_of_an_epoch_begins_the_next():
-    before = deal(4)
-    after = before.resized(before.per_epoch, 3)
-    assert after.position(before.per_epoch) == (1, 0)
-    full = deal(3)
-    assert sorted(visited(after, 1, 0, after.per_epoch)) == list(range(96))
-    assert len(visited(after, 1, 0, after.per_epoch)) == len(visited(full, 1, 0, full.per_epoch))
 
 
 SERVED = EfficientAdam(TopK(0.2), downlink=TopK(0.2))

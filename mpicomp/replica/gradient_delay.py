@@ -20,7 +20,7 @@ SLICE_S = 2e-3
 """How long a rank that is slow on purpose sleeps from one look at its messages to the next."""
 
 
-class Pace:
+class GradientDelay:
     """The time that the gradients of a rank take; its process sleeps, and takes no core from others.
 
     Args:
@@ -28,7 +28,7 @@ class Pace:
         seconds: by which each takes longer beside.
         spread: of the time that comes on top.
         seed: of the random numbers; together with `rank`.
-        rank: whose pace it is.
+        rank: whose gradients they are.
         gradient_s: the mean time of a gradient of an ordinary rank, in simulated seconds; None to take the real time.
         gradient_spread: of that.
 
