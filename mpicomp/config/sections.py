@@ -262,7 +262,7 @@ class AlgorithmSection(Section):
         for key, section, value in (("compressor", "compression", compressor), ("downlink", "downlink", downlink)):
             if key in inspect.signature(target).parameters:
                 arguments[key] = value
-            elif not isinstance(value, Identity):
+            elif not value.is_lossless:
                 users = [
                     f"'{name}'" for name, entry in ALGORITHMS.items() if key in inspect.signature(entry).parameters
                 ]

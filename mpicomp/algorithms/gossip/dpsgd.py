@@ -17,17 +17,27 @@ from typing import Literal
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases, require_positive
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.cast import Cast
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange, Pending
+from mpicomp.state import State
 from mpicomp.topology.base import Topology
+
+LARGEST_ERROR = 2**-8
+"""What a message may change of an entry, relative to it: as much as bfloat16 does."""
 
 
 @dataclass
 class DPSGDState:
-    """The number of steps done, which picks the graph of a varying schedule."""
+    """What a rank keeps.
 
+    Attributes:
+        compressor: state of the compressor.
+        step: the number of steps done, which picks the graph of a varying schedule.
+
+    """
+
+    compressor: State
     step: int = 0
 
 
@@ -38,7 +48,8 @@ class DPSGD(Algorithm[DPSGDState]):
     Attributes:
         order: whether the local step comes before the averaging, or overlaps it.
         gamma: diffusion rate, > 0; 1 replaces the model by the weighted average.
-        compressor: `Identity` or `Cast`: a lossy message of the model itself, without error memory, does not converge.
+        compressor: `Identity`, `Cast` or another that is nearly exact (`Compressor.relative_error`): with a lossier
+            message of the model itself, without error memory, it does not converge.
 
     """
 
@@ -48,7 +59,7 @@ class DPSGD(Algorithm[DPSGDState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        if not isinstance(self.compressor, Identity | Cast):
+        if self.compressor.relative_error > LARGEST_ERROR:
             raise ConfigError(
                 f"algorithm.kind = 'dpsgd' sends the model itself: compression.kind = "
                 f"{type(self.compressor).__name__!r} would not converge. Use 'identity' or 'cast', or "
@@ -62,7 +73,7 @@ class DPSGD(Algorithm[DPSGDState]):
 
     def init(self, local: Local, exchange: Exchange) -> DPSGDState:
         """Start at step 0."""
-        return DPSGDState()
+        return DPSGDState(self.compressor.init(local.spec, local.x.device, exchange.rank))
 
     def phases(self, local: Local, state: DPSGDState, exchange: Exchange) -> Phases:
         """Do one step in the chosen order."""
@@ -70,18 +81,18 @@ class DPSGD(Algorithm[DPSGDState]):
         if self.order == "adapt_then_combine":
             yield None
             local.update()
-            combine_(local, start(local, exchange, topology, self.compressor), exchange, topology, self)
+            combine_(local, start(local, state, exchange, topology, self.compressor), exchange, topology, self)
         else:
-            pending = start(local, exchange, topology, self.compressor)
+            pending = start(local, state, exchange, topology, self.compressor)
             yield pending.test
             combine_(local, pending, exchange, topology, self)
             local.update()
         state.step += 1
 
 
-def start(local: Local, exchange: Exchange, topology: Topology, compressor: Compressor) -> Pending:
+def start(local: Local, state: DPSGDState, exchange: Exchange, topology: Topology, compressor: Compressor) -> Pending:
     """Begin to exchange the models."""
-    payload = compressor.compress(local.x, local.spec, None)
+    payload = compressor.compress(local.x, local.spec, state.compressor)
     return exchange.start(payload, compressor.layout(local.spec), topology)
 
 

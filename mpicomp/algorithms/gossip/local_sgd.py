@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.gossip.dpsgd import DPSGD, combine_, start
+from mpicomp.algorithms.gossip.dpsgd import DPSGD, DPSGDState, combine_, start
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 
@@ -51,4 +51,5 @@ class LocalSGD(Algorithm[LocalSGDState]):
         if state.step % self.period == 0:
             topology = exchange.schedule(state.step // self.period - 1)
             averaging = DPSGD()
-            combine_(local, start(local, exchange, topology, averaging.compressor), exchange, topology, averaging)
+            pending = start(local, DPSGDState(None), exchange, topology, averaging.compressor)
+            combine_(local, pending, exchange, topology, averaging)
