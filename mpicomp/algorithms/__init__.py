@@ -6,6 +6,7 @@ from mpicomp.algorithms.asynchronous.dc_asgd import DCASGD
 from mpicomp.algorithms.asynchronous.dc_gossip import DCGossip
 from mpicomp.algorithms.base import Algorithm, Local
 from mpicomp.algorithms.gossip.adagossip import AdaGossip
+from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import Choco
 from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
@@ -39,6 +40,9 @@ ALGORITHMS: dict[str, type] = {
 }
 """The values of ``algorithm.kind``."""
 
+GOSSIP: dict[str, type] = {kind: algorithm for kind, algorithm in ALGORITHMS.items() if issubclass(algorithm, Gossip)}
+"""The values of ``algorithm.inner``."""
+
 __all__ = [
     "ALGORITHMS",
     "ASGD",
@@ -47,6 +51,7 @@ __all__ = [
     "DPSGD",
     "EFSGD",
     "GMC",
+    "GOSSIP",
     "SGD",
     "SSGD",
     "AdaGossip",
@@ -57,6 +62,7 @@ __all__ = [
     "DCGossip",
     "DeepSqueeze",
     "EfficientAdam",
+    "Gossip",
     "Local",
     "LocalSGD",
     "OneBitAdam",

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
-from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
@@ -141,7 +140,7 @@ def require_fixed_symmetric(name: str, schedule: Schedule) -> None:
 
 def require_no_feedback(name: str, compressor: Compressor) -> None:
     """Raise ConfigError if `compressor` remembers its errors: a method that sends them again by itself diverges."""
-    if isinstance(compressor, ErrorFeedback):
+    if compressor.remembers_errors:
         raise ConfigError(
             f"compression.error_feedback = true: {name} has an error memory of its own and would count every error "
             "twice. Leave it out."

@@ -1,6 +1,6 @@
 """WHAT is sent: one compressor per file, and three that wrap any of them."""
 
-from mpicomp.compression.base import Compressor
+from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.cast import Cast
 from mpicomp.compression.identity import Identity
@@ -60,5 +60,6 @@ __all__ = [
     "TernGrad",
     "TopK",
     "UniformGrid",
+    "Wrapper",
     "allocate",
 ]

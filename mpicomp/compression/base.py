@@ -5,8 +5,10 @@ Messages are those of `mpicomp.compression.message`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,9 +45,36 @@ class Compressor(ABC):
         return True
 
     @property
-    def has_common_support(self) -> bool:
-        """Whether ``values`` of all ranks' messages belong to the same entries in each step, and so can be added up."""
+    def relative_error(self) -> float:
+        """A bound on |Q(x)_i - x_i| / |x_i| of every entry in the normal range; infinite if none is known."""
+        return math.inf
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether Q(x) = x."""
+        return self.relative_error == 0
+
+    @property
+    def remembers_errors(self) -> bool:
+        """Whether what a message leaves out is added to the next one."""
         return False
+
+    def exempts(self, part: Spec) -> bool:
+        """Return whether the tensor of `part` is exempt from compression, and sent as it is in every message."""
+        return False
+
+    @property
+    def has_common_support(self) -> bool:
+        """Whether all ranks' messages are of the same entries in each step, so that `summable` can be added up."""
+        return False
+
+    def summable(self, payload: Payload) -> Tensor:
+        """Return what of a message of common support is added up over the ranks, (m,); the rest is the same on all."""
+        return payload["values"]
+
+    def with_sum(self, payload: Payload, total: Tensor) -> Payload:
+        """Return a message of common support with `total` (m,) for its `summable`."""
+        return {**payload, "values": total}
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
         """Return the initial state for the vectors of `spec`; random ones of different `stream`s are independent."""
@@ -84,3 +113,68 @@ class Compressor(ABC):
         out = torch.zeros(spec.numel, dtype=spec.dtype, device=next(iter(payload.values())).device)
         self.accumulate(payload, spec, out)
         return out
+
+
+@dataclass(frozen=True)
+class Wrapper(Compressor):
+    """A compressor around another one, which answers for it in all that a subclass does not say by itself.
+
+    Attributes:
+        inner: the other one.
+
+    """
+
+    inner: Compressor
+
+    @property
+    def is_unbiased(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_unbiased
+
+    @property
+    def is_contractive(self) -> bool:
+        """As the inner one."""
+        return self.inner.is_contractive
+
+    @property
+    def relative_error(self) -> float:
+        """As of the inner one."""
+        return self.inner.relative_error
+
+    @property
+    def remembers_errors(self) -> bool:
+        """As the inner one."""
+        return self.inner.remembers_errors
+
+    def exempts(self, part: Spec) -> bool:
+        """As the inner one."""
+        return self.inner.exempts(part)
+
+    @property
+    def has_common_support(self) -> bool:
+        """As the inner one."""
+        return self.inner.has_common_support
+
+    def summable(self, payload: Payload) -> Tensor:
+        """As the inner one."""
+        return self.inner.summable(payload)
+
+    def with_sum(self, payload: Payload, total: Tensor) -> Payload:
+        """As the inner one."""
+        return self.inner.with_sum(payload, total)
+
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
+        """Return the state of the inner one."""
+        return self.inner.init(spec, device, stream)
+
+    def layout(self, spec: Spec) -> Layout:
+        """Return the inner layout."""
+        return self.inner.layout(spec)
+
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """As the inner one."""
+        return self.inner.compress(x, spec, state)
+
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """As the inner one."""
+        self.inner.accumulate(payload, spec, out, weight)

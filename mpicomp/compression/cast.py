@@ -37,6 +37,11 @@ class Cast(Compressor):
         if self.dtype not in _DTYPES:
             raise ConfigError(f"compression.dtype = {self.dtype!r} must be 'float16' or 'bfloat16'")
 
+    @property
+    def relative_error(self) -> float:
+        """Half a unit in the last place."""
+        return torch.finfo(_DTYPES[self.dtype]).eps / 2
+
     def layout(self, spec: Spec) -> Layout:
         """``values`` (n,)."""
         return Layout((Field("values", _DTYPES[self.dtype], spec.numel),))

@@ -25,6 +25,11 @@ class Identity(Compressor):
         return True
 
     @property
+    def relative_error(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
     def has_common_support(self) -> bool:
         """All entries."""
         return True

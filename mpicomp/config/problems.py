@@ -73,15 +73,21 @@ class Checked:
         if kind == "extra_forbidden":
             return unknown(self.name, key, known, self._values.get("kind"))
         if kind == "missing":
-            return f"{dotted} is missing{self._needed_by()}"
+            return f"{dotted} is missing{self._needed_by(key)}"
         if not key:
             return f"{self.name} {errors[0]['msg'].removeprefix('Value error, ')}"
         rules = " or ".join(dict.fromkeys(_rule(error) for error in errors))
         return f"{dotted} = {shown(self._values.get(key))} {rules}"
 
-    def _needed_by(self) -> str:
-        kind = self._values.get("kind")
-        return f": {self.name}.kind = {kind!r} needs it" if kind is not None else " and has no default"
+    def _needed_by(self, key: str) -> str:
+        for choosing, choice in self._model.choices.items():
+            name = self._values.get(choosing)
+            if name is None:
+                continue
+            target = choice.find(f"{self.name}.{choosing}", self._model.normalized(name))
+            if key in parameters(target, choice.given):
+                return f": {self.name}.{choosing} = {name!r} needs it"
+        return " and has no default"
 
 
 def _rule(error: ErrorDetails) -> str:

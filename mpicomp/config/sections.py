@@ -29,7 +29,7 @@ from pydantic import (
 from torch import nn
 
 from mpicomp import models
-from mpicomp.algorithms import ALGORITHMS, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms import ALGORITHMS, GOSSIP, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
 from mpicomp.compression.wrap.allocation import Rule, check_rule
 from mpicomp.config.parameters import Choice, Factory, parameters
@@ -90,6 +90,8 @@ class Section(BaseModel):
         chosen = []
         for key, choice in cls.choices.items():
             name = values.get(key, cls.model_fields[key].default)
+            if name is None:
+                continue
             if not isinstance(name, str):
                 raise ConfigError(f"{cls.section()}.{key} = {shown(name)} must be a name: {', '.join(choice.registry)}")
             chosen.append((choice.find(f"{cls.section()}.{key}", cls.normalized(name)), choice.given))
@@ -246,9 +248,11 @@ class DownlinkSection(CompressorSection):
 class AlgorithmSection(Section):
     """``[algorithm]``: when to compute and when to talk."""
 
-    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(ALGORITHMS)}
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(ALGORITHMS), "inner": Choice(GOSSIP)}
 
     kind: str = "dpsgd"
+    inner: str | None = None
+    """How ``"local_sgd"`` mixes; the parameters of that method are then keys, too. Without it, as D-PSGD."""
 
     def build(self, compressor: Compressor, downlink: Compressor = Identity()) -> AnyAlgorithm:
         """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
@@ -257,12 +261,19 @@ class AlgorithmSection(Section):
             ConfigError: a parameter out of its range, or a compressor for an algorithm that has no use for it.
 
         """
-        target = ALGORITHMS[self.kind]
-        arguments = self.arguments()
+        target, arguments = ALGORITHMS[self.kind], self.arguments()
+        holds_another = "inner" in inspect.signature(target).parameters
+        if self.inner is not None and not holds_another:
+            raise ConfigError(
+                f"algorithm.inner = {self.inner!r}: algorithm.kind = {self.kind!r} does not go around another "
+                "algorithm. Leave algorithm.inner out, or use algorithm.kind = 'local_sgd'."
+            )
+        sender = GOSSIP[self.inner or "dpsgd"] if holds_another else target
+        compressors = {}
         for key, section, value in (("compressor", "compression", compressor), ("downlink", "downlink", downlink)):
-            if key in inspect.signature(target).parameters:
-                arguments[key] = value
-            elif not isinstance(value, Identity):
+            if key in inspect.signature(sender).parameters:
+                compressors[key] = value
+            elif not value.is_lossless:
                 users = [
                     f"'{name}'" for name, entry in ALGORITHMS.items() if key in inspect.signature(entry).parameters
                 ]
@@ -270,7 +281,14 @@ class AlgorithmSection(Section):
                     f"algorithm.kind = {self.kind!r} has no use for the section [{section}], so leave it out (or "
                     f"{section}.kind = 'identity'). Algorithms that have: {', '.join(users)}."
                 )
-        return cast(AnyAlgorithm, _built(self, (Algorithm, AsynchronousAlgorithm), lambda: target(**arguments)))
+
+        def make() -> Any:
+            if not holds_another:
+                return target(**arguments, **compressors)
+            settings = self.arguments("inner") if self.inner else {}
+            return target(**arguments, inner=sender(**settings, **compressors))
+
+        return cast(AnyAlgorithm, _built(self, (Algorithm, AsynchronousAlgorithm), make))
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the algorithm; a compressor that cannot be built is reported by its own section."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms import Algorithm, AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.wrap.allocation import Rule, allocate, summary
 from mpicomp.config.config import RunConfig
@@ -109,6 +109,8 @@ def set_up(config: RunConfig, world: World) -> Setup:
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
     """Return `algorithm` for ranks of so many samples: ratios by `rule`, and its field ``volumes`` if it has one."""
+    if isinstance(inner := getattr(algorithm, "inner", None), Algorithm):
+        return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), inner=with_volumes(inner, volumes, rule)))
     found: dict[str, Any] = {}
     if rule != "uniform":
         found["compressor"] = allocate(cast(Any, algorithm).compressor, volumes, rule)

@@ -63,6 +63,11 @@ TOP = COMPRESSORS["topk"]
 # SSGD is left out: MPI chooses the order of its sums.
 DETERMINISTIC = {
     "local_sgd": LocalSGD(period=2),
+    "local_sgd_float16": LocalSGD(3, DPSGD(compressor=COMPRESSORS["float16"])),
+    "local_sgd_choco": LocalSGD(2, Choco(0.2, TOP)),
+    "local_sgd_choco_random": LocalSGD(2, Choco(0.1, COMPRESSORS["randk_private"])),
+    "local_sgd_adagossip": LocalSGD(3, AdaGossip(0.01, TOP)),
+    "local_sgd_deep_squeeze": LocalSGD(2, DeepSqueeze(0.05, TOP)),
     "dpsgd": DPSGD(),
     "dpsgd_overlapped": DPSGD(order="combine_then_adapt"),
     "dpsgd_float16": DPSGD(compressor=COMPRESSORS["float16"]),

@@ -86,7 +86,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
 
     Attributes:
         compressor: of the gradients; one that leaves something out gets an error memory.
-        downlink: of the answers; `Identity` sends the model itself.
+        downlink: of the answers; a lossless one sends the model itself.
         hubs: how many ranks hold the model, the first ones.
         share: who computes how many gradients.
 
@@ -102,7 +102,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     def __post_init__(self) -> None:
         if self.hubs < 1:
             raise ConfigError(f"algorithm.hubs = {self.hubs} must be at least 1")
-        if isinstance(self.downlink, ErrorFeedback):
+        if self.downlink.remembers_errors:
             raise ConfigError(
                 "downlink.error_feedback = true: a hub knows what its workers hold and sends the difference to it, so "
                 "every error would count twice. Leave it out."
@@ -210,8 +210,8 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         local.update(part)
         state.updates += 1
         state.answered[worker] = state.updates
-        if isinstance(self.downlink, Identity):
-            answer = self.downlink.compress(model, spec, None)
+        if self.downlink.is_lossless:
+            answer = self.downlink.compress(model, spec, state.compressors[worker])
             backup.copy_(model)
         else:
             answer = self.downlink.compress_difference_(model, backup, spec, state.compressors[worker], state.scratch)
@@ -235,7 +235,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         for hub, mails in arrived.items():
             (mail,) = mails
             model = local.x[owners[hub]]
-            if isinstance(self.downlink, Identity):
+            if self.downlink.is_lossless:
                 model.zero_()
             self.downlink.accumulate(mail.payload, _part(local.spec, owners[hub]), model)
             state.is_answered[hub] = True
@@ -243,8 +243,9 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
 
     @property
     def _uplink(self) -> Compressor:
-        is_lossy = self.compressor.is_contractive and not isinstance(self.compressor, Identity)
-        return ErrorFeedback(self.compressor) if is_lossy else self.compressor
+        inner = self.compressor
+        needs_memory = inner.is_contractive and not (inner.is_lossless or inner.remembers_errors)
+        return ErrorFeedback(inner) if needs_memory else inner
 
 
 def _part(spec: Spec, part: slice) -> Spec:

@@ -36,13 +36,13 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import (
-    Algorithm,
     Local,
     Phases,
     require_fixed_symmetric,
     require_no_feedback,
     require_positive,
 )
+from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
     Start,
@@ -75,7 +75,7 @@ class AdaGossipState(ChocoState):
 
 
 @dataclass(frozen=True)
-class AdaGossip(Algorithm[AdaGossipState]):
+class AdaGossip(Gossip[AdaGossipState]):
     """AdaG-SGD with any optimizer as the local step.
 
     Attributes:
@@ -140,11 +140,29 @@ class AdaGossip(Algorithm[AdaGossipState]):
             yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
             self._update(local, state)
+            self._move(local, state)
         else:
             yield None
             self._update(local, state)
-            own, pending = send_difference(self.compressor, local, state, exchange)
-            add_messages_(self.compressor, local, state, exchange, own, pending)
+            self.mix(local, state, exchange)
+
+    def mix(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
+        """Update the public copies, and move towards those of the neighbors."""
+        own, pending = send_difference(self.compressor, local, state, exchange)
+        add_messages_(self.compressor, local, state, exchange, own, pending)
+        self._move(local, state)
+
+    def check_local_steps(self) -> None:
+        """Refuse to overlap, and a momentum that is the displacement by one step and one mixing."""
+        super().check_local_steps()
+        if self.quasi_global_momentum:
+            raise ConfigError(
+                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum}: it is made of single steps that are "
+                "mixed, and local steps are not. Set it to 0, and optimizer.momentum instead."
+            )
+
+    def _move(self, local: Local, state: AdaGossipState) -> None:
+        """From r_i on."""
         state.t += 1
         correction = 1 - self.beta**state.t if self.bias_correction else 1.0
         kernels.adaptive_mix_(

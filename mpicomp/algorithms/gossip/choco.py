@@ -32,13 +32,13 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import (
-    Algorithm,
     Local,
     Phases,
     require_fixed_symmetric,
     require_no_feedback,
     require_positive,
 )
+from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Payload
@@ -68,7 +68,7 @@ class ChocoState:
 
 
 @dataclass(frozen=True)
-class Choco(Algorithm[ChocoState]):
+class Choco(Gossip[ChocoState]):
     """CHOCO-SGD with any optimizer as the local step.
 
     Attributes:
@@ -104,11 +104,14 @@ class Choco(Algorithm[ChocoState]):
             yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
             local.update()
+            kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
         else:
-            yield None
-            local.update()
-            own, pending = send_difference(self.compressor, local, state, exchange)
-            add_messages_(self.compressor, local, state, exchange, own, pending)
+            yield from super().phases(local, state, exchange)
+
+    def mix(self, local: Local, state: ChocoState, exchange: Exchange) -> None:
+        """Update the public copies, and move towards those of the neighbors."""
+        own, pending = send_difference(self.compressor, local, state, exchange)
+        add_messages_(self.compressor, local, state, exchange, own, pending)
         kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Local, require_no_feedback, require_positive
+from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
@@ -41,7 +42,7 @@ class DeepSqueezeState:
 
 
 @dataclass(frozen=True)
-class DeepSqueeze(Algorithm[DeepSqueezeState]):
+class DeepSqueeze(Gossip[DeepSqueezeState]):
     """DeepSqueeze with any optimizer as the local step.
 
     Attributes:
@@ -62,11 +63,9 @@ class DeepSqueeze(Algorithm[DeepSqueezeState]):
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor)
 
-    def phases(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> Phases:
-        """Do one step in the order of the module's docstring."""
+    def mix(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> None:
+        """Exchange the models, compressed, and move towards them."""
         rank, topology, spec = exchange.rank, exchange.schedule(state.step), local.spec
-        yield None
-        local.update()
         v = state.e.add_(local.x)
         own = self.compressor.compress(v, spec, state.compressor)
         pending = exchange.start(own, self.compressor.layout(spec), topology)

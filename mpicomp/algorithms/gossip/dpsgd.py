@@ -15,30 +15,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_positive
+from mpicomp.algorithms.base import Local, Phases, require_positive
+from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.cast import Cast
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange, Pending
-from mpicomp.topology.base import Topology
+from mpicomp.state import State
+
+LARGEST_ERROR = 2**-8
+"""What a message may change of an entry, relative to it: as much as bfloat16 does."""
 
 
 @dataclass
 class DPSGDState:
-    """The number of steps done, which picks the graph of a varying schedule."""
+    """What a rank keeps.
 
+    Attributes:
+        compressor: state of the compressor.
+        step: the number of steps done, which picks the graph of a varying schedule.
+
+    """
+
+    compressor: State
     step: int = 0
 
 
 @dataclass(frozen=True)
-class DPSGD(Algorithm[DPSGDState]):
+class DPSGD(Gossip[DPSGDState]):
     """Decentralized parallel SGD.
 
     Attributes:
         order: whether the local step comes before the averaging, or overlaps it.
         gamma: diffusion rate, > 0; 1 replaces the model by the weighted average.
-        compressor: `Identity` or `Cast`: a lossy message of the model itself, without error memory, does not converge.
+        compressor: `Identity`, `Cast` or another that is nearly exact (`Compressor.relative_error`): with a lossier
+            message of the model itself, without error memory, it does not converge.
 
     """
 
@@ -48,11 +59,11 @@ class DPSGD(Algorithm[DPSGDState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        if not isinstance(self.compressor, Identity | Cast):
+        if self.compressor.relative_error > LARGEST_ERROR:
             raise ConfigError(
-                f"algorithm.kind = 'dpsgd' sends the model itself: compression.kind = "
-                f"{type(self.compressor).__name__!r} would not converge. Use 'identity' or 'cast', or "
-                "algorithm.kind = 'choco', 'adagossip' or 'deep_squeeze'."
+                f"D-PSGD sends the model itself: compression.kind = {type(self.compressor).__name__!r} would not "
+                "converge. Use 'identity' or 'cast', or 'choco', 'adagossip' or 'deep_squeeze' for algorithm.kind (or "
+                "algorithm.inner)."
             )
 
     @property
@@ -62,33 +73,40 @@ class DPSGD(Algorithm[DPSGDState]):
 
     def init(self, local: Local, exchange: Exchange) -> DPSGDState:
         """Start at step 0."""
-        return DPSGDState()
+        return DPSGDState(self.compressor.init(local.spec, local.x.device, exchange.rank))
 
     def phases(self, local: Local, state: DPSGDState, exchange: Exchange) -> Phases:
         """Do one step in the chosen order."""
-        topology = exchange.schedule(state.step)
         if self.order == "adapt_then_combine":
-            yield None
-            local.update()
-            combine_(local, start(local, exchange, topology, self.compressor), exchange, topology, self)
+            yield from super().phases(local, state, exchange)
         else:
-            pending = start(local, exchange, topology, self.compressor)
+            pending = self._start(local, state, exchange)
             yield pending.test
-            combine_(local, pending, exchange, topology, self)
+            self._combine_(local, state, exchange, pending)
             local.update()
+
+    def mix(self, local: Local, state: DPSGDState, exchange: Exchange) -> None:
+        """Exchange the models, and combine them."""
+        self._combine_(local, state, exchange, self._start(local, state, exchange))
+
+    def _start(self, local: Local, state: DPSGDState, exchange: Exchange) -> Pending:
+        """Begin to exchange the models."""
+        payload = self.compressor.compress(local.x, local.spec, state.compressor)
+        return exchange.start(payload, self.compressor.layout(local.spec), exchange.schedule(state.step))
+
+    def _combine_(self, local: Local, state: DPSGDState, exchange: Exchange, pending: Pending) -> None:
+        """``x_i = x_i + gamma (sum_j W_ij x_j - x_i)`` in place, the own model first, then by ascending rank."""
+        rank, topology = exchange.rank, exchange.schedule(state.step)
+        arrived = pending.wait()
+        local.x.mul_(1 - self.gamma * (1 - topology.weight(rank, rank)))
+        for source, payload in arrived.items():
+            self.compressor.accumulate(payload, local.spec, local.x, self.gamma * topology.weight(rank, source))
         state.step += 1
 
-
-def start(local: Local, exchange: Exchange, topology: Topology, compressor: Compressor) -> Pending:
-    """Begin to exchange the models."""
-    payload = compressor.compress(local.x, local.spec, None)
-    return exchange.start(payload, compressor.layout(local.spec), topology)
-
-
-def combine_(local: Local, pending: Pending, exchange: Exchange, topology: Topology, method: DPSGD) -> None:
-    """``x_i = x_i + gamma (sum_j W_ij x_j - x_i)`` in place, the own model first, then by ascending rank."""
-    rank, gamma = exchange.rank, method.gamma
-    arrived = pending.wait()
-    local.x.mul_(1 - gamma * (1 - topology.weight(rank, rank)))
-    for source, payload in arrived.items():
-        method.compressor.accumulate(payload, local.spec, local.x, gamma * topology.weight(rank, source))
+    def check_local_steps(self) -> None:
+        """Refuse the order whose exchange runs behind a gradient."""
+        if self.begins_before_gradient:
+            raise ConfigError(
+                f"algorithm.order = {self.order!r}: D-PSGD would send behind one gradient, and local steps take "
+                "several between two mixings. Use algorithm.order = 'adapt_then_combine'."
+            )

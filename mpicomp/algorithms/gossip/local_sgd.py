@@ -1,54 +1,89 @@
-"""Local SGD: several steps alone, then one averaging of the models.
+"""Local SGD: several steps alone, then one mixing of the models.
 
     repeat H times:  x_i = x_i - lr u_i
-    x_i = sum_j W_ij x_j
+    x_i = mix(x_i)                       that of ``inner``; by default D-PSGD's, x_i = sum_j W_ij x_j
 
-On ``topology.kind = "complete"`` this is local SGD as published; on a sparser graph it is its decentralized form.
-Wire: one dense vector to each neighbor every H steps. Stich 2019, arXiv 1805.09767, Algorithm 1.
+By default and on ``topology.kind = "complete"`` this is local SGD as published; on a sparser graph it is its
+decentralized form. ``inner`` is any gossip method that mixes after its local step: with CHOCO-SGD, the model after H
+steps is what is compared to the public copy, as in SPARQ-SGD (Singh et al. 2019, arXiv 1910.14280) without its trigger.
+
+Wire: one message of ``inner`` to each neighbor every H steps; by default a dense vector. Memory: that of ``inner``.
+Stich 2019, arXiv 1805.09767, Algorithm 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.gossip.dpsgd import DPSGD, combine_, start
+from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.gossip.dpsgd import DPSGD
+from mpicomp.compression.base import Compressor
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
+from mpicomp.state import State
+from mpicomp.topology.base import Schedule
 
 
 @dataclass
 class LocalSGDState:
-    """The number of steps done, which tells when to average."""
+    """What a rank keeps.
 
+    Attributes:
+        inner: state of the inner algorithm.
+        step: the number of steps done, which tells when to mix.
+
+    """
+
+    inner: State
     step: int = 0
 
 
 @dataclass(frozen=True)
 class LocalSGD(Algorithm[LocalSGDState]):
-    """Periodic averaging.
+    """Periodic mixing.
 
     Attributes:
-        period: H, the steps from one averaging to the next.
+        period: H, the steps from one mixing to the next.
+        inner: how models are mixed: any gossip method that does not send behind a gradient.
 
     """
 
     period: int = 4
+    inner: Gossip[Any] = DPSGD()
 
     def __post_init__(self) -> None:
         if self.period < 1:
-            raise ConfigError(f"algorithm.period = {self.period} must be at least 1: the steps between averagings")
+            raise ConfigError(f"algorithm.period = {self.period} must be at least 1: the steps between mixings")
+        if not isinstance(self.inner, Gossip):
+            raise ConfigError(
+                f"algorithm.inner: {type(self.inner).__name__} has no mixing that could go without a gradient. Use a "
+                "gossip method: 'dpsgd', 'choco', 'adagossip' or 'deep_squeeze'."
+            )
+        self.inner.check_local_steps()
+
+    @property
+    def compressor(self) -> Compressor:
+        """That of the inner algorithm."""
+        return self.inner.compressor
+
+    def check(self, schedule: Schedule) -> None:
+        """Need what the inner algorithm needs."""
+        self.inner.check(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> LocalSGDState:
         """Start at step 0."""
-        return LocalSGDState()
+        return LocalSGDState(self.inner.init(local, exchange))
 
     def phases(self, local: Local, state: LocalSGDState, exchange: Exchange) -> Phases:
-        """Take a local step, and average after every `period` of them."""
+        """Take a local step, and mix after every `period` of them."""
         yield None
         local.update()
         state.step += 1
         if state.step % self.period == 0:
-            topology = exchange.schedule(state.step // self.period - 1)
-            averaging = DPSGD()
-            combine_(local, start(local, exchange, topology, averaging.compressor), exchange, topology, averaging)
+            self.inner.mix(local, state.inner, exchange)
+
+    def diagnostics(self, local: Local, state: LocalSGDState) -> dict[str, float]:
+        """Those of the inner algorithm."""
+        return self.inner.diagnostics(local, state.inner)

@@ -39,7 +39,6 @@ from mpicomp.compression.message import Payload, Spec
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import by_rank_of, strength_of, with_strength
 from mpicomp.compression.wrap.feedback import apart_from
-from mpicomp.compression.wrap.per_tensor import PerTensor
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
@@ -189,15 +188,14 @@ class DGC(GradientSum[DGCState]):
 
 def _masked(compressor: Compressor, spec: Spec) -> list[slice]:
     """Return the parts of the flat vector whose momentum is masked: those that are not sent whole in every step."""
-    if by_rank := by_rank_of(compressor):
-        compressor = by_rank.compressors[0]  # what is sent whole is so on all ranks
-    if not (isinstance(compressor, PerTensor) and compressor.dense_1d):
-        return [slice(0, spec.numel)]
-    parts, begin = [], 0
+    parts: list[slice] = []
+    begin = 0
     for part in spec.parts:
-        if not compressor.is_dense(part):
-            parts.append(slice(begin, begin + part.numel))
-        begin += part.numel
+        end = begin + part.numel
+        if not compressor.exempts(part):
+            joined = parts.pop().start if parts and parts[-1].stop == begin else begin
+            parts.append(slice(joined, end))
+        begin = end
     return parts
 
 
@@ -209,9 +207,8 @@ def _ratio(compressor: Compressor) -> float:
         )
     strength = strength_of(compressor)
     if not (strength and strength[0] == "ratio"):
-        inner = compressor.inner if isinstance(compressor, PerTensor) else compressor
         raise ConfigError(
-            f"algorithm.warmup: {type(inner).__name__} keeps no fraction of the entries that could change; use "
+            f"algorithm.warmup: {compressor} keeps no fraction of the entries that could change; use "
             "compression.kind = 'topk', or no warm-up"
         )
     return strength[1]

@@ -67,7 +67,7 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.downlink, ErrorFeedback):
+        if self.downlink.remembers_errors:
             raise ConfigError(
                 f"downlink.error_feedback = true: the server of {self.name} has an error memory of its own and would "
                 "count every error twice. Leave it out."

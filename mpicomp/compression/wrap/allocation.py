@@ -28,6 +28,7 @@ exceeded that way. The smallest ratio decides on gamma of CHOCO-SGD; see `mpicom
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -35,10 +36,9 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from mpicomp.compression.base import Compressor
+from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, with_strength
-from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
 
 Rule = Literal["uniform", "dagc", "waterfill"]
@@ -199,8 +199,8 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
     check_rule(compressor, rule)
     if rule == "uniform":
         return compressor
-    if isinstance(compressor, ErrorFeedback):
-        return ErrorFeedback(allocate(compressor.inner, volumes, rule))
+    if isinstance(compressor, Wrapper) and compressor.remembers_errors:
+        return dataclasses.replace(compressor, inner=allocate(compressor.inner, volumes, rule))
     strength = strength_of(compressor)
     assert strength is not None
     name, mean = strength

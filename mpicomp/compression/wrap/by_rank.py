@@ -27,10 +27,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor
+from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.message import Field, Layout, Payload, Spec
-from mpicomp.compression.wrap.feedback import ErrorFeedback
-from mpicomp.compression.wrap.per_tensor import PerTensor
 from mpicomp.errors import ConfigError
 from mpicomp.state import OWN, State
 
@@ -68,7 +66,7 @@ class ByRank(Compressor):
             raise ConfigError("ByRank needs a compressor for each rank: none is given")
         first = _without_strength(self.compressors[0])
         for rank, compressor in enumerate(self.compressors):
-            if isinstance(compressor, ErrorFeedback | ByRank):
+            if compressor.remembers_errors or by_rank_of(compressor):
                 raise ConfigError(
                     f"ByRank: the compressor of rank {rank} is a {type(compressor).__name__}. Put ErrorFeedback around "
                     "ByRank, and no ByRank into another."
@@ -88,6 +86,15 @@ class ByRank(Compressor):
     def is_contractive(self) -> bool:
         """As all of them."""
         return all(compressor.is_contractive for compressor in self.compressors)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of all of them."""
+        return max(compressor.relative_error for compressor in self.compressors)
+
+    def exempts(self, part: Spec) -> bool:
+        """As each of them."""
+        return self.compressors[0].exempts(part)
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> ByRankState:
         """Start the compressor of rank `stream`; ConfigError if there is none."""
@@ -202,7 +209,7 @@ def _without_strength(compressor: Compressor) -> Compressor:
 
 def strength_of(compressor: Compressor) -> tuple[str, float] | None:
     """Return ``("ratio", value)`` or ``("threshold", value)``, which says how much `compressor` sends, if one does."""
-    if isinstance(compressor, ErrorFeedback | PerTensor):
+    if isinstance(compressor, Wrapper):
         return strength_of(compressor.inner)
     names = getattr(compressor, "__dataclass_fields__", ())  # mypy knows that the base class is no dataclass
     return next(((name, getattr(compressor, name)) for name in STRENGTHS if name in names), None)
@@ -210,7 +217,7 @@ def strength_of(compressor: Compressor) -> tuple[str, float] | None:
 
 def with_strength(compressor: Compressor, value: float) -> Compressor:
     """Return `compressor` with `value` for the ratio or threshold that it must have."""
-    if isinstance(compressor, ErrorFeedback | PerTensor):
+    if isinstance(compressor, Wrapper):
         return dataclasses.replace(compressor, inner=with_strength(compressor.inner, value))
     strength = strength_of(compressor)
     assert strength is not None, compressor
@@ -219,8 +226,9 @@ def with_strength(compressor: Compressor, value: float) -> Compressor:
 
 def by_rank_of(compressor: Compressor) -> ByRank | None:
     """Return the `ByRank` that `compressor` is or wraps, if any."""
-    inner = compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
-    return inner if isinstance(inner, ByRank) else None
+    while isinstance(compressor, Wrapper):
+        compressor = compressor.inner
+    return compressor if isinstance(compressor, ByRank) else None
 
 
 def require_size(compressor: Compressor, size: int) -> None:

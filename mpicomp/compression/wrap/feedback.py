@@ -8,13 +8,14 @@ vector; the sum is formed in it. Seide et al. 2014; Karimireddy et al. 2019, arX
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Layout, Payload, Spec
+from mpicomp.compression.base import Wrapper
+from mpicomp.compression.message import Payload, Spec
 from mpicomp.state import ERROR_MEMORY, State
 from mpicomp.timing import timed
 
@@ -34,7 +35,7 @@ class FeedbackState:
 
 
 @dataclass(frozen=True)
-class ErrorFeedback(Compressor):
+class ErrorFeedback(Wrapper):
     """Remember the error of a compressor.
 
     Attributes:
@@ -42,21 +43,30 @@ class ErrorFeedback(Compressor):
 
     """
 
-    inner: Compressor
+    @property
+    def is_unbiased(self) -> bool:
+        """Not for a single message: an old error comes with it."""
+        return False
 
     @property
     def is_contractive(self) -> bool:
-        """Not for a single message: an old error comes with it."""
+        """Not for a single message."""
         return False
+
+    @property
+    def relative_error(self) -> float:
+        """Without bound for a single message."""
+        return math.inf
+
+    @property
+    def remembers_errors(self) -> bool:
+        """That is what it is for."""
+        return True
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> FeedbackState:
         """Start with no error."""
         residual = torch.zeros(spec.numel, dtype=spec.dtype, device=device)
         return FeedbackState(residual, self.inner.init(spec, device, stream))
-
-    def layout(self, spec: Spec) -> Layout:
-        """The inner layout."""
-        return self.inner.layout(spec)
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: FeedbackState) -> Payload:
@@ -75,11 +85,6 @@ class ErrorFeedback(Compressor):
         payload = apart_from(state.residual, self.inner.compress(state.residual, spec, state.inner))
         self.inner.accumulate(payload, spec, state.residual, -1.0)
         return payload
-
-    @timed("compress")
-    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """As the inner compressor."""
-        self.inner.accumulate(payload, spec, out, weight)
 
 
 def apart_from(x: Tensor, payload: Payload) -> Payload:

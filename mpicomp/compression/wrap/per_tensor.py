@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpicomp.compression.base import Compressor
+from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import LONGEST, Layout, Payload, Spec
 from mpicomp.compression.random import mix64
@@ -35,7 +35,7 @@ class PerTensorState:
 
 
 @dataclass(frozen=True)
-class PerTensor(Compressor):
+class PerTensor(Wrapper):
     """Compress tensor by tensor.
 
     Attributes:
@@ -44,12 +44,16 @@ class PerTensor(Compressor):
 
     """
 
-    inner: Compressor
     dense_1d: bool = False
 
-    def is_dense(self, part: Spec) -> bool:
-        """Return whether the tensor of `part` is sent as it is."""
+    def exempts(self, part: Spec) -> bool:
+        """Return whether the tensor of `part` is one of less than two dimensions, where those are sent as they are."""
         return self.dense_1d and part.is_vector
+
+    @property
+    def has_common_support(self) -> bool:
+        """Never: what could be added up lies in several fields, one a tensor."""
+        return False
 
     def _at_once(self, spec: Spec) -> PerTensorTopK | None:
         """Return what does the same for all tensors at once, where there is such a thing."""
@@ -58,17 +62,7 @@ class PerTensor(Compressor):
         return None
 
     def _of(self, part: Spec) -> Compressor:
-        return Identity() if self.is_dense(part) else self.inner
-
-    @property
-    def is_unbiased(self) -> bool:
-        """As the inner one."""
-        return self.inner.is_unbiased
-
-    @property
-    def is_contractive(self) -> bool:
-        """As the inner one."""
-        return self.inner.is_contractive
+        return Identity() if self.exempts(part) else self.inner
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
         """Start the inner compressor for each tensor."""

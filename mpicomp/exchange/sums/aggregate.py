@@ -106,7 +106,7 @@ class Aggregator:
     def mean_(self, x: Tensor, weights: Sequence[float] | None = None) -> None:
         """Overwrite `x` (n,) by the mean over all ranks, uncompressed."""
         spec = Spec.flat(x.numel(), x.dtype)
-        self.average_({"values": x.clone()}, Identity(), spec, x, weights)
+        self.average_(Identity().compress(x.clone(), spec, None), Identity(), spec, x, weights)
 
     def answer(self, payload: Payload, layout: Layout) -> Payload:
         """Return the `payload` of the servers, which all of them have made alike; that of other ranks is ignored.
@@ -253,10 +253,10 @@ class _StarAverage:
         if self._compressor.has_common_support:
             layout, received = self._compressor.layout(self._spec), self._pending.wait()
             if self._is_hub:
-                values = torch.zeros_like(self._own["values"])
+                total = torch.zeros_like(self._compressor.summable(self._own))
                 for rank, payload in sorted({**received, self._star.hub: self._own}.items()):
-                    values.add_(payload["values"], alpha=self._weights[rank])
-                answer = {**self._own, "values": values}
+                    total.add_(self._compressor.summable(payload), alpha=self._weights[rank])
+                answer = self._compressor.with_sum(self._own, total)
         else:
             self.wait_on_servers(sum_)
             if self._is_hub:
@@ -330,12 +330,12 @@ class _RingAllReduce:
     ) -> None:
         self._exchange, self._ring, self._own = exchange, ring, payload
         self._compressor, self._spec = compressor, spec
-        values = payload["values"]
-        piece = -(-values.numel() // exchange.size)
-        self._layout = Layout((Field("values", values.dtype, piece),))
+        own = compressor.summable(payload)
+        piece = -(-own.numel() // exchange.size)
+        self._layout = Layout((Field("piece", own.dtype, piece),))
         self._place = ring.order.index(exchange.rank)
-        self._sums = values.new_zeros(exchange.size, piece)
-        torch.mul(values, weights[exchange.rank], out=self._sums.view(-1)[: values.numel()])
+        self._sums = own.new_zeros(exchange.size, piece)
+        torch.mul(own, weights[exchange.rank], out=self._sums.view(-1)[: own.numel()])
         self._hops = 0
         self._pending = self._pass_on(self._place)
 
@@ -351,9 +351,9 @@ class _RingAllReduce:
         """Add up, collect, and add the whole to `out`."""
         while self._is_passing_on:
             self._hop()
-        values = self._sums.view(-1)[: self._own["values"].numel()]
+        total = self._sums.view(-1)[: self._compressor.summable(self._own).numel()]
         out.zero_()
-        self._compressor.accumulate({**self._own, "values": values}, self._spec, out)
+        self._compressor.accumulate(self._compressor.with_sum(self._own, total), self._spec, out)
 
     wait_on_servers = wait
 
@@ -367,14 +367,14 @@ class _RingAllReduce:
         self._hops += 1
         place = (self._place - self._hops) % self._exchange.size
         if self._hops < self._exchange.size:
-            self._sums[place].add_(received["values"])
+            self._sums[place].add_(received["piece"])
         else:
-            self._sums[place].copy_(received["values"])
+            self._sums[place].copy_(received["piece"])
         if self._is_passing_on:
             self._pending = self._pass_on(place)
 
     def _pass_on(self, piece: int) -> Pending:
-        return self._exchange.start({"values": self._sums[piece]}, self._layout, self._ring.onward)
+        return self._exchange.start({"piece": self._sums[piece]}, self._layout, self._ring.onward)
 
 
 def _add_up_(

@@ -1,7 +1,7 @@
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DPSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.algorithms import DPSGD, EFSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
 from mpicomp.compression import ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, exponential, ring, star
@@ -75,3 +75,26 @@ def test_quasi_global_momentum_takes_the_place_of_the_optimizers():
 def test_local_sgd_checks_its_period():
     with pytest.raises(ConfigError, match=r"algorithm.period = 0 must be at least 1"):
         LocalSGD(period=0)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (EFSGD(TopK(0.1)), r"algorithm.inner: EFSGD has no mixing .* Use a gossip method: 'dpsgd', 'choco'"),
+        (LocalSGD(), "algorithm.inner: LocalSGD has no mixing"),
+        (Choco(0.1, overlap=True), r"algorithm.overlap = true: Choco would send behind one gradient, .* Leave it out"),
+        (AdaGossip(0.1, overlap=True), "algorithm.overlap = true: AdaGossip"),
+        (DPSGD(order="combine_then_adapt"), "Use algorithm.order = 'adapt_then_combine'"),
+        (AdaGossip(0.1, quasi_global_momentum=0.9), "algorithm.quasi_global_momentum = 0.9: .* Set it to 0"),
+    ],
+    ids=str,
+)
+def test_local_sgd_goes_around_gossip_that_mixes_after_its_step(inner, message):
+    with pytest.raises(ConfigError, match=message):
+        LocalSGD(4, inner)
+
+
+def test_local_sgd_needs_the_graph_of_its_inner_algorithm():
+    with pytest.raises(TopologyError, match=r"'one_peer_exponential' changes from step to step"):
+        LocalSGD(4, Choco(0.1)).check(OnePeerExponential(4))
+    LocalSGD(4, DeepSqueeze(0.1)).check(OnePeerExponential(4))

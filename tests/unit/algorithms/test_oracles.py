@@ -8,7 +8,7 @@ import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DPSGD, SGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
-from mpicomp.compression import Identity, SignNorm, TopK
+from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.topology import OnePeerExponential, chain, complete, hypercube, ring, star, torus
 
 LR = 0.1
@@ -114,6 +114,28 @@ class TestTranscriptions:
                 x = graph.mixing @ x
         close(train(LocalSGD(period=4), graph, 17).x, x)
 
+    def test_local_sgd_with_choco(self, graph):
+        x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+        for step in range(1, 32):
+            x = x - LR * gradients(x)
+            if step % 3 == 0:
+                hat = hat + top_k(x - hat, KEPT)
+                x = x + 0.2 * (graph.mixing @ hat - hat)
+        trained = train(LocalSGD(3, Choco(0.2, TOP)), graph, 31)
+        close(trained.x, x)
+        close(np.stack([state.inner.x_hat for state in trained.states]), hat)
+        assert [state.step for state in trained.states] == [31] * graph.size
+
+    def test_local_sgd_with_deep_squeeze(self, graph):
+        x, e = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+        for step in range(1, 32):
+            x = x - LR * gradients(x)
+            if step % 3 == 0:
+                q = top_k(x + e, KEPT)
+                e = x + e - q
+                x = x + 0.05 * (graph.mixing @ q - q)
+        close(train(LocalSGD(3, DeepSqueeze(0.05, TOP)), graph, 31).x, x)
+
 
 class TestIdentities:
     def test_choco_with_identity_and_gamma_one_is_dpsgd(self):
@@ -130,6 +152,28 @@ class TestIdentities:
     def test_local_sgd_of_period_one_is_dpsgd(self):
         assert np.array_equal(train(LocalSGD(1), ring(5), 9).x, train(DPSGD(), ring(5), 9).x)
 
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            DPSGD(gamma=0.7),
+            Choco(0.2, TOP),
+            Choco(0.1, RandomK(0.3, shared=False)),
+            AdaGossip(0.05, TOP),
+            DeepSqueeze(0.05, TOP),
+        ],
+        ids=str,
+    )
+    def test_local_sgd_of_period_one_is_its_inner_algorithm_bit_for_bit(self, inner):
+        local, plain = (train(method, ring(5), 25, momentum=0.9) for method in (LocalSGD(1, inner), inner))
+        assert np.array_equal(local.x, plain.x)
+        assert local.bytes_sent == plain.bytes_sent
+
+    def test_local_sgd_mixes_on_each_graph_of_a_varying_schedule_in_turn(self):
+        """Two local steps at rate 0 and a mixing: after log2 n of them the mean is exact."""
+        start = spread(8)
+        trained = train(LocalSGD(2), OnePeerExponential(8), 6, lr=0.0, start=start)
+        close(trained.x, np.tile(start.mean(axis=0), (8, 1)), 1e-15)
+
     def test_dpsgd_on_the_complete_graph_is_ssgd(self):
         close(train(DPSGD(), complete(5), 20).x, train(SSGD(), ring(5), 20).x)
 
@@ -140,7 +184,15 @@ class TestIdentities:
 
     @pytest.mark.parametrize(
         "method",
-        [SSGD(), LocalSGD(2), DPSGD(), Choco(0.2, TOP), Choco(0.2, TOP, overlap=True), AdaGossip(0.1, TOP)],
+        [
+            SSGD(),
+            LocalSGD(2),
+            LocalSGD(2, Choco(0.2, TOP)),
+            DPSGD(),
+            Choco(0.2, TOP),
+            Choco(0.2, TOP, overlap=True),
+            AdaGossip(0.1, TOP),
+        ],
         ids=lambda m: m.name,
     )
     def test_one_rank_is_plain_sgd_bit_for_bit(self, method):
@@ -203,6 +255,7 @@ class TestTraffic:
         for sent in train(Choco(0.2, TOP), ring(5), 7).bytes_sent:  # a count, and a bitmap that ends with its last one
             assert 7 * 2 * (KEPT * 8 + 4 + 1) <= sent <= 7 * 2 * (KEPT * 8 + 4 + DIM // 8)
         assert train(LocalSGD(4), ring(5), 7).bytes_sent == [2 * DIM * 8] * 5
+        assert train(LocalSGD(3, Choco(0.02, one)), ring(5), 7).bytes_sent == [2 * 2 * per_message] * 5
         assert train(SSGD(), ring(4), 7).bytes_sent == [7 * 2 * 3 * DIM * 8 // 4] * 4
 
 

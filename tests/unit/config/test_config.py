@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpicomp.algorithms import ALGORITHMS
-from mpicomp.compression import COMPRESSORS, ErrorFeedback, Identity, PerTensor, TopK
+from mpicomp.algorithms import ALGORITHMS, DPSGD, Choco, LocalSGD
+from mpicomp.compression import COMPRESSORS, Cast, ErrorFeedback, Identity, PerTensor, TopK
 from mpicomp.config.config import RunConfig
 from mpicomp.config.parameters import parameters
 from mpicomp.config.schedule import SCHEDULES
@@ -123,6 +123,17 @@ def test_values_on_the_command_line_are_toml_or_text(load):
     assert config.optimizer.nesterov is True
 
 
+def test_local_sgd_goes_around_the_inner_algorithm(load):
+    topk = ("compression.kind=topk", "compression.ratio=0.1")
+    settings = ("algorithm.period=3", "algorithm.gamma=0.3", "algorithm.start=zero")
+    config = load("algorithm.kind=local_sgd", "algorithm.inner=choco", *settings, *topk)
+    assert config.check(4)[1] == LocalSGD(3, Choco(0.3, TopK(0.1), start="zero"))
+    assert RunConfig.from_toml(config.to_toml()) == config
+    assert load("algorithm.kind=local_sgd").check(4)[1] == LocalSGD(4, DPSGD())
+    half = load("algorithm.kind=local_sgd", "algorithm.inner=dpsgd", "algorithm.gamma=0.5", "compression.kind=cast")
+    assert half.check(4)[1] == LocalSGD(4, DPSGD(gamma=0.5, compressor=Cast()))
+
+
 def test_an_empty_value_removes_a_key(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(SMALL + "[topology]\nkind = 'torus'\nndim = 2\n")
@@ -155,6 +166,26 @@ def test_steps_take_the_place_of_epochs(load):
         (["optimizer.lr=nan"], "optimizer.lr = nan must be a finite number"),
         (["optimizer.lr="], "optimizer.lr is missing and has no default"),
         (["algorithm.kind=choco"], "algorithm.gamma is missing: algorithm.kind = 'choco' needs it"),
+        (
+            ["algorithm.kind=local_sgd", "algorithm.inner=choco"],
+            "algorithm.gamma is missing: algorithm.inner = 'choco' needs it",
+        ),
+        (
+            ["algorithm.kind=local_sgd", "algorithm.inner=ef_sgd"],
+            "algorithm.inner = 'ef_sgd' is unknown. Known: adagossip, choco, deep_squeeze, dpsgd.",
+        ),
+        (
+            ["algorithm.inner=choco", "algorithm.gamma=0.1"],
+            "algorithm.inner = 'choco': algorithm.kind = 'dpsgd' does not go around another algorithm. Leave",
+        ),
+        (
+            ["algorithm.kind=local_sgd", "algorithm.inner=choco", "algorithm.gamma=0.1", "algorithm.overlap=true"],
+            "algorithm.overlap = true: Choco would send behind one gradient, and local steps take several",
+        ),
+        (
+            ["algorithm.kind=local_sgd", "compression.kind=topk", "compression.ratio=0.1"],
+            "compression.kind = 'TopK' would not converge. Use 'identity' or 'cast', or 'choco',",
+        ),
         (["topology.lazy=1"], "topology.lazy = 1 must be a valid boolean"),
         (["model.hidden=[8, 'x']"], "model.hidden = [8, 'x'] (entry 1) must be a valid integer"),
         (["training.epochs="], "training needs exactly one of training.epochs and training.steps"),

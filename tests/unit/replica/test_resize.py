@@ -3,7 +3,7 @@ import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam
+from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
 from mpicomp.errors import CheckpointError
@@ -41,11 +41,16 @@ def copied(state):
         AdaGossip(0.01, TopK(0.2)),
         DeepSqueeze(0.05, TopK(0.2)),
         Choco(0.1, RandomK(0.2, shared=False)),
+        LocalSGD(2, Choco(0.1, RandomK(0.2, shared=False))),
+        LocalSGD(2, DeepSqueeze(0.05, TopK(0.2))),
     ],
 )
 def test_what_becomes_of_the_state(tmp_path, algorithm, size):
     old = loopback.run(3, trained, tmp_path, algorithm)
     new = loopback.run(size, resized, tmp_path, algorithm)
+
+    at = "algorithm/inner/" if isinstance(algorithm, LocalSGD) else "algorithm/"
+    messages = 3 if isinstance(algorithm, LocalSGD) else 6
 
     def mean(path):
         return sum(state[path].double() for state in old) / len(old)
@@ -54,18 +59,18 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
         for path in ("model/parameters", "model/buffers/1.running_mean", "optimizer/state/momentum_buffer/0.weight"):
             assert torch.allclose(state[path].double(), mean(path), atol=1e-6)
         assert state["model/buffers/1.num_batches_tracked"] == 6
-        for copy in ("algorithm/x_hat", "algorithm/s"):
+        for copy in (f"{at}x_hat", f"{at}s"):
             if copy in state:
                 assert torch.equal(state[copy], state["model/parameters"])
-        if "algorithm/v" in state:
-            assert torch.allclose(state["algorithm/v"].double(), mean("algorithm/v"), atol=1e-9)
-        if "algorithm/compressor/stream" in state:
-            assert state["algorithm/compressor/stream"] == fresh["algorithm/compressor/stream"]
-            assert state["algorithm/compressor/step"] == 6
+        if f"{at}v" in state:
+            assert torch.allclose(state[f"{at}v"].double(), mean(f"{at}v"), atol=1e-9)
+        if f"{at}compressor/stream" in state:
+            assert state[f"{at}compressor/stream"] == fresh[f"{at}compressor/stream"]
+            assert state[f"{at}compressor/step"] == messages
         assert sum(losses[-5:]) < sum(losses[:5])
-    if "algorithm/e" in old[0]:
-        kept = sum(state["algorithm/e"].double() for _, state, _ in new)
-        assert torch.allclose(kept, sum(state["algorithm/e"].double() for state in old), atol=1e-6)
+    if f"{at}e" in old[0]:
+        kept = sum(state[f"{at}e"].double() for _, state, _ in new)
+        assert torch.allclose(kept, sum(state[f"{at}e"].double() for state in old), atol=1e-6)
 
 
 def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):

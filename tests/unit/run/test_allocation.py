@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint, records
 
-from mpicomp.algorithms import EFSGD
+from mpicomp.algorithms import EFSGD, Choco, LocalSGD
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.compression import ByRank, HardThreshold, PerTensor, TopK
@@ -72,6 +72,16 @@ def test_the_compressor_follows_the_samples_of_the_ranks(load, overrides, make):
     assert [setup.algorithm.compressor for setup in setups] == [ByRank(tuple(make(volumes)))] * 4
     uniform = run(4, lambda world: set_up(load(*overrides, "compression.allocation=uniform"), world))
     assert not isinstance(uniform[0].algorithm.compressor, ByRank)
+
+
+def test_an_algorithm_inside_another_is_given_the_ratios(load):
+    config = load("algorithm.kind=local_sgd", "algorithm.inner=choco", "training.steps=40")
+    (setup, *_) = run(4, lambda world: set_up(config, world))
+    ratios = ByRank(tuple(map(TopK, dagc_ratios(volumes_of(config, 4), 0.05))))
+    assert setup.algorithm == LocalSGD(4, Choco(0.1, ratios))
+    assert any("dagc: ratios of the ranks" in line for line in header(config, setup, run(1, lambda w: w)[0], 0))
+    (result, *others) = run(4, lambda world: train(config, world, None, None))
+    assert all(other == result for other in others)
 
 
 def test_the_header_shows_what_each_rank_has(load):

@@ -1,0 +1,45 @@
+"""What gossip methods share: a step is the optimizer's own, and then a mixing with the neighbors.
+
+    y_i = x_i - lr u_i          the local step
+    x_i = mix(y_i)              the method: messages to the neighbors, and a move towards their models
+
+`mix` has no gradient in it, so that another method may go around it and mix less often (`LocalSGD`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from mpicomp.algorithms.base import Algorithm, Local, Phases, S
+from mpicomp.compression.base import Compressor
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Exchange
+
+
+class Gossip(Algorithm[S]):
+    """A method whose ranks mix their models with those of their neighbors.
+
+    Attributes:
+        compressor: of its messages.
+
+    """
+
+    compressor: Compressor
+
+    @abstractmethod
+    def mix(self, local: Local, state: S, exchange: Exchange) -> None:
+        """Mix `local.x` with the models of the neighbors; `local.g` is not looked at (collective on all ranks)."""
+
+    def phases(self, local: Local, state: S, exchange: Exchange) -> Phases:
+        """Take the local step, and mix."""
+        yield None
+        local.update()
+        self.mix(local, state, exchange)
+
+    def check_local_steps(self) -> None:
+        """Raise ConfigError if `mix` cannot come after several local steps, or after steps that it has not seen."""
+        if self.begins_before_gradient:
+            raise ConfigError(
+                f"algorithm.overlap = true: {self.name} would send behind one gradient, and local steps take several "
+                "between two mixings. Leave it out."
+            )
