@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from mpicomp import __version__
 from mpicomp.errors import MpicompError
 
 COMMANDS: dict[str, str] = {
@@ -74,7 +75,7 @@ debug_option = click.option(
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mpicomp")
+@click.version_option(__version__)
 @debug_option
 def main() -> None:
     """Train on many MPI ranks that talk only to their neighbors, in compressed messages."""
