@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mpicomp.config.parameters import parameters
 from mpicomp.config.sections import SECTIONS, Section, shown
 from mpicomp.errors import ConfigError, MpicompError, nearest
 
@@ -109,7 +108,7 @@ def _owners(section: str, key: str) -> str:
         f"{section}.{choosing} = {name!r}"
         for choosing, choice in SECTIONS[section].choices.items()
         for name, target in choice.registry.items()
-        if key in parameters(target, choice.given)
+        if key in choice.parameters(target)
     ]
     return f" It belongs to {' or '.join(owners[:4])}." if owners else ""
 

@@ -20,7 +20,7 @@ from mpicomp.replica.meter import MEASURED
 from mpicomp.replica.record import Callback, Record, report
 from mpicomp.replica.state import seed_random
 from mpicomp.run.asynchronous.loop import train_asynchronously
-from mpicomp.run.evaluation import averaged_accuracy, evaluate
+from mpicomp.run.evaluation import averaged_score, evaluate
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
 from mpicomp.run.resize import Course, load_resized
@@ -213,13 +213,14 @@ def _restore_(checkpoint: Checkpoint, gossip: Distributed, setup: Setup, config:
 def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
     record = gossip.metrics()
-    accuracy = averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
+    score = averaged_score(gossip, setup.dataset) if with_accuracy else None
     gossip.meter.skip()
     return dataclasses.replace(
         record,
         epoch=setup.epoch(gossip.steps),
         seconds={part: record.seconds[part] for part in MEASURED},
-        test_accuracy=accuracy,
+        test_accuracy=score.accuracy if score else None,
+        test_loss=score.loss if score else None,
     )
 
 
@@ -227,7 +228,7 @@ def _result(config: RunConfig, gossip: Distributed, setup: Setup, last: Record) 
     """Return what the whole run came to; collective on all ranks."""
     world = gossip.world
     own = evaluate(gossip.local.model, setup.dataset, world.device)
-    assert last.loss is not None and last.test_accuracy is not None
+    assert last.loss is not None
     return Result(
         algorithm=config.algorithm.kind,
         topology=config.topology.kind,
@@ -237,9 +238,10 @@ def _result(config: RunConfig, gossip: Distributed, setup: Setup, last: Record) 
         seconds=max(world.all_gather(gossip.meter.total_seconds)),
         train_loss=last.loss,
         test_accuracy=last.test_accuracy,
-        test_accuracy_local=world.all_gather(own.right / own.total),
+        test_accuracy_local=world.all_gather(own.accuracy),
         bytes_sent=world.all_gather(gossip.bytes_sent),
         consensus_distance=gossip.consensus_distance(),
         parameters=gossip.local.spec.numel,
         spectral_gap=spectral_gap(setup.schedule),
+        test_loss=last.test_loss,
     )

@@ -36,7 +36,7 @@ from mpicomp.replica.pulse import Pulse
 from mpicomp.replica.record import PARTS, Callback, Record, report, training_seconds
 from mpicomp.replica.state import seed_random
 from mpicomp.run.asynchronous.membership import Crew
-from mpicomp.run.evaluation import averaged_accuracy, evaluate
+from mpicomp.run.evaluation import averaged_score, evaluate
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result, summary
@@ -425,7 +425,7 @@ class _Run:
         reports = [_Report.read(row) for row in world.all_gather(self._report().numbers())]
         record = self._record(reports, with_accuracy=True)
         own = evaluate(replica.local.model, self._setup.dataset, world.device)
-        assert record.loss is not None and record.test_accuracy is not None
+        assert record.loss is not None
         result = Result(
             algorithm=self._config.algorithm.kind,
             topology=self._config.topology.kind,
@@ -435,7 +435,7 @@ class _Run:
             seconds=max(world.all_gather(self._meter.elapsed_s)),
             train_loss=record.loss,
             test_accuracy=record.test_accuracy,
-            test_accuracy_local=world.all_gather(own.right / own.total),
+            test_accuracy_local=world.all_gather(own.accuracy),
             bytes_sent=[report.bytes_sent for report in reports],
             consensus_distance=replica.consensus_distance(),
             parameters=replica.local.spec.numel,
@@ -443,6 +443,7 @@ class _Run:
             gradients=record.gradients,
             delays=record.delays,
             lost=self._crew.lost,
+            test_loss=record.test_loss,
         )
         with replica.averaged() as model:
             if self._folder and world.rank == 0:
@@ -527,10 +528,10 @@ class _Run:
         world, last = self._world, self._last_reports
         self._last_reports, self._logged = reports, self._step(reports)
         computed = sum(r.gradients for r in reports) - sum(r.gradients for r in last)
-        accuracy, distance, delays, diagnostics = None, None, {}, {}
+        score, distance, delays, diagnostics = None, None, {}, {}
         if with_accuracy:
             self._meter.work(world.now())
-            accuracy = averaged_accuracy(self._replica, self._setup.dataset)
+            score = averaged_score(self._replica, self._setup.dataset)
             distance = self._replica.consensus_distance()
             own = self._algorithm.delays(self._replica.state, self._mailbox)
             for rank, histograms in enumerate(world.all_gather(own)):
@@ -550,7 +551,8 @@ class _Run:
                 for i, part in enumerate(ASYNCHRONOUS_PARTS)
             },
             consensus_distance=distance,
-            test_accuracy=accuracy,
+            test_accuracy=score.accuracy if score else None,
+            test_loss=score.loss if score else None,
             diagnostics=diagnostics,
             gradients=[r.gradients for r in reports],
             delays=delays,
