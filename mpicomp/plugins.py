@@ -113,6 +113,9 @@ def make(
 def _check(chosen: str, section: str, factory: Factory, given: int, own: Mapping[str, object]) -> list[str]:
     """Return the parameters of `factory` after the first `given`; raise ConfigError unless `own` fits them."""
     every = list(inspect.signature(factory).parameters.values())
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if sum(p.kind in by_position for p in every[:given]) < given and all(p.kind is not p.VAR_POSITIONAL for p in every):
+        raise ConfigError(f"{chosen} must take {given} argument{'s' * (given > 1)} by position, before its parameters")
     known = [p for p in every[given:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes = [parameter.name for parameter in known]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in every)
@@ -125,10 +128,6 @@ def _check(chosen: str, section: str, factory: Factory, given: int, own: Mapping
     for parameter in known:
         if parameter.default is parameter.empty and parameter.name not in own:
             raise ConfigError(f"{section}.{parameter.name} is missing: {chosen} needs it")
-    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in every[:given]) < given and not any(
-        p.kind is p.VAR_POSITIONAL for p in every
-    ):
-        raise ConfigError(f"{chosen} must take {given} argument{'s' * (given > 1)} before its parameters")
     return takes
 
 
