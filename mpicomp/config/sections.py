@@ -83,10 +83,10 @@ class Section(BaseModel):
         """Return the model of this section with the parameters of what `values` choose.
 
         Raises:
-            ConfigError: a choice that does not exist.
+            ConfigError: a choice that does not exist, or whose parameters cannot be keys of this section.
 
         """
-        chosen = []
+        chosen, taken = [], set(cls.model_fields) - {"lr"}
         for key, choice in cls.choices.items():
             name = values.get(key, cls.model_fields[key].default)
             dotted = f"{cls.section()}.{key}"
@@ -95,9 +95,15 @@ class Section(BaseModel):
                 raise ConfigError(f"{dotted} = {shown(name)} must be a name: {known}")
             target = find(dotted, cls.normalized(name), choice.registry)
             try:
-                choice.parameters(target)
+                own = choice.parameters(target)
             except ConfigError as error:
                 raise ConfigError(f"{dotted} = {name!r}: {error}") from error
+            if clash := [parameter for parameter in own if parameter in taken or hasattr(cls, parameter)]:
+                raise ConfigError(
+                    f"{dotted} = {name!r}: its parameter {clash[0]!r} needs another name: the section "
+                    f"[{cls.section()}] has that one already"
+                )
+            taken.update(own)
             chosen.append((key, target))
         return _with_parameters(cls, tuple(chosen))
 
