@@ -28,7 +28,7 @@ import mpicomp
 from mpicomp.algorithms import ALGORITHMS
 from mpicomp.cli import main
 from mpicomp.compression import COMPRESSORS
-from mpicomp.config.parameters import parameters
+from mpicomp.config.parameters import Choice
 from mpicomp.config.sections import SECTIONS, Section
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,10 @@ def _method(kind: str, algorithm: type, page: str) -> str:
     if by_hand.is_file():
         text = by_hand.read_text(encoding="utf-8")
         parts.append(relink(text, by_hand.relative_to(ROOT).as_posix(), page))
-    parts += ["## Parameters", _parameter_table(algorithm, 0) or "None beside those of its section."]
+    parts += [
+        "## Parameters",
+        _parameter_table(algorithm, SECTIONS["algorithm"].choices["kind"]) or "None beside those of its section.",
+    ]
     config = f"configs/methods/{kind}.toml"
     if (ROOT / config).is_file():
         parts += [
@@ -138,7 +141,8 @@ def compressors() -> Pages:
                     "## Definition",
                     _docstring(doc),
                     "## Parameters",
-                    _parameter_table(compressor, 0) or "None beside those of its section.",
+                    _parameter_table(compressor, SECTIONS["compression"].choices["kind"])
+                    or "None beside those of its section.",
                     "The switches `per_tensor`, `dense_1d` and `error_feedback` go with every compressor: see "
                     "[`[compression]`](../toml/compression.md).",
                 ]
@@ -282,7 +286,8 @@ def sections() -> Pages:
             "A run is one TOML file. Every key has a default unless it says *required*; a section that is left out has "
             "all of its defaults. `--set section.key=value` changes a key on the command line. A key such as `kind` "
             'chooses an entry, whose parameters are further keys of the section; `kind = "package.module:Name"` takes '
-            "one from outside the package. The run folder's `config.toml` has every value filled in.",
+            "one from [outside the package](../how_to/plugins.md), and installed packages may add names. The run "
+            "folder's `config.toml` has every value filled in.",
             _table(["section", "", "fixed keys"], rows),
             "## Example",
             _code(example, title="configs/quickstart.toml"),
@@ -309,13 +314,13 @@ def _section(name: str, section: type[Section]) -> Iterator[str]:
             yield "The classes of `torch.optim` in lower case, whose arguments are further keys."
             yield _table(
                 ["value", "further keys"],
-                [[f"`{kind}`", _inline(parameters(entry, choice.given))] for kind, entry in choice.registry.items()],
+                [[f"`{kind}`", _inline(choice.parameters(entry))] for kind, entry in choice.registry.items()],
             )
             continue
         for kind, entry in choice.registry.items():
             yield f"### {kind} {{ #{key}-{kind} }}"
             yield _entry(kind, entry)
-            yield _parameter_table(entry, choice.given) or "No further keys."
+            yield _parameter_table(entry, choice) or "No further keys."
 
 
 def _choice_link(section: str, key: str, kind: str) -> str:
@@ -332,11 +337,11 @@ def _entry(kind: str, entry: Callable[..., Any]) -> str:
     return _docstring(re.split(r"\n(?:Args|Attributes|Raises|Returns):", doc)[0])
 
 
-def _parameter_table(entry: Callable[..., Any], given: int) -> str:
+def _parameter_table(entry: Callable[..., Any], choice: Choice) -> str:
     docs = _parameter_docs(entry)
     rows = [
         [f"`{name}`", _type(annotation, field), _default(field), _prose(docs.get(name, ""))]
-        for name, (annotation, field) in parameters(entry, given).items()
+        for name, (annotation, field) in choice.parameters(entry).items()
     ]
     columns = 4 if any(row[3] for row in rows) else 3
     return _key_table(["key", "type", "default", ""][:columns], [row[:columns] for row in rows]) if rows else ""

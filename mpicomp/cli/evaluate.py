@@ -31,7 +31,8 @@ def evaluate(run_dir: Path, data_path: Path | None) -> None:
     folder.load_model(model)
     score = evaluate_model(model.to(device), dataset, device)
     click.echo(f"{config.model.kind} on {config.data.kind}: {score.total:,} predictions on the test samples")
-    click.echo(f"test loss {score.loss_sum / score.total:.4f}, test accuracy {score.right / score.total:.2%}")
+    accuracy = f", test accuracy {score.accuracy:.2%}" if score.accuracy is not None else ""
+    click.echo(f"test loss {score.loss_sum / max(score.total, 1):.4f}{accuracy}")
 
 
 def _quoted(path: Path) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpicomp.errors import ConfigError
+from mpicomp.plugins import names
 from mpicomp.topology import (
     TOPOLOGIES,
     OnePeerExponential,
@@ -46,7 +47,7 @@ MATCHINGS = 4
 
 
 @click.command(
-    epilog=f"NAME is one of: {', '.join(sorted(TOPOLOGIES))}.",
+    epilog=f"NAME is one of: {', '.join(sorted(names('topology.kind', TOPOLOGIES)))}, or module:attribute.",
     short_help="Show a graph over ranks: neighbors, weights, spectral gap.",
 )
 @click.argument("name")

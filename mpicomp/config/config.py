@@ -11,7 +11,7 @@
 
 The parameters of a kind are those of the function or class that its registry names: type and default are read from
 the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
-takes one from outside the package; the current folder is searched too.
+takes one from outside the package, and installed packages offer further kinds (see `mpicomp.plugins`).
 """
 
 from __future__ import annotations

@@ -3,65 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
-import sys
 import types
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from mpicomp.errors import ConfigError, unknown_name
-
-Factory = Callable[..., Any]
+from mpicomp.errors import ConfigError
+from mpicomp.plugins import Factory
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A key that names an entry of a registry.
+    """A key that names a factory.
 
     Attributes:
-        registry: the entries; one from outside the package joins it under its import path.
-        given: how many leading parameters of an entry are not the user's to set.
+        registry: those of this package by name.
+        given: how many leading parameters of a factory are not the user's to set.
+        beside: further parameters that are not, by name: other sections say what they are.
 
     """
 
-    registry: MutableMapping[str, Any]
+    registry: Mapping[str, Factory]
     given: int = 0
+    beside: tuple[str, ...] = ()
 
-    def find(self, key: str, name: str) -> Factory:
-        """Return the entry `name`; `key` is for the error.
+    def parameters(self, target: Factory) -> dict[str, tuple[Any, FieldInfo]]:
+        """Return type and default of each parameter of `target` that a configuration may set.
 
         Raises:
-            ConfigError: no such entry, or an import path that leads nowhere.
+            ConfigError: a parameter that must be set, but not in a configuration, or type hints that cannot be read.
 
         """
-        if name not in self.registry:
-            if ":" not in name:
-                raise unknown_name(key, name, self.registry)
-            self.registry[name] = _imported(key, name)
-        found: Factory = self.registry[name]
-        return found
+        return parameters(target, self.given, self.beside)
 
 
 @lru_cache
-def parameters(target: Factory, given: int) -> dict[str, tuple[Any, FieldInfo]]:
-    """Return type and default of each parameter of `target` that a configuration may set, without the first `given`."""
+def parameters(target: Factory, given: int, beside: tuple[str, ...]) -> dict[str, tuple[Any, FieldInfo]]:
+    """Return type and default of each parameter of `target` that a configuration may set; see `Choice`."""
     hints = _type_hints(target)
     parameters: dict[str, tuple[Any, FieldInfo]] = {}
     for parameter in list(inspect.signature(target).parameters.values())[given:]:
+        if parameter.name in beside or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
         required = parameter.default is parameter.empty
         annotation = _plain(hints.get(parameter.name, Any if required else type(parameter.default)))
-        if annotation is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if required and (annotation is None or parameter.kind is parameter.POSITIONAL_ONLY):
+            raise ConfigError(
+                f"its parameter {parameter.name!r} has no default, but TOML cannot set it: it must be a keyword, and a "
+                "number, a text, true or false, a path, or a list of these"
+            )
+        if annotation is None or not (required or _is_plain(parameter.default)):
             continue
-        if not required and not _is_plain(parameter.default):
-            continue
-        field = Field() if required else Field(default=_as_read(annotation, parameter.default))
+        try:
+            field = Field() if required else Field(default=_as_read(annotation, parameter.default))
+        except ValidationError as error:
+            raise ConfigError(
+                f"the default of its parameter {parameter.name!r}, {parameter.default!r}, is not of its type"
+            ) from error
         parameters[parameter.name] = (annotation, field)
     return parameters
 
@@ -74,10 +78,14 @@ def _as_read(annotation: Any, default: Any) -> Any:
 
 
 def _type_hints(target: Factory) -> dict[str, Any]:
-    if dataclasses.is_dataclass(target) or not isinstance(target, type):
+    if isinstance(target, type):
+        target = target if dataclasses.is_dataclass(target) else target.__init__  # type: ignore[misc]
+    elif not inspect.isroutine(target):
+        target = getattr(target, "func", type(target).__call__)  # a functools.partial, or an object that can be called
+    try:
         return get_type_hints(target, include_extras=True)
-    initialize: Factory = target.__init__  # type: ignore[misc]
-    return get_type_hints(initialize, include_extras=True)
+    except NameError as error:
+        raise ConfigError(f"its type hints cannot be read: {error}; import it outside of TYPE_CHECKING") from error
 
 
 def _plain(annotation: Any) -> Any:
@@ -105,20 +113,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(entry is not None and _is_plain(entry) for entry in value)
     return value is None or isinstance(value, bool | int | float | str | Path)
-
-
-def _imported(key: str, path: str) -> Factory:
-    """Return ``module:name``; the current folder is searched as it is by ``python -m``."""
-    module, _, name = path.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Factory = getattr(importlib.import_module(module), name)
-        inspect.signature(found)
-    except AttributeError as error:
-        raise ConfigError(f"{key} = {path!r}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} = {path!r} is no class or function whose parameters can be read") from error
-    except Exception as error:  # whatever a module of the user's does when it is imported
-        raise ConfigError(f"{key} = {path!r}: {module!r} cannot be imported: {error!r}") from error
-    return found

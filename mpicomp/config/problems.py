@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mpicomp.config.parameters import parameters
 from mpicomp.config.sections import SECTIONS, Section, shown
 from mpicomp.errors import ConfigError, MpicompError, nearest
+from mpicomp.plugins import find
 
 SYNONYMS = {
     "learning_rate": "lr",
@@ -84,8 +84,7 @@ class Checked:
             name = self._values.get(choosing)
             if name is None:
                 continue
-            target = choice.find(f"{self.name}.{choosing}", self._model.normalized(name))
-            if key in parameters(target, choice.given):
+            if key in choice.parameters(find(f"{self.name}.{choosing}", self._model.normalized(name), choice.registry)):
                 return f": {self.name}.{choosing} = {name!r} needs it"
         return " and has no default"
 
@@ -115,7 +114,7 @@ def _owners(section: str, key: str) -> str:
         f"{section}.{choosing} = {name!r}"
         for choosing, choice in SECTIONS[section].choices.items()
         for name, target in choice.registry.items()
-        if key in parameters(target, choice.given)
+        if key in choice.parameters(target)
     ]
     return f" It belongs to {' or '.join(owners[:4])}." if owners else ""
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +28,10 @@ from pydantic import (
 from torch import nn
 
 from mpicomp import models
-from mpicomp.algorithms import ALGORITHMS, GOSSIP, Algorithm, AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms import ALGORITHMS, GOSSIP, Algorithm, AnyAlgorithm, AsynchronousAlgorithm, Gossip
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
 from mpicomp.compression.wrap.allocation import Rule, check_rule
-from mpicomp.config.parameters import Choice, Factory, parameters
+from mpicomp.config.parameters import Choice
 from mpicomp.config.schedule import SCHEDULES
 from mpicomp.config.schedule import Schedule as LearningRate
 from mpicomp.config.signals import signal_number
@@ -40,12 +39,12 @@ from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.gradient_delay import GradientDelay, Spread
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.base import Schedule
 
 Values = dict[str, Any]
-B = TypeVar("B")
 
 _UNSUPPORTED = {"lbfgs", "sparseadam"}
 """Optimizers that need a closure or sparse gradients, which the training loop does not have."""
@@ -84,17 +83,30 @@ class Section(BaseModel):
         """Return the model of this section with the parameters of what `values` choose.
 
         Raises:
-            ConfigError: a choice that does not exist.
+            ConfigError: a choice that does not exist, or whose parameters cannot be keys of this section.
 
         """
-        chosen = []
+        chosen, taken = [], set(cls.model_fields) - {"lr"}
         for key, choice in cls.choices.items():
             name = values.get(key, cls.model_fields[key].default)
             if name is None:
                 continue
+            dotted = f"{cls.section()}.{key}"
             if not isinstance(name, str):
-                raise ConfigError(f"{cls.section()}.{key} = {shown(name)} must be a name: {', '.join(choice.registry)}")
-            chosen.append((choice.find(f"{cls.section()}.{key}", cls.normalized(name)), choice.given))
+                known = ", ".join(names(dotted, choice.registry))
+                raise ConfigError(f"{dotted} = {shown(name)} must be a name: {known}")
+            target = find(dotted, cls.normalized(name), choice.registry)
+            try:
+                own = choice.parameters(target)
+            except ConfigError as error:
+                raise ConfigError(f"{dotted} = {name!r}: {error}") from error
+            if clash := [parameter for parameter in own if parameter in taken or hasattr(cls, parameter)]:
+                raise ConfigError(
+                    f"{dotted} = {name!r}: its parameter {clash[0]!r} needs another name: the section "
+                    f"[{cls.section()}] has that one already"
+                )
+            taken.update(own)
+            chosen.append((key, target))
         return _with_parameters(cls, tuple(chosen))
 
     @classmethod
@@ -110,9 +122,17 @@ class Section(BaseModel):
 
     def arguments(self, key: str = "kind") -> Values:
         """Return the parameters of what `key` has chosen."""
-        choice = self.choices[key]
-        names = parameters(choice.find(f"{self.section()}.{key}", getattr(self, key)), choice.given)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.choices[key].parameters(self.chosen(key))}
+
+    def chosen(self, key: str = "kind") -> Factory:
+        """Return the factory that `key` names."""
+        return find(f"{self.section()}.{key}", getattr(self, key), self.choices[key].registry)
+
+    def make(self, kind: type | tuple[type, ...], *given: object, **beside: object) -> Any:
+        """Return what the factory of ``kind`` makes, a `kind`; see `mpicomp.plugins.make`."""
+        name: str = getattr(self, "kind")  # noqa: B009
+        registry = self.choices["kind"].registry
+        return make(f"{self.section()}.kind", name, registry, kind, *given, **self.arguments(), **beside)
 
 
 class RunSection(Section):
@@ -217,7 +237,7 @@ class CompressorSection(Section):
 
     def build(self) -> Compressor:
         """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
-        compressor = _built(self, Compressor, lambda: COMPRESSORS[self.kind](**self.arguments()))
+        compressor: Compressor = self.make(Compressor)
         if self.dense_1d and not self.per_tensor:
             raise ConfigError(f"{self.section()}.dense_1d needs {self.section()}.per_tensor = true")
         if self.per_tensor:
@@ -248,11 +268,28 @@ class DownlinkSection(CompressorSection):
 class AlgorithmSection(Section):
     """``[algorithm]``: when to compute and when to talk."""
 
-    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(ALGORITHMS), "inner": Choice(GOSSIP)}
+    choices: ClassVar[Mapping[str, Choice]] = {
+        "kind": Choice(ALGORITHMS, beside=("compressor", "downlink", "inner")),
+        "inner": Choice(GOSSIP, beside=("compressor", "downlink")),
+    }
 
     kind: str = "dpsgd"
     inner: str | None = None
     """How ``"local_sgd"`` mixes; the parameters of that method are then keys, too. Without it, as D-PSGD."""
+
+    @classmethod
+    def specialized(cls, values: Values) -> type[Section]:
+        """Return the model of this section, as `Section.specialized`; only some algorithms go around another."""
+        kind, inner = values.get("kind", "dpsgd"), values.get("inner")
+        goes_around = (
+            isinstance(kind, str) and "inner" in inspect.signature(find("algorithm.kind", kind, ALGORITHMS)).parameters
+        )
+        if inner is not None and not goes_around:
+            raise ConfigError(
+                f"algorithm.inner = {inner!r}: algorithm.kind = {kind!r} does not go around another algorithm. "
+                "Leave algorithm.inner out, or use algorithm.kind = 'local_sgd'."
+            )
+        return super().specialized(values)
 
     def build(self, compressor: Compressor, downlink: Compressor = Identity()) -> AnyAlgorithm:
         """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
@@ -261,18 +298,14 @@ class AlgorithmSection(Section):
             ConfigError: a parameter out of its range, or a compressor for an algorithm that has no use for it.
 
         """
-        target, arguments = ALGORITHMS[self.kind], self.arguments()
+        target = self.chosen()
         holds_another = "inner" in inspect.signature(target).parameters
-        if self.inner is not None and not holds_another:
-            raise ConfigError(
-                f"algorithm.inner = {self.inner!r}: algorithm.kind = {self.kind!r} does not go around another "
-                "algorithm. Leave algorithm.inner out, or use algorithm.kind = 'local_sgd'."
-            )
-        sender = GOSSIP[self.inner or "dpsgd"] if holds_another else target
-        compressors = {}
+        inner = self.inner or "dpsgd"
+        sender = find("algorithm.inner", inner, GOSSIP) if holds_another else target
+        takes, beside = inspect.signature(sender).parameters, {}
         for key, section, value in (("compressor", "compression", compressor), ("downlink", "downlink", downlink)):
-            if key in inspect.signature(sender).parameters:
-                compressors[key] = value
+            if key in takes:
+                beside[key] = value
             elif not value.is_lossless:
                 users = [
                     f"'{name}'" for name, entry in ALGORITHMS.items() if key in inspect.signature(entry).parameters
@@ -281,14 +314,11 @@ class AlgorithmSection(Section):
                     f"algorithm.kind = {self.kind!r} has no use for the section [{section}], so leave it out (or "
                     f"{section}.kind = 'identity'). Algorithms that have: {', '.join(users)}."
                 )
-
-        def make() -> Any:
-            if not holds_another:
-                return target(**arguments, **compressors)
+        if holds_another:
             settings = self.arguments("inner") if self.inner else {}
-            return target(**arguments, inner=sender(**settings, **compressors))
-
-        return cast(AnyAlgorithm, _built(self, (Algorithm, AsynchronousAlgorithm), make))
+            beside = {"inner": make("algorithm.inner", inner, GOSSIP, Gossip, **settings, **beside)}
+        algorithm: AnyAlgorithm = self.make((Algorithm, AsynchronousAlgorithm), **beside)
+        return algorithm
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the algorithm; a compressor that cannot be built is reported by its own section."""
@@ -334,7 +364,8 @@ class OptimizerSection(Section):
 
     def over(self, groups: list[Values]) -> torch.optim.Optimizer:
         """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
-        return _built(self, torch.optim.Optimizer, lambda: OPTIMIZERS[self.kind](groups, **self.arguments()))
+        optimizer: torch.optim.Optimizer = self.make(torch.optim.Optimizer, groups)
+        return optimizer
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the optimizer over a matrix: some take nothing else."""
@@ -350,7 +381,8 @@ class ScheduleSection(Section):
 
     def build(self, total_epochs: float) -> LearningRate:
         """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
-        return _built(self, LearningRate, lambda: SCHEDULES[self.kind](total_epochs, **self.arguments()))
+        schedule: LearningRate = self.make(LearningRate, total_epochs)
+        return schedule
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the schedule if the length of the run is known in epochs."""
@@ -473,33 +505,12 @@ SECTIONS: dict[str, type[Section]] = {
 SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.items()}
 
 
-def _built(section: Section, kind: Any, make: Callable[[], B]) -> B:
-    """Return what `make` makes, a `kind`; errors of the constructor become ConfigErrors with dotted keys."""
-    try:
-        made = make()
-    except ConfigError as error:
-        raise type(error)(_dotted(section, str(error))) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section.section()}: {error}") from error
-    if not isinstance(made, kind):
-        name = getattr(section, "kind", None)
-        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ConfigError(f"{section.section()}.kind = {name!r} makes a {type(made).__name__}, not a {wanted}")
-    return made
-
-
-def _dotted(section: Section, message: str) -> str:
-    """Put the section in front of a key that a message begins with."""
-    key = re.match(r"\w+(?= = )", message)
-    return f"{section.section()}.{message}" if key and key[0] in type(section).model_fields else message
-
-
 @lru_cache
-def _with_parameters(section: type[Section], chosen: tuple[tuple[Factory, int], ...]) -> type[Section]:
+def _with_parameters(section: type[Section], chosen: tuple[tuple[str, Factory], ...]) -> type[Section]:
     """Return `section` with the parameters of what was chosen as further fields; the same class each time."""
     fields: dict[str, Any] = {}
-    for target, given in chosen:
-        for name, (annotation, default) in parameters(target, given).items():
+    for key, target in chosen:
+        for name, (annotation, default) in section.choices[key].parameters(target).items():
             if name not in section.model_fields:
                 fields[name] = (annotation, default)
     return create_model(section.__name__, __base__=section, __module__=__name__, **fields)

@@ -19,13 +19,15 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mpicomp.data.arguments import require_known, require_positive
+from mpicomp.data.arguments import require_positive
 from mpicomp.data.partition import permutation, philox
-from mpicomp.errors import ConfigError, DataError, unknown_name
+from mpicomp.errors import ConfigError, DataError
+from mpicomp.plugins import make
 
-Task = Literal["classification", "language"]
+Task = Literal["classification", "language", "regression"]
 Split = Literal["train", "test"]
 Labels = npt.NDArray[np.int64]
 
@@ -42,12 +44,20 @@ class Samples:
 
     Attributes:
         inputs: (n, C, H, W) uint8 images, (n, d) float32 vectors, or (n, context + 1) uint8 windows of a text.
-        labels: (n,) int64; zeros for a text, whose targets are the next characters.
+        labels: (n,) int64; zeros for a text, whose targets are the next characters. (n,) or (n, k) float32 of a
+            regression.
+
+    Raises:
+        DataError: not as many labels as inputs.
 
     """
 
     inputs: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise DataError(f"a split of the data has {len(self.inputs)} inputs, but {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -55,12 +65,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits and how to make batches of them.
+    """Two splits, how to make batches of them, and what is to be learnt: the loss and the score.
+
+    A subclass may override `batch`, `loss` and `score`.
 
     Attributes:
-        kind: the name in `DATASETS`.
-        task: ``"classification"``, or ``"language"``: predict the next character.
-        classes: the number of classes, or of different characters.
+        kind: the name in `DATASETS`, or another one, for messages.
+        task: ``"classification"``; ``"language"``: predict the next character; ``"regression"``: predict numbers.
+        classes: how many numbers a model predicts: one for each class, or different character, or k of a regression.
         train: the samples that are partitioned over the ranks.
         test: the samples for evaluation.
         mean: of an input that becomes float, per channel: ``(x * scale - mean) / std``.
@@ -88,7 +100,9 @@ class Dataset:
 
     @property
     def train_labels(self) -> Labels:
-        """The class of each training sample, (n,), for the partition over ranks."""
+        """The class of each training sample, (n,), for the partition over ranks; zeros where there are none."""
+        if self.task == "regression":
+            return np.zeros(len(self.train), dtype=np.int64)
         return self.train.labels.numpy()
 
     def samples(self, split: Split) -> Samples:
@@ -112,7 +126,7 @@ class Dataset:
 
         Returns:
             Float32 inputs (b, C, H, W) or (b, d) with int64 targets (b,); for language int64 ids (b, context) with the
-            ids one character later, (b, context).
+            ids one character later, (b, context); for regression the targets are those of `Samples`.
 
         """
         samples = self.samples(split)
@@ -124,6 +138,36 @@ class Dataset:
         if self.augment and draw is not None and split == "train":
             inputs = crop_and_flip(inputs, draw)
         return self._normalize(inputs.to(device)), samples.labels[chosen].to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar: the cross entropy, or the squared error of a regression.
+
+        Args:
+            outputs: of the model: (b, classes), or (b, context, classes) for language.
+            targets: as `batch` has made them.
+
+        Raises:
+            ConfigError: a model that does not predict as many numbers as there are targets.
+
+        """
+        if self.task == "regression":
+            if outputs.numel() != targets.numel():
+                raise ConfigError(
+                    f"the model makes outputs of shape {tuple(outputs.shape)} for targets of shape "
+                    f"{tuple(targets.shape)} of data.kind = {self.kind!r}: choose another model.kind or data.kind"
+                )
+            return F.mse_loss(outputs.flatten(), targets.flatten())
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def score(self, outputs: Tensor, targets: Tensor) -> tuple[int, int] | None:
+        """Return how many predictions of a batch are right, and how many there are.
+
+        None where no prediction is simply right or wrong, as in regression: such a run has no accuracy. Arguments as
+        for `loss`.
+        """
+        if self.task == "regression":
+            return None
+        return int((outputs.argmax(dim=-1) == targets).sum()), targets.numel()
 
     def _normalize(self, inputs: Tensor) -> Tensor:
         if inputs.dtype != torch.uint8:
@@ -317,7 +361,7 @@ def load(kind: str, path: Path | None = None, **params: object) -> Dataset:
     """Read or make the data set `kind`.
 
     Args:
-        kind: a name in `DATASETS`.
+        kind: a name in `DATASETS`, an import path, or a name that a package offers (see `mpicomp.plugins`).
         path: ``data.path``: the folder with the files, or the file itself; None looks elsewhere (see `find`).
         params: the further arguments of that data set, e.g. ``context``.
 
@@ -326,10 +370,8 @@ def load(kind: str, path: Path | None = None, **params: object) -> Dataset:
         DataError: a file that is missing or damaged.
 
     """
-    if kind not in DATASETS:
-        raise unknown_name("data.kind", kind, DATASETS)
-    require_known("data.kind", kind, DATASETS[kind], params)
-    return DATASETS[kind](path, **params)
+    dataset: Dataset = make("data.kind", kind, DATASETS, Dataset, path, **params)
+    return dataset
 
 
 def data_folder(path: Path | None) -> Path:

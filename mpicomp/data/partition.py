@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mpicomp.data.arguments import require_known
-from mpicomp.errors import ConfigError, DataError, unknown_name
+from mpicomp.errors import ConfigError, DataError
+from mpicomp.plugins import make
 
 Indices = npt.NDArray[np.int64]
 
@@ -110,7 +110,7 @@ def partition(
     """Split the training samples over ranks: ascending indices a rank, disjoint, together all of them.
 
     Args:
-        kind: a name in `PARTITIONS`.
+        kind: a name in `PARTITIONS`, or an import path.
         labels: (n,) the class of each training sample.
         ranks: how many parts to make.
         seed: the seed of the run.
@@ -121,11 +121,12 @@ def partition(
         DataError: fewer samples than ranks, or a rank that would get too few.
 
     """
-    if kind not in PARTITIONS:
-        raise unknown_name("data.partition", kind, PARTITIONS)
-    require_known("data.partition", kind, PARTITIONS[kind], params)
     _require_enough(len(labels), ranks, 1)
-    return PARTITIONS[kind](labels, ranks, seed, **params)
+    parts: list[Indices] = make("data.partition", kind, PARTITIONS, list, labels, ranks, seed, **params)
+    if len(parts) != ranks or not all(map(len, parts)):
+        sizes = ", ".join(str(len(part)) for part in parts)
+        raise ConfigError(f"data.partition = {kind!r} must give each of {ranks} ranks samples, and gives: {sizes}")
+    return parts
 
 
 def steps_per_epoch(samples: int, ranks: int, batch_size: int) -> int:

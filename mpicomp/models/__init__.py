@@ -8,18 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mpicomp.data.arguments import require_known
 from mpicomp.data.datasets import Task
-from mpicomp.errors import unknown_name
-from mpicomp.models.base import Problem, correct, loss
+from mpicomp.models.base import Problem
 from mpicomp.models.gpt import gpt
 from mpicomp.models.lenet import lenet5
 from mpicomp.models.linear import logistic, mlp
 from mpicomp.models.lstm import lstm
 from mpicomp.models.resnet import resnet20
 from mpicomp.models.vgg import vgg11
+from mpicomp.plugins import make
 
-__all__ = ["MODELS", "Problem", "build", "correct", "loss"]
+__all__ = ["MODELS", "Problem", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "logistic": logistic,
@@ -50,11 +49,11 @@ def build(
     The state of torch's global generator is the same afterwards as before; safe to call from several threads.
 
     Args:
-        kind: a name in `MODELS`.
+        kind: a name in `MODELS`, an import path, or a name that a package offers (see `mpicomp.plugins`).
         input_shape: of one input, see `Problem`.
-        classes: how many logits a prediction has.
+        classes: how many numbers a prediction has.
         seed: of the initialization, in ``[0, 2**64)``.
-        task: ``"classification"`` or ``"language"``.
+        task: see `Problem`.
         data_kind: the name of the data set, for messages.
         params: the further arguments of that model, e.g. ``hidden``.
 
@@ -62,11 +61,9 @@ def build(
         ConfigError: an unknown `kind` or parameter, a value out of its range, or data that the model cannot read.
 
     """
-    if kind not in MODELS:
-        raise unknown_name("model.kind", kind, MODELS)
-    require_known("model.kind", kind, MODELS[kind], params)
     problem = Problem(tuple(input_shape), classes, task, data_kind)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the generators of all GPUs too.
         torch.default_generator.manual_seed(seed)
-        return MODELS[kind](problem, **params)
+        model: nn.Module = make("model.kind", kind, MODELS, nn.Module, problem, **params)
+        return model

@@ -1,15 +1,13 @@
-"""What a model is built for, and the loss and accuracy that all models share.
+"""What a model is built for.
 
-A model maps inputs to logits: (b, classes) for classification, (b, context, classes) for language. No model has dropout
-or any other randomness, so a step is a function of parameters and batch alone.
+A model maps inputs to logits, (b, classes) for classification and (b, context, classes) for language, or to numbers,
+(b, classes), for regression. No model has dropout or any other randomness, so a step is a function of parameters and
+batch alone. The loss is the data set's: `mpicomp.data.datasets.Dataset.loss`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch.nn.functional as F
-from torch import Tensor
 
 from mpicomp.data.datasets import Task
 from mpicomp.errors import ConfigError
@@ -21,8 +19,8 @@ class Problem:
 
     Attributes:
         input_shape: of one input: (C, H, W) of an image, (d,) of a vector, (context,) of a text.
-        classes: how many logits a prediction has.
-        task: ``"classification"`` or ``"language"``.
+        classes: how many numbers a prediction has: a logit for each class, or the targets of a regression.
+        task: ``"classification"``, ``"language"`` or ``"regression"``.
         data_kind: the name of the data set, for messages.
 
     """
@@ -41,14 +39,14 @@ class Problem:
             "Choose another model.kind or data.kind."
         )
 
-    def require_classification(self, kind: str) -> None:
-        """Raise ConfigError unless the inputs are images or vectors with one class each."""
-        if self.task != "classification":
+    def require_numbers(self, kind: str) -> None:
+        """Raise ConfigError unless the inputs are images or vectors."""
+        if self.task == "language":
             raise self.refuse(kind, "images or vectors")
 
     def require_images(self, kind: str) -> tuple[int, int, int]:
         """Return (C, H, W); raise ConfigError unless the inputs are images."""
-        if self.task != "classification" or len(self.input_shape) != 3:
+        if self.task == "language" or len(self.input_shape) != 3:
             raise self.refuse(kind, "images")
         channels, height, width = self.input_shape
         return channels, height, width
@@ -58,19 +56,3 @@ class Problem:
         if self.task != "language":
             raise self.refuse(kind, "sequences of characters")
         return self.input_shape[0]
-
-
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy over all predictions of a batch, a scalar.
-
-    Args:
-        logits: (b, classes) or (b, context, classes).
-        targets: (b,) or (b, context) int64.
-
-    """
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def correct(logits: Tensor, targets: Tensor) -> int:
-    """Return how many of the ``targets.numel()`` predictions are right; shapes as in `loss`."""
-    return int((logits.argmax(dim=-1) == targets).sum())

@@ -15,7 +15,7 @@ from mpicomp.models.base import Problem
 
 def logistic(problem: Problem) -> nn.Module:
     """Multinomial logistic regression: ``logits = W x + b``, convex; starts at zero."""
-    problem.require_classification("logistic")
+    problem.require_numbers("logistic")
     layer = nn.Linear(math.prod(problem.input_shape), problem.classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -29,7 +29,7 @@ def mlp(problem: Problem, hidden: Sequence[int] = (128,)) -> nn.Module:
         ConfigError: no hidden layer, or an empty one.
 
     """
-    problem.require_classification("mlp")
+    problem.require_numbers("mlp")
     if not hidden:
         raise ConfigError("model.hidden = []: must name at least one width. For none use model.kind = 'logistic'.")
     require_positive("model", hidden=min(hidden))

@@ -36,11 +36,12 @@ class Record:
             the begin of `Pending.wait`. An overlapped method looks between two layers of the model; where nobody looks
             (other methods; backward passes on a GPU), they may have been there earlier, and this is an upper bound.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
-        test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated.
+        test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated, or the data set has none.
         diagnostics: further numbers of the algorithm.
         gradients: how many each rank has computed, where ranks go at their own pace.
         delays: by ``"rank<source"``, how many contributions of the source have been 0, 1, ... updates late since the
             start; where it was evaluated.
+        test_loss: of the averaged model, the mean over the test samples; None where it was not evaluated.
 
     """
 
@@ -55,6 +56,7 @@ class Record:
     diagnostics: dict[str, float] = field(default_factory=dict)
     gradients: list[int] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
+    test_loss: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers that are known, as loggers draw them: ``loss``, ``seconds/gradient``, ``gradients/0``.

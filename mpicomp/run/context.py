@@ -123,7 +123,7 @@ class RunContext:
         """
         config, world = self.config, self.world
         own = evaluate(replica.local.model, self.setup.dataset, world.device)
-        assert last.loss is not None and last.test_accuracy is not None
+        assert last.loss is not None
         result = Result(
             algorithm=config.algorithm.kind,
             topology=config.topology.kind,
@@ -133,7 +133,7 @@ class RunContext:
             seconds=max(world.all_gather(meter.total_seconds)),
             train_loss=last.loss,
             test_accuracy=last.test_accuracy,
-            test_accuracy_local=world.all_gather(own.right / own.total),
+            test_accuracy_local=world.all_gather(own.accuracy),
             bytes_sent=world.all_gather(replica.bytes_sent),
             consensus_distance=replica.consensus_distance(),
             parameters=replica.local.spec.numel,
@@ -141,6 +141,7 @@ class RunContext:
             gradients=last.gradients,
             delays=last.delays,
             lost=self.lost,
+            test_loss=last.test_loss,
         )
         with replica.averaged() as model:
             if folder := self.written_folder:

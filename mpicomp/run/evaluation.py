@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from mpicomp.data.datasets import Dataset
-from mpicomp.models import correct, loss
 from mpicomp.replica.replica import Replica
 from mpicomp.timing import traced
 
@@ -17,11 +17,24 @@ EVALUATION_BATCH = 500
 
 
 class Score(NamedTuple):
-    """How well a model did on some predictions: summed cross entropy, right ones, all of them."""
+    """How well a model did on some predictions: the sum of their losses, right ones, all of them.
+
+    No prediction is right or wrong where `right` is None.
+    """
 
     loss_sum: float
-    right: int
+    right: int | None
     total: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """The part of the predictions that is right; None where none can be, or where there is no prediction."""
+        return None if self.right is None or not self.total else self.right / self.total
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss; None where there is no prediction."""
+        return self.loss_sum / self.total if self.total else None
 
 
 @torch.no_grad()
@@ -32,18 +45,23 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int
     model.eval()
     for start in range(0, len(chosen), EVALUATION_BATCH):
         inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
-        logits, n = model(inputs), targets.numel()
-        total = Score(
-            total.loss_sum + n * float(loss(logits, targets)), total.right + correct(logits, targets), total.total + n
-        )
+        outputs = model(inputs)
+        right, n = dataset.score(outputs, targets) or (None, targets.numel())
+        total = _sum([total, Score(n * float(dataset.loss(outputs, targets)), right, n)])
     model.train()
     return total
 
 
+def _sum(parts: Sequence[Score]) -> Score:
+    rights = [part.right for part in parts if part.right is not None]
+    right = sum(rights) if len(rights) == len(parts) else None
+    return Score(sum(part.loss_sum for part in parts), right, sum(part.total for part in parts))
+
+
 @traced("evaluation", "")
-def averaged_accuracy(replica: Replica, dataset: Dataset) -> float:
-    """Return the test accuracy of the trained model, each rank testing its part; collective on all ranks."""
+def averaged_score(replica: Replica, dataset: Dataset) -> Score:
+    """Return the test score of the trained model, each rank testing its part; collective on all ranks."""
     world = replica.world
     with replica.averaged() as model:
         parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
-    return sum(part.right for part in parts) / sum(part.total for part in parts)
+    return _sum(parts)

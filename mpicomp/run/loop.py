@@ -20,7 +20,7 @@ from mpicomp.run.assignment import ResizeHistory
 from mpicomp.run.asynchronous.loop import train_asynchronously
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
-from mpicomp.run.evaluation import averaged_accuracy
+from mpicomp.run.evaluation import averaged_score
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
@@ -147,11 +147,12 @@ def _restore_assignment(setup: Setup, stored_size: int, history: str, steps: int
 def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:
     """Return the means over ranks since the last record; collective on all ranks."""
     record = gossip.metrics()
-    accuracy = averaged_accuracy(gossip, setup.dataset) if with_accuracy else None
+    score = averaged_score(gossip, setup.dataset) if with_accuracy else None
     gossip.meter.skip()
     return dataclasses.replace(
         record,
         epoch=setup.epoch(gossip.steps),
         seconds={part: record.seconds[part] for part in MEASURED},
-        test_accuracy=accuracy,
+        test_accuracy=score.accuracy if score else None,
+        test_loss=score.loss if score else None,
     )

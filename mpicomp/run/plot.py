@@ -22,6 +22,8 @@ Curve = npt.NDArray[np.float64]
 
 ABSCISSAS = {"steps": "step", "bytes": "bytes sent by all ranks", "seconds": "seconds of training"}
 ORDINATES = {"loss": "training loss", "accuracy": "test accuracy", "consensus": "consensus distance"}
+LOSSES = {"loss": "training loss", "test_loss": "test loss", "consensus": "consensus distance"}
+"""The ordinates of runs of which none has an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Run:
 
     Attributes:
         name: for the legend.
-        curves: by the keys of `ABSCISSAS` and `ORDINATES`.
+        curves: by the keys of `ABSCISSAS`, `ORDINATES` and `LOSSES`.
 
     """
 
@@ -40,7 +42,7 @@ class Run:
     @classmethod
     def read(cls, folder: RunFolder, name: str) -> Run:
         """Read the records of a run; raise CheckpointError if there are none."""
-        records = folder.records()
+        records = [{"test_loss": None, **record} for record in folder.records()]  # earlier versions wrote none
         if not records:
             raise CheckpointError(f"{folder.metrics_path}: holds no record yet")
         try:
@@ -52,6 +54,7 @@ class Run:
                     "seconds": np.cumsum([training_seconds(record["seconds"]) for record in records]),
                     "loss": _curve(records, "loss"),
                     "accuracy": _curve(records, "test_accuracy"),
+                    "test_loss": _curve(records, "test_loss"),
                     "consensus": _curve(records, "consensus_distance"),
                 },
             )
@@ -79,7 +82,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def figure(runs: Sequence[Run]) -> Figure:
-    """Return nine panels, a row for each of `ORDINATES` and a column for each of `ABSCISSAS`.
+    """Return nine panels, a row for each of `ORDINATES` (or `LOSSES`) and a column for each of `ABSCISSAS`.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -90,11 +93,13 @@ def figure(runs: Sequence[Run]) -> Figure:
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install matplotlib") from error
     made = Figure(figsize=(13, 10), layout="constrained")
-    panels = made.subplots(len(ORDINATES), len(ABSCISSAS), sharex="col", sharey="row")
-    for row, y in zip(panels, ORDINATES, strict=True):
+    tested = {y: any(np.isfinite(run.curves[y]).any() for run in runs) for y in ("accuracy", "test_loss")}
+    ordinates = LOSSES if tested["test_loss"] and not tested["accuracy"] else ORDINATES
+    panels = made.subplots(len(ordinates), len(ABSCISSAS), sharex="col", sharey="row")
+    for row, y in zip(panels, ordinates, strict=True):
         for axes, x in zip(row, ABSCISSAS, strict=True):
             _draw(axes, runs, x, y)
-        row[0].set_ylabel(ORDINATES[y])
+        row[0].set_ylabel(ordinates[y])
     for axes, label in zip(panels[-1], ABSCISSAS.values(), strict=True):
         axes.set_xlabel(label)
     made.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4))

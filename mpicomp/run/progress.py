@@ -19,7 +19,7 @@ LINE_S = 5.0
 """Seconds between lines in a log file."""
 
 EVALUATION_S = 1.0
-"""The same for lines that bring a new accuracy."""
+"""The same for lines that bring a new test result."""
 
 
 class Progress:
@@ -41,7 +41,7 @@ class Progress:
         self._started = self._last_time = self._last_line = time.monotonic()
         self._last_bytes = 0
         self._begun = 0.0
-        self._accuracy: float | None = None
+        self._test = "accuracy       -"
 
     def __enter__(self) -> Progress:
         return self
@@ -63,10 +63,12 @@ class Progress:
     def on_record(self, record: Record) -> None:
         """Show `record`: in place on a terminal, as a line now and then elsewhere."""
         if record.test_accuracy is not None:
-            self._accuracy = record.test_accuracy
+            self._test = f"accuracy {record.test_accuracy:7.2%}"
+        elif record.test_loss is not None:
+            self._test = f"test loss {record.test_loss:7.4f}"
         now = time.monotonic()
         line = self._line(record, now)
-        is_new = record.test_accuracy is not None
+        is_new = record.test_accuracy is not None or record.test_loss is not None
         if self._live is not None:
             self._live.update(Text(line), refresh=True)
         wait = EVALUATION_S if is_new else math.inf if self._live is not None else LINE_S
@@ -103,7 +105,6 @@ class Progress:
     def _line(self, record: Record, now: float) -> str:
         epoch = f"epoch {record.epoch:6.2f}  " if record.epoch is not None else ""
         loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
-        accuracy = f"{self._accuracy:7.2%}" if self._accuracy is not None else "      -"
         rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
         done = self._done(record)
         left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
@@ -113,6 +114,6 @@ class Progress:
         distance = record.consensus_distance
         consensus = f"consensus {distance:8.2e}  " if distance is not None else ""
         return (
-            f"{epoch}step {record.step:6}  loss {loss}  accuracy {accuracy}  "
+            f"{epoch}step {record.step:6}  loss {loss}  {self._test}  "
             f"sent {sent}  {ranks}{consensus}{readable_time(left)} left"
         )

@@ -27,7 +27,7 @@ class Result:
         steps: steps done.
         seconds: of training, without evaluation.
         train_loss: of the last steps.
-        test_accuracy: of the averaged model, in [0, 1].
+        test_accuracy: of the averaged model, in [0, 1]; None where the data set has no accuracy.
         test_accuracy_local: of each rank's own model.
         bytes_sent: by each rank.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` at the end.
@@ -36,6 +36,7 @@ class Result:
         gradients: how many each rank has computed, where ranks go at their own pace.
         delays: as in `Record`.
         lost: the ranks that have died on the way; all other fields are of those that are left, numbered anew.
+        test_loss: of the averaged model, the mean over the test samples; None where there are none.
 
     """
 
@@ -46,8 +47,8 @@ class Result:
     steps: int
     seconds: float
     train_loss: float
-    test_accuracy: float
-    test_accuracy_local: list[float]
+    test_accuracy: float | None
+    test_accuracy_local: list[float | None]
     bytes_sent: list[int]
     consensus_distance: float
     parameters: int
@@ -55,6 +56,7 @@ class Result:
     gradients: list[int] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    test_loss: float | None = None
 
     @property
     def all_reduce_nbytes(self) -> int:
@@ -76,22 +78,28 @@ def _finite(value: Any) -> Any:
 
 
 def summary(result: Result, folder: Path) -> list[str]:
-    """Return the lines that close a run: accuracy, traffic against an all-reduce, where the results are."""
-    local = result.test_accuracy_local
+    """Return the lines that close a run: accuracy or loss, traffic against an all-reduce, where the results are."""
     ranks = f"{result.ranks} ranks" if result.ranks > 1 else "1 rank"
-    accuracy = f"Test accuracy: {result.test_accuracy:.2%}"
-    if result.ranks > 1 and local:
-        model = "the hub's model" if 0 in result.gradients else "the averaged model"
-        accuracy += f" of {model} ({min(local):.2%} to {max(local):.2%} of the ranks' own)"
     own = [f"{count}" if count else "none" for count in result.gradients]
     return [
         f"Trained {result.steps} steps on {ranks} in {result.seconds:.1f} s.",
         *([f"Lost on the way: {', '.join(result.lost)}."] if result.lost else []),
         *([f"Gradients by rank: {', '.join(own)}."] if own else []),
-        accuracy + ".",
+        *_quality(result),
         _traffic(result),
         f"Results: {folder}",
     ]
+
+
+def _quality(result: Result) -> list[str]:
+    model = ""
+    if result.ranks > 1:
+        model = " of the hub's model" if 0 in result.gradients else " of the averaged model"
+    if result.test_accuracy is not None:
+        local = [accuracy for accuracy in result.test_accuracy_local if accuracy is not None]
+        own = f" ({min(local):.2%} to {max(local):.2%} of the ranks' own)" if local and model else ""
+        return [f"Test accuracy: {result.test_accuracy:.2%}{model}{own}."]
+    return [f"Test loss: {result.test_loss:.4g}{model}."] if result.test_loss is not None else []
 
 
 def _traffic(result: Result) -> str:

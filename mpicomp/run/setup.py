@@ -20,8 +20,8 @@ from mpicomp.config.config import RunConfig
 from mpicomp.config.sections import TrainingSection
 from mpicomp.data.datasets import Dataset
 from mpicomp.data.partition import Indices
+from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
-from mpicomp.models import loss
 from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
@@ -81,8 +81,12 @@ class Setup:
         return self.dataset.batch("train", chosen, device, (self.assignment.seed, epoch, place, index))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of a batch, with its graph."""
-        return loss(self.model(inputs), targets)
+        """Return the loss of a batch, with its graph; raise ConfigError if it is no scalar."""
+        loss = self.dataset.loss(self.model(inputs), targets)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ConfigError(f"the loss of data.kind = {self.dataset.kind!r} must be a scalar tensor, and is {found}")
+        return loss
 
 
 def set_up(config: RunConfig, world: World) -> Setup:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpicomp.errors import TopologyError, nearest, unknown_name
+from mpicomp.plugins import make
 from mpicomp.topology.base import TOLERANCE, Schedule, Topology
 from mpicomp.topology.custom import from_file, from_graph
 from mpicomp.topology.dynamic import OnePeerExponential, RandomMatching
@@ -88,21 +87,9 @@ def make_topology(kind: str, size: int, **parameters: Any) -> Schedule:
     """Build the topology `kind` over `size` ranks with parameters from a configuration.
 
     Raises:
-        ConfigError: a kind that does not exist.
-        TopologyError: a parameter that this kind does not have or lacks, or a graph that does not exist at this size.
+        ConfigError: a kind that does not exist, or a parameter that it does not have or lacks.
+        TopologyError: a graph that does not exist at this size.
 
     """
-    if kind not in TOPOLOGIES:
-        raise unknown_name("topology.kind", kind, TOPOLOGIES)
-    factory = TOPOLOGIES[kind]
-    known = {name: p for name, p in inspect.signature(factory).parameters.items() if name != "size"}
-    for name in parameters:
-        if name not in known:
-            raise TopologyError(
-                f"topology.{name} is no parameter of topology.kind = {kind!r}.{nearest(name, known)} "
-                f"Known: {', '.join(known) or 'none'}."
-            )
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in parameters:
-            raise TopologyError(f"topology.{name} is missing: topology.kind = {kind!r} needs it")
-    return factory(size, **parameters)
+    schedule: Schedule = make("topology.kind", kind, TOPOLOGIES, Schedule, size, **parameters)
+    return schedule

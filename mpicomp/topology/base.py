@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -104,6 +104,7 @@ class Topology:
         return bool(np.abs(self.mixing.sum(axis=0) - 1).max() <= TOLERANCE)
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A graph for every step; all ranks compute the same one."""
 

@@ -35,7 +35,7 @@ from mpicomp.run.asynchronous.membership import ElasticMembership
 from mpicomp.run.asynchronous.report import ASYNCHRONOUS_PARTS, Report, mean_loss, mean_seconds
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
-from mpicomp.run.evaluation import averaged_accuracy
+from mpicomp.run.evaluation import averaged_score
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
 from mpicomp.run.stopping import Reason, Status
@@ -297,12 +297,12 @@ class _Training:
         """Write and show a record; with accuracy it is collective on all ranks."""
         world, replica, before = self._run.world, self._replica, self._last_reports
         self._last_reports, self._logged = reports, self._step(reports)
-        accuracy, distance = None, None
+        score, distance = None, None
         delays: dict[str, list[int]] = {}
         diagnostics: dict[str, float] = {}
         if with_accuracy:
             self._meter.work()
-            accuracy = averaged_accuracy(replica, self._run.setup.dataset)
+            score = averaged_score(replica, self._run.setup.dataset)
             distance = replica.consensus_distance()
             own = self._algorithm.delays(replica.state, replica.mailbox)
             for rank, histograms in enumerate(world.all_gather(own)):
@@ -319,7 +319,8 @@ class _Training:
             bytes_sent=sum(report.bytes_sent for report in reports),
             seconds=mean_seconds(reports, before),
             consensus_distance=distance,
-            test_accuracy=accuracy,
+            test_accuracy=score.accuracy if score else None,
+            test_loss=score.loss if score else None,
             diagnostics=diagnostics,
             gradients=[report.gradients for report in reports],
             delays=delays,

@@ -1,17 +1,14 @@
 """The configuration: what is accepted, what is filled in, and the text of what is refused."""
 
-import sys
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mpicomp.algorithms import ALGORITHMS, DPSGD, Choco, LocalSGD
-from mpicomp.compression import COMPRESSORS, Cast, ErrorFeedback, Identity, PerTensor, TopK
+from mpicomp.compression import COMPRESSORS, Cast, ErrorFeedback, PerTensor, TopK
 from mpicomp.config.config import RunConfig
-from mpicomp.config.parameters import parameters
+from mpicomp.config.parameters import Choice
 from mpicomp.config.schedule import SCHEDULES
 from mpicomp.config.sections import OPTIMIZERS, SECTIONS, CompressionSection
 from mpicomp.data.datasets import DATASETS
@@ -190,7 +187,7 @@ def test_steps_take_the_place_of_epochs(load):
         (["model.hidden=[8, 'x']"], "model.hidden = [8, 'x'] (entry 1) must be a valid integer"),
         (["training.epochs="], "training needs exactly one of training.epochs and training.steps"),
         (["training.epochs=1", "training.steps=1", "training.steps="], "training needs exactly one of"),
-        (["optimizer.nesterov=true"], "optimizer: Nesterov momentum requires a momentum"),
+        (["optimizer.nesterov=true"], "optimizer.kind = 'sgd': Nesterov momentum requires a momentum"),
         (["schedule.warmup=3"], "schedule.warmup = 3: must be between 0 and the 2 epochs of the run."),
         (["algorithm.gamma=-1"], "algorithm.gamma = -1.0 must be a finite number > 0"),
         (["nonsense"], "--set nonsense: must have the form section.key=value, e.g. --set optimizer.lr=0.1"),
@@ -307,72 +304,10 @@ def test_sections_are_frozen(load):
 @pytest.mark.parametrize("registry", [TOPOLOGIES, COMPRESSORS, ALGORITHMS, DATASETS, MODELS, SCHEDULES, OPTIMIZERS])
 def test_every_entry_of_a_registry_can_be_configured(registry):
     choices = [c for section in SECTIONS.values() for c in section.choices.values() if c.registry is registry]
-    (given,) = {choice.given for choice in choices}
+    (parameters,) = {(choice.given, choice.beside): choice.parameters for choice in choices}.values()
     for target in registry.values():
-        for name in parameters(target, given):
+        for name in parameters(target):
             assert name not in ("size", "compressor", "downlink", "kind", "epochs")
-
-
-# From outside the package ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Halved(Identity):
-    """A compressor of a user."""
-
-    strength: int = 2
-
-
-def test_a_compressor_from_outside(load, monkeypatch):
-    monkeypatch.setitem(sys.modules, "my_pkg", sys.modules[__name__])
-    name = "my_pkg:Halved"
-    try:
-        config = load(f"compression.kind='{name}'", "compression.strength=3")
-        assert config.compression.build() == Halved(3)
-        assert RunConfig.from_toml(config.to_toml()) == config
-        assert "compression.strenght is unknown" in refusal(
-            load, f"compression.kind='{name}'", "compression.strenght=3"
-        )
-    finally:
-        COMPRESSORS.pop(name, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no_such_module:X", "compression.kind = 'no_such_module:X': 'no_such_module' cannot be imported"),
-        ("json:X", "compression.kind = 'json:X': module 'json' has no attribute 'X'"),
-        ("json:__name__", "compression.kind = 'json:__name__' is no class or function whose parameters can be read"),
-    ],
-)
-def test_an_import_path_that_leads_nowhere(load, name, message):
-    assert message in refusal(load, f"compression.kind='{name}'")
-
-
-def test_an_import_of_the_wrong_kind(load):
-    name = "pathlib:PurePath"
-    try:
-        message = refusal(load, f"compression.kind='{name}'")
-        assert f"compression.kind = '{name}' makes a PurePosixPath, not a Compressor" in message
-    finally:
-        COMPRESSORS.pop(name, None)
-
-
-def test_the_current_folder_is_searched(load, tmp_path, monkeypatch):
-    (tmp_path / "compressor_of_mine.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from mpicomp.compression import Identity\n"
-        "@dataclass(frozen=True)\n"
-        "class Mine(Identity):\n"
-        "    level: float = 1\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    try:
-        assert load("compression.kind='compressor_of_mine:Mine'").compression.level == 1.0
-    finally:
-        COMPRESSORS.pop("compressor_of_mine:Mine", None)
-        sys.modules.pop("compressor_of_mine", None)
 
 
 # Types ------------------------------------------------------------------------------------------
@@ -390,7 +325,7 @@ def test_only_what_toml_can_say_becomes_a_parameter():
     ):
         """Mixed parameters."""
 
-    found = parameters(target, 1)
+    found = Choice({}, 1).parameters(target)
     assert list(found) == ["number", "pair", "untyped"]
     assert found["number"][0] is float
     assert found["pair"][0] == tuple[float, float]

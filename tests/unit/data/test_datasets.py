@@ -251,7 +251,7 @@ def test_synthetic_data_can_be_learned_and_repeats():
         (
             "cifar10",
             {"augmnt": True},
-            r"data\.augmnt does not belong to data\.kind = 'cifar10'\. Did you mean 'augment'\?",
+            r"data\.augmnt is no parameter of data\.kind = 'cifar10'\. Did you mean 'augment'\?",
         ),
         ("synthetic", {"samples": 0}, r"data\.samples = 0: must be at least 1"),
         ("synthetic", {"classes": 1}, r"data\.classes = 1: must be at least 2"),

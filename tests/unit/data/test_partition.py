@@ -125,7 +125,7 @@ def test_dirichlet_reaches_the_minimum_or_says_what_to_do():
         ("dirichlet", {"alpha": float("nan")}, r"data\.alpha = nan:"),
         ("volumes", {"alpha": -1.0}, r"data\.alpha = -1:"),
         ("volumes", {"skew": 0.5}, r"data\.skew = 0\.5:"),
-        ("iid", {"alpha": 1.0}, r"data\.alpha does not belong to data\.partition = 'iid'\. Known: none"),
+        ("iid", {"alpha": 1.0}, r"data\.alpha is no parameter of data\.partition = 'iid'\. Known: none"),
         ("dirichlet", {"alhpa": 1.0}, r"Did you mean 'alpha'\?"),
         ("dirichlt", {}, r"data\.partition = 'dirichlt' is unknown\. Did you mean 'dirichlet'\?"),
     ],

@@ -70,7 +70,7 @@ def test_each_section_has_a_page_with_its_keys_and_the_parameters_of_each_kind(s
         for choice in section.choices.values():
             for kind, entry in choice.registry.items():
                 assert f"`{kind}`" in text
-                for key in site.parameters(entry, choice.given):
+                for key in choice.parameters(entry):
                     assert f"`{key}`" in text or f"`{key} = " in text or key == "lr", (name, kind, key)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mpicomp.data.datasets import Dataset, Samples
 from mpicomp.errors import ConfigError
-from mpicomp.models import MODELS, build, correct, loss
+from mpicomp.models import MODELS, build
 from mpicomp.models.normalization import EvoNormS0
 
 IMAGE, COLOR, TEXT = (1, 28, 28), (3, 32, 32), (12,)
@@ -38,6 +39,17 @@ def batch(kind, shape, size=3):
     if kind in ("lstm", "gpt"):
         return tuple(torch.randint(0, 10, (size, *shape), generator=generator) for _ in range(2))
     return torch.randn(size, *shape, generator=generator), torch.randint(0, 10, (size,), generator=generator)
+
+
+NOTHING = Samples(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+
+def problem(task):
+    return Dataset("mine", task, 10, NOTHING, NOTHING)
+
+
+def loss(logits, targets):
+    return problem("classification").loss(logits, targets)
 
 
 def count(model):
@@ -156,8 +168,24 @@ def test_loss_and_accuracy_count_every_prediction():
     targets = torch.tensor([[0, 1], [1, 0]])
     right, wrong = torch.log(1 + torch.exp(torch.tensor([-2.0, 2.0])))
     torch.testing.assert_close(loss(logits, targets), (3 * right + wrong) / 4)
-    assert correct(logits, targets) == 3
-    assert correct(logits[0], targets[0]) == 2
+    for task in ("classification", "language"):
+        assert problem(task).score(logits, targets) == (3, 4)
+        assert problem(task).score(logits[0], targets[0]) == (2, 2)
+
+
+def test_regression_has_the_squared_error_and_no_accuracy():
+    outputs, targets = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 4.0, 5.0])
+    assert problem("regression").loss(outputs, targets) == 5 / 3  # (b, 1) and (b,): not broadcast to (b, b)
+    assert problem("regression").score(outputs, targets) is None
+    with pytest.raises(ConfigError, match=r"outputs of shape \(3, 2\) for targets of shape \(3,\) of data.kind"):
+        problem("regression").loss(outputs.expand(3, 2), targets)
+
+
+def test_models_of_numbers_take_regression():
+    for kind, shape in (("logistic", (20,)), ("mlp", COLOR), ("lenet5", COLOR)):
+        assert build(kind, shape, 2, 0, task="regression")(torch.randn(3, *shape)).shape == (3, 2)
+    with pytest.raises(ConfigError, match=r"model\.kind = 'gpt' needs sequences"):
+        build("gpt", (20,), 2, 0, task="regression")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +203,10 @@ def test_loss_and_accuracy_count_every_prediction():
         (("lenet5", (1, 8, 8), "classification", {}), r"needs images of 28x28 or 32x32, .*\(1, 8, 8\)"),
         (("vgg11", (1, 8, 8), "classification", {}), r"needs images of 28x28 or 32x32"),
         (("resnet", COLOR, "classification", {}), r"model\.kind = 'resnet' is unknown\. Did you mean 'resnet20'\?"),
-        (("mlp", COLOR, "classification", {"hiden": [3]}), r"model\.hiden does not belong .* Did you mean 'hidden'\?"),
+        (
+            ("mlp", COLOR, "classification", {"hiden": [3]}),
+            r"model\.hiden is no parameter .* Did you mean 'hidden'\?",
+        ),
         (("mlp", COLOR, "classification", {"hidden": []}), r"model\.hidden = \[\]"),
         (("mlp", COLOR, "classification", {"hidden": [4, 0]}), r"model\.hidden = 0: must be at least 1"),
         (("resnet20", COLOR, "classification", {"norm": "layer"}), r"model\.norm = 'layer' is unknown"),

@@ -76,6 +76,7 @@ def test_reports_are_json():
         "diagnostics",
         "gradients",
         "delays",
+        "test_loss",
     ]
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 

@@ -82,7 +82,7 @@ def test_bad_arguments_are_errors_of_ours():
         run("rings", "--ranks", 4)
     with pytest.raises(ConfigError, match="--set 'degree' must have the form KEY=VALUE"):
         run("random_regular", "--ranks", 8, "--set", "degree")
-    with pytest.raises(TopologyError, match=r"topology.dims is no parameter of topology.kind = 'ring'"):
+    with pytest.raises(ConfigError, match=r"topology.dims is no parameter of topology.kind = 'ring'"):
         run("ring", "--ranks", 4, "--set", "dims=[2,2]")
     with pytest.raises(TopologyError, match="needs a whole number of ranks, at least 1, not -3"):
         run("ring", "--ranks", -3)

@@ -186,7 +186,7 @@ def test_unknown_names_are_refused():
         topologies.make_topology("rin", 4)
     with pytest.raises(ConfigError, match=r"topology.weights = 'metropolys' is unknown. Did you mean 'metropolis'\?"):
         topologies.ring(4, weights="metropolys")
-    with pytest.raises(TopologyError, match=r"topology.degre is no parameter .* Did you mean 'degree'\? Known: degree"):
+    with pytest.raises(ConfigError, match=r"topology.degre is no parameter .* Did you mean 'degree'\? Known: degree"):
         topologies.make_topology("random_regular", 8, degre=3)
-    with pytest.raises(TopologyError, match=r"topology.path is missing: topology.kind = 'file' needs it"):
+    with pytest.raises(ConfigError, match=r"topology.path is missing: topology.kind = 'file' needs it"):
         topologies.make_topology("file", 8)
