@@ -19,10 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
-from mpicomp.algorithms.asynchronous.hub import HubAlgorithm, HubState
+from mpicomp.algorithms.asynchronous.hub import HubAlgorithm
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,11 @@ class DCASGD(HubAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self._compensation  # checks the values
-
-    def init_mean_square(self, model: Tensor) -> Tensor | None:
-        """Start from zero, for the adaptive variant."""
-        return self._compensation.init(model)
-
-    def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
-        """Correct the gradient to first order."""
-        self._compensation.correct_(gradient, moved, state.mean_square)
+        _ = self.compensation  # checks the values
 
     @property
-    def _compensation(self) -> DelayCompensation:
+    def compensation(self) -> DelayCompensation:
+        """That of the paper, with its strength for the variant unless another is given."""
         published = 2.0 if self.adaptive else 0.04
         lambda0 = published if self.lambda0 is None else self.lambda0
         return DelayCompensation(lambda0, self.adaptive, self.decay, self.epsilon)

@@ -23,8 +23,10 @@ from mpicomp.algorithms.asynchronous.base import (
     DELAYS,
     AsynchronousAlgorithm,
     Attempt,
+    DelayCompensation,
     Share,
     count_delay_,
+    part_of,
     require_connected,
 )
 from mpicomp.algorithms.base import Local
@@ -108,6 +110,11 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
                 "every error would count twice. Leave it out."
             )
 
+    @property
+    def compensation(self) -> DelayCompensation | None:
+        """How a hub corrects a gradient for what its model has moved by since; None if it does not."""
+        return None
+
     def check(self, schedule: Schedule) -> None:
         """Need an edge between every hub and every worker."""
         topology = require_connected(self.name, schedule)
@@ -126,25 +133,20 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
                 )
 
     def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
-        """Each hub an even part."""
+        """Return for each hub its even part of the flat model."""
         cuts = [spec.numel * hub // self.hubs for hub in range(self.hubs + 1)]
         return [(hub, slice(cuts[hub], cuts[hub + 1])) for hub in range(self.hubs)]
 
     @property
     def compressors(self) -> tuple[Compressor, ...]:
-        """For both directions."""
+        """That of the gradients, with its error memory, and that of the answers."""
         return self._uplink, self.downlink
-
-    def message_nbytes(self, spec: Spec, size: int) -> int:
-        """The longest gradient or answer."""
-        parts = [_part(spec, part) for _, part in self.owners(size, spec)]
-        return max(c.layout(part).nbytes for part in parts for c in (self._uplink, self.downlink))
 
     def init(self, local: Local, mailbox: Mailbox) -> HubState | WorkerState:
         """Start with the same model everywhere."""
         device = local.x.device
         if mailbox.rank >= self.hubs:
-            parts = [_part(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
+            parts = [part_of(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
             compressors = [self._uplink.init(part, device, mailbox.rank) for part in parts]
             return WorkerState(compressors, 0, [True] * self.hubs)
         part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
@@ -152,20 +154,13 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         workers = mailbox.size - self.hubs
         return HubState(
             backups=[model.clone() for _ in range(workers)],
-            mean_square=self.init_mean_square(model),
-            compressors=[self.downlink.init(_part(local.spec, part), device, worker) for worker in range(workers)],
+            mean_square=None if self.compensation is None else self.compensation.init(model),
+            compressors=[self.downlink.init(part_of(local.spec, part), device, worker) for worker in range(workers)],
             updates=0,
             answered=[0] * workers,
             delays=torch.zeros((workers, DELAYS), dtype=torch.int64),
             scratch=torch.empty_like(model),
         )
-
-    def init_mean_square(self, model: Tensor) -> Tensor | None:
-        """Return the mean square of the gradients at the start, if the method keeps one."""
-        return None
-
-    def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
-        """Change a `gradient` (m,) whose model has `moved` (m,) since; `moved` may be overwritten."""
 
     def phases(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> Attempt:
         """Send a gradient, if the model has come."""
@@ -176,7 +171,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
             return False
         yield
         for hub, part in self.owners(mailbox.size, local.spec):
-            spec = _part(local.spec, part)
+            spec = part_of(local.spec, part)
             payload = self._uplink.compress(local.g[part], spec, state.compressors[hub])
             mailbox.put(payload, self._uplink.layout(spec), [hub], state.gradients)
             state.is_answered[hub] = False
@@ -193,7 +188,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         if isinstance(state, WorkerState):
             return self._take_answers(local, state, mailbox)
         part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
-        spec = _part(local.spec, part)
+        spec = part_of(local.spec, part)
         for source, mails in mailbox.receive(self._uplink.layout(spec)).items():
             state.waiting.extend((source, mail) for mail in mails)
         first = next((i for i, (source, _) in enumerate(state.waiting) if mailbox.room(source)), None)
@@ -205,8 +200,9 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         count_delay_(state.delays[worker], state.updates - state.answered[worker])
         gradient.zero_()
         self._uplink.accumulate(mail.payload, spec, gradient)
-        torch.sub(model, backup, out=state.scratch)
-        self.correct_(gradient, state.scratch, state)
+        torch.sub(model, backup, out=state.scratch)  # w - b_m: what the model has moved by since
+        if self.compensation is not None:
+            self.compensation.correct_(gradient, state.scratch, state.mean_square)
         local.update(part)
         state.updates += 1
         state.answered[worker] = state.updates
@@ -230,14 +226,14 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
 
     def _take_answers(self, local: Local, state: WorkerState, mailbox: Mailbox) -> bool:
         owners = dict(self.owners(mailbox.size, local.spec))
-        layouts = {hub: self.downlink.layout(_part(local.spec, part)) for hub, part in owners.items()}
+        layouts = {hub: self.downlink.layout(part_of(local.spec, part)) for hub, part in owners.items()}
         arrived = mailbox.receive(layouts)
         for hub, mails in arrived.items():
             (mail,) = mails
             model = local.x[owners[hub]]
             if isinstance(self.downlink, Identity):
                 model.zero_()
-            self.downlink.accumulate(mail.payload, _part(local.spec, owners[hub]), model)
+            self.downlink.accumulate(mail.payload, part_of(local.spec, owners[hub]), model)
             state.is_answered[hub] = True
         return bool(arrived)
 
@@ -245,9 +241,3 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     def _uplink(self) -> Compressor:
         is_lossy = self.compressor.is_contractive and not isinstance(self.compressor, Identity)
         return ErrorFeedback(self.compressor) if is_lossy else self.compressor
-
-
-def _part(spec: Spec, part: slice) -> Spec:
-    """Return the spec of a part of the flat model; all of it keeps its tensors."""
-    numel = part.stop - part.start
-    return spec if numel == spec.numel else Spec.flat(numel, spec.dtype)

@@ -32,10 +32,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases, require_positive
+from mpicomp.algorithms.base import Local, Phases, require_positive
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Payload, Spec
+from mpicomp.compression.message import Spec
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import by_rank_of, strength_of, with_strength
 from mpicomp.compression.wrap.feedback import apart_from
@@ -126,10 +126,12 @@ class DGC(GradientSum[DGCState]):
         delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
         return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor, delayed)
 
-    def add_gradient_(self, local: Local, state: DGCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``u_k`` and ``v_k``."""
-        u, v = state.u, state.v
-        yield meanwhile
+    def phases(self, local: Local, state: DGCState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        u, v, own, spec = state.u, state.v, state.scratch, local.spec
+        compressor = self.compressor_at(state.steps)
+        delayed = self.start_delayed_sum(local, state, exchange)
+        yield delayed.test if delayed else None
         g = self._clipped(local.g, exchange)
         if self.nesterov:
             u.add_(g).mul_(self.momentum)
@@ -137,19 +139,15 @@ class DGC(GradientSum[DGCState]):
         else:
             u.mul_(self.momentum).add_(g)
             v.add_(u)
-
-    def form_message(self, local: Local, state: DGCState) -> Payload:
-        """``q_k``, and what it leaves of ``u_k`` and ``v_k``."""
-        u, v, own, spec = state.u, state.v, state.scratch, local.spec
-        compressor = self.compressor_at(state.steps)
-        payload = apart_from(v, compressor.compress(v, spec, state.compressor))
+        self.update_with_delayed_sum(delayed, local)
+        q = apart_from(v, compressor.compress(v, spec, state.compressor))
         own.zero_()
-        compressor.accumulate(payload, spec, own)
+        compressor.accumulate(q, spec, own)
         v.sub_(own)
         if self.masking:
             for part in _masked(self.compressor, spec):
                 u[part].masked_fill_(own[part] != 0, 0.0)
-        return payload
+        self.sum_and_update(q, local, state, exchange)
 
     def compressor_at(self, step: int) -> Compressor:
         """Return the compressor of a step: the one given, with the ratio of the stage."""

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
-from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import IN_FLIGHT
@@ -71,17 +70,18 @@ class EFSGD(GradientSum[EFSGDState]):
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return EFSGDState(feedback, velocity, self.init_delayed(local))
 
-    def add_gradient_(self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``p_k``, in the place of the error."""
-        yield meanwhile
-        direction = local.g
+    def phases(self, local: Local, state: EFSGDState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        feedback = ErrorFeedback(self.compressor)
+        delayed = self.start_delayed_sum(local, state, exchange)
+        yield delayed.test if delayed else None
+        u = local.g  # u_k
         if state.velocity is not None:
-            direction = state.velocity.mul_(self.momentum).add_(direction)
-        ErrorFeedback(self.compressor).add_(direction, state.feedback)
-
-    def form_message(self, local: Local, state: EFSGDState) -> Payload:
-        """``q_k``, and ``e_k`` of it."""
-        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+            u = state.velocity.mul_(self.momentum).add_(u)
+        feedback.add_(u, state.feedback)  # p_k, in the place of e_k
+        self.update_with_delayed_sum(delayed, local)
+        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        self.sum_and_update(q, local, state, exchange)
 
     def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
         """``error_norm``, |e|."""

@@ -34,11 +34,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
-from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -99,29 +99,35 @@ class GMC(GradientSum[GMCState]):
         feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
         return GMCState(feedback, local.x.clone(), self.init_delayed(local))
 
-    def add_gradient_(self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``p_k``, in the place of the error; with overlap, without its momentum."""
-        error, previous = state.feedback.residual, state.previous
-        detached = error.clone() if self.detachment else None
+    def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        feedback, x, previous = ErrorFeedback(self.compressor), local.x, state.previous
+        delayed = self.start_delayed_sum(local, state, exchange)
+        detached = self._detached_point(local, state) if self.detachment else None
         if not self.overlap:
             self._add_momentum_(local, state)
-        previous.copy_(local.x)
+        previous.copy_(x)
         if detached is not None:
-            for part, group in local.groups:
-                local.x[part].sub_(detached[part].mul_(self.detachment * group["lr"]))
+            x.copy_(detached)
             detached = None  # not to be held while the gradient is computed
-        yield meanwhile
-        local.x.copy_(previous)
-        ErrorFeedback(self.compressor).add_(local.g, state.feedback)
-
-    def form_message(self, local: Local, state: GMCState) -> Payload:
-        """``q_k``, and ``e_k`` of it."""
+        yield delayed.test if delayed else None
+        x.copy_(previous)
+        feedback.add_(local.g, state.feedback)  # p_k, in the place of e_k
+        self.update_with_delayed_sum(delayed, local)
         if self.overlap:
             self._add_momentum_(local, state)
-        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        self.sum_and_update(q, local, state, exchange)
+
+    def _detached_point(self, local: Local, state: GMCState) -> Tensor:
+        """Return ``x~ = x_t - lambda lr e_k`` (n,)."""
+        point = state.feedback.residual.clone()
+        for part, group in local.groups:
+            torch.sub(local.x[part], point[part].mul_(self.detachment * group["lr"]), out=point[part])
+        return point
 
     def _add_momentum_(self, local: Local, state: GMCState) -> None:
-        """``p = p - (beta / lr) (x - previous)``; the content of `previous` is lost."""
+        """``p_k = p_k - (beta / lr) (x - previous)``; the content of `previous` is lost."""
         step = state.previous.sub_(local.x)
         for part, group in local.groups:
             if group["lr"]:  # a schedule that begins at zero has made no step yet
