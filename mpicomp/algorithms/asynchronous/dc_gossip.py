@@ -2,12 +2,17 @@
 
     rank i, at its own pace:
       if all neighbors have room in their mailboxes:
-          q_i = C(x_i - xhat_i);  put q_i into them;  xhat_i = xhat_i + q_i
-      g = gradient at x_i                                    meanwhile the neighbors write
+          q_i = C(x_i - xhat_i);  put q_i into them;  xhat_i = xhat_i + q_i;  s_i = s_i + W_ii q_i
+      g = grad F_i(x_i)                                      meanwhile the neighbors write
       s_i = s_i + W_ij q_j for all that has arrived          (s_i = sum_j W_ij xhat_j, as far as it is known)
       d = gamma (s_i - xhat_i), 0 if nothing was put         the mixing
       g~ = g + lambda_t g g d                                elementwise; lambda_t as in DC-ASGD, but no longer than g
-      x_i = x_i - lr u(g~) + d                               u: the optimizer
+      x_i = x_i - lr u(g~) + d
+
+x_i is the model (n,) of rank i and F_i the loss of its batch; C the compressor and q_i what is sent; xhat_i the public
+copy of the model; W_ij the weight of rank j in the average of rank i, 0 unless they are neighbors; s_i the weighted sum
+of the public copies; gamma the consensus step; lambda_t the strength of the correction, from the parameters lambda0,
+adaptive, decay and epsilon; lr the learning rate; u(g~) the direction that the optimizer makes of g~.
 
 The model that g is applied to has moved by d since g was begun, which the correction makes up for to first order, with
 no traffic and no memory of other models: DC-ASGD's idea at the place where it costs nothing on a graph. The correction
@@ -27,6 +32,12 @@ squares stay; increments under way are lost, and the mean over ranks is now that
 
 Wire: one compressed message to each neighbor and step, at most. Memory: ``xhat``, ``s``, one scratch vector, and the
 mean square of the adaptive variant, whatever the degree. Not from a paper: a design of this package.
+
+In a script (after the last step, ``gossip.finish()``):
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, DCGossip(gamma=0.2, compressor=TopK(ratio=0.1)), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -131,11 +142,11 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
 
     @property
     def depth(self) -> int:
-        """Messages for as many steps as a neighbor may be behind."""
+        """How many messages a neighbor must have room for: of as many steps as it may be behind, and two."""
         return UNREAD if self.max_staleness is None else self.max_staleness + 2
 
     def init(self, local: Local, mailbox: Mailbox) -> DCGossipState:
-        """Start the public copies at the common model."""
+        """Return public copies of the model that all ranks begin with."""
         sources = mailbox.topology.sources(mailbox.rank)
         return DCGossipState(
             x_hat=local.x.clone(),
@@ -208,7 +219,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         return [source for source in late if not peers[source].is_done]
 
     def is_unfinished(self, state: DCGossipState) -> bool:
-        """Whether it waits for neighbors that are too far behind."""
+        """Return whether a step has its gradient and waits for neighbors that are too far behind."""
         return state.is_computed
 
     def awaited(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:

@@ -1,14 +1,18 @@
 """Asynchronous training through hubs: workers send gradients, hubs apply them as they come and answer with the model.
 
-    worker m:   g = gradient at w_m;  send C_up(g + e_m) to the hub, e_m keeps the rest;  wait for the answer
-    hub:        on a message of m:  w = step of the optimizer with the (corrected) gradient
-                                    send w, or C_down(w - b_m);  b_m = what m holds now
+    worker m:   g = grad F_m(w_m);  p = g + e_m;  q = C(p);  e_m = p - q;  send q to the hub
+                wait for the answer:  w_m = w, or w_m = w_m + a
+    hub:        on a message q of worker m:  w = w - lr u(q), where q may be corrected by w - b_m
+                send w;  b_m = w                           or, compressed: a = C_down(w - b_m);  send a;  b_m = b_m + a
+
+w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the hub keeps; F_m the loss of the batch of
+worker m and e_m its error memory, none if C leaves nothing out; C and C_down are the compressors of both directions; lr
+is the learning rate and u() the direction that the optimizer makes of a gradient, both of the hub.
 
 The first ranks are the hubs, each with an even part of the flat model, and compute no gradients; the others are the
-workers, which talk to every hub. ``b_m`` is the backup model of worker m: at the next message the gradient was computed
-there, and errors of a compressed answer stay in ``w - b_m``, so they are sent later.
-
-Without a compressor a worker holds exactly the model of the hub. The optimizer and its learning rate are the hub's.
+workers, which talk to every hub. At the next message of worker m the gradient was computed at ``b_m``; errors of a
+compressed answer stay in ``w - b_m``, so they are sent later. Without a compressor a worker holds exactly the model of
+the hub.
 """
 
 from __future__ import annotations
@@ -143,7 +147,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         return self._uplink, self.downlink
 
     def init(self, local: Local, mailbox: Mailbox) -> HubState | WorkerState:
-        """Start with the same model everywhere."""
+        """Return on a hub copies of its model for all workers, which begin with it; on a worker, that it may begin."""
         device = local.x.device
         if mailbox.rank >= self.hubs:
             parts = [part_of(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
@@ -163,7 +167,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         )
 
     def phases(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> Attempt:
-        """Send a gradient, if the model has come."""
+        """Compute and send a gradient, if the model has come from all hubs, and they have room for it."""
         assert isinstance(state, WorkerState), "a hub computes no gradient"
         if not all(state.is_answered):
             self.serve(local, state, mailbox)
@@ -215,7 +219,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         return True
 
     def updates(self, state: HubState | WorkerState) -> int:
-        """Those of the hub; a worker applies none."""
+        """Return how many gradients a hub has applied; 0 on a worker, which applies none."""
         return state.updates if isinstance(state, HubState) else 0
 
     def delays(self, state: HubState | WorkerState, mailbox: Mailbox) -> dict[int, list[int]]:

@@ -1,10 +1,20 @@
 """Local SGD: several steps alone, then one averaging of the models.
 
-    repeat H times:  x_i = x_i - lr u_i
-    x_i = sum_j W_ij x_j
+    repeat H times:  g_i = grad F_i(x_i);  x_i = x_i - lr u_i
+    x_i = sum_j W_ij x_j                             send x_i to every neighbor, receive x_j (j = i included)
+
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; H the parameter ``period``; W_ij the weight of rank j in the
+average of rank i.
 
 On ``topology.kind = "complete"`` this is local SGD as published; on a sparser graph it is its decentralized form.
 Wire: one dense vector to each neighbor every H steps. Stich 2019, arXiv 1805.09767, Algorithm 1.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, LocalSGD(period=8), topology=complete)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -40,7 +50,7 @@ class LocalSGD(Algorithm[LocalSGDState]):
             raise ConfigError(f"algorithm.period = {self.period} must be at least 1: the steps between averagings")
 
     def init(self, local: Local, exchange: Exchange) -> LocalSGDState:
-        """Start at step 0."""
+        """Return a count of no steps: the first averaging comes after `period` of them."""
         return LocalSGDState()
 
     def phases(self, local: Local, state: LocalSGDState, exchange: Exchange) -> Phases:

@@ -1,16 +1,21 @@
 """DGC, deep gradient compression: each rank corrects, accumulates and masks its own momentum before the compression.
 
-    g_k = clip(gradient at x)
+    g_k = clip(grad F_k(x))
     u_k = mu u_k + g_k;  v_k = v_k + u_k                   momentum correction
                                                            (Nesterov: u_k = mu (u_k + g_k); v_k = v_k + u_k + g_k)
     q_k = C(v_k)
     v_k = v_k - q_k;  u_k = 0 where q_k is not             momentum factor masking
     x = x - lr sum_k w_k q_k                               by the optimizer, on all ranks alike
 
+x is the model (n,), the same on all ranks; F_k the loss of the batch of rank k; u_k (n,) its momentum and mu the
+parameter ``momentum``; v_k (n,) what it has accumulated and not sent; C the compressor and q_k what is sent; w_k what
+rank k counts in the sum; lr the learning rate.
+
 ``clip = "norm"`` scales the gradient to a norm of at most ``clip_norm / sqrt(size)`` (the paper's); ``"rms"`` clamps
 its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more number exchanged a step). While the run
 warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``warmup_stages`` of them are geometric,
-``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))``, as in the official code. Each has ``warmup_steps`` steps.
+``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))`` and the ratio r of C, as in the official code. Each has
+``warmup_steps`` steps.
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); u and v, which are of the own
 gradients alone, stay as they are. ``clip = "rms"`` does not go with it: its sum would have to overtake the messages.
@@ -21,6 +26,12 @@ compressed. Where every entry is sent and masked, this is plain SGD; with ``mask
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``u``, ``v`` and one scratch vector. Lin et al. 2018,
 arXiv 1712.01887; checked against the authors' code.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossip = mpicomp.distribute(model, optimizer, DGC(PerTensor(TopK(0.01), dense_1d=True)), topology=star)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -118,7 +129,7 @@ class DGC(GradientSum[DGCState]):
         self.compressor_at(0)  # raises if the ratio of the compressor cannot be changed
 
     def init(self, local: Local, exchange: Exchange) -> DGCState:
-        """Start at rest."""
+        """Return a momentum and an accumulation of zero, and room for the message."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("DGC", local)
         x = local.x

@@ -1,24 +1,37 @@
 """PowerSGD: gradients as products of two narrow matrices, by one power iteration a step from where the last one ended.
 
+    G_k = grad F_k(x)
     M_k = G_k + E_k                                        each tensor as a matrix: shape[0] x the rest
-    P = orthogonal basis of sum_k w M_k Q                  first sum, of the P of all matrices together; w = 1 / size
+    P = orthogonal basis of sum_k w M_k Q                  first sum, of the P of all matrices together
     Q = sum_k w M_k' P                                     second sum, and with it the tensors of one dimension, whole
-    E_k = M_k - P Q';  g = P Q'                            Q is kept: the next step starts from it
-    x = x - lr u(g)                                        u: the optimizer, on all ranks alike
+    g = P Q';  E_k = M_k - g                               Q is kept: the next step starts from it
+    x = x - lr u(g)                                        on all ranks alike
+
+x is the model, the same on all ranks; F_k the loss of the batch of rank k, and G_k (m, n) its gradient for one tensor;
+E_k (m, n) its error memory, what the projection has left out so far; P (m, r) and Q (n, r) the narrow matrices and r
+the parameter ``rank``; M' the transpose of M; w = 1 / size; g the mean gradient as far as P spans it; lr the learning
+rate; u(g) the direction that the optimizer makes of g.
 
 The projection is linear, so ``P Q'`` is that of the mean gradient, and with full rank the mean gradient itself. The
 basis is that of a QR decomposition (`torch.linalg.qr`; the authors' library has Gram-Schmidt), which is complete even
 where ``M Q`` is not: a matrix whose gradients were zero does not stay lost. Every rank decomposes the same P and must
 get the same bits of it, so use ranks of the same kind.
 
-The paper's momentum is ``m = mu m + g;  x = x - lr (g + m)``: constant gradients make steps of ``1 + 1 / (1 - mu)``
-times their length. No optimizer of torch does that: its heavy ball is ``x - lr m``, its Nesterov ``x - lr (g + mu m)``.
-Leave ``momentum`` at 0 to use theirs on g. Weight decay is the optimizer's, so it is not compressed. The authors'
-library does half an iteration at a time, and sends gradients whole in its first 100 steps; this follows the paper.
+The paper's momentum is ``m = mu m + g;  x = x - lr (g + m)``, where mu is the parameter ``momentum``: constant
+gradients make steps of ``1 + 1 / (1 - mu)`` times their length. No optimizer of torch does that: its heavy ball is
+``x - lr m``, its Nesterov ``x - lr (g + mu m)``. Leave ``momentum`` at 0 to use theirs on g. Weight decay is the
+optimizer's, so it is not compressed. The authors' library does half an iteration at a time, and sends gradients whole
+in its first 100 steps; this follows the paper.
 
 Wire: two dense sums (see `mpicomp.exchange.sums.aggregate`), of ``sum r m`` and ``sum r n`` entries for matrices of
 m x n; what is sent whole is part of the second. Memory: ``E_k``, ``Q``, and one vector with ``momentum``. Vogels et al.
 2019, arXiv 1905.13727, Algorithms 1 and 2.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, PowerSGD(rank=2), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
