@@ -28,7 +28,7 @@ class SGD(Algorithm[None]):
     """Plain training of one rank with any optimizer."""
 
     def check(self, schedule: Schedule) -> None:
-        """Refuse more than one rank: they would never talk."""
+        """Raise ConfigError if there is more than one rank: they would never talk."""
         if schedule.size > 1:
             raise ConfigError(
                 f"algorithm.kind = 'sgd' is for one rank, not {schedule.size}: start one process, "

@@ -136,7 +136,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         _ = self._compensation  # checks the values
 
     def check(self, schedule: Schedule) -> None:
-        """Need one connected undirected graph."""
+        """Raise TopologyError unless `schedule` is one connected undirected graph with symmetric weights."""
         require_fixed_symmetric("DC-gossip", schedule)
         require_connected("DC-gossip", schedule)
 
@@ -246,7 +246,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         return dict(zip(mailbox.topology.sources(mailbox.rank), state.delays.tolist(), strict=True))
 
     def diagnostics(self, local: Local, state: DCGossipState) -> dict[str, float]:
-        """``compression_error`` as for CHOCO-SGD."""
+        """Return ``compression_error``, |x - xhat| / |x|."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
 
     def regroup_(self, local: Local, state: DCGossipState, mailbox: Mailbox, exchange: Exchange) -> None:

@@ -120,7 +120,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         return None
 
     def check(self, schedule: Schedule) -> None:
-        """Need an edge between every hub and every worker."""
+        """Raise TopologyError unless there is an edge between every hub and every worker."""
         topology = require_connected(self.name, schedule)
         hubs, workers = range(self.hubs), range(self.hubs, topology.size)
         if not workers:

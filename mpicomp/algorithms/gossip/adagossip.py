@@ -125,7 +125,7 @@ class AdaGossip(Algorithm[AdaGossipState]):
             raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
 
     def check(self, schedule: Schedule) -> None:
-        """Need one undirected graph."""
+        """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("AdaGossip", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> AdaGossipState:
@@ -186,5 +186,5 @@ class AdaGossip(Algorithm[AdaGossipState]):
         local.update()
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
-        """``compression_error``, the relative distance |x - xhat| / |x|."""
+        """Return ``compression_error``, |x - xhat| / |x|."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}

@@ -102,7 +102,7 @@ class Choco(Algorithm[ChocoState]):
         require_no_feedback("CHOCO-SGD", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
-        """Need one undirected graph."""
+        """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("CHOCO-SGD", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> ChocoState:
@@ -124,7 +124,7 @@ class Choco(Algorithm[ChocoState]):
         kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
-        """``compression_error``, the relative distance |x - xhat| / |x|: it grows without end if gamma is too large."""
+        """Return ``compression_error``, |x - xhat| / |x|, which grows without end if gamma is too large."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
 
 

@@ -82,7 +82,7 @@ class AggregatedAlgorithm(Algorithm[S]):
             )
 
     def check(self, schedule: Schedule) -> None:
-        """Need a star or a ring."""
+        """Raise TopologyError unless `schedule` is a star or a ring."""
         plan(schedule)
 
     def rank_weights(self, size: int) -> list[float] | None:

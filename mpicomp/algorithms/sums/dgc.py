@@ -174,7 +174,7 @@ class DGC(GradientSum[DGCState]):
         return _with_ratio(self.compressor, max(ratio ** ((stage + 1) / (stages + 1)), ratio))
 
     def diagnostics(self, local: Local, state: DGCState) -> dict[str, float]:
-        """``error_norm``, |v|, and ``ratio`` where it changes."""
+        """Return ``error_norm``, |v|, and ``ratio``, the fraction that is sent, if there is a warm-up."""
         numbers = {"error_norm": float(state.v.norm())}
         if self.warmup_steps:
             numbers["ratio"] = _ratio(self.compressor_at(state.steps))

@@ -95,5 +95,5 @@ class EFSGD(GradientSum[EFSGDState]):
         self.sum_and_update(q, local, state, exchange)
 
     def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
-        """``error_norm``, |e|."""
+        """Return ``error_norm``, |e|."""
         return {"error_norm": float(state.feedback.residual.norm())}

@@ -112,5 +112,5 @@ class EfficientAdam(TwoWayAdam[EfficientAdamState]):
         state.steps = t
 
     def diagnostics(self, local: Local, state: EfficientAdamState) -> dict[str, float]:
-        """``error_norm`` and ``server_error_norm``."""
+        """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""
         return self.error_norms(state.messages)

@@ -116,7 +116,7 @@ class GMC(GradientSum[GMCState]):
         delayed = self.start_delayed_sum(local, state, exchange)
         detached = self._detached_point(local, state) if self.detachment else None
         if not self.overlap:
-            self._add_momentum_(local, state)
+            self._add_momentum_(local, state)  # of x_t - x_{t-1}
         previous.copy_(x)
         if detached is not None:
             x.copy_(detached)
@@ -126,7 +126,7 @@ class GMC(GradientSum[GMCState]):
         feedback.add_(local.g, state.feedback)  # p_k, in the place of e_k
         self.update_with_delayed_sum(delayed, local)
         if self.overlap:
-            self._add_momentum_(local, state)
+            self._add_momentum_(local, state)  # of x_{t+1} - x_t
         q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
         self.sum_and_update(q, local, state, exchange)
 
@@ -145,5 +145,5 @@ class GMC(GradientSum[GMCState]):
                 state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
 
     def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
-        """``error_norm``, |e|."""
+        """Return ``error_norm``, |e|."""
         return {"error_norm": float(state.feedback.residual.norm())}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +19,8 @@ from torch import Tensor
 from mpicomp.compression.message import Spec
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Views of one tensor that is approximated.
-
-    Attributes:
-        m: (m, n) its gradient with its error.
-        g: (m, n) its mean gradient.
-        p: (m, r) its part of the left factors.
-        q: (n, r) its part of the right factors.
-
-    """
+class Matrix(NamedTuple):
+    """Views of a tensor's gradient with its error (m, n), of its mean gradient (m, n), and of P (m, r) and Q (n, r)."""
 
     m: Tensor
     g: Tensor
@@ -36,16 +28,8 @@ class Matrix:
     q: Tensor
 
 
-@dataclass(frozen=True)
-class Whole:
-    """Views of one tensor that is sent whole, all (numel,).
-
-    Attributes:
-        m: its gradient with its error.
-        g: its mean gradient.
-        sent: its part of the right factors.
-
-    """
+class Whole(NamedTuple):
+    """Views of a tensor's gradient with its error, of its mean gradient, and of what is sent of it, all (numel,)."""
 
     m: Tensor
     g: Tensor
@@ -54,7 +38,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The tensors of `spec`, divided.
+    """The tensors of `spec`, divided into matrices and those that are sent whole.
 
     Attributes:
         spec: of the flat vector.
@@ -69,12 +53,12 @@ class LowRank:
 
     @property
     def left_numel(self) -> int:
-        """The entries of all P."""
+        """The length of `left`: the entries of all P."""
         return sum(self._left_numels)
 
     @property
     def right_numel(self) -> int:
-        """The entries of all Q, and of what is sent whole."""
+        """The length of `right`: the entries of all Q, and of what is sent whole."""
         return sum(self._right_numels)
 
     def views(self, m: Tensor, g: Tensor, left: Tensor, right: Tensor) -> tuple[list[Matrix], list[Whole]]:

@@ -116,5 +116,5 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
                 vector.masked_fill_(is_idle, 0.0)
 
     def diagnostics(self, local: Local, state: OneBitAdamState) -> dict[str, float]:
-        """``error_norm`` and ``server_error_norm``."""
+        """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""
         return self.error_norms(state.messages)

@@ -97,11 +97,11 @@ class PowerSGD(Algorithm[PowerSGDState]):
         require_momentum(self.momentum)
 
     def check(self, schedule: Schedule) -> None:
-        """Need a star or a ring."""
+        """Raise TopologyError unless `schedule` is a star or a ring."""
         plan(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> PowerSGDState:
-        """Start without an error, from random Q, the same on all ranks."""
+        """Return an error of zero, and random Q, the same on all ranks."""
         if self.momentum:
             require_no_momentum("PowerSGD", local)
         generator = torch.Generator().manual_seed(self.seed)
@@ -116,16 +116,16 @@ class PowerSGD(Algorithm[PowerSGDState]):
         left = g.new_empty(low_rank.left_numel)
         matrices, whole = low_rank.views(state.error.add_(g), g, left, right)  # M_k = G_k + E_k
         for matrix in matrices:
-            torch.mm(matrix.m, matrix.q, out=matrix.p)
+            torch.mm(matrix.m, matrix.q, out=matrix.p)  # M_k Q
         aggregator.mean_(left)
         for matrix in matrices:
             matrix.p.copy_(orthogonal(matrix.p))
-            torch.mm(matrix.m.T, matrix.p, out=matrix.q)
+            torch.mm(matrix.m.T, matrix.p, out=matrix.q)  # M_k' P
         for tensor in whole:
             tensor.sent.copy_(tensor.m)
         aggregator.mean_(right)
         for matrix in matrices:
-            torch.mm(matrix.p, matrix.q.T, out=matrix.g)
+            torch.mm(matrix.p, matrix.q.T, out=matrix.g)  # g = P Q'
             matrix.m.sub_(matrix.g)  # E_k
         for tensor in whole:
             tensor.g.copy_(tensor.sent)
@@ -138,7 +138,7 @@ class PowerSGD(Algorithm[PowerSGDState]):
         return LowRank(spec, self.rank, self.min_compression_rate)
 
     def diagnostics(self, local: Local, state: PowerSGDState) -> dict[str, float]:
-        """``error_norm``, |E|."""
+        """Return ``error_norm``, |E|."""
         return {"error_norm": float(state.error.norm())}
 
 
