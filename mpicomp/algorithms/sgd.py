@@ -1,6 +1,16 @@
 """Sequential SGD: one rank, no communication. The reference to which the others are compared.
 
-g = grad F(x);  x = x - lr u(g)          (u: the optimizer's direction)
+    g = grad F(x)
+    x = x - lr u(g)
+
+x is the model (n,), F the loss of a batch, lr the learning rate, and u(g) the direction that the optimizer makes of the
+gradient g, with its momentum and weight decay.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, SGD(), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ class SGD(Algorithm[None]):
     """Plain training of one rank with any optimizer."""
 
     def check(self, schedule: Schedule) -> None:
-        """Refuse more than one rank: they would never talk."""
+        """Raise ConfigError if there is more than one rank: they would never talk."""
         if schedule.size > 1:
             raise ConfigError(
                 f"algorithm.kind = 'sgd' is for one rank, not {schedule.size}: start one process, "
@@ -26,9 +36,9 @@ class SGD(Algorithm[None]):
             )
 
     def init(self, local: Local, exchange: Exchange) -> None:
-        """Keep nothing."""
+        """Return None: nothing is kept from step to step."""
 
     def phases(self, local: Local, state: None, exchange: Exchange) -> Phases:
-        """Gradient, then update."""
+        """Do one step in the order of the module's docstring."""
         yield None
         local.update()

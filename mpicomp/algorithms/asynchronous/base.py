@@ -42,6 +42,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
 
     Attributes:
         share: who computes how many gradients.
+        compressor: of what it sends.
         ranks_stay_equal: whether all ranks hold the same model after every step.
         updates_with_sum: whether the optimizer's step is made with a sum of gradients over the ranks.
         begins_before_gradient: whether `phases` has work to do before the gradient.
@@ -51,6 +52,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     """
 
     share: Share
+    compressor: Compressor
     ranks_stay_equal: ClassVar[bool] = False
     updates_with_sum: ClassVar[bool] = False
     begins_before_gradient: ClassVar[bool] = True
@@ -60,9 +62,9 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError or ConfigError if this algorithm cannot run on `schedule`."""
 
-    @abstractmethod
     def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
-        """Return which rank holds which part of the trained model; none if it is the mean over all ranks."""
+        """Return which rank holds which part of the trained model; none, if it is the mean over all ranks."""
+        return []
 
     def trainers(self, size: int) -> list[int]:
         """Return the ranks that compute gradients, ascending: those that own no part of the model."""
@@ -70,13 +72,14 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         return [rank for rank in range(size) if rank not in owners]
 
     @property
-    @abstractmethod
     def compressors(self) -> tuple[Compressor, ...]:
-        """What this algorithm compresses with."""
+        """All that messages are compressed with."""
+        return (self.compressor,)
 
-    @abstractmethod
     def message_nbytes(self, spec: Spec, size: int) -> int:
-        """Return the bytes of the longest message."""
+        """Return the bytes of the longest message of `size` ranks that train a model of `spec`."""
+        parts = [part_of(spec, part) for _, part in self.owners(size, spec)] or [spec]
+        return max(compressor.layout(part).nbytes for part in parts for compressor in self.compressors)
 
     @property
     def depth(self) -> int:
@@ -158,6 +161,12 @@ class RegroupingAlgorithm(AsynchronousAlgorithm[S]):
 
 
 AnyAlgorithm = Algorithm[Any] | AsynchronousAlgorithm[Any]
+
+
+def part_of(spec: Spec, part: slice) -> Spec:
+    """Return the spec of a part of the flat model; all of it keeps its tensors."""
+    numel = part.stop - part.start
+    return spec if numel == spec.numel else Spec.flat(numel, spec.dtype)
 
 
 def count_delay_(histogram: Tensor, delay: int) -> None:

@@ -1,28 +1,38 @@
 """DC-ASGD: asynchronous SGD whose hubs correct each gradient for how far the model has moved meanwhile.
 
-    worker m:   g = gradient at its model;  send it
-    hub:        on a gradient g of worker m, with b_m the model that m has computed it at:
+    worker m:   g = grad F_m(w_m);  send g;  w_m = the answer
+    hub:        on a gradient g of worker m, which was computed at the model b_m:
                   constant (DC-ASGD-c):  lambda_t = lambda0
                   adaptive (DC-ASGD-a):  MeanSquare = decay MeanSquare + (1 - decay) g g
                                          lambda_t = lambda0 / sqrt(MeanSquare + epsilon)
-                  w = w - lr (g + lambda_t g g (w - b_m))              elementwise
+                  w = w - lr u(g + lambda_t g g (w - b_m))              elementwise
                   send w to m;  b_m = w
 
-The exchange, compressed on request, is that of `mpicomp.algorithms.asynchronous.hub`; the wire is that of ASGD.
-Memory at the hubs: one model for each worker, and one mean square for the adaptive variant. lambda0 = 0 is ASGD. A
-gradient that came through a lossy compressor is corrected as it arrives.
+w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the hub keeps; F_m the loss of the batch of
+worker m; MeanSquare (n,) is over the gradients of all workers; lr the learning rate; u() the direction that the hub's
+optimizer makes of the corrected gradient. lambda0, decay and epsilon are parameters.
+
+The exchange is that of `mpicomp.algorithms.asynchronous.hub`. lambda0 = 0 is ASGD. A gradient that came through a
+lossy compressor is corrected as it arrives.
+
+Wire: as ASGD, a gradient up and a model down for each gradient, compressed on request. Memory: at the hubs, one model
+for each worker, and one mean square for the adaptive variant.
 
 Zheng et al. 2017, arXiv 1609.08326, Algorithms 1 and 2; defaults as in the authors' code.
+
+In a script (``train`` is the loop of a worker, which ends by ``gossip.finish()``):
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossip = mpicomp.distribute(model, optimizer, DCASGD(TopK(ratio=0.1)), topology=star)
+    gossip.serve() if gossip.is_hub else train(gossip)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
-from mpicomp.algorithms.asynchronous.hub import HubAlgorithm, HubState
+from mpicomp.algorithms.asynchronous.hub import HubAlgorithm
 
 
 @dataclass(frozen=True)
@@ -44,18 +54,11 @@ class DCASGD(HubAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self._compensation  # checks the values
-
-    def init_mean_square(self, model: Tensor) -> Tensor | None:
-        """Start from zero, for the adaptive variant."""
-        return self._compensation.init(model)
-
-    def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
-        """Correct the gradient to first order."""
-        self._compensation.correct_(gradient, moved, state.mean_square)
+        _ = self.compensation  # checks the values
 
     @property
-    def _compensation(self) -> DelayCompensation:
+    def compensation(self) -> DelayCompensation:
+        """That of the paper, with its strength for the variant unless another is given."""
         published = 2.0 if self.adaptive else 0.04
         lambda0 = published if self.lambda0 is None else self.lambda0
         return DelayCompensation(lambda0, self.adaptive, self.decay, self.epsilon)

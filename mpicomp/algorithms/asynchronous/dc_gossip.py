@@ -2,12 +2,17 @@
 
     rank i, at its own pace:
       if all neighbors have room in their mailboxes:
-          q_i = C(x_i - xhat_i);  put q_i into them;  xhat_i = xhat_i + q_i
-      g = gradient at x_i                                    meanwhile the neighbors write
+          q_i = C(x_i - xhat_i);  put q_i into them;  xhat_i = xhat_i + q_i;  s_i = s_i + W_ii q_i
+      g = grad F_i(x_i)                                      meanwhile the neighbors write
       s_i = s_i + W_ij q_j for all that has arrived          (s_i = sum_j W_ij xhat_j, as far as it is known)
       d = gamma (s_i - xhat_i), 0 if nothing was put         the mixing
       g~ = g + lambda_t g g d                                elementwise; lambda_t as in DC-ASGD, but no longer than g
-      x_i = x_i - lr u(g~) + d                               u: the optimizer
+      x_i = x_i - lr u(g~) + d
+
+x_i is the model (n,) of rank i and F_i the loss of its batch; C the compressor and q_i what is sent; xhat_i the public
+copy of the model; W_ij the weight of rank j in the average of rank i, 0 unless they are neighbors; s_i the weighted sum
+of the public copies; gamma the consensus step; lambda_t the strength of the correction, from the parameters lambda0,
+adaptive, decay and epsilon; lr the learning rate; u(g~) the direction that the optimizer makes of g~.
 
 The model that g is applied to has moved by d since g was begun, which the correction makes up for to first order, with
 no traffic and no memory of other models: DC-ASGD's idea at the place where it costs nothing on a graph. The correction
@@ -27,6 +32,12 @@ squares stay; increments under way are lost, and the mean over ranks is now that
 
 Wire: one compressed message to each neighbor and step, at most. Memory: ``xhat``, ``s``, one scratch vector, and the
 mean square of the adaptive variant, whatever the degree. Not from a paper: a design of this package.
+
+In a script (after the last step, ``gossip.finish()``):
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, DCGossip(gamma=0.2, compressor=TopK(ratio=0.1)), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -50,7 +61,7 @@ from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_f
 from mpicomp.algorithms.gossip.choco import compression_error
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
-from mpicomp.compression.message import Field, Layout, Spec
+from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange, Mailbox
 from mpicomp.state import SCRATCH, State
@@ -125,30 +136,17 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         _ = self._compensation  # checks the values
 
     def check(self, schedule: Schedule) -> None:
-        """Need one connected undirected graph."""
+        """Raise TopologyError unless `schedule` is one connected undirected graph with symmetric weights."""
         require_fixed_symmetric("DC-gossip", schedule)
         require_connected("DC-gossip", schedule)
 
-    def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
-        """The model is the mean over all ranks."""
-        return []
-
-    @property
-    def compressors(self) -> tuple[Compressor, ...]:
-        """The one."""
-        return (self.compressor,)
-
-    def message_nbytes(self, spec: Spec, size: int) -> int:
-        """One compressed message."""
-        return self.compressor.layout(spec).nbytes
-
     @property
     def depth(self) -> int:
-        """As many as a neighbor may be behind."""
+        """How many messages a neighbor must have room for: of as many steps as it may be behind, and two."""
         return UNREAD if self.max_staleness is None else self.max_staleness + 2
 
     def init(self, local: Local, mailbox: Mailbox) -> DCGossipState:
-        """Start the public copies at the common model."""
+        """Return public copies of the model that all ranks begin with."""
         sources = mailbox.topology.sources(mailbox.rank)
         return DCGossipState(
             x_hat=local.x.clone(),
@@ -165,18 +163,18 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         )
 
     def phases(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> Attempt:
-        """Send, compute, and finish the step, unless that must wait for a neighbor."""
-        begun = state.is_computed
-        if not begun:
+        """Do one step in the order of the module's docstring; a step that waits for a neighbor is finished later."""
+        is_begun = state.is_computed
+        if not is_begun:
             state.has_sent = self._send(local, state, mailbox)
             if not state.has_sent and self.max_staleness is not None:
                 return False
             yield
             state.is_computed = True
-        self._receive(local, state, mailbox, self._horizon(state))
+        self.serve(local, state, mailbox)
         if self._late(state, mailbox):
-            return not begun
-        torch.sub(state.s, state.x_hat, out=state.scratch)
+            return not is_begun
+        torch.sub(state.s, state.x_hat, out=state.scratch)  # d / gamma
         if not state.has_sent:
             state.scratch.zero_()
         if self.lambda0:
@@ -189,8 +187,39 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         state.is_computed = False
         return True
 
+    def _send(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
+        """``q_i = C(x_i - xhat_i);  xhat_i += q_i;  s_i += W_ii q_i``, if all neighbors have room; return whether."""
+        topology, rank = mailbox.topology, mailbox.rank
+        targets = topology.targets(rank)
+        if not all(mailbox.room(target) for target in targets):
+            return False
+        own = self.compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
+        mailbox.put(own, self.compressor.layout(local.spec), targets, state.steps)
+        self.compressor.accumulate(own, local.spec, state.s, topology.weight(rank, rank))
+        return True
+
+    def _receive(self, local: Local, state: DCGossipState, mailbox: Mailbox, up_to: float) -> bool:
+        """``s_i += W_ij q_j`` for all that has arrived of steps to `up_to`, by ascending rank; return whether any."""
+        topology, rank = mailbox.topology, mailbox.rank
+        arrived = mailbox.receive(self.compressor.layout(local.spec), up_to)
+        sources = topology.sources(rank)
+        for source, mails in arrived.items():
+            for mail in mails:
+                self.compressor.accumulate(mail.payload, local.spec, state.s, topology.weight(rank, source))
+            state.heard[sources.index(source)] = mails[-1].step
+        return bool(arrived)
+
+    def _late(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:
+        """Return the neighbors that this rank is too far ahead of."""
+        if self.max_staleness is None:
+            return []
+        sources = mailbox.topology.sources(mailbox.rank)
+        late = [s for s, heard in zip(sources, state.heard, strict=True) if heard < state.steps - self.max_staleness]
+        peers = mailbox.peers() if late else {}
+        return [source for source in late if not peers[source].is_done]
+
     def is_unfinished(self, state: DCGossipState) -> bool:
-        """Whether it waits for neighbors that are too far behind."""
+        """Return whether a step has its gradient and waits for neighbors that are too far behind."""
         return state.is_computed
 
     def awaited(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:
@@ -200,15 +229,16 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         return [target for target in mailbox.topology.targets(mailbox.rank) if not mailbox.room(target)]
 
     def serve(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
-        """Take in what has arrived, so that no neighbor runs out of room."""
-        return self._receive(local, state, mailbox, self._horizon(state))
+        """Take in what has arrived, so that no neighbor runs out of room; of a bound, what it lets be mixed in now."""
+        horizon = math.inf if self.max_staleness is None else state.steps + self.max_staleness
+        return self._receive(local, state, mailbox, horizon)
 
     def drain(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
         """Take in all that has arrived, from however far ahead."""
         return self._receive(local, state, mailbox, math.inf)
 
     def updates(self, state: DCGossipState) -> int:
-        """One in each step."""
+        """Return the steps done: each applies one gradient."""
         return state.steps
 
     def delays(self, state: DCGossipState, mailbox: Mailbox) -> dict[int, list[int]]:
@@ -216,7 +246,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         return dict(zip(mailbox.topology.sources(mailbox.rank), state.delays.tolist(), strict=True))
 
     def diagnostics(self, local: Local, state: DCGossipState) -> dict[str, float]:
-        """``compression_error`` as for CHOCO-SGD."""
+        """Return ``compression_error``, |x - xhat| / |x|."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
 
     def regroup_(self, local: Local, state: DCGossipState, mailbox: Mailbox, exchange: Exchange) -> None:
@@ -232,40 +262,6 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
         # As if the message of its step had come: a neighbor in the middle of it has sent that to the old mailbox.
         state.heard = [int(payload["steps"]) for payload in arrived.values()]
         state.delays = torch.zeros((len(arrived), DELAYS), dtype=torch.int64)
-
-    def _send(self, local: Local, state: DCGossipState, mailbox: Mailbox) -> bool:
-        targets = mailbox.topology.targets(mailbox.rank)
-        if not all(mailbox.room(target) for target in targets):
-            return False
-        own = self.compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
-        mailbox.put(own, self.compressor.layout(local.spec), targets, state.steps)
-        weight = mailbox.topology.weight(mailbox.rank, mailbox.rank)
-        self.compressor.accumulate(own, local.spec, state.s, weight)
-        return True
-
-    def _horizon(self, state: DCGossipState) -> float:
-        """Return the last step of a neighbor that is mixed in now: a bound holds in both directions."""
-        return math.inf if self.max_staleness is None else state.steps + self.max_staleness
-
-    def _receive(self, local: Local, state: DCGossipState, mailbox: Mailbox, up_to: float) -> bool:
-        """Add what has arrived, by ascending rank."""
-        arrived = mailbox.receive(self.compressor.layout(local.spec), up_to)
-        sources = mailbox.topology.sources(mailbox.rank)
-        for source, mails in arrived.items():
-            weight = mailbox.topology.weight(mailbox.rank, source)
-            for mail in mails:
-                self.compressor.accumulate(mail.payload, local.spec, state.s, weight)
-            state.heard[sources.index(source)] = mails[-1].step
-        return bool(arrived)
-
-    def _late(self, state: DCGossipState, mailbox: Mailbox) -> list[int]:
-        """Return the neighbors that this rank is too far ahead of."""
-        if self.max_staleness is None:
-            return []
-        sources = mailbox.topology.sources(mailbox.rank)
-        late = [s for s, heard in zip(sources, state.heard, strict=True) if heard < state.steps - self.max_staleness]
-        peers = mailbox.peers() if late else {}
-        return [source for source in late if not peers[source].is_done]
 
     @property
     def _compensation(self) -> DelayCompensation:

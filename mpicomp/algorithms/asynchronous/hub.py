@@ -1,14 +1,18 @@
 """Asynchronous training through hubs: workers send gradients, hubs apply them as they come and answer with the model.
 
-    worker m:   g = gradient at w_m;  send C_up(g + e_m) to the hub, e_m keeps the rest;  wait for the answer
-    hub:        on a message of m:  w = step of the optimizer with the (corrected) gradient
-                                    send w, or C_down(w - b_m);  b_m = what m holds now
+    worker m:   g = grad F_m(w_m);  p = g + e_m;  q = C(p);  e_m = p - q;  send q to the hub
+                wait for the answer:  w_m = w, or w_m = w_m + a
+    hub:        on a message q of worker m:  w = w - lr u(q), where q may be corrected by w - b_m
+                send w;  b_m = w                           or, compressed: a = C_down(w - b_m);  send a;  b_m = b_m + a
+
+w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the hub keeps; F_m the loss of the batch of
+worker m and e_m its error memory, none if C leaves nothing out; C and C_down are the compressors of both directions; lr
+is the learning rate and u() the direction that the optimizer makes of a gradient, both of the hub.
 
 The first ranks are the hubs, each with an even part of the flat model, and compute no gradients; the others are the
-workers, which talk to every hub. ``b_m`` is the backup model of worker m: at the next message the gradient was computed
-there, and errors of a compressed answer stay in ``w - b_m``, so they are sent later.
-
-Without a compressor a worker holds exactly the model of the hub. The optimizer and its learning rate are the hub's.
+workers, which talk to every hub. At the next message of worker m the gradient was computed at ``b_m``; errors of a
+compressed answer stay in ``w - b_m``, so they are sent later. Without a compressor a worker holds exactly the model of
+the hub.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from mpicomp.algorithms.asynchronous.base import (
     DELAYS,
     AsynchronousAlgorithm,
     Attempt,
+    DelayCompensation,
     Share,
     count_delay_,
+    part_of,
     require_connected,
 )
 from mpicomp.algorithms.base import Local
@@ -108,8 +114,13 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
                 "every error would count twice. Leave it out."
             )
 
+    @property
+    def compensation(self) -> DelayCompensation | None:
+        """How a hub corrects a gradient for what its model has moved by since; None if it does not."""
+        return None
+
     def check(self, schedule: Schedule) -> None:
-        """Need an edge between every hub and every worker."""
+        """Raise TopologyError unless there is an edge between every hub and every worker."""
         topology = require_connected(self.name, schedule)
         hubs, workers = range(self.hubs), range(self.hubs, topology.size)
         if not workers:
@@ -126,25 +137,20 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
                 )
 
     def owners(self, size: int, spec: Spec) -> list[tuple[int, slice]]:
-        """Each hub an even part."""
+        """Return for each hub its even part of the flat model."""
         cuts = [spec.numel * hub // self.hubs for hub in range(self.hubs + 1)]
         return [(hub, slice(cuts[hub], cuts[hub + 1])) for hub in range(self.hubs)]
 
     @property
     def compressors(self) -> tuple[Compressor, ...]:
-        """For both directions."""
+        """That of the gradients, with its error memory, and that of the answers."""
         return self._uplink, self.downlink
 
-    def message_nbytes(self, spec: Spec, size: int) -> int:
-        """The longest gradient or answer."""
-        parts = [_part(spec, part) for _, part in self.owners(size, spec)]
-        return max(c.layout(part).nbytes for part in parts for c in (self._uplink, self.downlink))
-
     def init(self, local: Local, mailbox: Mailbox) -> HubState | WorkerState:
-        """Start with the same model everywhere."""
+        """Return on a hub copies of its model for all workers, which begin with it; on a worker, that it may begin."""
         device = local.x.device
         if mailbox.rank >= self.hubs:
-            parts = [_part(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
+            parts = [part_of(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]
             compressors = [self._uplink.init(part, device, mailbox.rank) for part in parts]
             return WorkerState(compressors, 0, [True] * self.hubs)
         part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
@@ -152,23 +158,16 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         workers = mailbox.size - self.hubs
         return HubState(
             backups=[model.clone() for _ in range(workers)],
-            mean_square=self.init_mean_square(model),
-            compressors=[self.downlink.init(_part(local.spec, part), device, worker) for worker in range(workers)],
+            mean_square=None if self.compensation is None else self.compensation.init(model),
+            compressors=[self.downlink.init(part_of(local.spec, part), device, worker) for worker in range(workers)],
             updates=0,
             answered=[0] * workers,
             delays=torch.zeros((workers, DELAYS), dtype=torch.int64),
             scratch=torch.empty_like(model),
         )
 
-    def init_mean_square(self, model: Tensor) -> Tensor | None:
-        """Return the mean square of the gradients at the start, if the method keeps one."""
-        return None
-
-    def correct_(self, gradient: Tensor, moved: Tensor, state: HubState) -> None:
-        """Change a `gradient` (m,) whose model has `moved` (m,) since; `moved` may be overwritten."""
-
     def phases(self, local: Local, state: HubState | WorkerState, mailbox: Mailbox) -> Attempt:
-        """Send a gradient, if the model has come."""
+        """Compute and send a gradient, if the model has come from all hubs, and they have room for it."""
         assert isinstance(state, WorkerState), "a hub computes no gradient"
         if not all(state.is_answered):
             self.serve(local, state, mailbox)
@@ -176,7 +175,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
             return False
         yield
         for hub, part in self.owners(mailbox.size, local.spec):
-            spec = _part(local.spec, part)
+            spec = part_of(local.spec, part)
             payload = self._uplink.compress(local.g[part], spec, state.compressors[hub])
             mailbox.put(payload, self._uplink.layout(spec), [hub], state.gradients)
             state.is_answered[hub] = False
@@ -193,7 +192,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         if isinstance(state, WorkerState):
             return self._take_answers(local, state, mailbox)
         part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
-        spec = _part(local.spec, part)
+        spec = part_of(local.spec, part)
         for source, mails in mailbox.receive(self._uplink.layout(spec)).items():
             state.waiting.extend((source, mail) for mail in mails)
         first = next((i for i, (source, _) in enumerate(state.waiting) if mailbox.room(source)), None)
@@ -205,8 +204,9 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         count_delay_(state.delays[worker], state.updates - state.answered[worker])
         gradient.zero_()
         self._uplink.accumulate(mail.payload, spec, gradient)
-        torch.sub(model, backup, out=state.scratch)
-        self.correct_(gradient, state.scratch, state)
+        torch.sub(model, backup, out=state.scratch)  # w - b_m: what the model has moved by since
+        if self.compensation is not None:
+            self.compensation.correct_(gradient, state.scratch, state.mean_square)
         local.update(part)
         state.updates += 1
         state.answered[worker] = state.updates
@@ -219,7 +219,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         return True
 
     def updates(self, state: HubState | WorkerState) -> int:
-        """Those of the hub; a worker applies none."""
+        """Return how many gradients a hub has applied; 0 on a worker, which applies none."""
         return state.updates if isinstance(state, HubState) else 0
 
     def delays(self, state: HubState | WorkerState, mailbox: Mailbox) -> dict[int, list[int]]:
@@ -230,14 +230,14 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
 
     def _take_answers(self, local: Local, state: WorkerState, mailbox: Mailbox) -> bool:
         owners = dict(self.owners(mailbox.size, local.spec))
-        layouts = {hub: self.downlink.layout(_part(local.spec, part)) for hub, part in owners.items()}
+        layouts = {hub: self.downlink.layout(part_of(local.spec, part)) for hub, part in owners.items()}
         arrived = mailbox.receive(layouts)
         for hub, mails in arrived.items():
             (mail,) = mails
             model = local.x[owners[hub]]
             if self.downlink.is_lossless:
                 model.zero_()
-            self.downlink.accumulate(mail.payload, _part(local.spec, owners[hub]), model)
+            self.downlink.accumulate(mail.payload, part_of(local.spec, owners[hub]), model)
             state.is_answered[hub] = True
         return bool(arrived)
 
@@ -246,9 +246,3 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         inner = self.compressor
         needs_memory = inner.is_contractive and not (inner.is_lossless or inner.remembers_errors)
         return ErrorFeedback(inner) if needs_memory else inner
-
-
-def _part(spec: Spec, part: slice) -> Spec:
-    """Return the spec of a part of the flat model; all of it keeps its tensors."""
-    numel = part.stop - part.start
-    return spec if numel == spec.numel else Spec.flat(numel, spec.dtype)

@@ -3,6 +3,7 @@
 A parameter whose gossip error is large suffers more from compression and is averaged with a smaller step, as Adam
 does with gradients. Steps up to r_i are those of CHOCO-SGD.
 
+    g_i = grad F_i(x_i)
     y_i = x_i - lr u_i
     q_i = C(y_i - xhat_i)                            send q_i to every neighbor, receive q_j
     xhat_i = xhat_i + q_i;  s_i = s_i + sum_j W_ij q_j
@@ -12,6 +13,13 @@ does with gradients. Steps up to r_i are those of CHOCO-SGD.
     Gamma_i = min(gamma / (sqrt(vtilde_i) + epsilon), gamma_clip)
     x_i = y_i + Gamma_i * r_i
 
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; y_i the model after that local step; C the compressor and
+q_i what is sent; xhat_i the public copy of the model; W_ij the weight of rank j in the average of rank i; s_i the
+weighted sum of the public copies; t the number of mixings; v_i (n,) the running second moment of the gossip error;
+Gamma_i (n,) the consensus step of each entry. Products, roots and quotients are elementwise. beta, epsilon, gamma and
+gamma_clip are parameters.
+
 With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind the next gradient, as in CHOCO-SGD.
 
 gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
@@ -20,11 +28,17 @@ from rank to rank. Bias correction and clip are those of the authors' code (apar
 formula shows neither, and both can be switched off.
 
 ``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
-(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): ``u_i = g_i + mu m_i``, and after
-mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``.
+(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets ``g_i + mu m_i``
+in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t.
 
 Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
 Aketi, Hashemi, Roy 2024, arXiv 2404.05919.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, AdaGossip(gamma=2e-3, compressor=TopK(ratio=0.1)), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -111,11 +125,11 @@ class AdaGossip(Gossip[AdaGossipState]):
             raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
 
     def check(self, schedule: Schedule) -> None:
-        """Need one undirected graph."""
+        """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("AdaGossip", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> AdaGossipState:
-        """Start the public copies, and the moments at zero.
+        """Return the public copies as `start` says, and moments of zero.
 
         Raises:
             ConfigError: quasi-global momentum on top of the optimizer's own.
@@ -190,5 +204,5 @@ class AdaGossip(Gossip[AdaGossipState]):
         local.update()
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
-        """``compression_error``, the relative distance |x - xhat| / |x|."""
+        """Return ``compression_error``, |x - xhat| / |x|."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}

@@ -3,16 +3,22 @@
 Every rank holds a public copy of its model that all its neighbors know, and sends only the compressed difference
 to it. Compression errors stay in the difference and are sent later; the mean over ranks is preserved exactly.
 
+    g_i = grad F_i(x_i)
     y_i = x_i - lr u_i
     q_i = C(y_i - xhat_i)                            send q_i to every neighbor, receive q_j
     xhat_i = xhat_i + q_i
     s_i = s_i + sum_j W_ij q_j                       (j = i included; s_i = sum_j W_ij xhat_j)
     x_i = y_i + gamma (s_i - xhat_i)
 
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; y_i the model after that local step; C the compressor and
+q_i what is sent; xhat_i the public copy of the model; W_ij the weight of rank j in the average of rank i, 0 unless they
+are neighbors; s_i the weighted sum of the public copies; gamma the consensus step.
+
 With ``overlap`` the difference is taken right after the last mixing, and the exchange runs behind the next gradient;
 the public copies are then one local step older:
 
-    q_i = C(x_i - xhat_i), start the exchange;  gradient;  xhat_i, s_i as above
+    q_i = C(x_i - xhat_i), start the exchange;  g_i;  xhat_i, s_i as above
     y_i = x_i - lr u_i;  x_i = y_i + gamma (s_i - xhat_i)
 
 Wire: one compressed message, the same to every neighbor. Memory: ``xhat``, ``s`` and one scratch vector, whatever
@@ -20,6 +26,12 @@ the degree. Needs symmetric doubly stochastic weights on a fixed connected graph
 shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %.
 Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, Algorithm 2; the overlapped order is that of the code to
 arXiv 1907.09356.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, Choco(gamma=0.2, compressor=TopK(ratio=0.1)), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -90,11 +102,11 @@ class Choco(Gossip[ChocoState]):
         require_no_feedback("CHOCO-SGD", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
-        """Need one undirected graph."""
+        """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("CHOCO-SGD", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> ChocoState:
-        """Start the public copies."""
+        """Return the public copies as `start` says, and room for a difference."""
         return ChocoState(**initial_copies(self.start, self.compressor, local, exchange))
 
     def phases(self, local: Local, state: ChocoState, exchange: Exchange) -> Phases:
@@ -115,7 +127,7 @@ class Choco(Gossip[ChocoState]):
         kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
-        """``compression_error``, the relative distance |x - xhat| / |x|: it grows without end if gamma is too large."""
+        """Return ``compression_error``, |x - xhat| / |x|, which grows without end if gamma is too large."""
         return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
 
 

@@ -1,13 +1,25 @@
 """DeepSqueeze: the compressed model itself is sent, with an error memory and no public copies.
 
+    g_i = grad F_i(x_i)
     y_i = x_i - lr u_i
     v_i = y_i + e_i;  q_i = C(v_i);  e_i = v_i - q_i       send q_i to every neighbor, receive q_j
     x_i = y_i + gamma (sum_j W_ij q_j - q_i)               (j = i included)
+
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; y_i the model after that local step; e_i (n,) the error
+memory, what has not been sent so far; C the compressor and q_i what is sent; W_ij the weight of rank j in the average
+of rank i; gamma the consensus step.
 
 There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm; but the
 messages do not vanish at consensus, and gamma must be much smaller than CHOCO's (0.01 to 0.05). The mean over ranks is
 preserved. Wire: one compressed message, the same to every neighbor. Memory: ``e``.
 Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, DeepSqueeze(0.02, TopK(ratio=0.1)), topology=OnePeerExponential)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -59,7 +71,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         require_no_feedback("DeepSqueeze", self.compressor)
 
     def init(self, local: Local, exchange: Exchange) -> DeepSqueezeState:
-        """Start with an empty error memory."""
+        """Return an error memory of zero."""
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor)
 

@@ -1,13 +1,25 @@
 """D-PSGD: averaging of whole models with the neighbors, uncompressed.
 
-    adapt then combine:   y_i = x_i - lr u_i;  x_i = y_i + gamma (sum_j W_ij y_j - y_i)
-    combine then adapt:   x_i' = x_i + gamma (sum_j W_ij x_j - x_i);  x_i = x_i' - lr u_i(x_i)
+    adapt then combine:   g_i = grad F_i(x_i);  y_i = x_i - lr u_i
+                          x_i = y_i + gamma (sum_j W_ij y_j - y_i)
+    combine then adapt:   g_i = grad F_i(x_i), meanwhile the x_j travel
+                          x_i' = x_i + gamma (sum_j W_ij x_j - x_i);  x_i = x_i' - lr u_i
 
-The second takes the gradient at the model before averaging, so the exchange runs behind forward and backward.
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; y_i and x_i' are the model between the two halves of a step;
+W_ij is the weight of rank j in the average of rank i, j = i included; gamma the diffusion rate.
+
+The second order takes the gradient at the model before averaging, so the exchange runs behind forward and backward.
 gamma = 1 is the published method; other values are a diffusion rate (the best for pure averaging is
 ``mpicomp.topology.spectral.best_step``). Any graph whose weights are doubly stochastic, also directed or varying.
 
 Wire: one dense vector to each neighbor and step; `Cast` halves it. Lian et al. 2017, arXiv 1705.09056, Algorithm 1.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, DPSGD(order="combine_then_adapt"), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -68,15 +80,15 @@ class DPSGD(Gossip[DPSGDState]):
 
     @property
     def begins_before_gradient(self) -> bool:
-        """Where the models are combined first."""
+        """Whether the models travel behind the gradient, to be combined first."""
         return self.order == "combine_then_adapt"
 
     def init(self, local: Local, exchange: Exchange) -> DPSGDState:
-        """Start at step 0."""
+        """Start the compressor; the models themselves are all that is mixed."""
         return DPSGDState(self.compressor.init(local.spec, local.x.device, exchange.rank))
 
     def phases(self, local: Local, state: DPSGDState, exchange: Exchange) -> Phases:
-        """Do one step in the chosen order."""
+        """Do one step in the order of the module's docstring that `order` names."""
         if self.order == "adapt_then_combine":
             yield from super().phases(local, state, exchange)
         else:

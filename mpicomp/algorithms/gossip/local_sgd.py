@@ -1,7 +1,11 @@
 """Local SGD: several steps alone, then one mixing of the models.
 
-    repeat H times:  x_i = x_i - lr u_i
+    repeat H times:  g_i = grad F_i(x_i);  x_i = x_i - lr u_i
     x_i = mix(x_i)                       that of ``inner``; by default D-PSGD's, x_i = sum_j W_ij x_j
+
+x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
+optimizer makes of g_i, with its momentum and weight decay; H the parameter ``period``; W_ij the weight of rank j in the
+average of rank i, j = i included.
 
 By default and on ``topology.kind = "complete"`` this is local SGD as published; on a sparser graph it is its
 decentralized form. ``inner`` is any gossip method that mixes after its local step: with CHOCO-SGD, the model after H
@@ -9,6 +13,12 @@ steps is what is compared to the public copy, as in SPARQ-SGD (Singh et al. 2019
 
 Wire: one message of ``inner`` to each neighbor every H steps; by default a dense vector. Memory: that of ``inner``.
 Stich 2019, arXiv 1805.09767, Algorithm 1.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, LocalSGD(period=8), topology=complete)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -73,7 +83,7 @@ class LocalSGD(Algorithm[LocalSGDState]):
         self.inner.check(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> LocalSGDState:
-        """Start at step 0."""
+        """Start the inner algorithm; its first mixing comes after `period` steps."""
         return LocalSGDState(self.inner.init(local, exchange))
 
     def phases(self, local: Local, state: LocalSGDState, exchange: Exchange) -> Phases:

@@ -4,17 +4,21 @@ All ranks hold the same model: each adds the same weighted sum, formed over a st
 Batch-norm statistics are each rank's own. Weight decay is best left to the optimizer, which adds the same on all ranks.
 
 EF-SGD, GMC and DGC form a message from the next gradient and what is left of the last ones, and the model moves by the
-sum of the messages:
+sum of the messages. In step k:
 
     p_k = what is left of p_{k-1}, and the gradient at x_k
-    q_k = C(p_k);  Q_k = sum_i w_i q_k of rank i
-    x_{k+1} = x_k - lr_k u(Q_k)                            u: the optimizer, on all ranks alike
+    q_k = C(p_k)                                           the message of this rank
+    Q_k = sum_i w_i q_k of rank i                          the sum over all ranks
+    x_{k+1} = x_k - lr_k u(Q_k)                            on all ranks alike
 
 With ``overlap`` (`GradientSum`) the messages travel behind the next gradient, and the sum comes one step later:
 
-    begin the sum Q_{k-1};  gradient at x_k, added to p_k
+    start the sum Q_{k-1};  gradient at x_k, added to p_k
     wait for Q_{k-1};  x_{k+1} = x_k - lr_k u(Q_{k-1})     k = 0: nothing is sent, and x_1 = x_0
     q_k = C(p_k), kept for the next step
+
+x_k is the model (n,) before step k; C the compressor; w_i what rank i counts, ``1 / size`` or its part of the samples;
+lr_k the learning rate of step k; u(Q) the direction that the optimizer makes of the sum, as it makes one of a gradient.
 
 Nothing is in flight between steps: q_k is part of the state, packed, and a checkpoint holds it. What it costs: the
 model moves by gradients that are one step old, so the largest learning rate is smaller (on a quadratic of curvature L,
@@ -26,7 +30,6 @@ the hub of a star one vector more while the sum is under way.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeVar, get_args
@@ -34,7 +37,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Meanwhile, Phases, require_no_feedback
+from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Payload
@@ -79,7 +82,7 @@ class AggregatedAlgorithm(Algorithm[S]):
             )
 
     def check(self, schedule: Schedule) -> None:
-        """Need a star or a ring."""
+        """Raise TopologyError unless `schedule` is a star or a ring."""
         plan(schedule)
 
     def rank_weights(self, size: int) -> list[float] | None:
@@ -119,6 +122,9 @@ G = TypeVar("G", bound=GradientSumState)
 class GradientSum(AggregatedAlgorithm[G]):
     """A method whose model moves by the sum of the messages, as above.
 
+    Its `phases` begins with `start_delayed_sum` and ends with `sum_and_update`. In between it computes the gradient,
+    forms p_k, calls `update_with_delayed_sum` and compresses p_k to q_k.
+
     Attributes:
         overlap: whether the messages travel behind the next gradient, and the sum comes one step later.
 
@@ -128,16 +134,8 @@ class GradientSum(AggregatedAlgorithm[G]):
 
     overlap: bool = False
 
-    @abstractmethod
-    def add_gradient_(self, local: Local, state: G, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """Yield `meanwhile` for the next gradient and add it to what is to be sent; the model stays where it is."""
-
-    @abstractmethod
-    def form_message(self, local: Local, state: G) -> Payload:
-        """Return the message of this step, and keep what it leaves out."""
-
     def compressor_at(self, step: int) -> Compressor:
-        """Return the compressor of a step."""
+        """Return the compressor of a step, the same in all of them unless a method says otherwise."""
         return self.compressor
 
     def init_delayed(self, local: Local, steps: Sequence[int] = (0,)) -> Tensor | None:
@@ -147,33 +145,32 @@ class GradientSum(AggregatedAlgorithm[G]):
         nbytes = max(self.compressor_at(step).layout(local.spec).nbytes for step in steps)
         return torch.zeros(nbytes, dtype=torch.uint8, device=local.x.device)
 
-    def phases(self, local: Local, state: G, exchange: Exchange) -> Phases:
-        """Do one step in the order of this module's docstring."""
-        if state.delayed is not None:
-            yield from self._step_behind(local, state, exchange, state.delayed)
-            return
-        yield from self.add_gradient_(local, state, exchange)
-        self._begin(self.form_message(local, state), state.steps, local, exchange).wait(local.g)
-        local.update()
-        state.steps += 1
+    def start_delayed_sum(self, local: Local, state: G, exchange: Exchange) -> PendingAverage | None:
+        """Begin ``Q_{k-1} = sum_i w_i q_{k-1}`` with the message of the last step; None in the first, or no overlap."""
+        if state.delayed is None or state.steps == 0:
+            return None
+        last = state.steps - 1
+        q = self.compressor_at(last).layout(local.spec).unpack(state.delayed)
+        return self._start_sum(q, last, local, exchange)
 
-    def _step_behind(self, local: Local, state: G, exchange: Exchange, delayed: Tensor) -> Phases:
-        if state.steps:
-            last = state.steps - 1
-            payload = self.compressor_at(last).layout(local.spec).unpack(delayed)
-            pending = self._begin(payload, last, local, exchange)
-            yield from self.add_gradient_(local, state, exchange, pending.test)
-            pending.wait(local.g)
+    def update_with_delayed_sum(self, delayed: PendingAverage | None, local: Local) -> None:
+        """``x_{k+1} = x_k - lr_k u(Q_{k-1})``, which overwrites ``local.g``; nothing if there is no `delayed` sum."""
+        if delayed is not None:
+            delayed.wait(local.g)
+            local.update()
+
+    def sum_and_update(self, q: Payload, local: Local, state: G, exchange: Exchange) -> None:
+        """``Q_k = sum_i w_i q_k;  x_{k+1} = x_k - lr_k u(Q_k)``; with overlap, keep `q` for the next step instead."""
+        if state.delayed is None:
+            self._start_sum(q, state.steps, local, exchange).wait(local.g)
             local.update()
         else:
-            yield from self.add_gradient_(local, state, exchange)
-        payload = self.form_message(local, state)
-        self.compressor_at(state.steps).layout(local.spec).pack(payload, delayed)
+            self.compressor_at(state.steps).layout(local.spec).pack(q, state.delayed)
         state.steps += 1
 
-    def _begin(self, payload: Payload, step: int, local: Local, exchange: Exchange) -> PendingAverage:
+    def _start_sum(self, q: Payload, step: int, local: Local, exchange: Exchange) -> PendingAverage:
         weights = self.rank_weights(exchange.size)
-        return Aggregator(exchange).start(payload, self.compressor_at(step), local.spec, weights)
+        return Aggregator(exchange).start(q, self.compressor_at(step), local.spec, weights)
 
 
 def require_no_momentum(name: str, local: Local) -> None:

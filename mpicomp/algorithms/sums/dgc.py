@@ -1,16 +1,21 @@
 """DGC, deep gradient compression: each rank corrects, accumulates and masks its own momentum before the compression.
 
-    g_k = clip(gradient at x)
+    g_k = clip(grad F_k(x))
     u_k = mu u_k + g_k;  v_k = v_k + u_k                   momentum correction
                                                            (Nesterov: u_k = mu (u_k + g_k); v_k = v_k + u_k + g_k)
     q_k = C(v_k)
     v_k = v_k - q_k;  u_k = 0 where q_k is not             momentum factor masking
     x = x - lr sum_k w_k q_k                               by the optimizer, on all ranks alike
 
+x is the model (n,), the same on all ranks; F_k the loss of the batch of rank k; u_k (n,) its momentum and mu the
+parameter ``momentum``; v_k (n,) what it has accumulated and not sent; C the compressor and q_k what is sent; w_k what
+rank k counts in the sum; lr the learning rate.
+
 ``clip = "norm"`` scales the gradient to a norm of at most ``clip_norm / sqrt(size)`` (the paper's); ``"rms"`` clamps
 its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more number exchanged a step). While the run
 warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``warmup_stages`` of them are geometric,
-``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))``, as in the official code. Each has ``warmup_steps`` steps.
+``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))`` and the ratio r of C, as in the official code. Each has
+``warmup_steps`` steps.
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); u and v, which are of the own
 gradients alone, stay as they are. ``clip = "rms"`` does not go with it: its sum would have to overtake the messages.
@@ -21,6 +26,12 @@ compressed. Where every entry is sent and masked, this is plain SGD; with ``mask
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``u``, ``v`` and one scratch vector. Lin et al. 2018,
 arXiv 1712.01887; checked against the authors' code.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossip = mpicomp.distribute(model, optimizer, DGC(PerTensor(TopK(0.01), dense_1d=True)), topology=star)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -32,10 +43,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases, require_positive
+from mpicomp.algorithms.base import Local, Phases, require_positive
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Payload, Spec
+from mpicomp.compression.message import Spec
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import by_rank_of, strength_of, with_strength
 from mpicomp.compression.wrap.feedback import apart_from
@@ -117,7 +128,7 @@ class DGC(GradientSum[DGCState]):
         self.compressor_at(0)  # raises if the ratio of the compressor cannot be changed
 
     def init(self, local: Local, exchange: Exchange) -> DGCState:
-        """Start at rest."""
+        """Return a momentum and an accumulation of zero, and room for the message."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("DGC", local)
         x = local.x
@@ -125,10 +136,12 @@ class DGC(GradientSum[DGCState]):
         delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
         return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor, delayed)
 
-    def add_gradient_(self, local: Local, state: DGCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``u_k`` and ``v_k``."""
-        u, v = state.u, state.v
-        yield meanwhile
+    def phases(self, local: Local, state: DGCState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        u, v, own, spec = state.u, state.v, state.scratch, local.spec
+        compressor = self.compressor_at(state.steps)
+        delayed = self.start_delayed_sum(local, state, exchange)
+        yield delayed.test if delayed else None
         g = self._clipped(local.g, exchange)
         if self.nesterov:
             u.add_(g).mul_(self.momentum)
@@ -136,19 +149,15 @@ class DGC(GradientSum[DGCState]):
         else:
             u.mul_(self.momentum).add_(g)
             v.add_(u)
-
-    def form_message(self, local: Local, state: DGCState) -> Payload:
-        """``q_k``, and what it leaves of ``u_k`` and ``v_k``."""
-        u, v, own, spec = state.u, state.v, state.scratch, local.spec
-        compressor = self.compressor_at(state.steps)
-        payload = apart_from(v, compressor.compress(v, spec, state.compressor))
+        self.update_with_delayed_sum(delayed, local)
+        q = apart_from(v, compressor.compress(v, spec, state.compressor))
         own.zero_()
-        compressor.accumulate(payload, spec, own)
+        compressor.accumulate(q, spec, own)
         v.sub_(own)
         if self.masking:
             for part in _masked(self.compressor, spec):
                 u[part].masked_fill_(own[part] != 0, 0.0)
-        return payload
+        self.sum_and_update(q, local, state, exchange)
 
     def compressor_at(self, step: int) -> Compressor:
         """Return the compressor of a step: the one given, with the ratio of the stage."""
@@ -164,7 +173,7 @@ class DGC(GradientSum[DGCState]):
         return _with_ratio(self.compressor, max(ratio ** ((stage + 1) / (stages + 1)), ratio))
 
     def diagnostics(self, local: Local, state: DGCState) -> dict[str, float]:
-        """``error_norm``, |v|, and ``ratio`` where it changes."""
+        """Return ``error_norm``, |v|, and ``ratio``, the fraction that is sent, if there is a warm-up."""
         numbers = {"error_norm": float(state.v.norm())}
         if self.warmup_steps:
             numbers["ratio"] = _ratio(self.compressor_at(state.steps))

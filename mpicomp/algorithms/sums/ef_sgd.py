@@ -1,9 +1,14 @@
 """EF-SGD: the sum of compressed gradients, with an error memory and the momentum of each rank for itself.
 
-    g_k = gradient at x
+    g_k = grad F_k(x)
     u_k = mu u_k + g_k                                     local momentum (u_k = g_k for mu = 0)
-    p_k = e_k + u_k;  q_k = C(p_k);  e_k = p_k - q_k
-    x = x - lr u(sum_k w_k q_k)                            u: the optimizer, on all ranks alike
+    p_k = e_k + u_k
+    q_k = C(p_k);  e_k = p_k - q_k
+    x = x - lr u(sum_k w_k q_k)                            on all ranks alike
+
+x is the model (n,), the same on all ranks; F_k the loss of the batch of rank k; u_k (n,) its momentum and mu the
+parameter ``momentum``; e_k (n,) its error memory, what it has not sent so far; C the compressor and q_k what is sent;
+w_k what rank k counts in the sum; lr the learning rate; u() the direction that the optimizer makes of the sum.
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`).
 
@@ -12,6 +17,12 @@ momentum before the compression, from the own gradients alone.
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e``, and ``u`` with momentum. Stich et al. 2018,
 arXiv 1809.07599; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossip = mpicomp.distribute(model, optimizer, EFSGD(TopK(ratio=0.01), momentum=0.9), topology=star)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -21,9 +32,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
-from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import IN_FLIGHT
@@ -63,7 +73,7 @@ class EFSGD(GradientSum[EFSGDState]):
         require_momentum(self.momentum)
 
     def init(self, local: Local, exchange: Exchange) -> EFSGDState:
-        """Start without an error."""
+        """Return an error memory and a momentum of zero."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         if self.momentum:
             require_no_momentum("EF-SGD", local)
@@ -71,18 +81,19 @@ class EFSGD(GradientSum[EFSGDState]):
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return EFSGDState(feedback, velocity, self.init_delayed(local))
 
-    def add_gradient_(self, local: Local, state: EFSGDState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``p_k``, in the place of the error."""
-        yield meanwhile
-        direction = local.g
+    def phases(self, local: Local, state: EFSGDState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        feedback = ErrorFeedback(self.compressor)
+        delayed = self.start_delayed_sum(local, state, exchange)
+        yield delayed.test if delayed else None
+        u = local.g  # u_k
         if state.velocity is not None:
-            direction = state.velocity.mul_(self.momentum).add_(direction)
-        ErrorFeedback(self.compressor).add_(direction, state.feedback)
-
-    def form_message(self, local: Local, state: EFSGDState) -> Payload:
-        """``q_k``, and ``e_k`` of it."""
-        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+            u = state.velocity.mul_(self.momentum).add_(u)
+        feedback.add_(u, state.feedback)  # p_k, in the place of e_k
+        self.update_with_delayed_sum(delayed, local)
+        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        self.sum_and_update(q, local, state, exchange)
 
     def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
-        """``error_norm``, |e|."""
+        """Return ``error_norm``, |e|."""
         return {"error_norm": float(state.feedback.residual.norm())}

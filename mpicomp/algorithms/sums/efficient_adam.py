@@ -1,11 +1,19 @@
 """Efficient-Adam: each rank's own Adam step, compressed on the way to a server and on the way back.
 
-    g_k = gradient at x
+    g_k = grad F_k(x)
     m_k = beta1 m_k + (1 - beta1) g_k;  v_k = theta_t v_k + (1 - theta_t) g_k g_k
-    p_k = alpha_t m_k / (sqrt(v_k) + epsilon) + e_k
+    z_k = alpha_t m_k / (sqrt(v_k) + epsilon)
+    p_k = z_k + e_k
     q_k = C(p_k);  e_k = p_k - q_k                         each rank
     p = sum_k w_k q_k + e;  q = C_down(p);  e = p - q      the server: the hub of a star, every rank of a ring
-    x = (1 - lr weight_decay) x - q                        all ranks alike; the model itself is never sent
+    x = (1 - lr_t weight_decay) x - q                      all ranks alike; the model itself is never sent
+
+x is the model (n,), the same on all ranks, and t the number of the step, from 1; F_k the loss of the batch of rank k;
+m_k and v_k (n,) its moments, z_k its step of Adam, e_k (n,) its error memory and q_k its message; w_k what it counts in
+the sum; e (n,) the error memory of the server and q its answer; C and C_down the compressors of both directions.
+Products, roots and quotients are elementwise. lr_t is the learning rate, alpha_t the same with Adam's bias correction
+in it (``bias_correction``, off in the paper's listing), and theta_t is ``beta2``. ``rates = "decaying"`` takes those of
+the theory instead, ``lr_t = alpha_t = lr / sqrt(t)`` and ``theta_t = 1 - beta2 / t``.
 
 Moments are each rank's own and never sent: without compression this is the mean of the ranks' Adam steps, and *not*
 Adam on the mean gradient. Where the ranks' gradients differ by more than their noise, its fixed point is not the
@@ -13,13 +21,17 @@ optimum of the mean: without noise each rank's step is near a sign, and the mode
 optima (tested). Deal the samples at random. Errors are in the unit of a parameter, so a change of the learning rate
 does not touch them.
 
-``alpha_t`` is the learning rate, with Adam's bias correction in it (``bias_correction``, off in the paper's listing),
-and ``theta_t`` is ``beta2``. ``rates = "decaying"`` takes those of the theory instead, ``alpha_t = lr / sqrt(t)`` and
-``theta_t = 1 - beta2 / t``, as they are. The paper compresses tensor by tensor (``per_tensor``). The listing follows
-its abstract; quantizers and the schedules of the theory are from memory, the place of weight decay is ours.
+The paper compresses tensor by tensor (``per_tensor``). The listing follows its abstract; quantizers and the schedules
+of the theory are from memory, the place of weight decay is ours.
 
 Wire: star: a worker one message, the hub one answer to each worker; ring: ``size - 1`` messages a rank. Memory: the two
 moments, ``e_k``, and ``e`` on servers. Chen et al. 2023, arXiv 2205.14473, IEEE TSP 71.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    gossip = mpicomp.distribute(model, optimizer, EfficientAdam(LogGrid(2), downlink=UniformGrid(4)), topology=star)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -80,7 +92,7 @@ class EfficientAdam(TwoWayAdam[EfficientAdamState]):
             )
 
     def init(self, local: Local, exchange: Exchange) -> EfficientAdamState:
-        """Start with moments and errors of zero."""
+        """Return moments and errors of zero, once the weights and the optimizer are found to fit."""
         messages = self.init_messages(local, exchange)
         return EfficientAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
 
@@ -92,13 +104,13 @@ class EfficientAdam(TwoWayAdam[EfficientAdamState]):
             scale, theta = 1 / t**0.5, 1 - self.beta2 / t
         yield None
         moments_(state.m, state.v, local.g, self.beta1, theta)
-        self.steps_of_(state.m, state.v, local, (t, t), scale)
-        answer = self.agree(local.g, local, state.messages, exchange)
+        self.steps_of_(state.m, state.v, local, (t, t), scale)  # z_k, in the place of g_k
+        q = self.agree(local.g, local, state.messages, exchange)
         self.decay_(local, scale)
-        self.downlink.accumulate(answer, local.spec, local.x, -1.0)
+        self.downlink.accumulate(q, local.spec, local.x, -1.0)
         self.tell_optimizer(local)
         state.steps = t
 
     def diagnostics(self, local: Local, state: EfficientAdamState) -> dict[str, float]:
-        """``error_norm`` and ``server_error_norm``."""
+        """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""
         return self.error_norms(state.messages)

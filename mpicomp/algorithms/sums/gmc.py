@@ -1,10 +1,14 @@
 """GMC and GMC+: compressed gradients with the global momentum, the last step of the model that all ranks share.
 
     x~ = x_t - lambda lr e_k                               detached point of GMC+; lambda = 0 is GMC
-    g_k = gradient at x~
-    p_k = e_k + g_k - (beta / lr) (x_t - x_{t-1})          all in the unit of a gradient
+    p_k = e_k - (beta / lr) (x_t - x_{t-1})                global momentum, in the unit of a gradient
+    g_k = grad F_k(x~);  p_k = p_k + g_k
     q_k = C(p_k);  e_k = p_k - q_k
     x_{t+1} = x_t - lr sum_k w_k q_k                       by the optimizer, on all ranks alike
+
+x_t is the model (n,) before step t, the same on all ranks; F_k the loss of the batch of rank k; e_k (n,) its error
+memory, what it has not sent so far; lambda the parameter ``detachment`` and beta the parameter ``momentum``; lr the
+learning rate; C the compressor and q_k what is sent; w_k what rank k counts in the sum.
 
 Without compression this is heavy-ball momentum on the mean gradient (tested to 1e-12). What is compressed contains the
 step that all ranks have made together, where DGC and EF-SGD with momentum know the own gradients only: that is to help
@@ -13,32 +17,39 @@ most where the data of the ranks differ. A change of the learning rate keeps the
 
 ``overlap`` (see `mpicomp.algorithms.sums.base`) delays the gradient alone. The momentum is formed when the sum of the
 last message has come and has moved the model, so it is the newest step of the model that the message contains, and the
-sums ``Q_k = sum_k w_k q_k`` obey the same recursion:
+sums ``Q_t = sum_k w_k q_k`` of step t obey the same recursion:
 
-    g_k = gradient at x~ of x_t, while the messages of the last step travel
-    x_{t+1} = x_t - lr Q_{k-1}
-    p_k = e_k + g_k - (beta / lr) (x_{t+1} - x_t);  q_k = C(p_k);  e_k = p_k - q_k
+    g_k = grad F_k(x~) at x~ of x_t, while the messages of the last step travel;  p_k = e_k + g_k
+    x_{t+1} = x_t - lr Q_{t-1}
+    p_k = p_k - (beta / lr) (x_{t+1} - x_t)
+    q_k = C(p_k);  e_k = p_k - q_k
 
-Without compression this is heavy ball on gradients that are one step old, ``x_{t+1} = x_t - lr g_{k-1} + beta (x_t -
-x_{t-1})``. A change of the learning rate then scales the momentum as torch's SGD does: the rate of the step that a
-message will make is not known when it is formed.
+Without compression this is heavy ball on gradients that are one step old, ``x_{t+1} = x_t - lr g_{t-1} + beta (x_t -
+x_{t-1})`` with the mean gradient g_{t-1} of step t - 1. A change of the learning rate then scales the momentum as
+torch's SGD does: the rate of the step that a message will make is not known when it is formed.
 
 Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
 detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
 lambda = 0.3 is DEF's remembered default. Treat ``detachment`` as unverified.
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossip = mpicomp.distribute(model, optimizer, GMC(TopK(ratio=0.01), momentum=0.9), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Meanwhile, Phases
+from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
-from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -84,49 +95,55 @@ class GMC(GradientSum[GMCState]):
 
     @property
     def begins_before_gradient(self) -> bool:
-        """Messages travel behind the gradient, or it is computed at the detached point."""
+        """Whether messages travel behind the gradient, or it is computed at the detached point."""
         return self.overlap or self.moves_model_for_gradient
 
     @property
     def moves_model_for_gradient(self) -> bool:
-        """To the detached point of GMC+."""
+        """Whether there is a detached point, as in GMC+."""
         return self.detachment > 0
 
     def init(self, local: Local, exchange: Exchange) -> GMCState:
-        """Start without an error, at rest."""
+        """Return an error of zero, and the model as that of the step before: there is no momentum yet."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("GMC", local)
         feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
         return GMCState(feedback, local.x.clone(), self.init_delayed(local))
 
-    def add_gradient_(self, local: Local, state: GMCState, exchange: Exchange, meanwhile: Meanwhile = None) -> Phases:
-        """``p_k``, in the place of the error; with overlap, without its momentum."""
-        error, previous = state.feedback.residual, state.previous
-        detached = error.clone() if self.detachment else None
+    def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
+        """Do one step in the order of the module's docstring."""
+        feedback, x, previous = ErrorFeedback(self.compressor), local.x, state.previous
+        delayed = self.start_delayed_sum(local, state, exchange)
+        detached = self._detached_point(local, state) if self.detachment else None
         if not self.overlap:
-            self._add_momentum_(local, state)
-        previous.copy_(local.x)
+            self._add_momentum_(local, state)  # of x_t - x_{t-1}
+        previous.copy_(x)
         if detached is not None:
-            for part, group in local.groups:
-                local.x[part].sub_(detached[part].mul_(self.detachment * group["lr"]))
+            x.copy_(detached)
             detached = None  # not to be held while the gradient is computed
-        yield meanwhile
-        local.x.copy_(previous)
-        ErrorFeedback(self.compressor).add_(local.g, state.feedback)
-
-    def form_message(self, local: Local, state: GMCState) -> Payload:
-        """``q_k``, and ``e_k`` of it."""
+        yield delayed.test if delayed else None
+        x.copy_(previous)
+        feedback.add_(local.g, state.feedback)  # p_k, in the place of e_k
+        self.update_with_delayed_sum(delayed, local)
         if self.overlap:
-            self._add_momentum_(local, state)
-        return ErrorFeedback(self.compressor).compress_sum(local.spec, state.feedback)
+            self._add_momentum_(local, state)  # of x_{t+1} - x_t
+        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        self.sum_and_update(q, local, state, exchange)
+
+    def _detached_point(self, local: Local, state: GMCState) -> Tensor:
+        """Return ``x~ = x_t - lambda lr e_k`` (n,)."""
+        point = state.feedback.residual.clone()
+        for part, group in local.groups:
+            torch.sub(local.x[part], point[part].mul_(self.detachment * group["lr"]), out=point[part])
+        return point
 
     def _add_momentum_(self, local: Local, state: GMCState) -> None:
-        """``p = p - (beta / lr) (x - previous)``; the content of `previous` is lost."""
+        """``p_k = p_k - (beta / lr) (x - previous)``; the content of `previous` is lost."""
         step = state.previous.sub_(local.x)
         for part, group in local.groups:
             if group["lr"]:  # a schedule that begins at zero has made no step yet
                 state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
 
     def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
-        """``error_norm``, |e|."""
+        """Return ``error_norm``, |e|."""
         return {"error_norm": float(state.feedback.residual.norm())}

@@ -1,12 +1,17 @@
 """1-bit Adam: Adam on the mean gradient until its variance is known, then compressed momentum over that variance.
 
-    g_k = gradient at x
+    g_k = grad F_k(x)
     t <= freeze_step:  g = sum_k w_k g_k, uncompressed
                        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
     t > freeze_step:   p_k = beta1 m + (1 - beta1) g_k + e_k
                        q_k = C(p_k);  e_k = p_k - q_k                        each rank
                        p = sum_k w_k q_k + e;  m = C_down(p);  e = p - m     the server: a star's hub, a ring's ranks
     x = (1 - lr weight_decay) x - lr m / (sqrt(v) + epsilon)                 all ranks alike
+
+x is the model (n,), the same on all ranks, and t the number of the step, from 1; F_k the loss of the batch of rank k;
+m and v (n,) the moments, the same on all ranks; e_k (n,) the error memory of rank k and q_k its message; w_k what it
+counts in the sum; e (n,) the error memory of the server, whose answer is m; C and C_down the compressors of both
+directions; lr the learning rate. Products, roots and quotients are elementwise.
 
 Adam's step is no linear function of the gradient, so errors of compressed gradients would not cancel in it; with v
 frozen it is one of the momentum. A sign cannot say zero, and would be divided by epsilon where no gradient has come
@@ -22,6 +27,12 @@ that the user gives. APMSqueeze (Tang et al. 2020, arXiv 2008.11343) is the same
 
 Wire: until the freeze a dense sum (see `mpicomp.exchange.sums.aggregate`), then as Efficient-Adam. Memory: the two
 moments, ``e_k``, and ``e`` on servers. Tang et al. 2021, arXiv 2102.02888.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    gossip = mpicomp.distribute(model, optimizer, OneBitAdam(SignNorm(), downlink=SignNorm()), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -73,7 +84,7 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
             raise ConfigError(f"algorithm.freeze_step = {self.freeze_step} must be at least 1: v must be known")
 
     def init(self, local: Local, exchange: Exchange) -> OneBitAdamState:
-        """Start with moments and errors of zero."""
+        """Return moments and errors of zero, once the weights and the optimizer are found to fit."""
         messages = self.init_messages(local, exchange)
         return OneBitAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
 
@@ -87,14 +98,14 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
             moments_(state.m, state.v, g, self.beta1, self.beta2)
         else:
             self._agree_on_momentum(g, local, state, exchange)
-        self.steps_of_(state.m, state.v, local, (t, min(t, self.freeze_step)))
+        self.steps_of_(state.m, state.v, local, (t, min(t, self.freeze_step)))  # lr m / (sqrt(v) + epsilon), in g
         self.decay_(local)
         local.x.sub_(g)
         self.tell_optimizer(local)
         state.steps = t
 
     def _agree_on_momentum(self, g: Tensor, local: Local, state: OneBitAdamState, exchange: Exchange) -> None:
-        """``m = two-way mean of beta1 m + (1 - beta1) g_k`` where v is not zero; the content of `g` is lost."""
+        """``m = C_down(...)`` of ``beta1 m + (1 - beta1) g_k``, 0 where v is; `g` is g_k, whose content is lost."""
         messages, is_idle = state.messages, state.v == 0
         torch.lerp(g, state.m, self.beta1, out=g).masked_fill_(is_idle, 0.0)
         answer = self.agree(g, local, messages, exchange)
@@ -105,5 +116,5 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
                 vector.masked_fill_(is_idle, 0.0)
 
     def diagnostics(self, local: Local, state: OneBitAdamState) -> dict[str, float]:
-        """``error_norm`` and ``server_error_norm``."""
+        """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""
         return self.error_norms(state.messages)

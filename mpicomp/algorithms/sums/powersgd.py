@@ -1,37 +1,50 @@
 """PowerSGD: gradients as products of two narrow matrices, by one power iteration a step from where the last one ended.
 
+    G_k = grad F_k(x)
     M_k = G_k + E_k                                        each tensor as a matrix: shape[0] x the rest
-    P = orthogonal basis of sum_k w M_k Q                  first sum, of the P of all matrices together; w = 1 / size
+    P = orthogonal basis of sum_k w M_k Q                  first sum, of the P of all matrices together
     Q = sum_k w M_k' P                                     second sum, and with it the tensors of one dimension, whole
-    E_k = M_k - P Q';  g = P Q'                            Q is kept: the next step starts from it
-    x = x - lr u(g)                                        u: the optimizer, on all ranks alike
+    g = P Q';  E_k = M_k - g                               Q is kept: the next step starts from it
+    x = x - lr u(g)                                        on all ranks alike
+
+x is the model, the same on all ranks; F_k the loss of the batch of rank k, and G_k (m, n) its gradient for one tensor;
+E_k (m, n) its error memory, what the projection has left out so far; P (m, r) and Q (n, r) the narrow matrices and r
+the parameter ``rank``; M' the transpose of M; w = 1 / size; g the mean gradient as far as P spans it; lr the learning
+rate; u(g) the direction that the optimizer makes of g.
 
 The projection is linear, so ``P Q'`` is that of the mean gradient, and with full rank the mean gradient itself. The
 basis is that of a QR decomposition (`torch.linalg.qr`; the authors' library has Gram-Schmidt), which is complete even
 where ``M Q`` is not: a matrix whose gradients were zero does not stay lost. Every rank decomposes the same P and must
 get the same bits of it, so use ranks of the same kind.
 
-The paper's momentum is ``m = mu m + g;  x = x - lr (g + m)``: constant gradients make steps of ``1 + 1 / (1 - mu)``
-times their length. No optimizer of torch does that: its heavy ball is ``x - lr m``, its Nesterov ``x - lr (g + mu m)``.
-Leave ``momentum`` at 0 to use theirs on g. Weight decay is the optimizer's, so it is not compressed. The authors'
-library does half an iteration at a time, and sends gradients whole in its first 100 steps; this follows the paper.
+The paper's momentum is ``m = mu m + g;  x = x - lr (g + m)``, where mu is the parameter ``momentum``: constant
+gradients make steps of ``1 + 1 / (1 - mu)`` times their length. No optimizer of torch does that: its heavy ball is
+``x - lr m``, its Nesterov ``x - lr (g + mu m)``. Leave ``momentum`` at 0 to use theirs on g. Weight decay is the
+optimizer's, so it is not compressed. The authors' library does half an iteration at a time, and sends gradients whole
+in its first 100 steps; this follows the paper.
 
 Wire: two dense sums (see `mpicomp.exchange.sums.aggregate`), of ``sum r m`` and ``sum r n`` entries for matrices of
 m x n; what is sent whole is part of the second. Memory: ``E_k``, ``Q``, and one vector with ``momentum``. Vogels et al.
 2019, arXiv 1905.13727, Algorithms 1 and 2.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, PowerSGD(rank=2), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
 from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.low_rank import LowRank
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -84,96 +97,49 @@ class PowerSGD(Algorithm[PowerSGDState]):
         require_momentum(self.momentum)
 
     def check(self, schedule: Schedule) -> None:
-        """Need a star or a ring."""
+        """Raise TopologyError unless `schedule` is a star or a ring."""
         plan(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> PowerSGDState:
-        """Start without an error, from random Q, the same on all ranks."""
+        """Return an error of zero, and random Q, the same on all ranks."""
         if self.momentum:
             require_no_momentum("PowerSGD", local)
-        shapes = self._shapes(local.spec)
-        numel = sum(part.numel if shape is None else shape[1] * shape[2] for part, shape in shapes)
-        right = torch.randn(numel, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(self.seed)
+        right = torch.randn(self._low_rank(local.spec).right_numel, generator=generator, dtype=torch.float64)
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return PowerSGDState(torch.zeros_like(local.x), right.to(local.x), velocity)
 
     def phases(self, local: Local, state: PowerSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         yield None
-        g, aggregator = local.g, Aggregator(exchange)
-        state.error.add_(g)
-        left = g.new_empty(sum(shape[0] * shape[2] for _, shape in self._shapes(local.spec) if shape is not None))
-        matrices, whole = self._views(local.spec, state.error, g, left, state.right)
+        g, right, aggregator, low_rank = local.g, state.right, Aggregator(exchange), self._low_rank(local.spec)
+        left = g.new_empty(low_rank.left_numel)
+        matrices, whole = low_rank.views(state.error.add_(g), g, left, right)  # M_k = G_k + E_k
         for matrix in matrices:
-            torch.mm(matrix.m, matrix.q, out=matrix.p)
+            torch.mm(matrix.m, matrix.q, out=matrix.p)  # M_k Q
         aggregator.mean_(left)
         for matrix in matrices:
             matrix.p.copy_(orthogonal(matrix.p))
-            torch.mm(matrix.m.T, matrix.p, out=matrix.q)
+            torch.mm(matrix.m.T, matrix.p, out=matrix.q)  # M_k' P
         for tensor in whole:
-            tensor.sent.copy_(tensor.error)
-        aggregator.mean_(state.right)
+            tensor.sent.copy_(tensor.m)
+        aggregator.mean_(right)
         for matrix in matrices:
-            torch.mm(matrix.p, matrix.q.T, out=matrix.g)
-            matrix.m.sub_(matrix.g)
+            torch.mm(matrix.p, matrix.q.T, out=matrix.g)  # g = P Q'
+            matrix.m.sub_(matrix.g)  # E_k
         for tensor in whole:
             tensor.g.copy_(tensor.sent)
-            tensor.error.zero_()
+            tensor.m.zero_()
         if state.velocity is not None:
             g.add_(state.velocity.mul_(self.momentum).add_(g))
         local.update()
 
+    def _low_rank(self, spec: Spec) -> LowRank:
+        return LowRank(spec, self.rank, self.min_compression_rate)
+
     def diagnostics(self, local: Local, state: PowerSGDState) -> dict[str, float]:
-        """``error_norm``, |E|."""
+        """Return ``error_norm``, |E|."""
         return {"error_norm": float(state.error.norm())}
-
-    def _shapes(self, spec: Spec) -> list[tuple[Spec, tuple[int, int, int] | None]]:
-        """Return each tensor with the rows, columns and rank of its matrix, None if it is sent whole."""
-        shapes: list[tuple[Spec, tuple[int, int, int] | None]] = []
-        for part in spec.parts:
-            (shape,) = part.shapes
-            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
-            rank = min(self.rank, rows, columns)
-            is_narrow = rank * (rows + columns) * self.min_compression_rate <= rows * columns
-            shapes.append((part, (rows, columns, rank) if rank and is_narrow else None))
-        return shapes
-
-    def _views(
-        self, spec: Spec, error: Tensor, g: Tensor, left: Tensor, right: Tensor
-    ) -> tuple[list[_Matrix], list[_Whole]]:
-        """Return the tensors of the flat vectors: those with a P and a Q, and those that are sent whole."""
-        matrices, whole, rest = [], [], []
-        p_at = q_at = 0
-        for (_, shape), e, mean in zip(self._shapes(spec), spec.split(error), spec.split(g), strict=True):
-            if shape is None:
-                rest.append((e, mean))
-                continue
-            rows, columns, rank = shape
-            p = left[p_at : p_at + rows * rank].view(rows, rank)
-            q = right[q_at : q_at + columns * rank].view(columns, rank)
-            matrices.append(_Matrix(e.view(rows, columns), mean.view(rows, columns), p, q))
-            p_at, q_at = p_at + rows * rank, q_at + columns * rank
-        for e, mean in rest:
-            whole.append(_Whole(e, mean, right[q_at : q_at + len(e)]))
-            q_at += len(e)
-        return matrices, whole
-
-
-class _Matrix(NamedTuple):
-    """Views of a tensor's gradient with its error (m, n), its mean (m, n), and P (m, r) and Q (n, r)."""
-
-    m: Tensor
-    g: Tensor
-    p: Tensor
-    q: Tensor
-
-
-class _Whole(NamedTuple):
-    """Views of a tensor's gradient with its error, of its mean, and of what is sent of it, all (n,)."""
-
-    error: Tensor
-    g: Tensor
-    sent: Tensor
 
 
 def orthogonal(p: Tensor) -> Tensor:

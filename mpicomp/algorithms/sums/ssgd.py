@@ -1,9 +1,20 @@
 """Synchronous SGD: the gradients of all ranks are averaged by an all-reduce. The uncompressed baseline.
 
-    g_i = grad F_i(x);  g = (1/N) sum_i g_i;  x = x - lr u(g)
+    g_i = grad F_i(x)
+    g = (1/N) sum_i g_i
+    x = x - lr u(g)
+
+x is the model (n,), the same on all N ranks; F_i the loss of the batch of rank i; lr the learning rate; u(g) the
+direction that the optimizer makes of g, with its momentum and weight decay.
 
 Wire: ``2 (N - 1) / N`` vectors sent a rank and step (ring all-reduce). MPI chooses the order of summation, so results
 agree with the loopback to rounding, not bit for bit. The graph is not used.
+
+In a script:
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossip = mpicomp.distribute(model, optimizer, SSGD(), topology=ring)
+    loss = gossip.step(lambda: loss_fn(model, batch))
 """
 
 from __future__ import annotations
@@ -24,13 +35,13 @@ class SSGD(Algorithm[None]):
     updates_with_sum: ClassVar[bool] = True
 
     def check(self, schedule: Schedule) -> None:
-        """Take any graph: it is not used."""
+        """Take any graph: the all-reduce does not use it."""
 
     def init(self, local: Local, exchange: Exchange) -> None:
-        """Keep nothing."""
+        """Return None: nothing is kept from step to step."""
 
     def phases(self, local: Local, state: None, exchange: Exchange) -> Phases:
-        """Gradient, all-reduce, update."""
+        """Do one step in the order of the module's docstring."""
         yield None
         exchange.mean_(local.g)
         local.update()

@@ -1,11 +1,14 @@
 """What the methods of Adam's kind share that compress in both directions, with an error memory at both ends.
 
-    p_k = z_k + e_k;  q_k = C(p_k);  e_k = p_k - q_k       rank k, which has z_k to say
+    p_k = z_k + e_k;  q_k = C(p_k);  e_k = p_k - q_k       each rank k
     p = sum_k w_k q_k + e;  q = C_down(p);  e = p - q      the server
     all ranks read q
 
+z_k (n,) is what rank k has to say, e_k (n,) its error memory, q_k its message and w_k what it counts in the sum; e (n,)
+is the error memory of the server and q its answer; C and C_down are the compressors of both directions.
+
 The hub of a star is the server, and sends q; on a ring every rank repeats the server's arithmetic, so no q travels.
-The sum of all ``q`` and ``e + sum_k w_k e_k`` is that of all ``sum_k w_k z_k``.
+No part of any z_k is lost: the sum of all ``q`` so far, with ``e + sum_k w_k e_k``, is that of all ``sum_k w_k z_k``.
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
         require_positive(epsilon=self.epsilon)
 
     def init_messages(self, local: Local, exchange: Exchange) -> TwoWayState:
-        """Start without errors.
+        """Return errors of zero, and new states of the compressors.
 
         Raises:
             ConfigError: the optimizer has moments, or is to maximize, which would do nothing.
@@ -102,15 +105,18 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
         return TwoWayState(uplink, error, self.downlink.init(spec, device))
 
     def agree(self, z: Tensor, local: Local, state: TwoWayState, exchange: Exchange) -> Payload:
-        """Return the server's message q on `z` (n,), whose content is lost; valid until the next exchange."""
+        """Return the server's answer q to the z_k of all ranks; valid until the next exchange.
+
+        `z` is the z_k (n,) of this rank; its content is lost.
+        """
         spec, aggregator = local.spec, Aggregator(exchange)
-        payload = ErrorFeedback(self.compressor).compress(z, spec, state.uplink)
-        aggregator.start(payload, self.compressor, spec, self.rank_weights(exchange.size)).wait_on_servers(z)
-        answer: Payload = {}
+        own = ErrorFeedback(self.compressor).compress(z, spec, state.uplink)  # q_k and e_k
+        aggregator.start(own, self.compressor, spec, self.rank_weights(exchange.size)).wait_on_servers(z)
+        q: Payload = {}
         if aggregator.is_server:
             server = FeedbackState(state.server_error, state.downlink)
-            answer = ErrorFeedback(self.downlink).compress(z, spec, server)
-        return aggregator.answer(answer, self.downlink.layout(spec))
+            q = ErrorFeedback(self.downlink).compress(z, spec, server)  # q and e
+        return aggregator.answer(q, self.downlink.layout(spec))
 
     def steps_of_(self, m: Tensor, v: Tensor, local: Local, steps: tuple[int, int], scale: float = 1.0) -> None:
         """``g = scale lr m / (sqrt(v) + epsilon)``, all (n,), corrected for moments of `steps` (of m, of v) gradients.
