@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
+from mpicomp.files import replacing
 from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.replica.record import Record
 from mpicomp.replica.state import aliases
@@ -149,12 +149,12 @@ class RunFolder:
 
     def save_config(self, config: RunConfig) -> None:
         """Write the resolved configuration."""
-        with _replacing(self.config_path) as path:
+        with replacing(self.config_path) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
 
     def save_ranks(self, members: Sequence[Member]) -> None:
         """Write where each rank runs."""
-        with _replacing(self.ranks_path) as path:
+        with replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
     def on_record(self, record: Record) -> None:
@@ -185,7 +185,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop all records after `step`, and what the run has left since: it goes on from there."""
         kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
-        with _replacing(self.metrics_path) as path:
+        with replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         for path in (self.result_path, self.model_path):
             path.unlink(missing_ok=True)
@@ -201,12 +201,12 @@ class RunFolder:
 
     def save_result(self, result: Result) -> None:
         """Write the result, all of it or nothing."""
-        with _replacing(self.result_path) as path:
+        with replacing(self.result_path) as path:
             path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
 
     def save_model(self, model: nn.Module, config: RunConfig) -> None:
         """Write parameters and persistent buffers of `model`, all of them or nothing."""
-        with _replacing(self.model_path) as path, h5py.File(path, "w", track_order=True) as file:
+        with replacing(self.model_path) as path, h5py.File(path, "w", track_order=True) as file:
             file.attrs.update({"format": FORMAT, "version": VERSION, "config": config.to_toml()})
             for group, tensors in _tensors(model).items():
                 for name, tensor in tensors.items():
@@ -269,14 +269,3 @@ def _array(tensor: Tensor) -> np.ndarray:
     """Return a tensor as an array; bfloat16, which numpy lacks, as float32."""
     host = tensor.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place at the end, if no error occurs."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

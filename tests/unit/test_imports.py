@@ -10,6 +10,7 @@ import mpicomp
 ROOT = Path(mpicomp.__file__).parent
 ORDER = [
     "errors",
+    "files",
     "timing",
     "state",
     "topology",
