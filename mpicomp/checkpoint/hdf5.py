@@ -1,4 +1,4 @@
-"""One HDF5 file: the state of one rank after one step.
+"""One HDF5 file: the state of one rank after one step, or a model.
 
 A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is in one piece, with its type in the attribute
 ``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in uint16. (Before,
@@ -82,15 +82,29 @@ class Entry:
     value: float | int | str | None
 
 
-def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]) -> Digest:
+def write(
+    path: Path,
+    leaves: Mapping[str, Leaf],
+    attributes: Mapping[str, str | int | float],
+    form: str = FORMAT,
+    links: Mapping[str, str] | None = None,
+) -> Digest:
     """Write a file, wait until it is on the disk, and return what it must be. Tensors on the CPU are not copied.
+
+    Args:
+        path: of the file.
+        leaves: by name.
+        attributes: of the root.
+        form: what `read` must ask for.
+        links: further names of leaves, each with the one in `leaves`.
 
     Raises:
         CheckpointError: it could not be written; no part of it is left. Or a leaf cannot be stored.
 
     """
+    attributes = {"format": form, "version": VERSION, **attributes}
     try:
-        return _fill(path, _write_headers(path, leaves, {"format": FORMAT, "version": VERSION, **attributes}))
+        return _fill(path, _write_headers(path, leaves, attributes, links or {}))
     except (CheckpointError, OSError) as error:
         with suppress(OSError):
             path.unlink()
@@ -99,7 +113,9 @@ def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str |
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def read(path: Path, digest: Digest | None = None, names: Collection[str] | None = None) -> dict[str, Leaf]:
+def read(
+    path: Path, digest: Digest | None = None, names: Collection[str] | None = None, form: str = FORMAT
+) -> dict[str, Leaf]:
     """Return the leaves of a file, or those of `names`; tensors are on the CPU.
 
     Without `digest`, only damage to headers and tensors is sure to be found, and HDF5 may crash.
@@ -110,7 +126,7 @@ def read(path: Path, digest: Digest | None = None, names: Collection[str] | None
     """
     if digest is not None:
         check(path, digest)
-    with _opened(path) as file:
+    with _opened(path, form) as file:
         return {name: _leaf(path, file, name) for name in (_names(file) if names is None else names)}
 
 
@@ -179,7 +195,7 @@ class _Disk(io.FileIO):
 
 
 def _write_headers(
-    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]
+    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float], links: Mapping[str, str]
 ) -> dict[int, memoryview]:
     """Let HDF5 write a file with holes; return where each begins, and what belongs there."""
     holes: dict[int, memoryview] = {}
@@ -204,6 +220,8 @@ def _write_headers(
                         dataset.attrs["type"] = type(leaf).__name__
                 except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
                     raise CheckpointError(f"{name!r} cannot be stored: {error}") from error
+            for name, other in links.items():
+                file[name] = file[other]
             for dataset, crc32 in sums:
                 dataset.attrs["crc32"] = np.uint32(crc32.result())
         if disk.error is not None:
@@ -246,12 +264,12 @@ def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path, form: str = FORMAT) -> Iterator[h5py.File]:
     """Open a file of ours for reading; raise CheckpointError if it is none."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            if file.attrs.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: is not a checkpoint of mpicomp")
+            if file.attrs.get("format") != form:
+                raise CheckpointError(f"{path}: is not a {form.removeprefix('mpicomp ')} of mpicomp")
             if (version := int(file.attrs["version"])) > VERSION:
                 raise CheckpointError(newer(path, version))
             yield file
@@ -263,10 +281,11 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise CheckpointError(f"{path}: is damaged, or no HDF5 file: {error}") from error
 
 
-def _names(file: h5py.File) -> list[str]:
-    """Return the paths of all datasets, in alphabetical order."""
+def _names(group: h5py.Group, prefix: str = "") -> list[str]:
+    """Return the paths of all datasets, one with several names by all of them."""
     found: list[str] = []
-    file.visititems(lambda name, node: found.append(name) if isinstance(node, h5py.Dataset) else None)
+    for name, node in group.items():
+        found += _names(node, f"{prefix}{name}/") if isinstance(node, h5py.Group) else [prefix + name]
     return found
 
 
@@ -275,6 +294,8 @@ def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
         dataset = file[name]
         if "type" in dataset.attrs:
             return _PYTHON[dataset.attrs["type"]](dataset)
+        if "dtype" not in dataset.attrs:  # of a model, as they were written before
+            return torch.from_numpy(np.asarray(dataset[()]))
         return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
     except Exception as error:  # whatever h5py makes of damaged bytes
         raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {error}") from error
