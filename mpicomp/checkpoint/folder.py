@@ -31,6 +31,7 @@ from typing import Any
 from mpicomp.checkpoint import damage, hdf5
 from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
 from mpicomp.errors import CheckpointError
+from mpicomp.files import replacing
 from mpicomp.state import Leaf
 
 MANIFEST = "manifest.json"
@@ -159,6 +160,8 @@ class Checkpoints:
                     self._remove(replaced)
             for leftover in self.path.glob(".step_*"):
                 shutil.rmtree(leftover)
+            for leftover in self.path.glob(f".{LATEST}.*"):
+                leftover.unlink()
             self.temporary(step).mkdir()
         return self.temporary(step)
 
@@ -172,7 +175,8 @@ class Checkpoints:
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
-            _replace(self.path / LATEST, final.name + "\n")
+            with replacing(self.path / LATEST) as latest:
+                _write(latest, final.name + "\n")
             _flush(self.path)
             _flush(self.path.parent)
             if replaced.exists():
@@ -243,12 +247,6 @@ def _step(path: Path) -> int:
 
 def _sha256(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, text)
-    temporary.replace(path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,9 +1,13 @@
-"""One HDF5 file: the state of one rank after one step.
+"""One HDF5 file: the state of one rank after one step, or a model.
 
-A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. Tensors lie in chunks, each with Fletcher's 32-bit
-checksum, and with their type in the attribute ``dtype``; bfloat16 and float16 are stored as their 16 bits in uint16.
-Numbers and texts are scalar datasets, with their type in the attribute ``type``. The root's attributes say what the
-file is. Nothing is pickled; plain h5py or ``h5ls -r`` shows everything. The same leaves give the same bytes.
+A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is in one piece, with its type in the attribute
+``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in uint16. (Before,
+tensors lay in chunks with HDF5's own checksums; such files are read, too.) Numbers and texts are scalar datasets, with
+their type in the attribute ``type``. The root's attributes say what the file is. Nothing is pickled; plain h5py or
+``h5ls -r`` shows everything. The same leaves give the same bytes.
+
+HDF5 writes all but the tensors. It keeps a file open forever that it cannot complete, so the tensors, which may fill
+the disk, are written behind its back into the holes that it leaves for them, and the file is hashed on the way.
 
 Whether a file is the one that was written is decided by its size and SHA-256, before HDF5 looks at it: a damaged header
 can make HDF5 crash, or never end. The checksums in the file then tell what is damaged (`mpicomp.checkpoint.damage`).
@@ -12,33 +16,35 @@ can make HDF5 crash, or never end. The checksums in the file then tell what is d
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections import deque
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.checkpoint.layout import Chunk, dtype_name, lay_out, pieces, stored
 from mpicomp.errors import CheckpointError
 from mpicomp.state import Leaf
 
 FORMAT = "mpicomp checkpoint"
 VERSION = 1
 
-_AHEAD = 8
-"""Chunks whose checksums are computed before they are written."""
+_FORMAT_OF_HDF5 = ("v110", "v110")
+"""The first one that has checksums of its own in all headers, so that damage there is found, too."""
+
+_PIECE_NBYTES = 2**20
+"""Bytes that are read, or written and hashed, at once: few enough for a core's cache."""
 
 _FLUSH_NBYTES = 2**23
 """Bytes after which the system is asked to begin to bring them to the disk, so that little is left to wait for."""
-
-_READ_NBYTES = 2**20
 
 _PYTHON: dict[str, Callable[[h5py.Dataset], Leaf]] = {
     "bool": lambda dataset: bool(dataset[()]),
@@ -76,42 +82,43 @@ class Entry:
     value: float | int | str | None
 
 
-def write(path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]) -> Digest:
-    """Write a file, wait until it is on the disk, and return what it must be.
+def write(
+    path: Path,
+    leaves: Mapping[str, Leaf],
+    attributes: Mapping[str, str | int | float],
+    form: str = FORMAT,
+    links: Mapping[str, str] | None = None,
+) -> Digest:
+    """Write a file, wait until it is on the disk, and return what it must be. Tensors on the CPU are not copied.
 
-    One thread computes the checksums of the next chunks, one the SHA-256 of the last, this one hands them to the
-    system; all of that is done without Python's lock. Tensors on the CPU are not copied.
+    Args:
+        path: of the file.
+        leaves: by name.
+        attributes: of the root.
+        form: what `read` must ask for.
+        links: further names of leaves, each with the one in `leaves`.
 
     Raises:
         CheckpointError: it could not be written; no part of it is left. Or a leaf cannot be stored.
 
     """
-    memory = lay_out(leaves, {"format": FORMAT, "version": VERSION, **attributes})
-    sha256 = hashlib.sha256()
+    attributes = {"format": form, "version": VERSION, **attributes}
     try:
-        with ThreadPoolExecutor(1) as summing, ThreadPoolExecutor(1) as hashing, path.open("wb") as file:
-            flushed = 0
-            for part in _ahead(summing, memory.parts()):
-                for piece in part:
-                    hashing.submit(sha256.update, piece)
-                    file.write(piece)
-                if (written := file.tell()) - flushed >= _FLUSH_NBYTES:
-                    _flush_soon(file, flushed, written)
-                    flushed = written
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
+        return _fill(path, _write_headers(path, leaves, attributes, links or {}))
+    except (CheckpointError, OSError) as error:
         with suppress(OSError):
             path.unlink()
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return Digest(memory.nbytes, sha256.hexdigest())
 
 
-def read(path: Path, digest: Digest | None = None, names: Collection[str] | None = None) -> dict[str, Leaf]:
+def read(
+    path: Path, digest: Digest | None = None, names: Collection[str] | None = None, form: str = FORMAT
+) -> dict[str, Leaf]:
     """Return the leaves of a file, or those of `names`; tensors are on the CPU.
 
-    Without `digest`, only damage to headers and to tensors in chunks is sure to be found (0-d ones are in none), and
-    HDF5 may crash.
+    Without `digest`, only damage to headers and tensors is sure to be found, and HDF5 may crash.
 
     Raises:
         CheckpointError: the file is missing, not the one that `digest` describes, or damaged; names what is wrong.
@@ -119,7 +126,7 @@ def read(path: Path, digest: Digest | None = None, names: Collection[str] | None
     """
     if digest is not None:
         check(path, digest)
-    with _opened(path) as file:
+    with _opened(path, form) as file:
         return {name: _leaf(path, file, name) for name in (_names(file) if names is None else names)}
 
 
@@ -171,15 +178,84 @@ def newer(path: Path, version: int) -> str:
     return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
 
 
-def _ahead(executor: ThreadPoolExecutor, parts: Iterator[Chunk | bytes]) -> Iterator[list[bytes | memoryview]]:
-    """Yield the pieces of each part, whose checksums `executor` computes a few parts ahead."""
-    waiting: deque[Future[list[bytes | memoryview]]] = deque()
-    for part in parts:
-        waiting.append(executor.submit(pieces, part))
-        if len(waiting) > _AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+class _Disk(io.FileIO):
+    """A file in which HDF5 sees no write fail; `error` is the first one that did."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`; after an error nothing."""
+        rest = memoryview(data)
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+
+def _write_headers(
+    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float], links: Mapping[str, str]
+) -> dict[int, memoryview]:
+    """Let HDF5 write a file with holes; return where each begins, and what belongs there."""
+    holes: dict[int, memoryview] = {}
+    sums: list[tuple[h5py.Dataset, Future[int]]] = []
+    with _Disk(path, "w+") as disk:
+        with ThreadPoolExecutor(2) as summing, h5py.File(disk, "w", libver=_FORMAT_OF_HDF5) as file:
+            file.attrs.update(attributes)
+            for name, leaf in leaves.items():
+                try:
+                    if isinstance(leaf, Tensor):
+                        values = _stored(leaf.detach().cpu().contiguous())
+                        if values.ndim and values.size:
+                            dataset = file.create_dataset(name, values.shape, values.dtype, dcpl=_hole())
+                            holes[dataset.id.get_offset()] = _bytes(values)
+                        else:
+                            dataset = file.create_dataset(name, data=values)
+                        dataset.attrs["dtype"] = _dtype_name(leaf.dtype)
+                        sums.append((dataset, summing.submit(zlib.crc32, _bytes(values))))
+                    else:
+                        text = h5py.string_dtype() if isinstance(leaf, str) else None
+                        dataset = file.create_dataset(name, data=leaf, dtype=text)
+                        dataset.attrs["type"] = type(leaf).__name__
+                except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+                    raise CheckpointError(f"{name!r} cannot be stored: {error}") from error
+            for name, other in links.items():
+                file[name] = file[other]
+            for dataset, crc32 in sums:
+                dataset.attrs["crc32"] = np.uint32(crc32.result())
+        if disk.error is not None:
+            raise disk.error
+    return holes
+
+
+def _fill(path: Path, holes: dict[int, memoryview]) -> Digest:
+    """Write the tensors into the holes of a file, wait until it is on the disk, and return what it must be."""
+    sha256 = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hashing, path.open("r+b") as file:
+        flushed = 0
+        for start, values in sorted(holes.items()):
+            hashing.submit(sha256.update, file.read(start - file.tell()))
+            for first in range(0, len(values), _PIECE_NBYTES):
+                piece = values[first : first + _PIECE_NBYTES]
+                hashing.submit(sha256.update, piece)
+                file.write(piece)
+                if (written := file.tell()) - flushed >= _FLUSH_NBYTES:
+                    _flush_soon(file, flushed, written)
+                    flushed = written
+        hashing.submit(sha256.update, file.read())
+        file.flush()
+        os.fsync(file.fileno())
+        nbytes = file.tell()
+    return Digest(nbytes, sha256.hexdigest())
+
+
+def _hole() -> h5py.h5p.PropDCID:
+    """Return how HDF5 is to make a dataset: with its place in the file, but nothing in it."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    return properties
 
 
 def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
@@ -188,12 +264,12 @@ def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path, form: str = FORMAT) -> Iterator[h5py.File]:
     """Open a file of ours for reading; raise CheckpointError if it is none."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            if file.attrs.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: is not a checkpoint of mpicomp")
+            if file.attrs.get("format") != form:
+                raise CheckpointError(f"{path}: is not a {form.removeprefix('mpicomp ')} of mpicomp")
             if (version := int(file.attrs["version"])) > VERSION:
                 raise CheckpointError(newer(path, version))
             yield file
@@ -205,10 +281,11 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise CheckpointError(f"{path}: is damaged, or no HDF5 file: {error}") from error
 
 
-def _names(file: h5py.File) -> list[str]:
-    """Return the paths of all datasets, in alphabetical order."""
+def _names(group: h5py.Group, prefix: str = "") -> list[str]:
+    """Return the paths of all datasets, one with several names by all of them."""
     found: list[str] = []
-    file.visititems(lambda name, node: found.append(name) if isinstance(node, h5py.Dataset) else None)
+    for name, node in group.items():
+        found += _names(node, f"{prefix}{name}/") if isinstance(node, h5py.Group) else [prefix + name]
     return found
 
 
@@ -217,6 +294,8 @@ def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
         dataset = file[name]
         if "type" in dataset.attrs:
             return _PYTHON[dataset.attrs["type"]](dataset)
+        if "dtype" not in dataset.attrs:  # of a model, as they were written before
+            return torch.from_numpy(np.asarray(dataset[()]))
         return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
     except Exception as error:  # whatever h5py makes of damaged bytes
         raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {error}") from error
@@ -224,12 +303,30 @@ def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
 
 def _tensor(dataset: h5py.Dataset, dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(dataset.shape, dtype=dtype)
-    values = stored(tensor)
+    values = _stored(tensor)
     if values.dtype != dataset.dtype:
         raise TypeError(f"{dataset.dtype} instead of {values.dtype}")
     if values.size:
         dataset.read_direct(values)
+    if "crc32" in dataset.attrs and zlib.crc32(_bytes(values)) != dataset.attrs["crc32"]:
+        raise ValueError("its CRC-32 is another one")
     return tensor
+
+
+def _stored(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return the memory of a tensor on the CPU as HDF5 has it: bfloat16 and float16 as uint16."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _bytes(values: np.ndarray[Any, Any]) -> memoryview:
+    return values.reshape(-1).view(np.uint8).data
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"float32"`` and the like."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _entry(path: Path, file: h5py.File, name: str) -> Entry:
@@ -238,11 +335,11 @@ def _entry(path: Path, file: h5py.File, name: str) -> Entry:
         nbytes = len(leaf.encode()) if isinstance(leaf, str) else file[name].dtype.itemsize
         return Entry(name, (), type(leaf).__name__, nbytes, leaf)
     norm = float(torch.linalg.vector_norm(leaf, dtype=torch.float64)) if leaf.is_floating_point() else None
-    return Entry(name, tuple(leaf.shape), dtype_name(leaf.dtype), leaf.numel() * leaf.element_size(), norm)
+    return Entry(name, tuple(leaf.shape), _dtype_name(leaf.dtype), leaf.numel() * leaf.element_size(), norm)
 
 
 def _sha256(path: Path) -> str:
-    total, buffer = hashlib.sha256(), memoryview(bytearray(_READ_NBYTES))
+    total, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE_NBYTES))
     with path.open("rb", buffering=0) as file:
         while nbytes := file.readinto(buffer):
             total.update(buffer[:nbytes])

@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,30 +61,29 @@ def doctor(as_json: bool, timeout: float) -> None:
 
     Run it alone, and as you run training: mpiexec -n 4 mpicomp doctor. The exit code is 0 if nothing is broken.
     """
-    with _Watchdog(timeout) as watchdog:
-        watchdog.stage = "starting MPI"
+    with _limited(timeout, "starting MPI"):
         try:
             from mpicomp.exchange.mpi import probe  # starts MPI
             from mpicomp.exchange.mpi.world import MpiWorld
         except ExchangeError as error:
             _finish(Report([str(error)]), as_json)
-        watchdog.stage = "setting up the ranks"
+    with _limited(timeout, "setting up the ranks"):
         world = MpiWorld.from_environment(allow_shared_gpu=True)
         places = world.all_gather(probe.examine_place(world))
-        trials = {}
-        if world.size > 1:
-            watchdog.stage = "exchanging with neighbors"
+    trials = {}
+    if world.size > 1:
+        with _limited(timeout, "exchanging with neighbors"):
             trials["neighbor exchange"] = probe.attempt(world, probe.try_neighbors)
-        watchdog.stage = "writing to a one-sided window"
+    with _limited(timeout, "writing to a one-sided window"):
         trials["one-sided window"] = probe.attempt(world, probe.try_window)
-        if world.size > 1:
-            watchdog.stage = "sending by mailbox"
+    if world.size > 1:
+        with _limited(timeout, "sending by mailbox"):
             trials["mailbox"] = probe.attempt(world, probe.try_mailbox)
-        watchdog.stage = "leaving"
-        library = probe.examine_library()
-        watchdog.stage = "asking Slurm"
+    with _limited(timeout, "asking Slurm"):
         # One rank asks: a controller serves thousands.
         job, srun_speaks = world.broadcast(_ask_slurm() if world.rank == 0 else (None, []))
+    with _limited(timeout, "leaving"):
+        library = probe.examine_library()
         report = Report(
             problems=find_problems(library, places, trials),
             advice=find_advice(places, trials)
@@ -311,42 +311,25 @@ def _trials(trials: dict[str, Trial]) -> Table:
     return table
 
 
-class _Watchdog:
-    """Ends the process, naming the stage, when one stage takes too long: the doctor must not hang."""
+@contextmanager
+def _limited(timeout_s: float, stage: str) -> Iterator[None]:
+    """End the process, naming the stage, if the block takes longer: the doctor must not hang.
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._changed = threading.Event()
-        self._is_over = False
-        self._stage = "beginning"
+    `mpicomp.exchange.watchdog` looks whether ranks move; here MPI may not have started.
+    """
 
-    @property
-    def stage(self) -> str:
-        """What is being done; setting it starts the time anew."""
-        return self._stage
-
-    @stage.setter
-    def stage(self, name: str) -> None:
-        self._stage = name
-        self._changed.set()
-
-    def __enter__(self) -> _Watchdog:
-        threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._is_over = True
-        self._changed.set()
-
-    def _watch(self) -> None:
-        while self._changed.wait(self._timeout_s):
-            self._changed.clear()
-            if self._is_over:
-                return
-        message = (
-            f"mpicomp doctor: stuck for {self._timeout_s:g} s while {self._stage}: "
+    def give_up() -> None:
+        sys.stderr.write(
+            f"mpicomp doctor: stuck for {timeout_s:g} s while {stage}: "
             "do all ranks run, and do they reach each other?\n"
         )
-        sys.stderr.write(message)
         sys.stderr.flush()
         os._exit(ExchangeError.exit_code)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

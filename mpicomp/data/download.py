@@ -9,15 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import struct
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -30,6 +27,7 @@ import numpy.typing as npt
 
 from mpicomp.data import datasets as data
 from mpicomp.errors import DataError, unknown_name
+from mpicomp.files import replacing
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int | None], None]
@@ -161,14 +159,18 @@ def fetch(kind: str, folder: Path, base: str | None = None, progress: Progress |
     for name, content in downloads.items():
         _compare(kind, origin, name, hashlib.sha256(content).hexdigest(), address)
     path = folder / origin.file
-    with _complete_or_absent(path) as partial:
-        if origin.decode is None:
-            partial.write_bytes(downloads[origin.downloads[0]])
-        else:
-            arrays = _decode(kind, origin, downloads, address)
-            for name, array in arrays.items():
-                _compare(kind, origin, name, sha256(array), address)
-            write_arrays(partial, arrays)
+    arrays = _decode(kind, origin, downloads, address) if origin.decode else {}
+    for name, array in arrays.items():
+        _compare(kind, origin, name, sha256(array), address)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            if arrays:
+                write_arrays(partial, arrays)
+            else:
+                partial.write_bytes(downloads[origin.downloads[0]])
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error}). Choose another folder with --to.") from error
     return path
 
 
@@ -265,21 +267,3 @@ def _decode(kind: str, origin: Origin, downloads: dict[str, bytes], address: str
         raise DataError(
             f"{kind}: what {address} holds cannot be decoded ({error}). Try another source with --from."
         ) from error
-
-
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place if the block succeeds and vanishes if not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        try:
-            yield partial
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error}). Choose another folder with --to.") from error

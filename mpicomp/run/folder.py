@@ -8,38 +8,36 @@ trace/          a timeline, if it was asked for (`mpicomp.run.trace`)
 tensorboard/    the records for TensorBoard, if it was asked for (`mpicomp.replica.tensorboard`)
 stop            made by a user, asks the run to store a checkpoint and to end
 result.json     the `Result`, when the run has ended well
-model.h5        the averaged model: datasets ``parameters/<name>`` and ``buffers/<name>`` as in the `state_dict` of
-                the module, where tied ones are links to one dataset, and the attributes ``format``, ``version`` and
-                ``config`` (the text of config.toml)
+model.h5        the averaged model, as `mpicomp.checkpoint.hdf5` writes it: datasets ``parameters/<name>`` and
+                ``buffers/<name>`` as in the `state_dict` of the module, where tied ones are links to one dataset, and
+                the attributes ``format``, ``version`` and ``config`` (the text of config.toml)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import h5py
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpicomp.checkpoint import hdf5
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
+from mpicomp.files import replacing
 from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.replica.record import Record
 from mpicomp.replica.state import aliases
 from mpicomp.run.result import Result, to_json
 
 FORMAT = "mpicomp model"
-VERSION = 1
 RUNS = Path("runs")
 """Where runs without a folder of their own go."""
 
@@ -149,12 +147,12 @@ class RunFolder:
 
     def save_config(self, config: RunConfig) -> None:
         """Write the resolved configuration."""
-        with _replacing(self.config_path) as path:
+        with replacing(self.config_path) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
 
     def save_ranks(self, members: Sequence[Member]) -> None:
         """Write where each rank runs."""
-        with _replacing(self.ranks_path) as path:
+        with replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
     def on_record(self, record: Record) -> None:
@@ -185,7 +183,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop all records after `step`, and what the run has left since: it goes on from there."""
         kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
-        with _replacing(self.metrics_path) as path:
+        with replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         for path in (self.result_path, self.model_path):
             path.unlink(missing_ok=True)
@@ -201,19 +199,20 @@ class RunFolder:
 
     def save_result(self, result: Result) -> None:
         """Write the result, all of it or nothing."""
-        with _replacing(self.result_path) as path:
+        with replacing(self.result_path) as path:
             path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
 
     def save_model(self, model: nn.Module, config: RunConfig) -> None:
         """Write parameters and persistent buffers of `model`, all of them or nothing."""
-        with _replacing(self.model_path) as path, h5py.File(path, "w", track_order=True) as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION, "config": config.to_toml()})
-            for group, tensors in _tensors(model).items():
-                for name, tensor in tensors.items():
-                    file.create_dataset(f"{group}/{name}", data=_array(tensor))
-            for name, other in aliases(model).items():
-                group = "parameters" if f"parameters/{other}" in file else "buffers"
-                file[f"{group}/{name}"] = file[f"{group}/{other}"]
+        tensors = _tensors(model)
+        links = {
+            f"{group}/{name}": f"{group}/{other}"
+            for name, other in aliases(model).items()
+            for group in ("parameters", "buffers")
+            if f"{group}/{other}" in tensors
+        }
+        with replacing(self.model_path) as path:
+            hdf5.write(path, tensors, {"config": config.to_toml()}, FORMAT, links)
 
     @torch.no_grad()
     def load_model(self, model: nn.Module) -> None:
@@ -223,60 +222,28 @@ class RunFolder:
             CheckpointError: the file is missing, damaged, or of another model.
 
         """
-        try:
-            with h5py.File(self.model_path, "r", locking="best-effort") as file:
-                self._check_format(file)
-                groups, tied = _tensors(model), aliases(model)
-                for group, tensors in groups.items():
-                    stored = file.get(group, {})
-                    self._check_names(group, tensors, {name: stored[name] for name in stored if name not in tied})
-                for group, tensors in groups.items():
-                    for name, tensor in tensors.items():
-                        tensor.copy_(torch.from_numpy(np.asarray(file[f"{group}/{name}"][()])))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.model_path}: there is no such file; did the run end well?") from error
-        except OSError as error:
-            raise CheckpointError(f"{self.model_path}: is damaged, HDF5 cannot read it: {error}") from error
-
-    def _check_format(self, file: h5py.File) -> None:
-        if file.attrs.get("format") != FORMAT:
-            raise CheckpointError(f"{self.model_path}: is not a model that mpicomp has stored")
-        if (version := int(file.attrs["version"])) != VERSION:
-            raise CheckpointError(f"{self.model_path}: has format version {version}, this program reads {VERSION}")
-
-    def _check_names(self, group: str, tensors: dict[str, Tensor], stored: dict[str, h5py.Dataset]) -> None:
-        """Compare names and shapes."""
+        if not self.model_path.exists():
+            raise CheckpointError(f"{self.model_path}: there is no such file; did the run end well?")
+        tensors, tied = _tensors(model), aliases(model)
+        read = hdf5.read(self.model_path, form=FORMAT)
+        stored = {name: cast(Tensor, leaf) for name, leaf in read.items() if name.partition("/")[2] not in tied}
         wrong = [f"lacks {name}" for name in tensors if name not in stored]
         wrong += [f"has {name}, which the model lacks" for name in stored if name not in tensors]
         wrong += [
-            f"has {name} of shape {stored[name].shape} instead of {tuple(tensor.shape)}"
+            f"has {name} of shape {tuple(stored[name].shape)} instead of {tuple(tensor.shape)}"
             for name, tensor in tensors.items()
-            if name in stored and stored[name].shape != tuple(tensor.shape)
+            if name in stored and stored[name].shape != tensor.shape
         ]
         if wrong:
-            raise CheckpointError(f"{self.model_path}: is of another model: {group}: {'; '.join(wrong)}")
+            raise CheckpointError(f"{self.model_path}: is of another model: {'; '.join(wrong)}")
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
 
 
-def _tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return what makes up a model, by group and name; tied parameters once, buffers that are not stored left out."""
-    parameters = {name: p.detach() for name, p in named_parameters(model)}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what makes up a model, by name; tied parameters once, buffers that are not stored left out."""
     persistent = model.state_dict()
-    buffers = {plain_name(name): b for name, b in model.named_buffers() if name in persistent}
-    return {"parameters": parameters, "buffers": buffers}
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as an array; bfloat16, which numpy lacks, as float32."""
-    host = tensor.detach().cpu()
-    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place at the end, if no error occurs."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return {
+        **{f"parameters/{name}": parameter.detach() for name, parameter in named_parameters(model)},
+        **{f"buffers/{plain_name(name)}": b for name, b in model.named_buffers() if name in persistent},
+    }

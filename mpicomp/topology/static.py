@@ -111,9 +111,7 @@ def complete(size: int, *, weights: str = "metropolis", lazy: bool = False) -> T
 def star(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the star: rank 0 is the hub, all others hear only it."""
     size = require_size("star", size)
-    adjacency = np.zeros((size, size), dtype=bool)
-    adjacency[0, 1:] = adjacency[1:, 0] = True
-    return _topology("star", adjacency, weights, lazy)
+    return _topology("star", _bipartite(size, 1), weights, lazy)
 
 
 def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
@@ -121,9 +119,7 @@ def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis",
     size, hubs = require_size("complete_bipartite", size), require_integer("topology.hubs", hubs, 1)
     if hubs >= size > 1:
         raise TopologyError(f"topology.hubs = {hubs}: must be fewer than the {size} ranks")
-    adjacency = np.zeros((size, size), dtype=bool)
-    adjacency[:hubs, hubs:] = adjacency[hubs:, :hubs] = True
-    return _topology("complete_bipartite", adjacency, weights, lazy)
+    return _topology("complete_bipartite", _bipartite(size, hubs), weights, lazy)
 
 
 def dyck(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
@@ -255,6 +251,12 @@ def _random(
         f"topology.kind = {name!r}: none of {DRAWS} graphs of {size} ranks drawn from topology.seed = {seed} "
         f"is connected; {remedy}"
     )
+
+
+def _bipartite(size: int, hubs: int) -> np.ndarray:
+    adjacency = np.zeros((size, size), dtype=bool)
+    adjacency[:hubs, hubs:] = adjacency[hubs:, :hubs] = True
+    return adjacency
 
 
 def _grid(name: str, dims: tuple[int, ...], *, periodic: bool, weights: str, lazy: bool) -> Topology:

@@ -1,14 +1,11 @@
 """Ranks that are stopped, stuck or killed, under the launchers of both MPIs where both environments exist."""
 
-import os
 import re
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from support.runs import MPIEXEC, OPEN_MPI_HERE, wait_until
+from support.runs import MPIEXEC, run_command, wait_until
 
 ROOT = Path(__file__).parents[2]
 MPIEXECS = [MPIEXEC, *(path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path != MPIEXEC)]
@@ -56,26 +53,13 @@ def run(mpiexec, act="pass", operation=EXCHANGE, steps=20, is_polite=True):
     """Return the exit code, what was printed, and the seconds from `act` on rank 1 to the end of the job."""
     texts = {"ACT": act, "IS_POLITE": is_polite, "TIMEOUT_S": TIMEOUT_S, "STEPS": steps, "OPERATION": operation}
     program = re.sub("|".join(texts), lambda match: str(texts[match[0]]), PROGRAM)
-    process = subprocess.Popen(
-        [mpiexec, "-n", "3", mpiexec.parent / "python", "-c", program],
-        cwd=ROOT,  # the other environment may not know the package
-        env=os.environ | OPEN_MPI_HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"hung for 60 s\n{output}")
-    end = time.time()
+    # From the root, because the other environment may not know the package.
+    done = run_command(mpiexec, "-n", 3, mpiexec.parent / "python", "-c", program, cwd=ROOT)
+    end, output = time.time(), done.stdout
     acted = re.search(r"acts at (\S+)", output)
     assert acted, output
     assert len(pids(output)) == 3, output
-    return process.returncode, output, end - float(acted[1])
+    return done.returncode, output, end - float(acted[1])
 
 
 def pids(output):

@@ -3,27 +3,17 @@
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.runs import MPIEXEC, OPEN_MPI_HERE, run_command
 
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
 ROOT = Path(__file__).parents[2]
 OTHERS = [path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path.parent != MPIEXEC.parent]
 
 pytestmark = pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no MPI in this environment: {MPIEXEC} is missing")
-
-OPEN_MPI_HERE = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_osc": "^ucx",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
 
 START = """
 import sys
@@ -39,21 +29,8 @@ def run(*command, environ=None, timeout=60):
     environ = (
         OPEN_MPI_HERE | {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"} | (environ or {})
     )
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"hung for {timeout} s: {command}\n{output}")
-    return process.returncode, output
+    done = run_command(*command, environ=environ, timeout=timeout)
+    return done.returncode, done.stdout
 
 
 def run_ranks(code, ranks=3, timeout=60):

@@ -1,14 +1,11 @@
 """Scripts that end a job: a rank that the others wait for, or one that fails; each a program of its own under MPI."""
 
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from support.runs import MPIEXEC, OPEN_MPI_HERE
+from support.runs import MPIEXEC, run_command
 
 pytestmark = pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no MPI in this environment: {MPIEXEC} is missing")
 
@@ -48,23 +45,11 @@ def run(body="pass", after="", prepare="", algorithm="gossip"):
     """Return the exit code and what was printed, of a script on 3 ranks."""
     program = PROGRAM.replace("PREPARE", prepare).replace("ALGORITHM", ALGORITHMS[algorithm])
     program = program.replace("TIMEOUT_S", str(TIMEOUT_S)).replace("BODY", body).replace("AFTER", after)
-    process = subprocess.Popen(
-        [MPIEXEC, "-n", "3", sys.executable, "-c", program],
-        env=os.environ | OPEN_MPI_HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"hung for 60 s\n{output}")
+    done = run_command(MPIEXEC, "-n", 3, sys.executable, "-c", program)
+    output = done.stdout
     seconds = [time.time() - float(start) for start in re.findall(r"starts at (\d+\.\d+)", output)]
     assert not seconds or min(seconds) < TIMEOUT_S + END_S, output
-    return process.returncode, output
+    return done.returncode, output
 
 
 def test_a_script_without_a_fault_goes_on_to_the_end():

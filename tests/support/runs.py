@@ -31,16 +31,27 @@ def run_program(program, *arguments, ranks, environment=(), timeout=120):
     return _finish(_start([program, *arguments], ranks, dict(environment)), arguments, timeout)
 
 
+def run_command(*command, environ=None, cwd=None, timeout=60):
+    """Run any command, such as a launcher, to its end, as `mpicomp` runs one of ours; `environ` is all of its own."""
+    process = _popen(command, os.environ | OPEN_MPI_HERE if environ is None else environ, cwd)
+    return _finish(process, command, timeout)
+
+
 def start(*arguments, ranks=None):
     """Start a command in a process group of its own; standard error goes where output goes."""
     return _start(["-m", "mpicomp", *arguments], ranks, {})
 
 
 def _start(words, ranks, environment):
-    launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks else []
+    launcher = [MPIEXEC, "-n", ranks] if ranks else []
+    return _popen([*launcher, sys.executable, *words], os.environ | OPEN_MPI_HERE | environment)
+
+
+def _popen(command, environ, cwd=None):
     return subprocess.Popen(
-        [*launcher, sys.executable, *map(str, words)],
-        env=os.environ | OPEN_MPI_HERE | environment,
+        list(map(str, command)),
+        env=environ,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

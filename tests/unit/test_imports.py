@@ -11,6 +11,7 @@ ROOT = Path(mpicomp.__file__).parent
 ORDER = [
     "errors",
     "plugins",
+    "files",
     "timing",
     "state",
     "topology",

@@ -16,11 +16,8 @@ Memory: a hub or a rank of a ring holds all ``size`` messages until it has added
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +28,11 @@ from mpicomp.compression.nonzero import Nonzero
 from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.topology.base import Schedule, Topology
+from mpicomp.topology.star_or_ring import Ring, Star, star_or_ring
 
 _SUM = Nonzero()
+
+Plan = TypeVar("Plan", Star, Ring)
 
 
 class PendingAverage(Protocol):
@@ -88,9 +88,8 @@ class Aggregator:
         shares = [1 / size] * size if weights is None else list(weights)
         if isinstance(self._plan, Star):
             return _StarAverage(self._exchange, self._plan, payload, compressor, spec, shares)
-        if compressor.has_common_support:
-            return _RingAllReduce(self._exchange, self._plan, payload, compressor, spec, shares)
-        return _RingRelay(self._exchange, self._plan, payload, compressor, spec, shares)
+        way = _RingAllReduce if compressor.has_common_support else _RingRelay
+        return way(self._exchange, self._plan, payload, compressor, spec, shares)
 
     def average_(
         self,
@@ -119,39 +118,9 @@ class Aggregator:
         return received.get(self._plan.hub, payload)
 
 
-@dataclass(frozen=True, eq=False)
-class Star:
-    """One rank in the middle.
-
-    Attributes:
-        hub: the rank.
-        up: the edges to it.
-        down: the edges from it.
-
-    """
-
-    hub: int
-    up: Topology
-    down: Topology
-
-
-@dataclass(frozen=True, eq=False)
-class Ring:
-    """A cycle.
-
-    Attributes:
-        order: the ranks along it, from rank 0 on.
-        onward: the edges from each rank to the next.
-
-    """
-
-    order: tuple[int, ...]
-    onward: Topology
-
-
 def plan(schedule: Schedule) -> Star | Ring:
     """Return how to sum over `schedule`; raise TopologyError unless it is a star or a ring."""
-    found = _plan(schedule) if isinstance(schedule, Topology) else None
+    found = star_or_ring(schedule) if isinstance(schedule, Topology) else None
     if found is None:
         raise TopologyError(
             f"topology.kind = {schedule.name!r}: gradients of all ranks are added up through the hub of a star or "
@@ -160,69 +129,41 @@ def plan(schedule: Schedule) -> Star | Ring:
     return found
 
 
-@lru_cache
-def _plan(graph: Topology) -> Star | Ring | None:
-    size = graph.size
-    neighbors = [graph.targets(rank) for rank in range(size)]
-    if any(graph.sources(rank) != neighbors[rank] for rank in range(size)):
-        return None
-    order = _cycle(neighbors)
-    if len(order) == size > 1:
-        return Ring(tuple(order), _directed("onward", size, {(order[i - 1], order[i]) for i in range(size)}))
-    hubs = [rank for rank in range(size) if len(neighbors[rank]) == size - 1]
-    if len(hubs) != 1 or sum(map(len, neighbors)) != 2 * (size - 1):
-        return None
-    (hub,) = hubs
-    others = set(range(size)) - {hub}
-    return Star(
-        hub,
-        _directed("up", size, {(rank, hub) for rank in others}),
-        _directed("down", size, {(hub, rank) for rank in others}),
-    )
-
-
-def _cycle(neighbors: list[list[int]]) -> list[int]:
-    """Return the ranks round the cycle that the graph is, from 0 towards its smaller neighbor; fewer if it is none."""
-    degree = min(len(neighbors) - 1, 2)
-    if any(len(of) != degree for of in neighbors):
-        return []
-    order = [0]
-    while onward := [rank for rank in neighbors[order[-1]] if rank not in order]:
-        order.append(onward[0])
-    return order
-
-
-def _directed(name: str, size: int, edges: set[tuple[int, int]]) -> Topology:
-    """Return the graph of `edges` (from, to); its weights carry no meaning."""
-    mixing = np.eye(size)
-    for source, target in edges:
-        mixing[target, source] = 1
-    return Topology(name, mixing / mixing.sum(axis=1, keepdims=True))
-
-
-class _StarAverage:
-    """Up, and down."""
+class _Average(Generic[Plan]):
+    """What a sum under way over a star or a ring is made of."""
 
     def __init__(
         self,
         exchange: Exchange,
-        star: Star,
+        plan: Plan,
         payload: Payload,
         compressor: Compressor,
         spec: Spec,
         weights: list[float],
     ) -> None:
-        self._exchange, self._star, self._own = exchange, star, payload
+        self._exchange, self._own = exchange, payload
+        self._plan: Plan = plan
         self._compressor, self._spec, self._weights = compressor, spec, weights
-        self._is_hub = exchange.rank == star.hub
-        self._pending = exchange.start(payload, compressor.layout(spec), star.up)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the first exchange."""
+        raise NotImplementedError
+
+
+class _StarAverage(_Average[Star]):
+    """Up, and down."""
+
+    def _begin(self) -> None:
+        self._is_hub = self._exchange.rank == self._plan.hub
+        self._pending = self._exchange.start(self._own, self._compressor.layout(self._spec), self._plan.up)
         self._answer: tuple[Payload, Tensor] | None = None
 
     def wait_on_servers(self, out: Tensor) -> None:
         """Add up on the hub."""
         received = self._pending.wait()
         if self._is_hub:
-            _add_up_(out, {**received, self._star.hub: self._own}, self._compressor, self._spec, self._weights)
+            _add_up_(out, {**received, self._plan.hub: self._own}, self._compressor, self._spec, self._weights)
 
     def test(self) -> bool:
         """Turn round at the hub, once all messages are there."""
@@ -237,7 +178,7 @@ class _StarAverage:
     def wait(self, out: Tensor) -> None:
         """Add up on the hub, and send the sum to all."""
         own, sum_ = self._answer or self._turn(out)
-        message = self._pending.wait().get(self._star.hub, own)
+        message = self._pending.wait().get(self._plan.hub, own)
         if self._compressor.has_common_support:
             out.zero_()
             self._compressor.accumulate(message, self._spec, out)
@@ -254,35 +195,25 @@ class _StarAverage:
             layout, received = self._compressor.layout(self._spec), self._pending.wait()
             if self._is_hub:
                 total = torch.zeros_like(self._compressor.summable(self._own))
-                for rank, payload in sorted({**received, self._star.hub: self._own}.items()):
+                for rank, payload in sorted({**received, self._plan.hub: self._own}.items()):
                     total.add_(self._compressor.summable(payload), alpha=self._weights[rank])
                 answer = self._compressor.with_sum(self._own, total)
         else:
             self.wait_on_servers(sum_)
             if self._is_hub:
                 answer = _SUM.compress(sum_, self._spec, None)
-        self._pending = self._exchange.start(answer, layout, self._star.down)
+        self._pending = self._exchange.start(answer, layout, self._plan.down)
         self._answer = answer, sum_
         return self._answer
 
 
-class _RingRelay:
+class _RingRelay(_Average[Ring]):
     """Every message goes round, and every rank adds up all of them."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        ring: Ring,
-        payload: Payload,
-        compressor: Compressor,
-        spec: Spec,
-        weights: list[float],
-    ) -> None:
-        self._exchange, self._ring, self._own = exchange, ring, payload
-        self._compressor, self._spec, self._weights = compressor, spec, weights
-        self._place = ring.order.index(exchange.rank)
-        self._messages = {exchange.rank: payload}
-        self._pending = self._pass_on(payload)
+    def _begin(self) -> None:
+        self._place = self._plan.order.index(self._exchange.rank)
+        self._messages = {self._exchange.rank: self._own}
+        self._pending = self._pass_on(self._own)
 
     def test(self) -> bool:
         """Relay what is there."""
@@ -308,34 +239,24 @@ class _RingRelay:
         """Wait for a message, and pass it on unless it has been everywhere."""
         (received,) = self._pending.wait().values()
         message = {name: tensor.clone() for name, tensor in received.items()}
-        self._messages[self._ring.order[self._place - len(self._messages)]] = message
+        self._messages[self._plan.order[self._place - len(self._messages)]] = message
         if self._is_relaying:
             self._pending = self._pass_on(message)
 
     def _pass_on(self, payload: Payload) -> Pending:
-        return self._exchange.start(payload, self._compressor.layout(self._spec), self._ring.onward)
+        return self._exchange.start(payload, self._compressor.layout(self._spec), self._plan.onward)
 
 
-class _RingAllReduce:
+class _RingAllReduce(_Average[Ring]):
     """A ring all-reduce of the values: each of `size` pieces goes round to be added up, and again to be known."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        ring: Ring,
-        payload: Payload,
-        compressor: Compressor,
-        spec: Spec,
-        weights: list[float],
-    ) -> None:
-        self._exchange, self._ring, self._own = exchange, ring, payload
-        self._compressor, self._spec = compressor, spec
-        own = compressor.summable(payload)
-        piece = -(-own.numel() // exchange.size)
+    def _begin(self) -> None:
+        own, size, rank = self._compressor.summable(self._own), self._exchange.size, self._exchange.rank
+        piece = -(-own.numel() // size)
         self._layout = Layout((Field("piece", own.dtype, piece),))
-        self._place = ring.order.index(exchange.rank)
-        self._sums = own.new_zeros(exchange.size, piece)
-        torch.mul(own, weights[exchange.rank], out=self._sums.view(-1)[: own.numel()])
+        self._place = self._plan.order.index(rank)
+        self._sums = own.new_zeros(size, piece)
+        torch.mul(own, self._weights[rank], out=self._sums.view(-1)[: own.numel()])
         self._hops = 0
         self._pending = self._pass_on(self._place)
 
@@ -374,7 +295,7 @@ class _RingAllReduce:
             self._pending = self._pass_on(place)
 
     def _pass_on(self, piece: int) -> Pending:
-        return self._exchange.start({"piece": self._sums[piece]}, self._layout, self._ring.onward)
+        return self._exchange.start({"piece": self._sums[piece]}, self._layout, self._plan.onward)
 
 
 def _add_up_(

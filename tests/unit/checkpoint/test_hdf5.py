@@ -1,6 +1,7 @@
 import hashlib
 import math
 import os
+import zlib
 from pathlib import Path
 
 import h5py
@@ -76,12 +77,43 @@ def test_plain_h5py_reads_it(tmp_path):
     with h5py.File(tmp_path / "file.h5") as file:
         assert dict(file.attrs) == {"format": "mpicomp checkpoint", "version": 1, "step": 7}
         assert np.array_equal(file["tensors/float32"][()], TENSORS["float32"].numpy())
-        assert file["tensors/float32"].fletcher32
-        assert file["tensors/wide"].fletcher32
+        assert file["tensors/wide"].attrs["crc32"] == zlib.crc32(TENSORS["wide"].numpy())
         half = file["tensors/bfloat16"]
         assert (half.dtype, half.attrs["dtype"]) == (np.uint16, "bfloat16")
         assert file["numbers/int"][()] == 2**62
         assert file["numbers/text"].asstr()[()] == "ä\n"
+
+
+def test_a_file_with_the_checksums_of_hdf5_is_read_and_its_damage_found(tmp_path):
+    """The form in which checkpoints were written before."""
+    path, x = tmp_path / "file.h5", torch.randn(3, 1000)
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file.attrs.update({"format": "mpicomp checkpoint", "version": 1})
+        for name, tensor in {"x": x, "half": x.bfloat16()}.items():
+            values = tensor.view(torch.int16).numpy().view(np.uint16) if name == "half" else tensor.numpy()
+            dataset = file.create_dataset(name, data=values, chunks=(1, 1000), fletcher32=True)
+            dataset.attrs["dtype"] = str(tensor.dtype).removeprefix("torch.")
+        file.create_dataset("steps", data=7).attrs["type"] = "int"
+        position = file["x"].id.get_chunk_info(1).byte_offset
+    found = hdf5.read(path)
+    assert found.keys() == {"half", "steps", "x"}
+    assert same(found["x"], x) and same(found["half"], x.bfloat16()) and found["steps"] == 7
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    assert hdf5.unreadable(path) == ["x"]
+
+
+def test_many_leaves_of_any_shape_are_written(tmp_path):
+    leaves = {f"group_{number % 7}/tensor_{number}": torch.randn(number % 5, number) for number in range(300)}
+    leaves |= {f"numbers/{number}": number for number in range(50)} | {"long": torch.randn(3_000_000)}
+    file = tmp_path / "file.h5"
+    digest = hdf5.write(file, leaves, {f"attribute {number}": "x" * 1000 for number in range(50)})
+    assert digest == hdf5.Digest(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    found = hdf5.read(file, digest)
+    assert found.keys() == leaves.keys()
+    assert all(same(leaf, found[name]) for name, leaf in leaves.items())
+    assert file.stat().st_size < sum(leaf.nbytes for leaf in leaves.values() if torch.is_tensor(leaf)) + 300_000
 
 
 def test_some_leaves_alone(tmp_path):
@@ -130,6 +162,10 @@ def test_a_full_disk_leaves_nothing_and_is_named(small_disk):  # noqa: F811
             hdf5.write(small_disk / "file.h5", {"x": torch.randn(entries), "y": torch.randn(100_000)}, {})
         assert list(small_disk.iterdir()) == []
         assert open_descriptors() == descriptors
+    with pytest.raises(CheckpointError, match=r"file.h5: cannot be written: No space left on device"):
+        hdf5.write(small_disk / "file.h5", {str(number): number for number in range(10_000)}, {})  # HDF5's own part
+    assert list(small_disk.iterdir()) == []
+    assert open_descriptors() == descriptors
     hdf5.write(small_disk / "file.h5", {"x": torch.randn(100)}, {})
 
 

@@ -60,7 +60,7 @@ def step(folder, number):
 def flip(file, name):
     """Change a byte of a dataset."""
     with h5py.File(file) as opened:
-        offset = opened[name].id.get_chunk_info(0).byte_offset
+        offset = opened[name].id.get_offset()
     with file.open("r+b") as opened:
         opened.seek(offset + 5)
         old = opened.read(1)

@@ -6,6 +6,7 @@ import h5py
 import pytest
 import torch
 from support.tied import Tied
+from support.tmpfs import small_disk  # noqa: F401
 from torch import nn
 
 from mpicomp.config.config import RunConfig
@@ -154,6 +155,38 @@ def test_tied_weights_have_all_their_names_and_are_stored_once(folder):
     assert torch.equal(fresh.head.weight, stored.head.weight)
 
 
+def test_a_model_in_the_form_of_before_is_read(folder):
+    stored = model()
+    stored(torch.randn(8, 3))
+    with h5py.File(folder.model_path, "w", track_order=True) as file:
+        file.attrs.update({"format": "mpicomp model", "version": 1, "config": CONFIG.to_toml()})
+        for group, tensors in {"parameters": stored.named_parameters(), "buffers": stored.named_buffers()}.items():
+            for name, tensor in tensors:
+                file.create_dataset(f"{group}/{name}", data=tensor.detach().numpy())
+    fresh = model()
+    folder.load_model(fresh)
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_a_model_on_a_full_disk_leaves_nothing(small_disk):  # noqa: F811
+    folder = RunFolder(small_disk)
+    with pytest.raises(CheckpointError, match=r"model.h5\.\w+: cannot be written: No space left on device"):
+        folder.save_model(nn.Linear(1000, 1000), CONFIG)
+    assert list(small_disk.iterdir()) == []
+
+
+def test_damage_in_a_model_is_found(folder):
+    folder.save_model(model(), CONFIG)
+    with h5py.File(folder.model_path) as file:
+        position = file["parameters/0.weight"].id.get_offset()
+    content = bytearray(folder.model_path.read_bytes())
+    content[position] ^= 1
+    folder.model_path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"the dataset /parameters/0.weight is damaged"):
+        folder.load_model(model())
+
+
 def test_half_precision_is_kept(folder):
     stored = model().to(torch.bfloat16)
     folder.save_model(stored, CONFIG)
@@ -169,9 +202,9 @@ def test_another_model_is_refused_and_left_alone(folder):
     with pytest.raises(CheckpointError) as caught:
         folder.load_model(other)
     for text in (
-        "has 0.weight of shape (4, 3) instead of (5, 3)",
-        "lacks 2.bias",
-        "has 1.weight, which the model lacks",
+        "has parameters/0.weight of shape (4, 3) instead of (5, 3)",
+        "lacks parameters/2.bias",
+        "has parameters/1.weight, which the model lacks",
     ):
         assert text in str(caught.value)
     assert torch.equal(other[2].weight, before)
@@ -185,12 +218,12 @@ def test_model_files_that_cannot_be_read(folder):
         folder.load_model(model())
     with h5py.File(folder.model_path, "w") as file:
         file["x"] = 1
-    with pytest.raises(CheckpointError, match="is not a model that mpicomp has stored"):
+    with pytest.raises(CheckpointError, match="is not a model of mpicomp"):
         folder.load_model(model())
     folder.save_model(model(), CONFIG)
     with h5py.File(folder.model_path, "a") as file:
         file.attrs["version"] = 2
-    with pytest.raises(CheckpointError, match="has format version 2, this program reads 1"):
+    with pytest.raises(CheckpointError, match="written by a newer mpicomp"):
         folder.load_model(model())
 
 

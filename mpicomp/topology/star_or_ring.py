@@ -1,0 +1,81 @@
+"""The two graphs along which all ranks can add up: their edges by direction, and whether a graph is one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from mpicomp.topology.base import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Star:
+    """One rank in the middle.
+
+    Attributes:
+        hub: the rank.
+        up: the edges to it.
+        down: the edges from it.
+
+    """
+
+    hub: int
+    up: Topology
+    down: Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """A cycle.
+
+    Attributes:
+        order: the ranks along it, from rank 0 on.
+        onward: the edges from each rank to the next.
+
+    """
+
+    order: tuple[int, ...]
+    onward: Topology
+
+
+@lru_cache
+def star_or_ring(graph: Topology) -> Star | Ring | None:
+    """Return the star or the ring that `graph` is, whatever its name and weights; None if it is neither."""
+    size = graph.size
+    neighbors = [graph.targets(rank) for rank in range(size)]
+    if any(graph.sources(rank) != neighbors[rank] for rank in range(size)):
+        return None
+    order = _cycle(neighbors)
+    if len(order) == size > 1:
+        return Ring(tuple(order), _directed("onward", size, {(order[i - 1], order[i]) for i in range(size)}))
+    hubs = [rank for rank in range(size) if len(neighbors[rank]) == size - 1]
+    if len(hubs) != 1 or sum(map(len, neighbors)) != 2 * (size - 1):
+        return None
+    (hub,) = hubs
+    others = set(range(size)) - {hub}
+    return Star(
+        hub,
+        _directed("up", size, {(rank, hub) for rank in others}),
+        _directed("down", size, {(hub, rank) for rank in others}),
+    )
+
+
+def _cycle(neighbors: list[list[int]]) -> list[int]:
+    """Return the ranks round the cycle that the graph is, from 0 towards its smaller neighbor; fewer if it is none."""
+    degree = min(len(neighbors) - 1, 2)
+    if any(len(of) != degree for of in neighbors):
+        return []
+    order = [0]
+    while onward := [rank for rank in neighbors[order[-1]] if rank not in order]:
+        order.append(onward[0])
+    return order
+
+
+def _directed(name: str, size: int, edges: set[tuple[int, int]]) -> Topology:
+    """Return the graph of `edges` (from, to); its weights carry no meaning."""
+    mixing = np.eye(size)
+    for source, target in edges:
+        mixing[target, source] = 1
+    return Topology(name, mixing / mixing.sum(axis=1, keepdims=True))
