@@ -125,10 +125,11 @@ class Section(BaseModel):
         """Return the factory that `key` names."""
         return find(f"{self.section()}.{key}", getattr(self, key), self.choices[key].registry)
 
-    def make(self, key: str, kind: type | tuple[type, ...], *given: object, **beside: object) -> Any:
-        """Return what the factory that `key` names makes, a `kind`; see `mpicomp.plugins.make`."""
-        name, registry = getattr(self, key), self.choices[key].registry
-        return make(f"{self.section()}.{key}", name, registry, kind, *given, **self.arguments(key), **beside)
+    def make(self, kind: type | tuple[type, ...], *given: object, **beside: object) -> Any:
+        """Return what the factory of ``kind`` makes, a `kind`; see `mpicomp.plugins.make`."""
+        name: str = getattr(self, "kind")  # noqa: B009
+        registry = self.choices["kind"].registry
+        return make(f"{self.section()}.kind", name, registry, kind, *given, **self.arguments(), **beside)
 
 
 class RunSection(Section):
@@ -233,7 +234,7 @@ class CompressorSection(Section):
 
     def build(self) -> Compressor:
         """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
-        compressor: Compressor = self.make("kind", Compressor)
+        compressor: Compressor = self.make(Compressor)
         if self.dense_1d and not self.per_tensor:
             raise ConfigError(f"{self.section()}.dense_1d needs {self.section()}.per_tensor = true")
         if self.per_tensor:
@@ -287,7 +288,7 @@ class AlgorithmSection(Section):
                     f"algorithm.kind = {self.kind!r} has no use for the section [{section}], so leave it out (or "
                     f"{section}.kind = 'identity'). Algorithms that have: {', '.join(users)}."
                 )
-        algorithm: AnyAlgorithm = self.make("kind", (Algorithm, AsynchronousAlgorithm), **beside)
+        algorithm: AnyAlgorithm = self.make((Algorithm, AsynchronousAlgorithm), **beside)
         return algorithm
 
     def try_out(self, others: Mapping[str, Section]) -> None:
@@ -334,7 +335,7 @@ class OptimizerSection(Section):
 
     def over(self, groups: list[Values]) -> torch.optim.Optimizer:
         """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
-        optimizer: torch.optim.Optimizer = self.make("kind", torch.optim.Optimizer, groups)
+        optimizer: torch.optim.Optimizer = self.make(torch.optim.Optimizer, groups)
         return optimizer
 
     def try_out(self, others: Mapping[str, Section]) -> None:
@@ -351,7 +352,7 @@ class ScheduleSection(Section):
 
     def build(self, total_epochs: float) -> LearningRate:
         """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
-        schedule: LearningRate = self.make("kind", LearningRate, total_epochs)
+        schedule: LearningRate = self.make(LearningRate, total_epochs)
         return schedule
 
     def try_out(self, others: Mapping[str, Section]) -> None:
