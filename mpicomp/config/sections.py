@@ -86,7 +86,7 @@ class Section(BaseModel):
             ConfigError: a choice that does not exist, or whose parameters cannot be keys of this section.
 
         """
-        chosen, fixed = [], set(cls.model_fields) - {"lr"}
+        chosen, taken = [], set(cls.model_fields) - {"lr"}
         for key, choice in cls.choices.items():
             name = values.get(key, cls.model_fields[key].default)
             dotted = f"{cls.section()}.{key}"
@@ -98,11 +98,12 @@ class Section(BaseModel):
                 own = choice.parameters(target)
             except ConfigError as error:
                 raise ConfigError(f"{dotted} = {name!r}: {error}") from error
-            if clash := [parameter for parameter in own if parameter in fixed or hasattr(cls, parameter)]:
+            if clash := [parameter for parameter in own if parameter in taken or hasattr(cls, parameter)]:
                 raise ConfigError(
                     f"{dotted} = {name!r}: its parameter {clash[0]!r} needs another name: the section "
                     f"[{cls.section()}] has that one already"
                 )
+            taken.update(own)
             chosen.append((key, target))
         return _with_parameters(cls, tuple(chosen))
 

@@ -203,6 +203,7 @@ def test_a_missing_parameter_is_named(package, tmp_path, section):
             "its parameter 'kind' needs another name: the section [model] has that one already",
         ),
         ("topology.kind='hints:method'", "its parameter 'build' needs another name: the section [topology]"),
+        ("data.partition='hints:both'", "its parameter 'samples' needs another name: the section [data] has that one"),
         ("model.kind='hints:no_int'", "the default of its parameter 'width', 'wide', is not of its type"),
     ],
 )
@@ -214,9 +215,10 @@ def test_what_is_wrong_with_one_is_named(package, tmp_path, override, message):
         "def no_int(p, width: int = 'wide'): pass\n"
         "def taken(p, kind: str = ''): pass\n"
         "def method(size, build: bool = True): pass\n"
+        "def both(labels, ranks, seed, samples: int = 1): pass\n"
     )
     try:
-        assert message in refusal(tmp_path, override)
+        assert message in refusal(tmp_path, override, *(["data.kind=synthetic"] if "both" in override else []))
     finally:
         sys.modules.pop("hints", None)
 
