@@ -162,8 +162,8 @@ class Dataset:
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[int, int] | None:
         """Return how many predictions of a batch are right, and how many there are.
 
-        None where no prediction is simply right or wrong, as in regression: such a run has no accuracy. Arguments as
-        for `loss`.
+        None where no prediction is simply right or wrong, as in regression: such a run has no accuracy. The mean test
+        loss weighs each batch by its predictions. Arguments as for `loss`.
         """
         if self.task == "regression":
             return None

@@ -137,6 +137,24 @@ def test_the_loss_is_the_data_sets(package, tmp_path):
     assert data.load("from_outside:lines", samples=20, power=1.0).loss(outputs, targets) == 1.5
 
 
+def test_a_loss_that_is_no_scalar_is_refused(package, tmp_path):
+    load(tmp_path)
+    lines = [line for line in settings(True) if line.split(".")[0] == "model"]
+    lines += ["data.kind='from_outside:each'"]
+    result = CliRunner().invoke(main, ["train", "run.toml", "--loopback", "2", *overriding(lines)])
+    assert result.exit_code == 2
+    assert "the loss of data.kind = 'each' must be a scalar tensor, and is a tensor of shape (8, 2)" in result.output
+
+
+def test_an_accuracy_of_ones_own(package, tmp_path):
+    load(tmp_path)
+    lines = ["data.kind='from_outside:near'", "model.kind='from_outside:Scaled'", "model.scale=0.5"]
+    output = train("run.toml", "--run-dir", "out", *overriding(lines))
+    stored = json.loads((tmp_path / "out/result.json").read_text())
+    assert stored["test_accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0) and len(stored["test_accuracy_local"]) == 2
+    assert f"Test accuracy: {stored['test_accuracy']:.2%}" in output
+
+
 def test_an_asynchronous_regression_has_no_accuracy_either(package, tmp_path):
     load(tmp_path)
     lines = [line for line in settings(True) if line.split(".")[0] in ("data", "model")]

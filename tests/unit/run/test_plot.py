@@ -1,5 +1,7 @@
 """The curves of runs, and the picture of them."""
 
+import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -47,6 +49,27 @@ def test_the_figure_has_nine_panels_and_one_legend(make):
     np.testing.assert_allclose(accuracy.get_xdata(), [1, 3, 5])
     assert picture.axes[1].get_xscale() == "log"
     assert picture.axes[8].get_xlabel() == "seconds of training"
+
+
+def test_runs_without_accuracy_show_their_test_loss(make):
+    path = make("a")
+    records = [Record(i, i / 2, 1 / i, 0.1, 10 * i, {"mix": 1.0}, 0.1, test_loss=0.5 / i) for i in (1, 2, 3)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    picture = figure(read_runs([path]))
+    assert picture.axes[3].get_ylabel() == "test loss"
+    np.testing.assert_allclose(picture.axes[3].lines[0].get_ydata(), [0.5, 0.25, 0.5 / 3])
+    both = figure(read_runs([path, make("b")]))
+    assert both.axes[3].get_ylabel() == "test accuracy"
+
+
+def test_records_of_earlier_versions_have_no_test_loss(make):
+    path = make("a")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["test_loss"]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run,) = read_runs([path])
+    assert np.isnan(run.curves["test_loss"]).all() and np.isfinite(run.curves["accuracy"]).any()
 
 
 def test_zeros_do_not_spoil_the_scales(make, tmp_path):
