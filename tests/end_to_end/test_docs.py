@@ -1,4 +1,4 @@
-"""The README and the pages under docs/: marked commands run, all commands exist, and links lead somewhere.
+"""The README, its neighbors and the pages under docs/: marked commands run, all commands exist, links lead somewhere.
 
 A comment before a block, which a reader does not see, says what to do with it:
 
@@ -22,7 +22,10 @@ import pytest
 from mpicomp.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*map(ROOT.joinpath, ("README.md", "BENCHMARKS.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *map(ROOT.joinpath, ("README.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PARTS = ("configs", "scripts", "slurm")
 """Folders of the repository that commands name."""
 

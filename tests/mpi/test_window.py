@@ -70,7 +70,7 @@ def test_a_message_arrives_while_its_target_computes(world):
             mailbox.put({"index": torch.zeros(0, dtype=torch.int16), "value": x}, LAYOUT, [target], step=0)
     else:
         time.sleep(0.2)  # Not a call of MPI.
-        memory = mailbox.board.memory.copy()
+        memory = mailbox.transport.memory.copy()
         even = [source for source in mailbox.topology.sources(world.rank) if source % 2 == 0]
         for source in even:
             begin = mailbox._slots.message(source, 0)

@@ -49,7 +49,7 @@ class LoopbackWorld:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
         check_schedule(topology, self.size)
         transport = self._scheduler.make_transport(self.rank, slots_of(topology, self.rank, nbytes, depth))
-        return SlotMailbox(self, transport, topology, nbytes, depth)
+        return SlotMailbox(self.rank, self.device, transport, topology, nbytes, depth)
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank: the objects themselves, not copies."""

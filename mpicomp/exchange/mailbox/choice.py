@@ -31,19 +31,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.mailbox.messages import MessageTransport
 from mpicomp.exchange.mailbox.progress import ProgressThread, check_thread_level, is_possible
 from mpicomp.exchange.mailbox.slots import SlotMailbox, SlotTransport, slots_of
 from mpicomp.exchange.mailbox.window import WindowTransport, is_passive
+from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.process import Process
 from mpicomp.topology.base import Topology
-
-if TYPE_CHECKING:
-    from mpicomp.exchange.mpi.world import MpiWorld
 
 Transport = Literal["auto", "window", "messages"]
 Progress = Literal["auto", "poke", "thread"]
@@ -68,7 +68,7 @@ class Reach:
         return self.near and self.far is not False
 
 
-def try_reach(world: MpiWorld) -> Reach:
+def try_reach(world: Communicator) -> Reach:
     """Try where puts arrive by themselves (collective on all ranks; up to a second, where they do not)."""
     node = _node(world)
     near = is_passive(node)
@@ -82,7 +82,14 @@ def try_reach(world: MpiWorld) -> Reach:
 
 
 def make_mailbox(
-    world: MpiWorld, topology: Topology, nbytes: int, depth: int, transport: Transport, progress: Progress
+    world: Communicator,
+    topology: Topology,
+    nbytes: int,
+    depth: int,
+    device: torch.device,
+    reach: Reach,
+    transport: Transport,
+    progress: Progress,
 ) -> SlotMailbox:
     """Return the mailbox over the edges of `topology` (collective on all ranks).
 
@@ -91,7 +98,6 @@ def make_mailbox(
 
     """
     slots_at = partial(slots_of, topology, nbytes=nbytes, depth=depth)
-    reach = world.reach()
     if transport == "window" and not reach.is_everywhere:
         raise ConfigError(
             "transport = 'window' needs puts that arrive while their target computes, and on these hosts they do not: "
@@ -110,13 +116,13 @@ def make_mailbox(
             places = {rank: place for place, rank in enumerate(node.allgather(world.rank))}
             near = WindowTransport(node, places, world.rank, slots_at, world.is_polite, world.wait)
         chosen = MessageTransport(world.comm.Dup(), slots_at, near, world.is_polite)
-    mailbox = SlotMailbox(world, chosen, topology, nbytes, depth, visible_processes(world))
+    mailbox = SlotMailbox(world.rank, device, chosen, topology, nbytes, depth, visible_processes(world))
     if progress == "thread" or (progress == "auto" and isinstance(chosen, MessageTransport) and is_possible()):
         mailbox.progress = ProgressThread(mailbox)
     return mailbox
 
 
-def visible_processes(world: MpiWorld) -> dict[int, Process]:
+def visible_processes(world: Communicator) -> dict[int, Process]:
     """Return the processes that this rank can see, by rank (collective on all ranks).
 
     In containers, processes of one machine may not see each other.
@@ -127,6 +133,6 @@ def visible_processes(world: MpiWorld) -> dict[int, Process]:
     }
 
 
-def _node(world: MpiWorld) -> MPI.Intracomm:
+def _node(world: Communicator) -> MPI.Intracomm:
     """Return a communicator of the ranks of this machine (collective on all ranks)."""
     return MPI.Intracomm(world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank))

@@ -29,7 +29,7 @@ import torch
 
 from mpicomp.compression.message import Layout, Payload
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import Mail, Peer, World, check_message
+from mpicomp.exchange.base import Mail, Peer, check_message
 from mpicomp.exchange.process import Process
 from mpicomp.exchange.staging import Bytes, make_staging
 from mpicomp.timing import timed
@@ -181,15 +181,16 @@ class SlotMailbox:
 
     def __init__(
         self,
-        world: World,
+        rank: int,
+        device: torch.device,
         transport: SlotTransport,
         topology: Topology,
         nbytes: int,
         depth: int,
         processes: Mapping[int, Process] | None = None,
     ) -> None:
-        self.rank = world.rank
-        self.size = world.size
+        self.rank = rank
+        self.size = topology.size
         self.topology = topology
         self.bytes_sent = 0
         self.torn = 0
@@ -197,10 +198,10 @@ class SlotMailbox:
         self.processes = dict(processes or {})
         self.progress: Stoppable | None = None
         self.failure: BaseException | None = None
-        self._device = world.device
+        self._device = device
         self._depth = depth
         self._slots = slots_of(topology, self.rank, nbytes, depth)
-        self._staging = make_staging(world.device)
+        self._staging = make_staging(device)
         self._inboxes = {source: _Inbox() for source in topology.sources(self.rank)}
         self._outboxes = {target: _Outbox() for target in topology.targets(self.rank)}
         self._known = {neighbor: _Known() for neighbor in self._slots.neighbors}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,14 +18,12 @@ from torch import Tensor
 from mpicomp.compression.message import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import all_reduce_nbytes, check_message
+from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.wait import test_all, wait_all
 from mpicomp.exchange.staging import make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
-
-if TYPE_CHECKING:
-    from mpicomp.exchange.mpi.world import MpiWorld
 
 
 class NeighborExchange:
@@ -41,7 +38,7 @@ class NeighborExchange:
 
     """
 
-    def __init__(self, world: MpiWorld, schedule: Schedule) -> None:
+    def __init__(self, world: Communicator, schedule: Schedule, device: torch.device) -> None:
         self.rank = world.rank
         self.size = world.size
         self.schedule = schedule
@@ -52,7 +49,7 @@ class NeighborExchange:
             union.sources(self.rank), union.targets(self.rank), reorder=False
         )
         self.is_polite = world.is_polite
-        self._staging = make_staging(world.device)
+        self._staging = make_staging(device)
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
         self._pending: _NeighborPending | None = None
@@ -149,7 +146,7 @@ def _reducible(x: Tensor) -> Tensor:
     return flat.to("cpu", dtype)
 
 
-def _check_same(world: MpiWorld, schedule: Schedule) -> None:
+def _check_same(world: Communicator, schedule: Schedule) -> None:
     graphs = [schedule.union, *(schedule(step) for step in range(4))]
     edges = np.concatenate([np.packbits(graph.mixing != 0) for graph in graphs])
     digests = world.all_gather(hashlib.sha256(edges.tobytes()).hexdigest())
@@ -161,7 +158,7 @@ def _check_same(world: MpiWorld, schedule: Schedule) -> None:
         )
 
 
-def _cartesian(world: MpiWorld, union: Topology) -> MPI.Cartcomm | None:
+def _cartesian(world: Communicator, union: Topology) -> MPI.Cartcomm | None:
     """Return the Cartesian communicator of a grid; None for any other graph (collective on all ranks)."""
     if union.dims is None or union.periods is None or math.prod(union.dims) != world.size:
         return None

@@ -26,18 +26,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpicomp.errors import ExchangeError, RankLost
+from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.process import Process
 from mpicomp.exchange.watchdog import Waiting
-
-if TYPE_CHECKING:
-    from mpicomp.exchange.mpi.world import MpiWorld
 
 LOOK_S = 0.2
 """How often a rank that waits looks whether the others live."""
@@ -53,7 +50,7 @@ _TAG = 1
 
 
 class Survivors:
-    """The `FailureDetector` of an `MpiWorld` whose ranks are all on this machine.
+    """The `FailureDetector` of a world whose ranks are all on this machine.
 
     Args:
         world: the ranks.
@@ -62,7 +59,7 @@ class Survivors:
 
     """
 
-    def __init__(self, world: MpiWorld, names: Sequence[str], processes: Sequence[Process]) -> None:
+    def __init__(self, world: Communicator, names: Sequence[str], processes: Sequence[Process]) -> None:
         self.has_lost_ranks = False
         self._world = world
         self._names = list(names)

@@ -1,0 +1,153 @@
+"""What the ranks of an MPI communicator do together: gather, broadcast, average, wait."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.exchange.base import mean_in_order
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.wait import wait_all
+from mpicomp.exchange.placement import core_share, thread_count
+
+T = TypeVar("T")
+
+_BLOCK = 2**20
+"""Entries averaged or broadcast at a time, which bounds the memory beside the vector."""
+
+
+class Communicator:
+    """One rank among those of an MPI communicator; methods are collective on all of them, but `test`.
+
+    Args:
+        comm: taken over.
+
+    Attributes:
+        comm: the communicator.
+        rank: this rank.
+        size: how many ranks there are.
+        host: the name of this machine.
+        local_rank: this rank's number among those of its machine.
+        local_size: how many ranks this machine has.
+        core_share: the cores that fall to this rank; below 1 where ranks outnumber cores.
+        is_polite: whether this rank sleeps while it waits, because others need its core.
+
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.host = socket.gethostname()
+        self.join_(comm)
+
+    def join_(self, comm: MPI.Intracomm) -> None:
+        """Become one of the ranks of `comm`, which is taken over; collective on these."""
+        self.comm = comm
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.local_rank = node.Get_rank()
+        self.local_size = node.Get_size()
+        cores = os.sched_getaffinity(0)
+        self.core_share = core_share(cores, node.allgather(cores))
+        self.is_polite = self.core_share < 1 - 1e-9
+        node.Free()
+        torch.set_num_threads(thread_count(self.core_share))
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the (small, picklable) values of all ranks, by rank."""
+        mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        sizes = np.empty(self.size, dtype=np.int64)
+        self.wait(self.comm.Iallgather(np.array([mine.size], dtype=np.int64), sizes), "all_gather")
+        everything = np.empty(int(sizes.sum()), dtype=np.uint8)
+        self.wait(self.comm.Iallgatherv(mine, (everything, sizes)), "all_gather")
+        pieces = np.split(everything, np.cumsum(sizes)[:-1])
+        return [pickle.loads(piece.tobytes()) for piece in pieces]
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's (small, picklable) value."""
+        nbytes = np.zeros(1, dtype=np.int64)
+        data = np.frombuffer(pickle.dumps(value), dtype=np.uint8).copy() if self.rank == 0 else np.empty(0, np.uint8)
+        nbytes[0] = data.size
+        self.wait(self.comm.Ibcast(nbytes, root=0), "broadcast")
+        if self.rank != 0:
+            data = np.empty(int(nbytes[0]), dtype=np.uint8)
+        self.wait(self.comm.Ibcast(data, root=0), "broadcast")
+        result: T = value if self.rank == 0 else pickle.loads(data.tobytes())
+        return result
+
+    def broadcast_(self, x: Tensor, root: int = 0) -> None:
+        """Overwrite `x` by that of rank `root`."""
+        for block in torch.split(x.detach().view(-1), _BLOCK):
+            host = block.cpu()
+            self.wait(self.comm.Ibcast(_bytes(host), root=root), "broadcast_")
+            if self.rank != root:
+                block.copy_(host)
+
+    def start_gather(self, values: Sequence[float]) -> MpiGather:
+        """Begin to collect the `values` of all ranks."""
+        return MpiGather(self, values)
+
+    def mean_(self, x: Tensor) -> None:
+        """Average `x` over all ranks, in place, in float64 and by ascending rank.
+
+        Each rank averages its piece of a block, and all collect all pieces: 2 (size - 1) / size vectors sent a rank.
+        """
+        for block in torch.split(x.detach().view(-1), _BLOCK):
+            host = block.cpu()
+            pieces = host.tensor_split(self.size)
+            counts = np.array([piece.numel() * piece.element_size() for piece in pieces])
+            mine = pieces[self.rank]
+            gathered = torch.empty((self.size, mine.numel()), dtype=x.dtype)
+            self.wait(
+                self.comm.Ialltoallv(
+                    [_bytes(host), counts, MPI.BYTE],
+                    [_bytes(gathered.view(-1)), np.full(self.size, counts[self.rank]), MPI.BYTE],
+                ),
+                "mean_",
+            )
+            mean = mean_in_order(list(gathered))
+            result = torch.empty_like(host)
+            self.wait(self.comm.Iallgatherv(_bytes(mean), [_bytes(result), counts, MPI.BYTE]), "mean_")
+            block.copy_(result)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.wait(self.comm.Ibarrier(), "barrier")
+
+    def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
+        """Wait for the `request` of a collective operation, politely where ranks outnumber cores."""
+        wait_all([request], is_polite=self.is_polite, operation=operation)
+
+    def test(self, request: MPI.Request) -> bool:
+        """Return whether the `request` of a collective operation is complete."""
+        return bool(request.Test())
+
+
+class MpiGather:
+    """Numbers of all ranks under way to all ranks."""
+
+    def __init__(self, world: Communicator, values: Sequence[float]) -> None:
+        self._world = world
+        self._mine = np.array(values, dtype=np.float64)
+        self._all = np.empty((world.size, len(self._mine)))
+        self._request = world.comm.Iallgather(self._mine, self._all)
+
+    def test(self) -> bool:
+        """Return whether all ranks have given theirs."""
+        return self._world.test(self._request)
+
+    def wait(self) -> list[list[float]]:
+        """Return the numbers by rank."""
+        self._world.wait(self._request, "gather")
+        return [[float(value) for value in row] for row in self._all]
+
+
+def _bytes(host: Tensor) -> Any:
+    return host.view(torch.uint8).numpy()
