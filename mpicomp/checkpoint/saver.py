@@ -39,7 +39,7 @@ from mpicomp.topology.base import Schedule
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """What a checkpoint belongs to; a restart must agree in all of it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Saver:
         self,
         world: World,
         folder: Path,
-        identity: Identity,
+        identity: RunIdentity,
         keep_last: int,
         keep_every: int | None,
         report: Callable[[str], None],
@@ -194,7 +194,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _manifest(identity: Identity, step: int, digests: list[Digest]) -> Manifest:
+def _manifest(identity: RunIdentity, step: int, digests: list[Digest]) -> Manifest:
     return Manifest(
         step=step,
         size=len(digests),
@@ -246,7 +246,7 @@ def find_checkpoint(world: World, folder: Path, step: int | None = None) -> Chec
         return open_checkpoint(path)
 
 
-def check_fits(checkpoint: Checkpoint, identity: Identity, size: int, resize: bool = False) -> None:
+def check_fits(checkpoint: Checkpoint, identity: RunIdentity, size: int, resize: bool = False) -> None:
     """Raise CheckpointError, naming both sides, unless `identity` on `size` ranks may go on from `checkpoint`."""
     manifest = checkpoint.manifest
     for what in ("algorithm", "model", "topology"):

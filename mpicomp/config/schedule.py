@@ -14,7 +14,7 @@ from mpicomp.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Schedule(ABC):
+class LearningRateSchedule(ABC):
     """A factor for the learning rate, with an optional linear warmup.
 
     For ``epoch < warmup`` the factor is ``(s + (1 - s) * epoch / warmup) * shape(epoch)`` with ``s = warmup_start``
@@ -56,7 +56,7 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
+class Constant(LearningRateSchedule):
     """``shape = 1``."""
 
     def shape(self, epoch: float) -> float:
@@ -65,7 +65,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Step(Schedule):
+class Step(LearningRateSchedule):
     """``shape = factor ** (number of milestones reached)``.
 
     Attributes:
@@ -101,7 +101,7 @@ class Step(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(LearningRateSchedule):
     """``shape = floor + (1 - floor) * (1 + cos(pi * t)) / 2``, t from 0 to 1 between warmup and the end.
 
     Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
@@ -125,4 +125,4 @@ class Cosine(Schedule):
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * t)) / 2
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "step": Step, "cosine": Cosine}
+SCHEDULES: dict[str, type[LearningRateSchedule]] = {"constant": Constant, "step": Step, "cosine": Cosine}

@@ -32,8 +32,7 @@ from mpicomp.algorithms import ALGORITHMS, GOSSIP, Algorithm, AnyAlgorithm, Asyn
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
 from mpicomp.compression.wrap.allocation import Rule, check_rule
 from mpicomp.config.parameters import Choice
-from mpicomp.config.schedule import SCHEDULES
-from mpicomp.config.schedule import Schedule as LearningRate
+from mpicomp.config.schedule import SCHEDULES, LearningRateSchedule
 from mpicomp.config.signals import signal_number
 from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
@@ -379,9 +378,9 @@ class ScheduleSection(Section):
 
     kind: str = "constant"
 
-    def build(self, total_epochs: float) -> LearningRate:
+    def build(self, total_epochs: float) -> LearningRateSchedule:
         """Return the factor of ``optimizer.lr`` as a function of the epoch, for a run of `total_epochs`."""
-        schedule: LearningRate = self.make(LearningRate, total_epochs)
+        schedule: LearningRateSchedule = self.make(LearningRateSchedule, total_epochs)
         return schedule
 
     def try_out(self, others: Mapping[str, Section]) -> None:

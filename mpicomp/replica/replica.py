@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
 from mpicomp.checkpoint import nested
-from mpicomp.checkpoint.saver import Identity, Saver, check_fits, find_checkpoint, topology_name
+from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
@@ -186,9 +186,9 @@ class Replica(ABC):
         self.world.mean_(mean)
         return root_mean_square(self.world, float((self.local.x - mean).norm()))
 
-    def identity(self, config: str = "") -> Identity:
+    def identity(self, config: str = "") -> RunIdentity:
         """Return what checkpoints of this rank belong to; `config` is the text of a configuration, if there is one."""
-        return Identity(
+        return RunIdentity(
             algorithm=repr(self.algorithm),
             topology=topology_name(self.schedule),
             model=f"{type(self.local.model).__name__} with {self.local.spec.numel:,} parameters",

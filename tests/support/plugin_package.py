@@ -15,7 +15,7 @@ from torch import nn
 
 from mpicomp.algorithms import Algorithm
 from mpicomp.compression import Compressor, Identity, TopK
-from mpicomp.config.schedule import Schedule
+from mpicomp.config.schedule import LearningRateSchedule
 from mpicomp.data.datasets import Dataset, Samples
 from mpicomp.models import Problem
 from mpicomp.topology import Topology, from_graph
@@ -116,7 +116,7 @@ class Sign(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Power(Schedule):
+class Power(LearningRateSchedule):
     exponent: float
 
     def shape(self, epoch):

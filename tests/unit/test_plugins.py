@@ -229,7 +229,7 @@ def test_what_is_made_is_checked_when_it_is_made(package, tmp_path):
         ("data", lambda config: config.data.load(), "Dataset"),
         ("model", lambda config: config.model.build(digits, 0), "Module"),
         ("topology", lambda config: config.topology.build(2), "Schedule"),
-        ("schedule", lambda config: config.schedule.build(2.0), "Schedule"),
+        ("schedule", lambda config: config.schedule.build(2.0), "LearningRateSchedule"),
     ):
         config = load(tmp_path, f"{section}.kind='from_outside:wrong'")
         with pytest.raises(ConfigError, match=rf"{section}.kind = 'from_outside:wrong' makes a int, not a {kind}"):
