@@ -63,14 +63,14 @@ class Stream:
         self.issued = 0
 
     def wait_event(self, event):
-        event.wait(self)
+        if not self.gpu._is_left_out("wait_event"):
+            event._wait(self)
 
     def wait_stream(self, stream):
-        if self.gpu._is_left_out("wait_stream"):
-            return
-        event = Event(self.gpu)
-        event._record(stream)
-        event._wait(self)
+        if not self.gpu._is_left_out("wait_stream"):
+            event = Event(self.gpu)
+            event._record(stream)
+            event._wait(self)
 
     def issue(self, function, spans=()):
         self.issued += 1
@@ -101,7 +101,8 @@ class Event:
     def synchronize(self):
         if not self.gpu._is_left_out("synchronize"):
             _join(self.gpu.host, self.clock)
-            self._run()
+            if self.stream is not None:
+                self.stream.run(self.place)
 
     def _record(self, stream):
         _join(stream.clock, self.gpu.host)
@@ -113,10 +114,6 @@ class Event:
         if source is not None:
             stream.issue(lambda: source.run(place))
 
-    def _run(self):
-        if self.stream is not None:
-            self.stream.run(self.place)
-
 
 class SimulatedGpu:
     """The streams of a GPU; see the top of this file.
@@ -127,6 +124,7 @@ class SimulatedGpu:
         ordered: how many pairs of accesses from different streams, or stream and host, met, and were ordered.
         delayed: how many copies ran late.
         sites: the calls in the staging that order something, each once, in words.
+        are_blocking: of each event, whether who waits for it sleeps.
 
     """
 
@@ -173,8 +171,9 @@ class SimulatedGpu:
         self._current = outer
 
     def synchronize(self):
-        for stream in self._streams:
-            self._synchronize(stream)
+        if not self._is_left_out("synchronize"):
+            for stream in self._streams:
+                self._synchronize(stream)
 
     # What the host does to memory without torch.
 
@@ -207,15 +206,15 @@ class SimulatedGpu:
         ]
         what = str(function.overloadpacket)
         is_copy = function is torch.ops.aten.copy_.default
-        is_unlike = is_copy and self._is_host(args[0]) != self._is_host(args[1])
-        is_free = is_copy and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        crosses_the_bus = is_copy and self._is_host(args[0]) != self._is_host(args[1])
+        is_non_blocking = is_copy and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if touched and all(self._is_host(tensor) for tensor, _ in touched):
             self._tick(self.host, "host")
             self._judge("host", self.host, touched, what)
             return function(*args, **kwargs)
         stream = self._current
         self._begin(stream, touched, what)
-        if is_free and self._is_late:
+        if is_non_blocking and self._is_late:
             target, source = args[:2]
             self._run_what_meets(stream, _spans([(target, True)]))
             target.view(torch.uint8).fill_(0xFF)
@@ -227,7 +226,7 @@ class SimulatedGpu:
         known = {id(tensor) for tensor, _ in touched}
         made = [(t, True) for t in tree_leaves(out) if isinstance(t, torch.Tensor) and id(t) not in known]
         self._judge(stream.name, stream.clock, made, what)
-        if function in SYNCHRONIZING or (is_unlike and not is_free):
+        if function in SYNCHRONIZING or (crosses_the_bus and not is_non_blocking):
             self._synchronize(stream)
         return out
 
@@ -311,14 +310,17 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Sees what leaves torch without an operation: ``x.numpy()`` for kernels on the CPU, ``x.tolist()`` for Python."""
+    """Sees what leaves torch without an operation: ``x.numpy()`` for kernels on the CPU, ``x.tolist()`` for Python.
+
+    A kernel on the CPU stands for one on the GPU: it is one operation of the current stream.
+    """
 
     def __init__(self, gpu):
         super().__init__()
         self.gpu = gpu
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.numpy, torch.Tensor.tolist):
+        if function in (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist):
             self.gpu.touch(args[0], is_synchronizing=function is torch.Tensor.tolist)
         return function(*args, **(kwargs or {}))
 

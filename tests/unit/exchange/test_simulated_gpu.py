@@ -103,7 +103,7 @@ def test_a_late_copy_reads_its_source_late(gpu):
 
 def test_a_stream_that_waits_runs_what_it_waits_for(gpu):
     side, host = gpu.Stream(), pinned(4)
-    x, y = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    x = torch.zeros(4, dtype=torch.uint8)
     x.copy_(torch.arange(4).byte(), non_blocking=True)
     for wait in (False, True):
         if wait:
@@ -114,7 +114,6 @@ def test_a_stream_that_waits_runs_what_it_waits_for(gpu):
             event.record(side)
         event.synchronize()
         assert host.numpy().tolist() == ([0, 1, 2, 3] if wait else [0xFF] * 4)
-    assert torch.equal(y, torch.zeros_like(y))
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.tolist, lambda x: x.clone().tolist(), lambda x: [i.item() for i in x]])
@@ -127,7 +126,7 @@ def test_whatever_reads_a_late_copy_sees_it(gpu, read):
 def test_a_kernel_on_the_cpu_is_an_operation_of_the_stream(gpu):
     x = torch.zeros(4)
     x.copy_(torch.arange(4.0), non_blocking=True)
-    assert np.array_equal(x.numpy(), range(4))
+    assert np.array_equal(np.asarray(x), range(4))
     with gpu.stream(gpu.Stream()):
         x.numpy()
     assert gpu.races
