@@ -51,7 +51,8 @@ class Exchange(Protocol):
         """Send `payload` to this rank's targets in `topology`, and begin to receive from its sources.
 
         `topology` is ``schedule(step)``; all ranks pass the same one. `payload` may be changed as soon as this
-        returns. One exchange at a time: wait for the last one first.
+        returns. One exchange at a time: wait for the last one first. On a GPU all of it is ordered with the current
+        stream alone; `DeviceStaging` says what work in other streams has to wait for.
 
         Raises:
             ExchangeError: another exchange is still pending, or the transport failed.

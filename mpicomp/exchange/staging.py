@@ -8,7 +8,7 @@ layout comes by, and never shrink.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Staging(Protocol):
 
 def make_staging(device: torch.device) -> Staging:
     """Return the staging buffers for payloads on `device`."""
-    return CudaStaging(device) if device.type == "cuda" else HostStaging()
+    return HostStaging() if device.type == "cpu" else DeviceStaging(device)
 
 
 class _Buffers:
@@ -78,30 +78,48 @@ class HostStaging:
         return [layout.unpack(self._received.get(i, nbytes)) for i, nbytes in enumerate(sizes)]
 
 
-class CudaStaging:
-    """Payloads on a GPU, sent from and received in pinned host memory."""
+class DeviceStaging:
+    """Payloads on an accelerator, sent from and received in pinned host memory.
 
-    def __init__(self, device: torch.device) -> None:
+    Everything is ordered after what the current stream does, whichever that is when a method is called:
+
+        pack      reads the payload after all earlier work of the current stream, and is done with it when it returns
+        unpack    fills the payloads on the current stream, and later work of that stream sees them
+
+    Work on a payload in another stream is the caller's to order. If `other` writes what is sent, then
+    ``current.wait_stream(other)`` before `pack`. If `other` reads what was received, then
+    ``other.wait_stream(current)`` after `unpack`, and ``current.wait_stream(other)`` before the next exchange, which
+    fills the same memory.
+
+    Args:
+        device: where the payloads are.
+        streams: makes and finds streams and events as ``torch.cuda`` does; that of the type of `device` if None.
+
+    """
+
+    def __init__(self, device: torch.device, streams: Any = None) -> None:
         host = torch.device("cpu")
         self._device = device
+        self._streams = getattr(torch, device.type) if streams is None else streams
         self._sent = _Buffers(device)
         self._sent_host = _Buffers(host, is_pinned=True)
         self._received = _Buffers(device)
         self._received_host = _Buffers(host, is_pinned=True)
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Blocking events sleep; the default ones would spin on a core that another rank may need.
-        self._is_sent = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._is_received = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._side = self._streams.Stream(device)
+        # Blocking events sleep; the default ones would spin on a core that another rank may need. `torch.Event` takes
+        # `blocking` and ignores it, so streams and events are those of the device's module.
+        self._is_sent = self._streams.Event(blocking=True)
+        self._is_received = self._streams.Event(blocking=True)
 
     def pack(self, payload: Payload, layout: Layout) -> Bytes:
         """Pack on the device, copy to the host on a side stream, and wait for that copy only."""
         wire = self._sent.get(0, layout.nbytes)
         nbytes = layout.pack(payload, wire)
         host = self._sent_host.get(0, layout.nbytes)[:nbytes]
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        self._side.wait_stream(self._streams.current_stream(self._device))
+        with self._streams.stream(self._side):
             host.copy_(wire[:nbytes], non_blocking=True)
-            self._is_sent.record(self._side)
+        self._is_sent.record(self._side)
         self._is_sent.synchronize()
         return _bytes(host)
 
@@ -118,7 +136,7 @@ class CudaStaging:
             wire = self._received.get(i, nbytes)
             wire.copy_(host, non_blocking=True)
             payloads.append(_like(layout.unpack(host), host, wire))
-        self._is_received.record(torch.cuda.current_stream(self._device))
+        self._is_received.record(self._streams.current_stream(self._device))
         return payloads
 
 

@@ -5,7 +5,7 @@ import torch
 
 from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange import loopback
-from mpicomp.exchange.staging import CudaStaging, HostStaging, make_staging
+from mpicomp.exchange.staging import DeviceStaging, HostStaging, make_staging
 from mpicomp.topology import ring
 
 pytestmark = [
@@ -39,7 +39,7 @@ def deliver(staging, wires, layout):
 
 def test_the_gpu_gets_pinned_staging(device):
     staging = make_staging(device)
-    assert isinstance(staging, CudaStaging)
+    assert isinstance(staging, DeviceStaging)
     wire = torch.from_numpy(staging.pack(payload(5, device), LAYOUT))
     assert wire.is_pinned()
     assert all(torch.from_numpy(buffer).is_pinned() for buffer in staging.receive(2, 64))
@@ -47,7 +47,7 @@ def test_the_gpu_gets_pinned_staging(device):
 
 @pytest.mark.parametrize("count", [0, 1, 500, 999])
 def test_the_bytes_are_those_of_the_host(device, count):
-    on_gpu = CudaStaging(device).pack(payload(count, device), LAYOUT)
+    on_gpu = DeviceStaging(device).pack(payload(count, device), LAYOUT)
     on_host = HostStaging().pack(payload(count, "cpu"), LAYOUT)
     assert on_gpu.size == on_host.size == LAYOUT.nbytes_of(payload(count, "cpu"))
     for name, tensor in LAYOUT.unpack(torch.from_numpy(on_gpu)).items():
@@ -55,7 +55,7 @@ def test_the_bytes_are_those_of_the_host(device, count):
 
 
 def test_there_and_back(device):
-    staging = CudaStaging(device)
+    staging = DeviceStaging(device)
     for step in range(20):
         counts = [(7 * step + 31 * i) % 1000 for i in range(3)]
         wires = [staging.pack(payload(count, device, i), LAYOUT).copy() for i, count in enumerate(counts)]
@@ -68,7 +68,7 @@ def test_there_and_back(device):
 
 def test_work_before_packing_is_waited_for_and_changes_after_it_are_not_sent(device):
     layout = Layout((Field("x", torch.float32, 1_000_000),))
-    staging = CudaStaging(device)
+    staging = DeviceStaging(device)
     big = torch.randn(4000, 4000, device=device)
     for step in range(5):
         x = (big @ big)[0, 0] * 0 + torch.full((1_000_000,), float(step), device=device)
@@ -79,7 +79,7 @@ def test_work_before_packing_is_waited_for_and_changes_after_it_are_not_sent(dev
 
 def test_receive_buffers_are_not_overwritten_before_they_have_reached_the_device(device):
     layout = Layout((Field("x", torch.float32, 1_000_000),))
-    staging = CudaStaging(device)
+    staging = DeviceStaging(device)
     total = torch.zeros(1_000_000, device=device)
     big = torch.randn(4000, 4000, device=device)
     for step in range(20):
