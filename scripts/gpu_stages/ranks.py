@@ -30,8 +30,7 @@ def main() -> None:
     """Run the stage."""
     stage = Stage("ranks")
     sizes = (2,) if stage.tiny else (2, 4, 8)
-    methods = (*SYNCHRONOUS, *ASYNCHRONOUS)
-    killed = ("choco", "dc_gossip") if stage.tiny else methods
+    methods = ("choco", "dc_gossip") if stage.tiny else (*SYNCHRONOUS, *ASYNCHRONOUS)
     stage.run(
         {
             **{f"{method}, {size} ranks": partial(train, stage, method, size) for size in sizes for method in methods},
@@ -40,7 +39,7 @@ def main() -> None:
             **{
                 f"restart of {method}, {size} ranks": partial(restart, stage, method, size)
                 for size in sizes
-                for method in killed
+                for method in methods
             },
         }
     )

@@ -1,4 +1,4 @@
-"""What the stages share: items, each written to OUT/STAGE.json as soon as it is done, and programs with a time limit."""
+"""What the stages share: items, each in OUT/STAGE.json as soon as it is done, and programs with a time limit."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ MODELS = {
 TINY = {
     "ResNet-20": ["data.kind=digits", "model.kind=resnet20", "training.batch_size=2"],
     "GPT, 10 M": ["model.kind=gpt", "model.width=16", "model.layers=1", "model.heads=2", "data.context=8"],
-    "GPT, 124 M": ["model.kind=gpt", "model.width=32", "model.layers=1", "model.heads=2", "data.context=8"],
 }
 
 
