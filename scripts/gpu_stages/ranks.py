@@ -69,7 +69,7 @@ def restart(stage: Stage, method: str, size: int) -> Mapping[str, Any]:
     from mpicomp.checkpoint.folder import Checkpoints
 
     undisturbed, folder = stage.folder / f"{method}-{size}", stage.folder / f"{method}-{size}-killed"
-    slow = ("slow.ranks=[0,1]", "slow.seconds=0.05")  # so that the kill comes before the end; values are the same
+    slow = ("slow.ranks=[0,1]", "slow.seconds=0.02")  # so that the kill comes before the end; values are the same
     run = stage.start(command(stage, method, folder, *slow), ranks=size)
     try:
         deadline = time.monotonic() + min(90, stage.seconds_left)
@@ -97,8 +97,8 @@ def restart(stage: Stage, method: str, size: int) -> Mapping[str, Any]:
 
 def timeline(stage: Stage) -> Mapping[str, Any]:
     """Trace overlapped CHOCO-SGD: how much of the exchange lies behind gradients, by the host's clock."""
-    folder, size = stage.folder / "timeline", 2 if stage.tiny else 4
-    words = command(stage, "choco", folder, "algorithm.overlap=true", "model.hidden=[1024,1024]")
+    folder, size, width = stage.folder / "timeline", *((2, 64) if stage.tiny else (4, 1024))
+    words = command(stage, "choco", folder, "algorithm.overlap=true", f"model.hidden=[{width},{width}]")
     stage.program([*words, "--trace", "--trace-steps", 30], ranks=size, limit=90)
     events = json.loads((folder / "trace" / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X" and event["pid"] == 0]
