@@ -73,7 +73,7 @@ def compress(stage: Stage, compressor: Any) -> Mapping[str, Any]:
     n = 1000 if stage.tiny else 272_474
     spec = Spec(("matrix", "vector"), ((n // 4, 2), (n - n // 4 * 2,)))
     outcomes = []
-    for device in (torch.device("cpu"), torch.device(stage.device)):
+    for device in (torch.device("cpu"), torch.device(stage.place)):
         state, out, found = compressor.init(spec, device), torch.zeros(n, device=device), {}
         for step in range(3):
             x = torch.randn(n, generator=torch.Generator().manual_seed(step)).to(device)
@@ -96,7 +96,7 @@ def train(stage: Stage, algorithm: Any) -> Mapping[str, Any]:
     from mpicomp.exchange import loopback
 
     on_cpu = loopback.run(RANKS, train_rank, algorithm)
-    once, again = (loopback.run(RANKS, train_rank, algorithm, device=stage.device) for _ in range(2))
+    once, again = (loopback.run(RANKS, train_rank, algorithm, device=stage.place) for _ in range(2))
     return {
         "promised": False,
         "same_bits_again": all(same_bits(a[0], b[0]) for a, b in zip(once, again, strict=True)),

@@ -75,7 +75,7 @@ def launches(stage: Stage) -> Mapping[str, Any]:
     from mpicomp.models.base import Problem
     from mpicomp.models.resnet import resnet20
 
-    device = torch.device(stage.device)
+    device = torch.device(stage.place)
     model = resnet20(Problem((3, 32, 32), 10))
     named = dict(model.named_parameters())
     spec = Spec(tuple(named), tuple(tuple(parameter.shape) for parameter in named.values()))
@@ -106,8 +106,8 @@ def synchronizations(stage: Stage) -> Mapping[str, Any]:
         for _ in range(steps):
             gossip.step(lambda: model(inputs).square().mean())
 
-    loopback.run(2, serve, 3, device=stage.device)  # compiles
-    few, more = (calls_of(partial(loopback.run, 2, serve, steps, device=stage.device)) for steps in (3, 8))
+    loopback.run(2, serve, 3, device=stage.place)  # compiles
+    few, more = (calls_of(partial(loopback.run, 2, serve, steps, device=stage.place)) for steps in (3, 8))
     events = {name: (number - few.get(name, 0)) / 10 for name, number in more.items()}  # 5 steps of 2 ranks
     found = sum(number for name, number in events.items() if "Synchronize" in name)
     met = found <= SYNCHRONIZATIONS

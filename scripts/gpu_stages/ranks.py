@@ -135,7 +135,7 @@ def streams(stage: Stage) -> Mapping[str, Any]:
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if stage.device == "cuda" else [])]
     with profile(activities=activities) as recorded:
-        loopback.run(2, serve, device=stage.device)
+        loopback.run(2, serve, device=stage.place)
     path = stage.folder / "device_trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(path))

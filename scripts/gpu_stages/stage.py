@@ -44,6 +44,7 @@ class Stage:
 
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
+        place: the same, of a tensor: with the number of the GPU.
         tiny: whether this is the dress rehearsal.
         folder: for whatever its items write.
 
@@ -58,6 +59,7 @@ class Stage:
         parser.add_argument("--start", type=int, required=True, help="what has failed in this start is not tried again")
         args = parser.parse_args()
         self.device, self.tiny = args.device, args.tiny
+        self.place = "cuda:0" if self.device == "cuda" else "cpu"
         self.folder = args.out.resolve() / name
         self._path, self._start = args.out.resolve() / f"{name}.json", args.start
         self._end = time.monotonic() + args.seconds
