@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from support.runs import mpicomp
 
 
@@ -33,3 +34,11 @@ def test_steps_are_timed_between_processes(tmp_path):
     assert done.returncode == 0, done.stdout
     (row,) = json.loads(path.read_text())["results"]
     assert row["ranks"] == 2 and row["nbytes"] > 0 and row["ratio"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("how", [{"ranks": 2}, {}], ids=["processes", "threads"])
+def test_steps_are_timed_on_the_device_of_the_run(how):
+    command = ["bench", "step", "configs/methods/choco.toml", "--set", "run.device=cuda"]
+    done = mpicomp(*command, *([] if how else ["--loopback", "2"]), **how)
+    assert done.returncode == 2 and "torch sees no GPU" in done.stdout

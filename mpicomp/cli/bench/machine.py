@@ -59,15 +59,16 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 def seconds(run: Callable[[], object], calls: int, device: torch.device = CPU) -> float:
     """Return the mean seconds of so many calls, from an idle `device` to an idle one."""
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    _wait(device)
+    wait_for(device)
     return (time.perf_counter() - start) / calls
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was given; at once for the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.table import Table
 
 from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.cli import debug_option, is_debug
-from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, write_json
+from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, wait_for, write_json
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import guard, together
+from mpicomp.exchange.placement import choose_device
 from mpicomp.replica.distributed import Distributed
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.record import PARTS
@@ -84,36 +86,40 @@ def step(
     """Time the training step of CONFIG.toml by part, in turns with the same step without communication.
 
     Start it with mpiexec, or with --loopback N; several --loopback show what a rank costs as ranks are added: CPU time
-    and bytes, which stay the same where a rank talks to its neighbors alone. Blocks of steps take turns.
+    and bytes, which stay the same where a rank talks to its neighbors alone. Blocks of steps take turns. On a GPU
+    (run.device) a block ends when the GPU has done it; the parts are times of the host.
     """
-    measured = partial(_measure_guarded, path=config_path, overrides=overrides, blocks=blocks, length=length)
+    measured = partial(_measure_guarded, blocks=blocks, length=length)
     if sizes:
         from mpicomp.exchange.loopback import run
 
-        results = [run(size, measured, is_debug(ctx))[0] for size in sizes]
-        report = _report(config_path, overrides, blocks, length, "loopback", results)
+        config = RunConfig.load(config_path, overrides)
+        device = choose_device(config.run.device, 0, torch.cuda.device_count())
+        results = [run(size, measured, config, is_debug(ctx), device=device)[0] for size in sizes]
+        report = _report(device, config_path, overrides, blocks, length, "loopback", results)
         _print(report, results)
         if json_path:
             write_json(json_path, report)
         return
     from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
 
-    world = MpiWorld.from_environment("cpu")
-    result = measured(world, is_debug(ctx))
+    everyone = MpiWorld.from_environment("cpu")  # the world of the run needs a configuration
+    with guard(everyone, debug=is_debug(ctx)):
+        with together(everyone):
+            config = RunConfig.load(config_path, overrides)
+        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
+    result = measured(world, config, is_debug(ctx))
     if world.rank == 0:
-        report = _report(config_path, overrides, blocks, length, "MPI", [result])
+        report = _report(world.device, config_path, overrides, blocks, length, "MPI", [result])
         _print(report, [result])
         if json_path:
             write_json(json_path, report)
     world.barrier()
 
 
-def _measure_guarded(
-    world: World, debug: bool, path: Path, overrides: Sequence[str], blocks: int, length: int
-) -> Steps:
+def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, length: int) -> Steps:
     with guard(world, debug=debug):
         with together(world):
-            config = RunConfig.load(path, overrides)
             setup = set_up(config, world)
             if isinstance(setup.algorithm, AsynchronousAlgorithm):
                 raise ConfigError(
@@ -177,19 +183,27 @@ class _Alone:
 
 def _timed(world: World, steps: Sequence[Callable[[], object]]) -> dict[str, float]:
     """Return the mean seconds of `steps`, started on all ranks at the same time: wall-clock, and of this thread."""
+    wait_for(world.device)
     world.barrier()
     cpu, start = time.thread_time(), time.perf_counter()
     for run in steps:
         run()
+    wait_for(world.device)
     seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
     return {"seconds": seconds / len(steps), "cpu": cpu / len(steps)}
 
 
 def _report(
-    path: Path, overrides: Sequence[str], blocks: int, length: int, ranks_are: str, results: Sequence[Steps]
+    device: torch.device,
+    path: Path,
+    overrides: Sequence[str],
+    blocks: int,
+    length: int,
+    ranks_are: str,
+    results: Sequence[Steps],
 ) -> dict[str, Any]:
     return {
-        "machine": machine(),
+        "machine": machine(device),
         "config": str(path),
         "set": list(overrides),
         "ranks_are": ranks_are,
