@@ -51,6 +51,7 @@ def start(x):
     gpu.mix_(x, x, x, 1.0)
     gpu.absolute_sum(x)
     gpu.noise(x, 1)
+    gpu.random_indices(1, 3000, 300, x.device)
     gpu.add_gridded_(x, gpu.round_to_grid(x, 0.1, [0.5, 1.0], 3), [0.0, 1.0, 2.0], 3, 1.0)
     gpu.add_signs_(x, gpu.pack_signs(x), 1.0)
 

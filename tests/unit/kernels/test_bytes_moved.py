@@ -106,6 +106,7 @@ def cases():
         "absolute_sum": (partial(gpu.absolute_sum, x), vectors),
         "norm": (partial(gpu.norm, x), vectors),
         "noise": (partial(gpu.noise, x, 1), vectors),
+        "random_indices": (partial(gpu.random_indices, 1, N, K, x.device), 4 * K),
         "quantize": (partial(gpu.quantize, x, 0.1, 4, 1), vectors + packed_nbytes(N, 5)),
         "add_quantized_": (partial(gpu.add_quantized_, x, levels, 4, 0.1), 2 * vectors + packed_nbytes(N, 5)),
         "round_to_grid": (partial(gpu.round_to_grid, x, 1.0, middles, 3), vectors + packed_nbytes(N, 3)),

@@ -37,6 +37,7 @@ BOUNDS = {
     "noise": (0, 32),
     "pack_signs": (512, 32),
     "quantize": (512, 136),
+    "random_indices": (16384, 72),
     "round_to_grid": (512, 64),
     "scatter_add": (32768, 80),
 }
