@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.timing import timed
@@ -62,7 +62,7 @@ class RandomBlock(Compressor):
         offset = length * (mix64(self.seed, state.step) % count) if count else 0
         state.step += 1
         values = x[offset : offset + length]
-        return {"offset": torch.tensor([offset], dtype=torch.int32, device=x.device), "values": values}
+        return {"offset": number(offset, torch.int32, x.device), "values": values}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:

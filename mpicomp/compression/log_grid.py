@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import finite, packed_nbytes
 from mpicomp.state import State
@@ -51,10 +51,11 @@ class LogGrid(Compressor):
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round and pack; NaN and infinity: DivergenceError."""
         largest = finite(float(x.abs().max()) if len(x) else 0.0)
-        scale = torch.tensor([largest], dtype=torch.float32, device=x.device)
+        scale = float(torch.tensor(largest, dtype=torch.float32))
         # between 0 and 2**-k the middle is half of that, between two powers three quarters of the larger one
         middles = [2.0 ** -(self.k + 1), *(0.75 * 2.0**-i for i in reversed(range(self.k)))]
-        return {"scale": scale, "codes": kernels.round_to_grid(x, float(scale), middles, self._bits)}
+        codes = kernels.round_to_grid(x, scale, middles, self._bits)
+        return {"scale": number(scale, torch.float32, x.device), "codes": codes}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:

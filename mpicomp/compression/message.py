@@ -168,6 +168,12 @@ class Layout:
         )
 
 
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `value` as a tensor (1,) of `dtype`; made on the device, as a copy from the host would wait for it."""
+    wide = torch.float64 if dtype.is_floating_point else dtype  # from which 1e300 becomes an infinity of float32
+    return torch.full((1,), value, dtype=wide, device=device).to(dtype)
+
+
 def index_dtype(numel: int) -> torch.dtype:
     """Return the narrowest type that holds the indices of a vector of `numel` entries: 16 or 32 bits.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.compression.random import Draws, next_seed
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import packed_nbytes
@@ -71,7 +71,7 @@ class QSGD(Compressor):
         seed = next_seed(self.seed, state)
         unit = kernels.norm(x) / self._levels
         shrink = 1 / (1 + self._variance(spec.numel)) if self.contractive else 1.0
-        scale = torch.tensor([unit * shrink], dtype=torch.float32, device=x.device)
+        scale = number(unit * shrink, torch.float32, x.device)
         return {"scale": scale, "codes": kernels.quantize(x, unit, self.bits, seed)}
 
     def _variance(self, n: int) -> float:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
-from mpicomp.kernels.reference import random_indices
 from mpicomp.timing import timed
 
 
@@ -65,14 +64,14 @@ class RandomK(Compressor):
         seed = mix64(self.seed, state.step, state.stream) >> 1
         state.step += 1
         k = kept(spec.numel, self.ratio)
-        values = x[random_indices(seed, spec.numel, k, x.device)]
+        values = x[kernels.random_indices(seed, spec.numel, k, x.device)]
         if self.unbiased and k:
             values *= spec.numel / k
-        return {"seed": torch.tensor([seed], device=x.device), "values": values}
+        return {"seed": number(seed, torch.int64, x.device), "values": values}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Draw the indices again, and ``out[indices] += weight * values``."""
         values = payload["values"]
-        indices = random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
+        indices = kernels.random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
         kernels.scatter_add_(out, indices, values, weight)

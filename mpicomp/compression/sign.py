@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.kernels.reference import packed_nbytes
 from mpicomp.state import State
 from mpicomp.timing import timed
@@ -31,7 +31,7 @@ class SignNorm(Compressor):
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Form the scale and pack the signs; NaN and infinity: DivergenceError."""
         mean = kernels.absolute_sum(x) / max(1, spec.numel)
-        return {"scale": torch.tensor([mean], dtype=torch.float32, device=x.device), "signs": kernels.pack_signs(x)}
+        return {"scale": number(mean, torch.float32, x.device), "signs": kernels.pack_signs(x)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:

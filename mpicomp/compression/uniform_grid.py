@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor, blocks
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, number
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import finite, pack_codes, packed_nbytes
 from mpicomp.state import State
@@ -49,8 +49,8 @@ class UniformGrid(Compressor):
         """Round and pack; the scale holds ``max|x| / S``. NaN and infinity: DivergenceError."""
         levels = (1 << self.bits) - 1
         largest = finite(float(x.abs().max()) if len(x) else 0.0)
-        scale = torch.tensor([largest / levels], dtype=torch.float32, device=x.device)
-        unit = float(scale) or math.inf
+        scale = float(torch.tensor(largest / levels, dtype=torch.float32))
+        unit = scale or math.inf
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         codes = []
         for start, stop in blocks(spec.numel):
@@ -58,7 +58,7 @@ class UniformGrid(Compressor):
             multiples = part.to(wide).abs().div_(unit).round_().clamp_(max=levels)
             codes.append(multiples.to(torch.int16) << 1 | (part < 0))
         packed = pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), self.bits + 1)
-        return {"scale": scale, "codes": packed}
+        return {"scale": number(scale, torch.float32, x.device), "codes": packed}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:

@@ -69,6 +69,13 @@ def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
+    """See `reference.random_indices`."""
+    version = getattr(compiled(device.type), "random_indices", reference.random_indices)
+    indices: Tensor = version(seed, n, k, device)
+    return indices
+
+
 top_k = _chosen(reference.top_k)
 top_k_of_difference = _chosen(reference.top_k_of_difference)
 top_k_of_parts = _chosen(reference.top_k_of_parts)

@@ -380,23 +380,33 @@ def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
     Entry i is the image of i under a permutation of ``[0, n)`` keyed by `seed`: a Feistel network on the smallest
     domain ``4**h >= n``, walked on until the image is below `n` (Black and Rogaway 2002, doi 10.1007/3-540-45760-7_9).
     """
-    half = 1
-    while 4**half < n:
-        half += 1
+    half, keys = feistel_half(n), feistel_keys(seed)
     index = torch.arange(k, dtype=torch.int64, device=device)
-    image = _feistel(index, seed, half)
+    image = _feistel(index, keys, half)
     while bool((outside := image >= n).any()):
-        image[outside] = _feistel(image[outside], seed, half)
+        image[outside] = _feistel(image[outside], keys, half)
     return image.int()
 
 
-def _feistel(index: Tensor, seed: int, half: int) -> Tensor:
-    """Return a bijection of ``[0, 4**half)``, keyed by `seed`, of `index`."""
+def feistel_half(n: int) -> int:
+    """Return the least h >= 1 with ``4**h >= n``."""
+    half = 1
+    while 4**half < n:
+        half += 1
+    return half
+
+
+def feistel_keys(seed: int) -> list[int]:
+    """Return a key below ``2**18 + 1`` for each turn."""
+    return [((seed >> 16 * turn) & 0xFFFF | turn << 16) + 1 for turn in range(_ROUNDS)]
+
+
+def _feistel(index: Tensor, keys: list[int], half: int) -> Tensor:
+    """Return a bijection of ``[0, 4**half)``, keyed, of `index`."""
     mask = 2**half - 1
     left, right = index >> half, index & mask
-    for turn in range(_ROUNDS):
-        key = (seed >> 16 * turn) & 0xFFFF | turn << 16
-        mixed = (right + key + 1) * _ODD & 0xFFFFFFFF
+    for key in keys:
+        mixed = (right + key) * _ODD & 0xFFFFFFFF
         mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
         left, right = right, left ^ (mixed ^ mixed >> 12) & mask
     image: Tensor = left << half | right

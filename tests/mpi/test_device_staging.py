@@ -14,7 +14,7 @@ from mpicomp.exchange.mpi import neighbor
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.topology import ring, star
 
-pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size != 3, reason="staging is simulated on 3 ranks, where a ring has two directions")
+pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size != 3, reason="staging is simulated on 3 ranks")
 
 STEPS = 6
 SENDS_NOTHING = {"local_sgd"}

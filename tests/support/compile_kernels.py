@@ -1,12 +1,19 @@
-"""Compile every kernel for a GPU that need not be there, and print their names; a program of its own.
+"""Compile every kernel for GPUs that need not be there, and print what each takes as JSON; a program of its own.
 
 The kernels and the types of their arguments are those that the operations start; what starts them only takes notes.
+Pointers are multiples of 16, as torch allocates, and lengths are not. Registers, and the bytes of the stack, where
+registers are spilled to, are read from the machine code by NVIDIA's cuobjdump, which comes with Triton.
 """
 
 import contextlib
+import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import mangle_type
@@ -14,7 +21,11 @@ from triton.runtime.jit import mangle_type
 from mpicomp.kernels import gpu
 from mpicomp.kernels.gpu import compiled, indices, quantizer, select, select_parts
 
-TARGET = GPUTarget("cuda", 90, 32)
+CAPABILITIES = [80, 90, 100]
+COMPLETE = 90
+"""For this one all constants of a kernel are tried, for the others those that it meets first with its types."""
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FUSING = {"mix", "adaptive_mix", "add_quantized", "add_gridded"}
 started = {}
 
@@ -40,6 +51,7 @@ def start(x):
     gpu.mix_(x, x, x, 1.0)
     gpu.absolute_sum(x)
     gpu.noise(x, 1)
+    gpu.random_indices(1, 3000, 300, x.device)
     gpu.add_gridded_(x, gpu.round_to_grid(x, 0.1, [0.5, 1.0], 3), [0.0, 1.0, 2.0], 3, 1.0)
     gpu.add_signs_(x, gpu.pack_signs(x), 1.0)
 
@@ -58,13 +70,35 @@ for module in (gpu, indices, quantizer, select, select_parts):
 start(torch.ones(3000))
 for dtype in (torch.float32, torch.float64):
     start_again(torch.ones(3000, dtype=dtype))
+
+
+def resources(cubin):
+    """Return the registers of a thread and the bytes of its stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", report)
+    return map(int, found)
+
+
+seen = set()
 for (name, *_), (kernel, types, constants) in started.items():
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kind for name, kind in zip(names, types, strict=False)}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(names.index(name),): value for name, value in constants.items()}
-    built = compile(ASTSource(kernel, signature, places), target=TARGET, options=compiled.OPTIONS)
-    code = built.asm["ptx"]
-    assert not re.search(r"div\.(full|approx)|sqrt\.approx|\.ftz", code), f"{name} rounds as it likes"
-    assert name in FUSING or not re.search(r"\bfma\.", code), f"{name} fuses products and sums"
-    print(name)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    for capability in CAPABILITIES:
+        variant = kernel, tuple(signature.items()), capability
+        if variant in seen and capability != COMPLETE:
+            continue
+        seen.add(variant)
+        target = GPUTarget("cuda", capability, 32)
+        built = compile(ASTSource(kernel, signature, places, aligned), target=target, options=compiled.OPTIONS)
+        code = built.asm["ptx"]
+        assert not re.search(r"div\.(full|approx)|sqrt\.approx|\.ftz", code), f"{name} rounds as it likes"
+        assert name in FUSING or not re.search(r"\bfma\.", code), f"{name} fuses products and sums"
+        registers, stack = resources(built.asm["cubin"])
+        used = {"shared": built.metadata.shared, "registers": registers, "stack": stack}
+        print(json.dumps({"kernel": name, "capability": capability, "types": types, **used}), flush=True)

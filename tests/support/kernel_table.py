@@ -243,6 +243,14 @@ def noise(version, device, dtype, sizes):
             assert_same(version.noise(x.to(device), seed), reference.noise(x, seed))
 
 
+def random_indices(version, device, dtype, sizes):
+    for n in (*sizes, 2**31):
+        for seed in (1, 2**63 - 1):
+            k = min(n, 5000)
+            expected = reference.random_indices(seed, n, k, torch.device("cpu"))
+            assert_same(version.random_indices(seed, n, k, torch.device(device)), expected)
+
+
 def levels(version, device, dtype, sizes):
     for n, bits in zip((0, *sizes), [1, 4, 8] * len(sizes), strict=False):
         x = vector(n, dtype)
@@ -337,6 +345,7 @@ TABLE = [
     adaptive_mix,
     sums,
     noise,
+    random_indices,
     levels,
     places_on_a_grid,
     signs,

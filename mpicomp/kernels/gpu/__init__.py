@@ -8,6 +8,7 @@ tensors in host memory, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from mpicomp.kernels.gpu import indices as codes
 from mpicomp.kernels.gpu import quantize as quantizer
-from mpicomp.kernels.gpu import select, select_parts, update
+from mpicomp.kernels.gpu import random, select, select_parts, update
 from mpicomp.kernels.gpu.compiled import BLOCK, launch, tiles
-from mpicomp.kernels.reference import finite, packed_nbytes
+from mpicomp.kernels.reference import feistel_half, feistel_keys, finite, packed_nbytes
 
 _GROUPS = BLOCK // 8
 
@@ -121,6 +122,13 @@ def noise(x: Tensor, seed: int) -> Tensor:
     return out
 
 
+def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
+    """See `reference.random_indices`."""
+    out, keys = torch.empty(k, dtype=torch.int32, device=device), feistel_keys(seed)
+    launch(random.random_indices, tiles(k), out, *keys, n, k, HALF=feistel_half(n), TURNS=len(keys), BLOCK=BLOCK)
+    return out
+
+
 def _halves(seed: int) -> tuple[int, int]:
     """Return the halves of a seed as signed numbers of 32 bits; Triton would compile anew for larger ones."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
@@ -147,7 +155,7 @@ def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None
 def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
     """See `reference.round_to_grid`."""
     packed, groups = _room(x, bits)
-    bounds = torch.tensor(middles, dtype=x.dtype, device=x.device)
+    bounds = _table(tuple(middles), x.dtype, x.device)
     arguments = _plain(x), packed, bounds, unit, len(bounds), len(x), groups
     launch(quantizer.round_to_grid, tiles(len(x)), *arguments, BITS=bits, GROUPS=_GROUPS)
     return packed
@@ -158,9 +166,15 @@ def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, 
     groups = _check(packed, len(out), bits)
     signed = [sign * value for value in grid for sign in (1, -1)]
     signed += [0.0] * ((1 << bits) - len(signed))  # for codes of no place, in a damaged message
-    table = torch.tensor(signed, dtype=out.dtype, device=out.device)
+    table = _table(tuple(signed), out.dtype, out.device)
     arguments = _plain(out), _plain(packed), table, scale, len(out), groups
     launch(quantizer.add_gridded, tiles(len(out)), *arguments, BITS=bits, GROUPS=_GROUPS)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers on the device; a copy from the host waits for it, and is made once."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def pack_signs(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The Rice code of ascending indices; see `reference.encode_indices`.
 
 encode   end_i = sum over j <= i of (gap_j >> shift) + i, by torch's cumsum; bit end_i of the second stream is set
-decode   end_i = the place of the i-th bit set, found as entries are in `select`, and since gaps add up to indices,
-         index_i = (end_i - i << shift) + sum over j <= i of low_j + i
+decode   end_i = the place of the i-th bit set, found as entries are in `select`;
+         index_i = sum over j <= i of ((end_j - end_{j-1} - 1 << shift) + low_j + 1) - 1, by torch's cumsum
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def encode(indices: Tensor, n: int) -> Tensor:
     skipped = -planes % _WORD  # atomics want words where the second stream begins
     room = skipped + planes + tiles(index_code_nbytes(n, k) - planes, _WORD) * _WORD
     code = torch.zeros(room, dtype=torch.uint8, device=indices.device)
-    steps = torch.empty(k, dtype=torch.int64, device=indices.device)
+    steps = torch.empty(k, dtype=torch.int32, device=indices.device)
     groups = packed_nbytes(k, 1)
     launch(_split, tiles(k), indices, code[skipped:], steps, k, groups, SHIFT=shift, GROUPS=_GROUPS)
     ends = steps.cumsum(0)
@@ -49,12 +49,11 @@ def decode(code: Tensor, k: int, n: int) -> Tensor:
     counts = torch.zeros(max(1, tiles(8 * nbytes)), dtype=torch.int32, device=code.device)
     launch(_count_bits, tiles(8 * nbytes), stream, counts, nbytes, GROUPS=_GROUPS)
     found = counts.cumsum(0)
-    ends = torch.zeros(k, dtype=torch.int64, device=code.device)
+    ends = torch.zeros(k, dtype=torch.int32, device=code.device)
     launch(_find_bits, tiles(8 * nbytes), stream, found, ends, nbytes, k, GROUPS=_GROUPS)
-    lows = torch.empty(k, dtype=torch.int64, device=code.device)
-    launch(_unpack, tiles(k), code, lows, k, packed_nbytes(k, 1), SHIFT=shift, GROUPS=_GROUPS)
-    i = torch.arange(k, dtype=torch.int64, device=code.device)
-    indices = (ends - i << shift) + lows.cumsum(0) + i
+    steps = torch.empty(k, dtype=torch.int32, device=code.device)
+    launch(_join, tiles(k), code, ends, steps, k, packed_nbytes(k, 1), SHIFT=shift, GROUPS=_GROUPS)
+    indices = steps.cumsum(0)
     total, last = torch.cat([found[-1:], indices[-1:]]).tolist() if k else (int(found[-1]), -1)
     if total != k or last >= n:
         raise IndexError(DAMAGED)
@@ -76,7 +75,7 @@ def _split(
     i = matrix(group)
     before = tl.load(indices + i - 1, mask=(i > 0) & (i < k), other=-1)
     gap = tl.load(indices + i, mask=i < k, other=0) - before - 1
-    tl.store(steps + i, ((gap >> SHIFT) + 1).to(tl.int64), mask=i < k)
+    tl.store(steps + i, (gap >> SHIFT) + 1, mask=i < k)
     store_codes(code, tl.where(i < k, gap & ((1 << SHIFT) - 1), 0), group, groups, SHIFT)
 
 
@@ -114,8 +113,19 @@ def _find_bits(stream: tensor, found: tensor, ends: tensor, nbytes: tensor, k: t
 
 
 @jit
-def _unpack(code: tensor, lows: tensor, k: tensor, groups: tensor, SHIFT: tl.constexpr, GROUPS: tl.constexpr) -> None:
-    """Write the low bits of the gaps."""
+def _join(
+    code: tensor,
+    ends: tensor,
+    steps: tensor,
+    k: tensor,
+    groups: tensor,
+    SHIFT: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Write the first index, and for the others what comes on top of the one before."""
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
-    tl.store(lows + i, load_codes(code, group, groups, SHIFT, GROUPS).to(tl.int64), mask=i < k)
+    before = tl.load(ends + i - 1, mask=(i > 0) & (i < k), other=-1)
+    high = (tl.load(ends + i, mask=i < k, other=0) - before - 1).to(tl.int64)
+    step = (high << SHIFT) + load_codes(code, group, groups, SHIFT, GROUPS) + (i > 0).to(tl.int64)
+    tl.store(steps + i, tl.minimum(step, 0x7FFFFFFF).to(tl.int32), mask=i < k)  # of a damaged code it may be more

@@ -16,7 +16,10 @@ from mpicomp.kernels.gpu.compiled import divide, jit, launch, offsets, rounded, 
 from mpicomp.kernels.gpu.pack import load_codes, matrix, store_codes
 
 _FOLD = 2**10
-_ROWS = 4
+_WIDTH = 64
+"""Entries that are left of a block when it has been folded by loads far apart; the rest are folded by exchanges."""
+
+_ROWS = 8
 """Blocks of a sum that one program folds."""
 
 
@@ -26,7 +29,7 @@ def total(x: Tensor, square: bool, divisor: float = 1.0) -> float:
         sums = torch.zeros(max(1, tiles(len(x), _FOLD)), dtype=torch.float64, device=x.device)
         launch(
             _fold, tiles(len(x), _FOLD * _ROWS), x, sums, divisor, len(x),
-            SQUARE=square, DIVIDE=divisor != 1, FOLD=_FOLD, LEVELS=_FOLD.bit_length() - 1, ROWS=_ROWS,
+            SQUARE=square, DIVIDE=divisor != 1, FOLD=_FOLD, WIDTH=_WIDTH, LEVELS=_WIDTH.bit_length() - 1, ROWS=_ROWS,
         )  # fmt: skip
         if len(sums) == 1:
             return float(sums)
@@ -42,6 +45,38 @@ def largest(x: Tensor) -> float:
 
 
 @jit
+def _terms(x: tensor, i: tensor, divisor: tensor, n: tensor, SQUARE: tl.constexpr, DIVIDE: tl.constexpr) -> tensor:
+    """Return what entries `i` add to the sum, in float64."""
+    part = tl.load(x + i, mask=i < n, other=0.0).to(tl.float64)
+    if DIVIDE:
+        part = part / divisor
+    return part * part if SQUARE else tl.abs(part)
+
+
+@jit
+def _loaded(
+    x: tensor,
+    i: tensor,
+    divisor: tensor,
+    n: tensor,
+    SQUARE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tensor:
+    """Return blocks folded to their first `WIDTH` entries, which are at `i`: the halves of twice as many, added.
+
+    Folded after they were loaded as a whole, blocks of aligned float32 would be given to so few threads that each would
+    keep 1000 numbers, in local memory.
+    """
+    if WIDTH == FOLD:
+        return _terms(x, i, divisor, n, SQUARE, DIVIDE)
+    else:  # noqa: RET505 - Triton compiles what follows a return, too
+        first = _loaded(x, i, divisor, n, SQUARE, DIVIDE, FOLD, 2 * WIDTH)
+        return first + _loaded(x, i + WIDTH, divisor, n, SQUARE, DIVIDE, FOLD, 2 * WIDTH)
+
+
+@jit
 def _fold(
     x: tensor,
     sums: tensor,
@@ -50,18 +85,16 @@ def _fold(
     SQUARE: tl.constexpr,
     DIVIDE: tl.constexpr,
     FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
     """Write the sum of each block of `x` in float64."""
     row = offsets(tl.program_id(0), ROWS)
-    i = row[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
-    part = tl.load(x + i, mask=i < n, other=0.0).to(tl.float64)
-    if DIVIDE:
-        part = part / divisor
-    part = part * part if SQUARE else tl.abs(part)
+    i = row[:, None] * FOLD + tl.arange(0, WIDTH)[None, :]
+    part = _loaded(x, i, divisor, n, SQUARE, DIVIDE, FOLD, WIDTH)
     for level in tl.static_range(LEVELS):
-        halves = tl.permute(tl.reshape(part, (ROWS, 2, (FOLD // 2) >> level)), (0, 2, 1))
+        halves = tl.permute(tl.reshape(part, (ROWS, 2, (WIDTH // 2) >> level)), (0, 2, 1))
         first, second = tl.split(halves)
         part = first + second
     tl.store(sums + row, tl.reshape(part, (ROWS,)), mask=row * FOLD < n)
@@ -184,7 +217,7 @@ def add_signs(out: tensor, packed: tensor, scale: tl.float64, n: tensor, groups:
     """Add `scale` where a bit is set, and subtract it elsewhere."""
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
+    positive = load_codes(packed, group, groups, 1, GROUPS) == 1
     entries = tl.load(out + i, mask=i < n, other=0.0)
     step = rounded(scale, entries)
-    positive = load_codes(packed, group, groups, 1, GROUPS) == 1
     tl.store(out + i, entries + tl.where(positive, step, -step), mask=i < n)
