@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.base import check_schedule, mean_in_order
-from mpicomp.exchange.guard import agree
 from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mailbox.window import WindowCounter
@@ -24,7 +22,7 @@ from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.survivors import Survivors
 from mpicomp.exchange.mpi.wait import poll, wait_all
-from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, core_share, shared_gpus, thread_count
+from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, core_share, device_of, thread_count
 from mpicomp.topology.base import Schedule, Topology
 
 T = TypeVar("T")
@@ -45,6 +43,7 @@ class MpiWorld:
 
     Attributes:
         comm: the duplicated communicator; messages of other libraries cannot be mistaken for ours.
+        gpu: the GPU of this rank; None on the CPU.
         core_share: the cores that fall to this rank; below 1 where ranks outnumber cores.
         is_polite: whether this rank sleeps while it waits, because others need its core.
 
@@ -54,7 +53,8 @@ class MpiWorld:
         self.host = socket.gethostname()
         self._survivors: Survivors | None = None
         self.join_(comm.Dup())
-        self.device = self._choose_device(device, allow_shared_gpu)
+        self.gpu: Gpu | None = claim_gpu(self, device, allow_shared_gpu)
+        self.device: torch.device = device_of(self.gpu)
         self._reach: Reach | None = None
         self.is_simulated = False
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
@@ -81,7 +81,7 @@ class MpiWorld:
         Collective on all ranks. Sets torch's threads to this rank's share of the cores, and its CUDA device.
 
         Raises:
-            ConfigError: a GPU is demanded but not there, or several ranks share one without `allow_shared_gpu`.
+            ConfigError: a GPU that is demanded but missing, full, too old, or shared without `allow_shared_gpu`.
 
         """
         return cls(MPI.COMM_WORLD, device, allow_shared_gpu)
@@ -232,26 +232,6 @@ class MpiWorld:
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""
         return bool(request.Test()) if self._survivors is None else self._survivors.test(request)
-
-    def _choose_device(self, kind: DeviceKind, allow_shared_gpu: bool) -> torch.device:
-        device, error = torch.device("cpu"), None
-        try:
-            visible = torch.cuda.device_count() if kind != "cpu" else 0
-            device = choose_device(kind, self.local_rank, visible)
-        except MpicompError as failure:
-            error = failure
-        agree(self, error)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-        shared = shared_gpus(self.all_gather(uuid))
-        if shared and not allow_shared_gpu:
-            gpu, ranks = next(iter(shared.items()))
-            raise ConfigError(
-                f"ranks {', '.join(map(str, ranks))} would share the GPU {gpu}: start one rank per GPU, or allow it "
-                "(allow_shared_gpu), or run with device = 'cpu'"
-            )
-        return device
 
 
 class MpiGather:
