@@ -142,12 +142,13 @@ def find_advice(places: list[Place], trials: Mapping[str, Trial]) -> list[str]:
         )
     if len(places) == 1:
         advice.append("one rank only: try the same under your launcher, e.g. mpiexec -n 4 mpicomp doctor")
-    advice += [
-        f"rank {place.rank} on {place.host} may run on none of the cores near its GPU {place.uuid}, so that its "
-        "messages cross from one processor to the other: bind it there (srun --gpu-bind=closest, mpiexec -bind-to numa)"
-        for place in places
-        if place.near_cores == 0
-    ]
+    if far := [place for place in places if place.near_cores is not None and place.near_cores < place.cores]:
+        place = min(far, key=lambda place: place.near_cores or 0)
+        advice.append(
+            f"{len(far)} rank(s) may run far from their GPU (rank {place.rank} on {place.host}: {place.near_cores} of "
+            f"{place.cores} cores are near), and messages then cross from one processor to the other: let the launcher "
+            "bind ranks to cores near their GPUs (srun --gpu-bind=closest --cpu-bind=cores, mpiexec's binding to numa)"
+        )
     crowded = [place for place in places if place.core_share < 1 - 1e-9]
     if crowded:
         place = crowded[0]

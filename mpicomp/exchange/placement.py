@@ -114,8 +114,8 @@ def claim_gpu(world: World, kind: DeviceKind, allow_shared: bool = False, driver
     """Return the GPU of this rank, which torch uses from now on, or None for the CPU; collective on all ranks.
 
     Raises:
-        ConfigError: on every rank, for the ranks that it names: a GPU that is demanded but missing, or missing here and
-            not on other ranks; full; too old; or shared by ranks without `allow_shared`.
+        ConfigError: on every rank, for the ranks that it names: a GPU that is demanded but missing, or missing here
+            and not on other ranks, unless it is hidden on purpose; full; too old; or shared without `allow_shared`.
 
     """
     driver = driver or Driver()
@@ -172,10 +172,11 @@ def _claim(
     uuid = chosen[rank]
     if uuid is None:
         others = sum(other is not None for other in chosen)
-        if kind == "auto" and others:
+        if kind == "auto" and others and not hides_gpus(driver.environ):
             raise ConfigError(
                 f"this rank sees no GPU, but {others} other(s) do and would wait for it in every step: "
-                f"{why_no_gpu(driver.environ, driver.has_cuda())}, {_ON_CPU}"
+                f"{why_no_gpu(driver.environ, driver.has_cuda())}, {_ON_CPU}. If it alone is to use the CPU, as a hub "
+                "may, start it with CUDA_VISIBLE_DEVICES=''"
             )
         return None
     users = shared_gpus(chosen).get(uuid, [])
@@ -252,12 +253,17 @@ def mig_uuid(index: int, environ: Mapping[str, str]) -> str | None:
     return mask[index] if index < len(mask) and mask[index].startswith("MIG-") else None
 
 
+def hides_gpus(environ: Mapping[str, str]) -> bool:
+    """Return whether all GPUs are hidden from this rank on purpose, by a person or by Slurm."""
+    return environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1", "NoDevFiles")
+
+
 def why_no_gpu(environ: Mapping[str, str], has_cuda: bool = True) -> str:
     """Return why a rank may see no GPU, and what to do."""
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     if not has_cuda:
         return "this torch was built without CUDA: install one built for it"
-    if mask is not None and mask.strip() in ("", "-1", "NoDevFiles"):
+    if hides_gpus(environ):
         remedy = "ask Slurm for GPUs (--gpus-per-task=1)" if "SLURM_JOB_ID" in environ else "unset it"
         return f"CUDA_VISIBLE_DEVICES={mask!r} hides all of them: {remedy}"
     if mask is not None:

@@ -70,10 +70,12 @@ def test_a_mailbox_that_needs_pokes_gets_advice():
     assert len(advice) == 1
 
 
-def test_a_rank_far_from_its_gpu_gets_advice():
-    places = [place(0, uuid="a", near_cores=2), place(1, uuid="b", near_cores=0), place(2, uuid="c")]
-    (advice,) = [line for line in find_advice(places, {}) if "near its GPU" in line]
-    assert advice.startswith("rank 1 on node1 may run on none of the cores near its GPU b")
+def test_ranks_that_may_run_far_from_their_gpu_get_advice():
+    near = [place(0, uuid="a", near_cores=2), place(1, uuid="b")]  # of the second it is not known
+    assert find_advice(near, {}) == []
+    far = [place(2, uuid="c", near_cores=1), place(3, uuid="d", near_cores=0)]
+    (advice,) = find_advice(near + far, {})
+    assert advice.startswith("2 rank(s) may run far from their GPU (rank 3 on node1: 0 of 2 cores are near)")
 
 
 def printed(table):

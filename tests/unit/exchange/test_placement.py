@@ -127,8 +127,10 @@ REMEDIES = {
 def test_a_gpu_that_is_missing_is_an_error_with_its_remedy(remedy, driver):
     with pytest.raises(ConfigError, match=rf"this rank sees no GPU: .*{remedy}.*run.device=cpu.*\(on rank 1\)"):
         claim([Table(ALL, "0"), driver], "cuda")
-    with pytest.raises(ConfigError, match=rf"sees no GPU, but 1 other.*{remedy}.*run.device=cpu.*\(on rank 1\)"):
-        claim([Table(ALL, "0"), driver], "auto")
+    is_hidden = "hides" in remedy  # on purpose: a hub may be on the CPU
+    error = pytest.raises(ConfigError, match=rf"sees no GPU, but 1 other.*{remedy}.*run.device=cpu.*\(on rank 1\)")
+    with nullcontext() if is_hidden else error:
+        assert claim([Table(ALL, "0"), driver], "auto") == ["GPU-a0", None]
 
 
 def test_a_full_gpu_is_an_error_on_its_rank():
