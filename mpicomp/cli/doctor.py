@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mpicomp.errors import ExchangeError
+from mpicomp.errors import ConfigError, ExchangeError
 from mpicomp.slurm import job as slurm
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Report:
         library: the MPI library; None if it could not be started.
         places: where each rank runs.
         trials: what was tried for real, by name.
+        device_buffers: what came of handing memory of a GPU to MPI, by use; empty if that was not tried.
         job: the Slurm job around it; None outside of one.
         srun_speaks: what srun can start ranks with; empty without Slurm.
 
@@ -49,6 +50,7 @@ class Report:
     library: Library | None = None
     places: list[Place] = field(default_factory=list)
     trials: dict[str, Trial] = field(default_factory=dict)
+    device_buffers: dict[str, str] = field(default_factory=dict)
     job: slurm.Job | None = None
     srun_speaks: list[str] = field(default_factory=list)
 
@@ -68,7 +70,12 @@ def doctor(as_json: bool, timeout: float) -> None:
         except ExchangeError as error:
             _finish(Report([str(error)]), as_json)
     with _limited(timeout, "setting up the ranks"):
-        world = MpiWorld.from_environment(allow_shared_gpu=True)
+        refused = []
+        try:
+            world = MpiWorld.from_environment(allow_shared_gpu=True)
+        except ConfigError as error:  # on all ranks: a GPU that cannot be used
+            refused = [str(error)]
+            world = MpiWorld.from_environment("cpu")
         places = world.all_gather(probe.examine_place(world))
     trials = {}
     if world.size > 1:
@@ -79,19 +86,22 @@ def doctor(as_json: bool, timeout: float) -> None:
     if world.size > 1:
         with _limited(timeout, "sending by mailbox"):
             trials["mailbox"] = probe.attempt(world, probe.try_mailbox)
+    with _limited(timeout, "handing memory of a GPU to MPI"):
+        tried = probe.try_device_buffers(world, 0.8 * timeout)
     with _limited(timeout, "asking Slurm"):
         # One rank asks: a controller serves thousands.
         job, srun_speaks = world.broadcast(_ask_slurm() if world.rank == 0 else (None, []))
     with _limited(timeout, "leaving"):
         library = probe.examine_library()
         report = Report(
-            problems=find_problems(library, places, trials),
+            problems=refused + find_problems(library, places, trials),
             advice=find_advice(places, trials)
             + find_slurm_advice(library.version, len(places), job, srun_speaks, os.environ),
             software=_versions(),
             library=library,
             places=places,
             trials=trials,
+            device_buffers=tried,
             job=job,
             srun_speaks=srun_speaks,
         )
@@ -132,6 +142,13 @@ def find_advice(places: list[Place], trials: Mapping[str, Trial]) -> list[str]:
         )
     if len(places) == 1:
         advice.append("one rank only: try the same under your launcher, e.g. mpiexec -n 4 mpicomp doctor")
+    if far := [place for place in places if place.near_cores is not None and place.near_cores < place.cores]:
+        place = min(far, key=lambda place: place.near_cores or 0)
+        advice.append(
+            f"{len(far)} rank(s) may run far from their GPU (rank {place.rank} on {place.host}: {place.near_cores} of "
+            f"{place.cores} cores are near), and messages then cross from one processor to the other: let the launcher "
+            "bind ranks to cores near their GPUs (srun --gpu-bind=closest --cpu-bind=cores, mpiexec's binding to numa)"
+        )
     crowded = [place for place in places if place.core_share < 1 - 1e-9]
     if crowded:
         place = crowded[0]
@@ -265,8 +282,9 @@ def _facts(report: Report, library: Library) -> Table:
         "mpi4py": library.mpi4py,
         "launcher": library.launcher,
         "threads": library.thread_level,
-        "GPU-aware": ", ".join(f"{kind} {'yes' if yes else 'no'}" for kind, yes in library.gpu_support.items())
+        "CUDA-aware": ", ".join(f"{who} {'yes' if yes else 'no'}" for who, yes in library.cuda_support.items())
         or "cannot be asked",
+        "GPU buffers": f"{_tried(report, library)}; messages pass through host memory in any case",
         "ranks": f"{len(places)} on {len({place.host for place in places})} host(s)",
         "Slurm": _job(report.job) if report.job else None,
         "srun speaks": ", ".join(report.srun_speaks) or None,
@@ -280,6 +298,12 @@ def _facts(report: Report, library: Library) -> Table:
     return table
 
 
+def _tried(report: Report, library: Library) -> str:
+    if report.device_buffers:
+        return ", ".join(f"{use} {outcome}" for use, outcome in report.device_buffers.items())
+    return "not tried: no GPU" if all(library.cuda_support.values()) else "not tried: the library says no"
+
+
 def _job(job: slurm.Job) -> str:
     left = "no end known" if job.end_time is None else f"{max(job.end_time - time.time(), 0) / 60:.0f} min left"
     return (
@@ -289,11 +313,14 @@ def _job(job: slurm.Job) -> str:
 
 
 def _ranks(places: list[Place]) -> Table:
-    table = Table("rank", "host", "local rank", "cores", "share", "threads", "GPU", "UUID")
+    columns = ("capability", "free", "near cores") if any(place.uuid for place in places) else ()
+    table = Table("rank", "host", "local rank", "cores", "share", "threads", "GPU", "UUID", *columns)
     for place in places[:TABLE_RANKS]:
         cells = (place.rank, place.host, f"{place.local_rank} of {place.local_size}", place.cores)
         more = (f"{place.core_share:.2f}", place.threads, place.gpu or "-", place.uuid or "-")
-        table.add_row(*map(str, cells + more))
+        gpu = (place.capability or "-", f"{place.free_gb} of {place.total_gb} GB" if place.uuid else "-")
+        near = "unknown" if place.near_cores is None else f"{place.near_cores} of {place.cores}"
+        table.add_row(*map(str, cells + more + ((*gpu, near) if columns else ())))
     if len(places) > TABLE_RANKS:
         table.add_row("...", f"{len(places) - TABLE_RANKS} more")
     return table

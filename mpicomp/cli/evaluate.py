@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import torch
 
 from mpicomp.cli import debug_option
 from mpicomp.config.config import RunConfig
-from mpicomp.exchange.placement import choose_device
+from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.run.evaluation import evaluate as evaluate_model
 from mpicomp.run.folder import RunFolder
 
@@ -25,7 +24,7 @@ def evaluate(run_dir: Path, data_path: Path | None) -> None:
     overrides = [f"data.path={_quoted(data_path)}"] if data_path else []
     config = RunConfig.load(folder.config_path, overrides)
     # A run on GPUs may be evaluated on a machine without one.
-    device = choose_device("cpu" if config.run.device == "cpu" else "auto", 0, torch.cuda.device_count())
+    device = device_of(only_gpu("cpu" if config.run.device == "cpu" else "auto"))
     dataset = config.data.load()
     model = config.model.build(dataset, config.run.seed)
     folder.load_model(model)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from mpicomp.checkpoint.folder import Checkpoint, open_checkpoint
 from mpicomp.checkpoint.saver import find_checkpoint
@@ -23,7 +22,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError, MpicompError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, together
-from mpicomp.exchange.placement import choose_device
+from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.replica.record import Callback
 from mpicomp.replica.tensorboard import TensorBoard, require_tensorboard
 from mpicomp.run.folder import RunFolder
@@ -227,7 +226,7 @@ def _train_on_threads(request: _Request, size: int, is_simulated: bool) -> bool:
     from mpicomp.exchange.loopback import run
 
     config = request.load()
-    device = choose_device(config.run.device, 0, torch.cuda.device_count())
+    device = device_of(only_gpu(config.run.device))
     requests = StopRequests(config.run.stop_signal)
     links = config.simulation.links() if is_simulated else None
     return all(run(size, _train_guarded, config, request, requests, device=device, simulated=links))

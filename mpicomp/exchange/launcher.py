@@ -28,6 +28,27 @@ _SIZES = {
 """
 
 
+_PER_PROCESS = (
+    "PMI",  # also PMIX
+    "PRTE_",
+    "HYDI_",
+    "MPI_LOCAL",
+    *("OMPI_COMM_", "OMPI_WORLD_", "OMPI_UNIVERSE_", "OMPI_FILE_", "OMPI_NUM_", "OMPI_MCA_num_procs"),
+    *("OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "OMPI_MCA_initial_wdir"),  # Open MPI 4's
+    "MV2_COMM_",
+    "FLUX_",
+    "PALS_",
+    "SLURM_",
+)
+"""How the variables begin by which a launcher and the MPI in the processes find each other."""
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a program that this process starts is one rank alone; settings of MPI remain."""
+    kept = ("PMIX_MCA_", "PRTE_MCA_", "PMIX_PREFIX")
+    return {name: v for name, v in environ.items() if name.startswith(kept) or not name.startswith(_PER_PROCESS)}
+
+
 def launched_by(environ: Mapping[str, str]) -> tuple[str, int] | None:
     """Return the launcher and the number of ranks that it claims, or None for a process started alone."""
     for variable, name in _SIZES.items():

@@ -34,7 +34,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
-from mpicomp.exchange.placement import DeviceKind, choose_device
+from mpicomp.exchange.placement import DeviceKind, claim_gpu, device_of
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
@@ -77,6 +77,7 @@ class GossipStrategy(ParallelStrategy):
         install_excepthook(self.world)
         rank_zero_only.rank = self.world.rank  # Lightning finds that of torchrun and Slurm only
         self._algorithm = algorithm
+        self._allow_shared_gpu: bool = options.get("allow_shared_gpu", False)
         self._distribute: Callable[..., Distributed] = partial(
             distribute, algorithm=algorithm, topology=topology, compressor=compressor, **options
         )
@@ -103,8 +104,8 @@ class GossipStrategy(ParallelStrategy):
         """Check the Trainer, and choose the GPU of this rank if it wants one."""
         with together(self.world):
             refuse(self.lightning_module.trainer)
-            kind: DeviceKind = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
-            self._root_device = choose_device(kind, self.world.local_rank, torch.cuda.device_count())
+        kind: DeviceKind = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
+        self._root_device = device_of(claim_gpu(self.world, kind, self._allow_shared_gpu))
         self.parallel_devices = [self._root_device]
         super().setup_environment()
 

@@ -1,7 +1,13 @@
 """The doctor's trials, on every rank."""
 
-import pytest
+import functools
 
+import pytest
+from click.testing import CliRunner
+from support.driver_table import Table, node
+
+from mpicomp.cli.doctor import doctor
+from mpicomp.exchange.mpi import world as world_module
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.probe import (
     Trial,
@@ -12,6 +18,7 @@ from mpicomp.exchange.mpi.probe import (
     try_neighbors,
     try_window,
 )
+from mpicomp.exchange.placement import claim_gpu
 
 
 def test_neighbors_are_tried_for_real(world):
@@ -49,7 +56,6 @@ def test_the_library_is_the_one_that_is_loaded(world):
     assert library.version.startswith(("MPICH", "Open MPI"))
     assert "libmpi" in library.path
     assert library.thread_level in ("serialized", "multiple")
-    assert library.gpu_support.get("cuda") in (True, False)
     assert (library.launcher != "none") == (world.size > 1) or world.size == 1
 
 
@@ -58,3 +64,14 @@ def test_every_rank_has_its_place(world):
     assert [place.rank for place in places] == list(range(world.size))
     assert all(place.cores >= 1 and place.threads >= 1 for place in places)
     assert places[world.rank].core_share == pytest.approx(world.core_share)
+
+
+def test_the_doctor_goes_on_without_a_gpu_that_cannot_be_used(world, monkeypatch):
+    if world.size > 1:  # takes seconds
+        return
+    driver = Table(node(1), broken={"GPU-a0": RuntimeError("CUDA error: out of memory")})
+    monkeypatch.setattr(world_module, "claim_gpu", functools.partial(claim_gpu, driver=driver))
+    result = CliRunner().invoke(doctor)
+    assert result.exit_code == 4, result.output
+    assert "problem: the GPU GPU-a0 (H100) cannot be used: CUDA error: out of memory." in result.output
+    assert "one-sided window" in result.output

@@ -23,7 +23,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import guard, together
-from mpicomp.exchange.placement import choose_device
+from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.replica.distributed import Distributed
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.record import PARTS
@@ -94,7 +94,7 @@ def step(
         from mpicomp.exchange.loopback import run
 
         config = RunConfig.load(config_path, overrides)
-        device = choose_device(config.run.device, 0, torch.cuda.device_count())
+        device = device_of(only_gpu(config.run.device))
         results = [run(size, measured, config, is_debug(ctx), device=device)[0] for size in sizes]
         report = _report(device, config_path, overrides, blocks, length, "loopback", results)
         _print(report, results)

@@ -22,6 +22,7 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Mail
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.mailbox.window import allocate
+from mpicomp.exchange.mpi import device_buffers
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.topology import ring
@@ -49,8 +50,8 @@ class Library:
         mpi4py: the version of its Python interface.
         thread_level: what it provides.
         launcher: who started this process.
-        gpu_support: what the library says of GPU memory by kind; empty where it cannot be asked. Built with it does
-            not mean that it works.
+        cuda_support: what it says of memory of CUDA GPUs, by whom was asked; empty where nobody could be. Yes does not
+            mean that it works.
 
     """
 
@@ -60,7 +61,7 @@ class Library:
     mpi4py: str
     thread_level: str
     launcher: str
-    gpu_support: dict[str, bool]
+    cuda_support: dict[str, bool]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class Place:
         core_share: how many fall to it, when each is split between the ranks allowed on it.
         threads: how many torch uses.
         gpu: the name of its GPU, None on the CPU.
-        uuid: that of its GPU.
+        uuid: that of its GPU, or of its part of one.
+        capability: what its GPU can, such as 9.0.
+        free_gb: 1e9 bytes that are free on its GPU.
+        total_gb: all that it has.
+        near_cores: how many of the cores that the rank is allowed on are on its GPU's side of the machine; None if that
+            is not known.
 
     """
 
@@ -85,6 +91,10 @@ class Place:
     threads: int
     gpu: str | None
     uuid: str | None
+    capability: str | None = None
+    free_gb: float | None = None
+    total_gb: float | None = None
+    near_cores: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,23 +126,28 @@ def examine_library() -> Library:
         mpi4py=version("mpi4py"),
         thread_level=_LEVELS[MPI.Query_thread()],
         launcher=claim[0] if claim else "none",
-        gpu_support=_gpu_support(path) if path else {},
+        cuda_support=device_buffers.ask(ctypes.CDLL(str(path)), os.environ) if path else {},
     )
 
 
 def examine_place(world: MpiWorld) -> Place:
     """Return where this rank runs; not collective."""
-    gpu = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else None
+    gpu, cores = world.gpu, os.sched_getaffinity(0)
+    free, total = torch.cuda.mem_get_info(gpu.device) if gpu else (None, None)
     return Place(
         rank=world.rank,
         host=world.host,
         local_rank=world.local_rank,
         local_size=world.local_size,
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(cores),
         core_share=world.core_share,
         threads=torch.get_num_threads(),
         gpu=gpu.name if gpu else None,
-        uuid=str(gpu.uuid) if gpu else None,
+        uuid=gpu.uuid if gpu else None,
+        capability=".".join(map(str, gpu.capability)) if gpu else None,
+        free_gb=None if free is None else round(free / 1e9, 1),
+        total_gb=None if total is None else round(total / 1e9, 1),
+        near_cores=None if gpu is None or gpu.cores is None else len(gpu.cores & cores),
     )
 
 
@@ -195,7 +210,7 @@ def try_mailbox(world: MpiWorld) -> Trial:
 
     def once(numel: int, step: int) -> bool:
         layout = Layout((Field("bytes", torch.uint8, numel),))
-        payload = {"bytes": _pattern(numel, world.rank + step)}
+        payload = {"bytes": _pattern(numel, world.rank + step).to(world.device)}
         while not all(mailbox.room(target) for target in targets):
             mailbox.pause()
         mailbox.put(payload, layout, targets, step)
@@ -215,6 +230,17 @@ def try_mailbox(world: MpiWorld) -> Trial:
     mailbox.free()
     trial = _slowest(world, Trial("" if all(outcomes) else "wrong bytes arrived in the mailbox", seconds * 1e6))
     return replace(trial, how=how)
+
+
+def try_device_buffers(world: MpiWorld, timeout_s: float) -> dict[str, str]:
+    """Return what comes of handing memory of a GPU to MPI, by use; collective on all ranks.
+
+    One rank of each host tries it, in a program of its own, unless the library says no. Empty where nobody tries.
+    """
+    outcomes: dict[str, str] = {}
+    if world.local_rank == 0 and world.gpu and all(examine_library().cuda_support.values()):
+        outcomes = device_buffers.try_uses(*device_buffers.trial_of(world.gpu, os.environ), timeout_s)
+    return device_buffers.summarize(world.all_gather(outcomes))
 
 
 def attempt(world: MpiWorld, trial: Callable[[MpiWorld], Trial]) -> Trial:
@@ -254,20 +280,3 @@ def _loaded_library() -> Path | None:
     lines = maps.read_text().splitlines() if maps.exists() else []
     files = {Path(line.split(maxsplit=5)[5]) for line in lines if "/libmpi" in line}
     return next((file for file in sorted(files) if hasattr(ctypes.CDLL(str(file)), "MPI_Init")), None)
-
-
-def _gpu_support(path: Path) -> dict[str, bool]:
-    """Ask the loaded library which GPU memory it takes; ``ompi_info`` of another installation would not know."""
-    library = ctypes.CDLL(str(path))
-    support = {}
-    for kind in ("cuda", "rocm"):
-        query = getattr(library, f"MPIX_Query_{kind}_support", None)
-        if query is not None:
-            support[kind] = bool(query())
-    query = getattr(library, "MPIX_GPU_query_support", None)
-    if query is not None:
-        for code, kind in ((0, "cuda"), (1, "ze"), (2, "rocm")):
-            answer = ctypes.c_int(0)
-            if query(ctypes.c_int(code), ctypes.byref(answer)) == MPI.SUCCESS:
-                support[kind] = bool(answer.value)
-    return support

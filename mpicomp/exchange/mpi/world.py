@@ -10,9 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.base import check_schedule
-from mpicomp.exchange.guard import agree
 from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mailbox.window import WindowCounter
@@ -21,7 +19,7 @@ from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.survivors import Survivors
 from mpicomp.exchange.mpi.wait import poll
-from mpicomp.exchange.placement import NO_GPU, DeviceKind, choose_device, shared_gpus
+from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, device_of
 from mpicomp.topology.base import Schedule, Topology
 
 _OUTPUT_S = 0.2
@@ -32,12 +30,18 @@ LEAVE_S = 5.0
 
 
 class MpiWorld(Communicator):
-    """The `World` of one MPI rank, over a communicator of its own: messages of other libraries are none of ours."""
+    """The `World` of one MPI rank, over a communicator of its own: messages of other libraries are none of ours.
+
+    Attributes:
+        gpu: the GPU of this rank; None on the CPU.
+
+    """
 
     def __init__(self, comm: MPI.Intracomm, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> None:
         self._survivors: Survivors | None = None
         super().__init__(comm.Dup())
-        self.device = self._choose_device(device, allow_shared_gpu)
+        self.gpu: Gpu | None = claim_gpu(self, device, allow_shared_gpu)
+        self.device: torch.device = device_of(self.gpu)
         self._reach: Reach | None = None
         self.is_simulated = False
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
@@ -49,7 +53,7 @@ class MpiWorld(Communicator):
         Collective on all ranks. Sets torch's threads to this rank's share of the cores, and its CUDA device.
 
         Raises:
-            ConfigError: a GPU is demanded but not there, or several ranks share one without `allow_shared_gpu`.
+            ConfigError: a GPU that is demanded but missing, full, too old, or shared without `allow_shared_gpu`.
 
         """
         return cls(MPI.COMM_WORLD, device, allow_shared_gpu)
@@ -139,23 +143,3 @@ class MpiWorld(Communicator):
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""
         return super().test(request) if self._survivors is None else self._survivors.test(request)
-
-    def _choose_device(self, kind: DeviceKind, allow_shared_gpu: bool) -> torch.device:
-        device, error = torch.device("cpu"), None
-        try:
-            visible = torch.cuda.device_count() if kind != "cpu" else 0
-            device = choose_device(kind, self.local_rank, visible)
-        except MpicompError as failure:
-            error = failure
-        agree(self, error)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-        shared = shared_gpus(self.all_gather(uuid))
-        if shared and not allow_shared_gpu:
-            gpu, ranks = next(iter(shared.items()))
-            raise ConfigError(
-                f"ranks {', '.join(map(str, ranks))} would share the GPU {gpu}: start one rank per GPU, or allow it "
-                "(allow_shared_gpu), or run with device = 'cpu'"
-            )
-        return device
