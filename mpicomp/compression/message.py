@@ -52,7 +52,7 @@ class Spec:
 
     @cached_property
     def parts(self) -> tuple[Spec, ...]:
-        """One spec per tensor."""
+        """The specs of the single tensors."""
         return tuple(Spec((n,), (s,), self.dtype) for n, s in zip(self.names, self.shapes, strict=True))
 
     @property
@@ -108,7 +108,7 @@ class Layout:
 
     @cached_property
     def nbytes(self) -> int:
-        """The bytes of the longest message."""
+        """The bytes of the longest possible message."""
         return self._end(None)
 
     def _end(self, counts: Mapping[str, int] | None) -> int:
@@ -140,7 +140,7 @@ class Layout:
 
     @traced("unpack")
     def unpack(self, wire: Tensor) -> Payload:
-        """Return the payload in `wire` as views of it."""
+        """Return the payload in `wire`; its tensors are views of `wire`."""
         payload: Payload = {}
         offset = 0
         for field in self.fields:
