@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class SimulatedScheduler(Scheduler):
-    """A scheduler whose time goes on only when every rank sleeps or waits: to the next moment at which one has work.
+    """A scheduler with simulated time, which advances only when every rank sleeps or waits, to the next event.
 
-    One rank runs at a time, and ranks that wake at the same moment do so in their order; so a run can be repeated
-    exactly, on any machine, and goes on from a checkpoint as if it had not been interrupted. Computing takes no time by
-    itself: ranks `sleep` for as long as it is to take.
+    One rank runs at a time, and ranks that wake at the same moment run in rank order. So events have the same order in
+    every run, on any machine, and a run that continues from a checkpoint is identical to one that was not interrupted.
+    Computing itself takes no simulated time: a rank calls `sleep` for as long as its computation is to take.
     """
 
     def __init__(self, size: int, links: Links) -> None:
@@ -56,7 +56,7 @@ class SimulatedScheduler(Scheduler):
             self._notify(self._threads[rank], at_ns)
 
     def make_transport(self, rank: int, slots: Slots) -> SimulatedTransport:
-        """Return the memory of a mailbox."""
+        """Return a transport over the memory of a mailbox."""
         return SimulatedTransport(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
 
     def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:

@@ -30,22 +30,22 @@ from mpicomp.topology.base import Schedule, Topology
 T = TypeVar("T")
 
 _BLOCK = 2**20
-"""Entries averaged or broadcast at a time, which bounds the memory beside the vector."""
+"""Entries averaged or broadcast at a time, which bounds the additional memory."""
 
 
 _OUTPUT_S = 0.2
-"""What a launcher gets to pass on the last lines of a rank before it is told to kill all of them."""
+"""Seconds in which the launcher can print the last lines of a rank before it kills all ranks."""
 
 LEAVE_S = 5.0
-"""How long a rank that leaves waits for the others, which a launcher may kill as soon as one has left."""
+"""Seconds that an exiting rank waits for the others, which a launcher may kill as soon as one has exited."""
 
 
 class MpiWorld:
     """The `World` of one MPI rank, over a communicator of its own.
 
     Attributes:
-        comm: the duplicated communicator; messages of other libraries cannot be mistaken for ours.
-        core_share: the cores that fall to this rank; below 1 where ranks outnumber cores.
+        comm: a duplicated communicator, so that messages of other libraries cannot be mistaken for ours.
+        core_share: the number of cores for this rank; below 1 where ranks outnumber cores.
         is_polite: whether this rank sleeps while it waits, because others need its core.
 
     """
@@ -60,7 +60,7 @@ class MpiWorld:
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
 
     def join_(self, comm: MPI.Intracomm) -> None:
-        """Become the world of the ranks of `comm`, which is taken over; collective on these."""
+        """Make this the world of the ranks of `comm`, and own it; collective on these ranks."""
         self.comm = comm
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank = self.comm.Get_rank()
@@ -81,7 +81,7 @@ class MpiWorld:
         Collective on all ranks. Sets torch's threads to this rank's share of the cores, and its CUDA device.
 
         Raises:
-            ConfigError: a GPU is demanded but not there, or several ranks share one without `allow_shared_gpu`.
+            ConfigError: a GPU is required but missing, or several ranks share one without `allow_shared_gpu`.
 
         """
         return cls(MPI.COMM_WORLD, device, allow_shared_gpu)
@@ -101,14 +101,14 @@ class MpiWorld:
     ) -> SlotMailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
 
-        `transport` and `progress` say how the bytes travel, and whether a thread moves them on; "auto" tries what the
-        ranks at hand need.
+        `transport` chooses how the bytes travel, `progress` whether a thread makes progress; "auto" tries out what
+        these ranks need.
         """
         check_schedule(topology, self.size)
         return make_mailbox(self, topology, nbytes, depth, transport, progress)
 
     def reach(self) -> Reach:
-        """Return where a put arrives while its target does nothing; tried once, and then collective on all ranks."""
+        """Return whether puts arrive while their target makes no MPI call. The first call, a trial, is collective."""
         if self._reach is None:
             self._reach = try_reach(self)
         return self._reach
@@ -136,7 +136,7 @@ class MpiWorld:
         return result
 
     def broadcast_(self, x: Tensor, root: int = 0) -> None:
-        """Overwrite `x` by that of rank `root`."""
+        """Overwrite `x` with the `x` of rank `root`."""
         for block in torch.split(x.detach().view(-1), _BLOCK):
             host = block.cpu()
             self.wait(self.comm.Ibcast(_bytes(host), root=root), "broadcast_")
@@ -144,7 +144,7 @@ class MpiWorld:
                 block.copy_(host)
 
     def start_gather(self, values: Sequence[float]) -> MpiGather:
-        """Begin to collect the `values` of all ranks."""
+        """Begin to gather the `values` of all ranks."""
         return MpiGather(self, values)
 
     def counter(self, start: int = 0) -> WindowCounter:
@@ -152,7 +152,7 @@ class MpiWorld:
         return WindowCounter(self.comm.Dup(), start)
 
     def failure_detector(self, names: Sequence[str]) -> Survivors | None:
-        """Look after the processes of all ranks from now on; None unless all are on this machine, and can be seen."""
+        """Return a detector that watches the processes of all ranks; None unless all are visible on this machine."""
         processes = visible_processes(self)
         is_seen = all(self.all_gather(len(processes) == self.size))
         self._survivors = Survivors(self, names, [processes[rank] for rank in range(self.size)]) if is_seen else None
@@ -160,7 +160,7 @@ class MpiWorld:
 
     @property
     def has_lost_ranks(self) -> bool:
-        """Whether this is a world of survivors, which `leave` because MPI_Finalize would wait for the dead."""
+        """Whether ranks have died. The survivors then `leave`, because MPI_Finalize would wait for the dead."""
         return self._survivors is not None and self._survivors.has_lost_ranks
 
     def now(self) -> float:
@@ -174,7 +174,7 @@ class MpiWorld:
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and by ascending rank.
 
-        Each rank averages its piece of a block, and all collect all pieces: 2 (size - 1) / size vectors sent a rank.
+        Each rank averages its piece of a block, then all gather all pieces. A rank sends 2 (size - 1) / size vectors.
         """
         for block in torch.split(x.detach().view(-1), _BLOCK):
             host = block.cpu()
@@ -199,7 +199,7 @@ class MpiWorld:
         self.wait(self.comm.Ibarrier(), "barrier")
 
     def leave(self, exit_code: int) -> NoReturn:
-        """End this process without MPI_Finalize; collective on all ranks, of which none is waited for for long."""
+        """End this process without MPI_Finalize; collective on all ranks, with a time limit on the wait."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._survivors = None  # ranks that have left have not died
@@ -209,7 +209,7 @@ class MpiWorld:
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once; the launcher ends with `exit_code`.
 
-        MPICH 5.0.2's mpiexec now and then ends with 9 instead: the code of a rank that it has killed.
+        MPICH 5.0.2's mpiexec sometimes exits with 9 instead, the code of a rank that it has killed.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -218,10 +218,10 @@ class MpiWorld:
         os._exit(exit_code)
 
     def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
-        """Wait for the `request` of a collective operation, politely where ranks outnumber cores.
+        """Wait for the `request` of a collective operation; sleep meanwhile if ranks outnumber cores.
 
         Raises:
-            RankLost: a rank has died, if there is a `failure_detector`.
+            RankLost: a rank has died, and there is a `failure_detector`.
 
         """
         if self._survivors is not None:
@@ -255,7 +255,7 @@ class MpiWorld:
 
 
 class MpiGather:
-    """Numbers of all ranks under way to all ranks."""
+    """A non-blocking all-gather over MPI."""
 
     def __init__(self, world: MpiWorld, values: Sequence[float]) -> None:
         self._world = world
@@ -264,7 +264,7 @@ class MpiGather:
         self._request = world.comm.Iallgather(self._mine, self._all)
 
     def test(self) -> bool:
-        """Return whether all ranks have given theirs."""
+        """Return whether the numbers of all ranks are here."""
         return self._world.test(self._request)
 
     def wait(self) -> list[list[float]]:
