@@ -26,7 +26,7 @@ class Schedule(ABC):
         warmup_start: the fraction of the learning rate at which warmup starts, in ``[0, 1]``.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value is out of its range.
 
     """
 
@@ -52,21 +52,21 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, epoch: float) -> float:
-        """Return the factor without warmup."""
+        """Return the factor after `epoch` epochs, without warmup."""
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """``shape = 1``."""
+    """A constant learning rate: ``shape = 1``."""
 
     def shape(self, epoch: float) -> float:
-        """Return 1."""
+        """Return 1 for every epoch."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """``shape = factor ** (number of milestones reached)``.
+    """A learning rate that drops at milestones: ``shape = factor ** (number of milestones reached)``.
 
     Attributes:
         milestones: ascending; a value below 1 is a fraction of the run, a value from 1 on is an epoch.
@@ -102,7 +102,7 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """``shape = floor + (1 - floor) * (1 + cos(pi * t)) / 2``, t from 0 to 1 between warmup and the end.
+    """A cosine: ``shape = floor + (1 - floor) * (1 + cos(pi * t)) / 2``, t from 0 to 1 between warmup and the end.
 
     Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
 
