@@ -1,8 +1,8 @@
-"""What a checkpoint keeps: states as ``{path: tensor or number}`` and back, and the metadata that say how.
+"""States for checkpoints: conversion to ``{path: tensor or number}`` and back, and the field metadata that control it.
 
-A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths name its leaves,
-``"compressor/residual"``. Restoring needs a state made by `init`, whose leaves are compared one by one: what does not
-fit is an error that names the path.
+A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths such as ``"compressor/residual"``
+name its leaves. To restore, make a state with `init`; the stored leaves then replace its leaves one by one. A leaf that
+does not fit is an error that names the path.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def flatten(state: Any) -> dict[str, Leaf]:
     """Return the leaves of `state` by path; tensors are not copied.
 
     Raises:
-        CheckpointError: a value that cannot be stored; found when the state is first flattened, not on restart.
+        CheckpointError: a value cannot be stored. This shows when the state is first flattened, not on restart.
 
     """
     return {path: getattr(holder, key) if isinstance(key, str) else holder[key] for path, holder, key in _leaves(state)}
 
 
 def resize_rules(state: Any) -> dict[str, str]:
-    """Return by path what another number of ranks makes of a leaf, where the metadata of its field have a rule."""
+    """Return by path the rules in the metadata of fields: how a leaf changes with the number of ranks."""
     rules = {}
     for path, holder, key in _leaves(state):
         if dataclasses.is_dataclass(holder):
@@ -65,10 +65,10 @@ def resize_rules(state: Any) -> dict[str, str]:
 
 
 def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:
-    """Overwrite the leaves of `state` by `stored`: tensors in place, numbers by assignment.
+    """Overwrite the leaves of `state` with `stored`: tensors in place, numbers by assignment.
 
     Raises:
-        CheckpointError: a missing or surplus path, or a tensor of another shape or type.
+        CheckpointError: a path is missing or surplus, or a tensor has another shape or type.
 
     """
     places = {path: (holder, key) for path, holder, key in _leaves(state)}

@@ -1,4 +1,4 @@
-"""A small CNN on Fashion-MNIST with Lightning, on MPI ranks that talk only to their neighbors, in compressed messages.
+"""A small CNN on Fashion-MNIST with Lightning, on MPI ranks that exchange compressed messages with neighbors.
 
     mpicomp data fetch fashion_mnist                                      # into $MPICOMP_DATA, or ./data
     mpiexec -n 4 python lightning_fashion_mnist.py                        # a minute and a half on 2 cores

@@ -444,7 +444,7 @@ class SlowSection(Section):
     """Seconds by which gradients take longer in addition; or a number for each of `ranks`."""
 
     spread: Spread = "fixed"
-    """The distribution of the additional time: ``"fixed"``, or random with this mean, ``"uniform"``, ``"exponential"``."""
+    """The distribution of the additional time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
 
     @model_validator(mode="after")
     def _one_for_each(self) -> SlowSection:
@@ -470,7 +470,7 @@ class SimulationSection(Section):
     """The mean time of a gradient, in seconds; the section ``[slow]`` makes it longer."""
 
     spread: Spread = "fixed"
-    """The distribution of the time: ``"fixed"``, or random with that mean: ``"uniform"``, ``"exponential"``."""
+    """The distribution of the time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
 
     latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Seconds from the end of sending a message to its arrival."""

@@ -103,8 +103,8 @@ def distribute(
     Args:
         model: a module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
             0's values.
-        optimizer: an optimizer of `torch.optim`, except LBFGS and SparseAdam, over all trainable parameters of `model`;
-            it makes the local step. Afterwards call ``gossip.optimizer`` instead.
+        optimizer: a first-order optimizer of `torch.optim` (not LBFGS or SparseAdam) over all trainable parameters of
+            `model`; it makes the local step. Afterwards call ``gossip.optimizer`` instead.
         algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
         topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
         compressor: replaces ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio for each

@@ -200,7 +200,7 @@ class Distributed(Replica):
         self.local.skips_update = not self._algorithm.ranks_stay_equal
 
     def _end(self) -> None:
-        """Finish the step: show the new parameters, count it, average buffers and compare ranks if due."""
+        """Finish the step: restore frozen parameters, show the new ones, count the step, average buffers if due."""
         for x, before in self._frozen:
             x.copy_(before)
         self.local.skips_update = False

@@ -303,7 +303,7 @@ class FlatModel:
                 module.register_forward_hook(Hook(self._between_layers))
 
     def _hear(self) -> None:
-        """Install hooks that call `_after_gradient` for each parameter; a frozen one gets its hook when it is thawed."""
+        """Install hooks that call `_after_gradient` for each parameter; a frozen one gets its hook when thawed."""
         for p in self._unheard:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
