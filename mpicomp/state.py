@@ -18,27 +18,27 @@ from mpicomp.errors import CheckpointError
 State = Any
 """A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory.
 
-The metadata of its fields say what a restart makes of them; without any, a field is stored, and a run that goes on with
-another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+The metadata of a field control what a checkpoint does with it. A field without metadata is stored, and a run that
+continues with another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
 """
 
 SCRATCH = {"scratch": True}
-"""A field whose content means nothing between steps, and is not stored."""
+"""A field without meaning between steps; it is not stored."""
 
 ERROR_MEMORY = {"resize": "sum"}
-"""A field of what has not been sent yet: new ranks divide the sum over the old ones."""
+"""A field that holds what was not sent yet: the sum over the old ranks is divided among the new ones."""
 
 PUBLIC_COPY = {"resize": "model"}
-"""A field that copies of models make up: after a dense exchange of the mean model it is that model."""
+"""A field made of copies of models: on new ranks it is the mean model, as after a dense exchange of it."""
 
 SERVERS = {"resize": "servers"}
-"""A field (n,) that servers hold, all of them alike, and other ranks as (0,): new servers get it."""
+"""A field (n,) that is equal on all servers, and (0,) on other ranks: new servers get a copy."""
 
 IN_FLIGHT = {"resize": "refused"}
-"""A field of messages of the old ranks that are under way between steps: no other number of ranks can take them."""
+"""A field of messages that are pending between steps: it cannot be restored on another number of ranks."""
 
 OWN = {"resize": "own"}
-"""A field that tells a rank from the others: new ranks keep what `init` gave them."""
+"""A field that is particular to a rank: new ranks keep the value from `init`."""
 
 Leaf = Tensor | int | float | str | bool
 

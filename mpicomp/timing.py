@@ -19,14 +19,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HIDDEN = "exchange_hidden"
-"""The part that `Underway` counts: not a part of the others' sum."""
+"""The part that `Underway` counts; it is not included in the sum of the parts."""
 
 SHORTEST_S = 1e-6
-"""What lies between two events and is shorter gets no event of its own."""
+"""A gap between two events that is shorter gets no event of its own."""
 
 
 IDLE_S = 100e-6
-"""What lies between two idle times and is shorter belongs to them."""
+"""A gap between two idle times that is shorter is counted as idle."""
 
 
 class Event(NamedTuple):

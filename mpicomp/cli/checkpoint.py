@@ -21,7 +21,7 @@ from mpicomp.run.result import readable_bytes
 from mpicomp.state import Leaf
 
 VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
-"""What differs between two runs that are otherwise the same."""
+"""Leaves that may differ between two identical runs."""
 
 _CONTEXT = 20
 """Characters before the first difference of two texts that `diff` shows."""

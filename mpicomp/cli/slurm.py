@@ -16,7 +16,7 @@ from mpicomp.exchange.launcher import family
 from mpicomp.slurm.script import LAUNCHERS, BatchScript, Launcher
 
 _MPI4PY_S = 60.0
-"""How long the MPI library may take to tell its name; a cold file system of a cluster is slow."""
+"""Seconds that loading the MPI library may take; the file system of a cluster may be slow at first."""
 
 
 @click.group(short_help="Write the batch script of a run, and send it.")

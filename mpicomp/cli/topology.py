@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MATRIX_RANKS = 12
-"""Up to how many ranks the whole matrix is printed."""
+"""The number of ranks up to which the whole matrix is printed."""
 
 LIST_RANKS = 64
 """How many ranks the list of neighbors shows."""

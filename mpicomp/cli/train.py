@@ -34,11 +34,11 @@ from mpicomp.run.stopping import EXIT_UNFINISHED, StopRequests
 from mpicomp.slurm.job import job_end_time
 
 AUTO = "auto"
-"""``--resume auto``: go on if there is something to go on from, start otherwise."""
+"""``--resume auto``: continue the run if there is one, else start it."""
 
 
 TRACE_STEPS = 100
-"""What ``--trace`` shows by default."""
+"""The number of steps that ``--trace`` records by default."""
 
 
 class _Duration(click.ParamType):  # type: ignore[type-arg]

@@ -17,7 +17,7 @@ from mpicomp.timing import timed
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """No compression."""
+    """Send the vector without compression."""
 
     @property
     def is_unbiased(self) -> bool:

@@ -3,7 +3,7 @@
 A message is a `Payload`, a dict of tensors. Its `Layout` is known before a byte is sent: which fields, of which type,
 how many entries at most. On the wire the fields lie one behind the other in one contiguous buffer of bytes, each
 aligned to its element size; a field of variable length is preceded by its count. Bytes predicted from the layout are
-the bytes sent. Indices are 16 or 32 bits wide or a code of fewer, never 64 bits and never floats.
+the bytes sent. Indices take 16 or 32 bits, or fewer in a code; they are not sent as 64-bit integers or floats.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed
 
 _BIAS = 127
-"""Added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
+"""The number added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
 
 
 @dataclass(frozen=True)

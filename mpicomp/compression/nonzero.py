@@ -36,7 +36,7 @@ class Nonzero(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Leave out the zeros; DivergenceError if there is a NaN."""
+        """Leave out the zeros; raise DivergenceError if there is a NaN."""
         values, indices = kernels.above(x, _smallest(x.dtype))
         code = write_indices(indices, spec.numel, any_index_field(spec.numel))
         if values.numel() * x.element_size() + code.numel() < spec.numel * x.element_size():

@@ -18,7 +18,7 @@ from mpicomp.compression.message import Field, Payload
 from mpicomp.errors import ConfigError
 
 Values = Literal["full", "float32", "bfloat16", "float16", "int8"]
-"""``"full"`` is the type of the model."""
+"""The types of values on the wire; ``"full"`` is the type of the model."""
 
 _LEVELS = 127
 

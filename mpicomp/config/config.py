@@ -197,7 +197,7 @@ class RunConfig:
             )
         if algorithm.share == "by_speed" and self.data.partition != "iid":
             raise ConfigError(
-                f"algorithm.share = 'by_speed' lets all ranks take batches from one pile, so data.partition = "
+                f"algorithm.share = 'by_speed' lets all ranks take batches from one queue, so data.partition = "
                 f"{self.data.partition!r} would mean nothing: set algorithm.share = 'equal', or data.partition = 'iid'"
             )
 
@@ -209,7 +209,7 @@ class RunConfig:
         if algorithm.share == "by_speed":
             raise ConfigError(
                 f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but with "
-                "algorithm.share = 'by_speed' all ranks take batches from one pile: set algorithm.share = 'equal', or "
+                "algorithm.share = 'by_speed' all ranks take batches from one queue: set algorithm.share = 'equal', or "
                 "compression.allocation = 'uniform'"
             )
         if len(algorithm.trainers(size)) < size:

@@ -26,7 +26,7 @@ SYNONYMS = {
     "fraction": "ratio",
     "consensus_step": "gamma",
 }
-"""What people write for a key whose name looks different."""
+"""Common names of keys that have another name here."""
 
 
 class Checked:

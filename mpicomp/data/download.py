@@ -31,7 +31,7 @@ from mpicomp.files import replacing
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int | None], None]
-"""Told ``(file, bytes so far, bytes in all or None)`` while a download runs."""
+"""Called with ``(file, bytes so far, all bytes or None)`` while a download runs."""
 
 TIMEOUT_S = 30.0
 PIECE = 1 << 20

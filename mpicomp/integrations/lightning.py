@@ -39,7 +39,7 @@ from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
 OWN = "mpicomp"
-"""The key of a checkpoint file that says which states of the ranks belong to it."""
+"""The key in a checkpoint file that identifies the ranks' states belonging to it."""
 
 
 class GossipStrategy(ParallelStrategy):

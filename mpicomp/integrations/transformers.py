@@ -34,10 +34,10 @@ from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
 FOLDER = "gossip"
-"""Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.replica.replica.Replica.save`)."""
+"""The folder in a checkpoint of the Trainer with the state of each rank (`mpicomp.replica.replica.Replica.save`)."""
 
 LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK")
-"""By which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
+"""The environment variables by which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
 
 
 class GossipTrainer(Trainer):

@@ -46,10 +46,10 @@ from mpicomp.topology.base import Schedule
 
 _TRAINS, _SERVES, _AVERAGED, _DISTANCE, _METRICS, _SAVE, _RESUME = range(7)
 _CALLS = ("step()", "serve() or finish()", "averaged()", "consensus_distance()", "metrics()", "save()", "resume()")
-"""What a rank says in the pulse, and what it has called."""
+"""The calls that a rank reports in the pulse, by number."""
 
 _IS_AT_WORK, _HAS_COME = range(2)
-"""What a rank tells its neighbors in the place of a step, so that one that waits can name who is missing."""
+"""What a rank announces to its neighbors instead of a step, so that a waiting rank can name the missing ones."""
 
 Extra = Callable[[], Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from mpicomp.replica.replica import Replica
 from mpicomp.topology.base import Topology
 
 PEERS_S = 0.5
-"""How often a rank looks whether the others are still there."""
+"""Seconds between two checks of a rank whether its neighbors still run."""
 
 
 class AsynchronousReplica(Replica):

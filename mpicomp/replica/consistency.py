@@ -21,7 +21,7 @@ EVERY_STEPS = 50
 """Steps from one comparison to the next."""
 
 TOLERANCE = 1e-5
-"""How far sums over all parameters may be apart, relative to the sum of absolute values: all-reduces may round."""
+"""The allowed difference of sums over all parameters, relative to the sum of absolute values; all-reduces round."""
 
 
 class Compared(NamedTuple):

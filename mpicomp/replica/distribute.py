@@ -44,11 +44,11 @@ from mpicomp.replica.optimizer import DistributedOptimizer
 from mpicomp.topology.base import Schedule, Topology
 
 _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-"""The optimizers of models that are trained together."""
+"""The optimizers of distributed models."""
 
 
 Buffers = Literal["averaged", "own"] | int
-"""What becomes of batch-norm statistics: see `distribute`."""
+"""How batch-norm statistics are handled; see `distribute`."""
 
 
 @overload

@@ -22,7 +22,7 @@ from mpicomp.replica.model_checks import listed, named_parameters, trained_param
 from mpicomp.timing import timed
 
 _taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The parameters of all flat models; the values say nothing."""
+"""The parameters of all flat models; the values of the dict are not used."""
 
 
 class Hook:

@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 
 Spread = Literal["fixed", "uniform", "exponential"]
-"""The distribution of a time with a given mean: always the same, or between zero and twice the mean, or exponential."""
+"""The distribution of a time with a given mean: constant, uniform between zero and twice the mean, or exponential."""
 
 
 SLICE_S = 2e-3
-"""How long a rank that is slow on purpose sleeps from one look at its messages to the next."""
+"""Seconds between two checks of its messages while a rank that is slow on purpose sleeps."""
 
 
 class GradientDelay:

@@ -23,10 +23,10 @@ OTHER = "other"
 """The seconds between two steps."""
 
 RUNAWAY_RECORDS = 3
-"""Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
+"""A run ends after so many consecutive records in which public copies are farther from the models than zero is."""
 
 SAMPLED_ENTRIES = 4096
-"""Parameters from which the records' consensus distance is estimated; `Replica.consensus_distance` is exact."""
+"""The number of parameters sampled for a record's consensus distance; `Replica.consensus_distance` is exact."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 from mpicomp.errors import ConfigError
 
 LISTED = 4
-"""How many of the tensors that are wrong are named."""
+"""How many tensors an error names at most."""
 
 
 def listed(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    """Has `GradScaler.step` call `step` also after an overflow, which others would wait for."""
+    """Makes `GradScaler.step` call `step` also after an overflow, because other ranks wait for this rank's exchange."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None

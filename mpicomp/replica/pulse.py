@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mpicomp.exchange.base import Gather, World
 
 PULSE_S = 0.05
-"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
+"""The least number of seconds between two pulses; rank 0 waits for it, and the others follow."""
 
 
 class Pulse:

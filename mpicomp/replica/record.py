@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from mpicomp.timing import HIDDEN
 
 PARTS = ("gradient", "compress", "exchange", "mix")
-"""Where a step's seconds go; `mix` is what the others leave."""
+"""The parts of a step's seconds; `mix` is the rest."""
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:

@@ -43,7 +43,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the file; a later record opens another one beside it."""
+        """Close the file; a later record opens another file."""
         if self._writer is not None:
             self._writer.close()
             self._writer, self._purge_step = None, None

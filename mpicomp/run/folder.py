@@ -39,7 +39,7 @@ from mpicomp.run.result import Result, to_json
 
 FORMAT = "mpicomp model"
 RUNS = Path("runs")
-"""Where runs without a folder of their own go."""
+"""The folder for runs without ``--run-dir``."""
 
 
 @dataclass(frozen=True)

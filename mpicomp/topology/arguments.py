@@ -23,7 +23,7 @@ def require_size(kind: str, size: object) -> int:
     """Return the number of ranks as an int.
 
     Raises:
-        TopologyError: not a whole number of at least one.
+        TopologyError: `size` is not a whole number of at least one.
 
     """
     if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:

@@ -17,7 +17,7 @@ import numpy as np
 from mpicomp.errors import TopologyError
 
 TOLERANCE = 1e-10
-"""How far a sum of weights may be from one."""
+"""The allowed difference of a sum of weights from one."""
 
 
 # Equality is identity: comparing the fields would ask an array for its truth.

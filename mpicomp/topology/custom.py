@@ -31,7 +31,7 @@ from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
 Graph: TypeAlias = "nx.Graph[Any]"
 
 GIVEN = "given"
-"""The weights that the edges carry, in place of a rule."""
+"""The value of `weights` that takes the weights of the edges instead of a rule."""
 
 
 def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False, name: str = "graph") -> Topology:

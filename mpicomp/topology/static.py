@@ -33,7 +33,7 @@ DRAWS = 100
 """How often a random graph is drawn anew until it is connected."""
 
 DYCK_CHORDS = (5, -5, 13, -13)
-"""Vertex v of the Dyck graph joins ``v + DYCK_CHORDS[v mod 4]``, beside its neighbors on a cycle of 32."""
+"""Vertex v of the Dyck graph is connected with ``v + DYCK_CHORDS[v mod 4]`` and with its neighbors on a cycle of 32."""
 
 
 def ring(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:

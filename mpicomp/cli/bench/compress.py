@@ -23,7 +23,7 @@ RATIOS = (0.1, 0.01, 0.001)
 """The fractions of the entries that top-k is measured with."""
 
 RATIO = 0.01
-"""The fraction for what is measured with one."""
+"""The fraction kept in all other measurements."""
 
 _LEAST_S = 1e-3
 """The shortest time that is measured."""

@@ -26,7 +26,7 @@ SMALLEST = 1000
 """Bytes of the first message; each further one is four times as long."""
 
 _ROUND_S = 0.01
-"""How long the calls of one round take together, about."""
+"""The approximate seconds of all calls in one round."""
 
 _WARM_CALLS = 3
 

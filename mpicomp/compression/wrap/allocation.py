@@ -42,10 +42,10 @@ from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, wi
 from mpicomp.errors import ConfigError
 
 Rule = Literal["uniform", "dagc", "waterfill"]
-"""How the budget is shared out; ``"uniform"`` leaves all ranks the same."""
+"""The rule by which the budget is shared out; ``"uniform"`` gives all ranks the same."""
 
 SHOWN = 4
-"""Of how many ranks a summary shows the value, beside the smallest and the largest."""
+"""The number of ranks whose values a summary shows, besides the smallest and the largest value."""
 
 
 def dagc_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float, ...]:
@@ -152,7 +152,7 @@ RATIOS: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]] = {
     "waterfill": waterfill_ratios,
 }
 THRESHOLDS = {"dagc": dagc_thresholds}
-"""By `Rule`, for compressors with a ratio, and those with a threshold."""
+"""The functions of each `Rule`: above for compressors with a ratio, here for those with a threshold."""
 
 
 def check_rule(compressor: Compressor, rule: str) -> None:

@@ -76,12 +76,12 @@ class ErrorFeedback(Wrapper):
 
     @timed("compress")
     def add_(self, x: Tensor, state: FeedbackState) -> None:
-        """Add `x` (n,) to what is to be sent: the first half of `compress`."""
+        """Add `x` (n,) to the residual: the first half of `compress`."""
         state.residual.add_(x)
 
     @timed("compress")
     def compress_sum(self, spec: Spec, state: FeedbackState) -> Payload:
-        """Compress what is to be sent, and keep what is left: the second half."""
+        """Compress the residual, and keep what was not sent: the second half of `compress`."""
         payload = apart_from(state.residual, self.inner.compress(state.residual, spec, state.inner))
         self.inner.accumulate(payload, spec, state.residual, -1.0)
         return payload

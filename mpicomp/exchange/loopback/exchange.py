@@ -105,5 +105,5 @@ def mean_over_ranks_(scheduler: Scheduler, rank: int, x: Tensor) -> None:
     begin, end = (len(vectors[rank]) * min(i, workers) // workers for i in (rank, rank + 1))
     mean = mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None
     means = scheduler.gather(rank, mean, "mean_")
-    # Nobody overwrites a vector before all have read it: the second gather is a barrier too.
+    # The second gather is also a barrier: no rank overwrites its vector before all have read it.
     torch.cat([mean for mean in means if mean is not None], out=vectors[rank])

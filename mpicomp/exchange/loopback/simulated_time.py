@@ -1,4 +1,4 @@
-"""The scheduler of a loopback whose time is simulated."""
+"""The scheduler of the loopback with simulated time."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class SimulatedScheduler(Scheduler):
         return self._now_ns / 1e9
 
     def now_ns(self) -> int:
-        """Return the simulated time: whole nanoseconds, so that a run that goes on from a checkpoint adds up alike."""
+        """Return the simulated time in whole nanoseconds, so that sums are exact, also in a run that was continued."""
         return self._now_ns
 
     def sleep(self, rank: int, seconds: float) -> None:
-        """Wake up after `seconds` of simulated time."""
+        """Sleep for `seconds` of simulated time."""
         self._nap(rank, self._now_ns + round(1e9 * seconds), is_awaiting_mail=False)
 
     def gather(self, rank: int, value: T, operation: str) -> list[T]:
-        """Return the values of all ranks, which then go on in their order, whoever came last."""
+        """Return the values of all ranks; the ranks continue in rank order, in whatever order they arrived."""
         values = super().gather(rank, value, operation)
         self.sleep(rank, 0.0)
         return values
 
     def await_mail(self, rank: int, until_ns: int) -> None:
-        """Wake up at that time, or when something arrives before."""
+        """Sleep until `until_ns`, or until something arrives at `rank`."""
         self._nap(rank, until_ns, is_awaiting_mail=True)
 
     def notify(self, rank: int, at_ns: int) -> None:
-        """Note that something will arrive at `rank` at that time."""
+        """Note that something will arrive at `rank` at `at_ns`."""
         with self._lock:
             self._notify(self._threads[rank], at_ns)
 

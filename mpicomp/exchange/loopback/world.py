@@ -123,7 +123,7 @@ class LoopbackGather:
 
 
 class LoopbackCounter:
-    """A number that all ranks take from, each value once."""
+    """A shared counter that gives each value to one rank only."""
 
     def __init__(self, scheduler: Scheduler, number: int, start: int) -> None:
         self._scheduler = scheduler
@@ -167,17 +167,17 @@ def run(
 
     Args:
         size: the number of ranks.
-        function: what each does.
-        args: what it gets beside its world.
+        function: called on each rank.
+        args: further arguments after its world.
         device: of the tensors.
-        cores: how many ranks may run at a time; as many as there are cores if None, and the same run again with one.
+        cores: how many ranks may run at a time; None for the number of cores. With one, runs are repeatable.
         delays: of the mailbox's messages.
-        simulated: simulate the time, with such links between the ranks; one rank runs at a time, and a run is the same
-            each time. Mailboxes only: other messages take no time.
+        simulated: the links of a simulated network; time is then simulated, one rank runs at a time, and runs are
+            repeatable. Only messages of mailboxes take simulated time.
 
     Raises:
-        ExchangeError: the ranks wait for each other for ever.
-        Exception: what the first rank to fail has raised; it carries a note with the rank. The others are stopped.
+        ExchangeError: all ranks wait for each other (deadlock).
+        Exception: the exception of the first rank that fails, with a note that names the rank. The others are stopped.
 
     """
     if size < 1:

@@ -32,7 +32,7 @@ check_before_start(family(_expected_family()), os.environ)
 if not Path("/sys/class/infiniband").exists():
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
-# One thread of ours talks to MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
+# One thread of this package calls MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
 # The environment variable MPI4PY_RC_THREAD_LEVEL overrules this.
 mpi4py.rc.thread_level = "serialized"
 try:
