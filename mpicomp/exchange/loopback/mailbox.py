@@ -145,7 +145,7 @@ class Clock(Protocol):
         """Return the simulated time in nanoseconds."""
 
     def await_mail(self, rank: int, until_ns: int) -> None:
-        """Wake `rank` at `at_ns`, or earlier if something arrives."""
+        """Let `rank` sleep until `until_ns`, or until something arrives."""
 
     def notify(self, rank: int, at_ns: int) -> None:
         """Note that something will arrive at `rank` at `at_ns`."""
