@@ -1,7 +1,7 @@
-"""mpicomp: train one model on many MPI ranks that talk only to their neighbors, in compressed messages.
+"""mpicomp: train one model on many MPI ranks that exchange compressed messages with their neighbors.
 
-Importing this package starts no MPI and needs none. Its parts are loaded when they are first named, so that the
-command line answers at once.
+Importing this package starts no MPI and needs none. Its parts are imported when they are first used, so that the
+command line starts fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The errors that a user may meet; each carries the exit code with which the program ends."""
+"""The errors of this package; each has the exit code with which the program ends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RankLost(ExchangeError):
 
 
 class DivergenceError(MpicompError):
-    """Training that left the numbers: NaN or infinite loss, or public copies that run away."""
+    """Training that diverges: a loss of NaN or infinity, or public copies far from the models."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to: it takes the place of `path` if the block succeeds, and vanishes if not.
+    """Yield a temporary path to write to. If the block succeeds, the file replaces `path`; if not, it is removed.
 
-    No other process, on whatever machine, is given the same one. It is on the disk at the end only if the block has
-    waited for that.
+    No other process, on any machine, gets the same temporary path. The file is surely on the disk afterwards only if
+    the block has called fsync.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -1,13 +1,13 @@
-"""What a kind in a configuration stands for, and what is made of it; from inside the package or from outside.
+"""Factories for the kinds of a configuration, from this package or from others.
 
 A name is looked up in this order:
 
-1. the registry of the package: an installed package never changes what such a name means;
-2. an import path, ``module:attribute``; the current folder is searched too;
-3. the entry points of the installed packages, in the group that `GROUPS` gives.
+1. in the registry of this package, so that an installed package cannot change the meaning of such a name;
+2. as an import path, ``module:attribute``; the current folder is searched, too;
+3. among the entry points of installed packages, in the group that `GROUPS` gives.
 
-What is found is a factory: a class or function. `make` calls it with what the package gives, by position, and with the
-user's parameters, by keyword.
+The name stands for a factory: a class or function. `make` calls it with the arguments of this package by position, and
+with the user's parameters by keyword.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def find(key: str, name: str, registry: Mapping[str, Factory]) -> Factory:
     Args:
         key: the dotted key that chooses it, e.g. ``"model.kind"``.
         name: a name in `registry`, an import path, or a name that a package offers.
-        registry: what this package has.
+        registry: the factories of this package by name.
 
     Raises:
-        ConfigError: no such name, one that two packages offer, or one that leads nowhere.
+        ConfigError: the name is unknown, two packages offer it, or it cannot be imported.
 
     """
     if name in registry:
@@ -77,19 +77,19 @@ def find(key: str, name: str, registry: Mapping[str, Factory]) -> Factory:
 def make(
     key: str, name: str, registry: Mapping[str, Factory], kind: type | tuple[type, ...], *given: object, **own: object
 ) -> Any:
-    """Return what the factory `name` makes.
+    """Return the object that the factory `name` makes.
 
     Args:
         key: the dotted key that chooses it, e.g. ``"model.kind"``.
         name: as for `find`.
         registry: as for `find`.
-        kind: of what type it has to be.
-        given: what the package hands over, by position.
-        own: the parameters that the user sets beside `key`.
+        kind: the type that the object must have.
+        given: the arguments of this package, by position.
+        own: the parameters that the user sets next to `key`.
 
     Raises:
-        ConfigError: as `find`; a parameter that the factory does not take, or lacks; a value that it refuses; something
-            made that is no `kind`.
+        ConfigError: as `find`; or the factory does not take a parameter, lacks one, refuses a value, or makes an object
+            that is no `kind`.
 
     """
     factory = find(key, name, registry)
@@ -133,7 +133,7 @@ def _check(chosen: str, section: str, factory: Factory, given: int, own: Mapping
 
 
 def _offered(key: str) -> dict[str, list[EntryPoint]]:
-    """Return what installed packages offer for `key`, by name."""
+    """Return the entry points of installed packages for `key`, by name."""
     found: dict[str, list[EntryPoint]] = {}
     if key in GROUPS:
         for entry in entry_points(group=GROUPS[key]):
@@ -146,7 +146,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _imported(chosen: str, path: str) -> Factory:
-    """Return ``module:attribute``, a factory."""
+    """Import the factory ``module:attribute``."""
     module, _, attribute = path.partition(":")
     try:
         found = importlib.import_module(module)

@@ -1,8 +1,8 @@
-"""What a checkpoint keeps: states as ``{path: tensor or number}`` and back, and the metadata that say how.
+"""States for checkpoints: conversion to ``{path: tensor or number}`` and back, and the field metadata that control it.
 
-A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths name its leaves,
-``"compressor/residual"``. Restoring needs a state made by `init`, whose leaves are compared one by one: what does not
-fit is an error that names the path.
+A state is a tree of dataclasses, lists, tensors, numbers, strings and None. Paths such as ``"compressor/residual"``
+name its leaves. To restore, make a state with `init`; the stored leaves then replace its leaves one by one. A leaf that
+does not fit is an error that names the path.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from mpicomp.errors import CheckpointError
 State = Any
 """A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory.
 
-The metadata of its fields say what a restart makes of them; without any, a field is stored, and a run that goes on with
-another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+The metadata of a field control what a checkpoint does with it. A field without metadata is stored, and a run that
+continues with another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
 """
 
 SCRATCH = {"scratch": True}
-"""A field whose content means nothing between steps, and is not stored."""
+"""A field without meaning between steps; it is not stored."""
 
 ERROR_MEMORY = {"resize": "sum"}
-"""A field of what has not been sent yet: new ranks divide the sum over the old ones."""
+"""A field that holds what was not sent yet: the sum over the old ranks is divided among the new ones."""
 
 PUBLIC_COPY = {"resize": "model"}
-"""A field that copies of models make up: after a dense exchange of the mean model it is that model."""
+"""A field made of copies of models: on new ranks it is the mean model, as after a dense exchange of it."""
 
 SERVERS = {"resize": "servers"}
-"""A field (n,) that servers hold, all of them alike, and other ranks as (0,): new servers get it."""
+"""A field (n,) that is equal on all servers, and (0,) on other ranks: new servers get a copy."""
 
 IN_FLIGHT = {"resize": "refused"}
-"""A field of messages of the old ranks that are under way between steps: no other number of ranks can take them."""
+"""A field of messages that are pending between steps: it cannot be restored on another number of ranks."""
 
 OWN = {"resize": "own"}
-"""A field that tells a rank from the others: new ranks keep what `init` gave them."""
+"""A field that is particular to a rank: new ranks keep the value from `init`."""
 
 Leaf = Tensor | int | float | str | bool
 
@@ -47,14 +47,14 @@ def flatten(state: Any) -> dict[str, Leaf]:
     """Return the leaves of `state` by path; tensors are not copied.
 
     Raises:
-        CheckpointError: a value that cannot be stored; found when the state is first flattened, not on restart.
+        CheckpointError: a value cannot be stored. This shows when the state is first flattened, not on restart.
 
     """
     return {path: getattr(holder, key) if isinstance(key, str) else holder[key] for path, holder, key in _leaves(state)}
 
 
 def resize_rules(state: Any) -> dict[str, str]:
-    """Return by path what another number of ranks makes of a leaf, where the metadata of its field have a rule."""
+    """Return by path the rules in the metadata of fields: how a leaf changes with the number of ranks."""
     rules = {}
     for path, holder, key in _leaves(state):
         if dataclasses.is_dataclass(holder):
@@ -65,10 +65,10 @@ def resize_rules(state: Any) -> dict[str, str]:
 
 
 def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:
-    """Overwrite the leaves of `state` by `stored`: tensors in place, numbers by assignment.
+    """Overwrite the leaves of `state` with `stored`: tensors in place, numbers by assignment.
 
     Raises:
-        CheckpointError: a missing or surplus path, or a tensor of another shape or type.
+        CheckpointError: a path is missing or surplus, or a tensor has another shape or type.
 
     """
     places = {path: (holder, key) for path, holder, key in _leaves(state)}

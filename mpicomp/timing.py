@@ -1,8 +1,8 @@
-"""Where the seconds of a step go: ``@timed("compress")`` on the few functions that the metrics name.
+"""Seconds of a step by part: ``@timed("compress")`` marks the few functions whose time the metrics report.
 
-Each thread (a rank of the loopback is a thread) adds up its own seconds by part. Every instant is counted once: where a
-function of one part calls one of another, the seconds of the inner one are the inner part's alone. A `Recorder` takes
-down, in addition, when which of these functions ran; ``@traced("select")`` is for what it should show beside them.
+Each thread (a rank of the loopback is a thread) adds up its own seconds by part. Every moment counts once: if a
+function of one part calls a function of another, the time of the inner one counts for the inner part only. A `Recorder`
+also records when these functions ran. ``@traced("select")`` marks further functions for the recorder only.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HIDDEN = "exchange_hidden"
-"""The part that `Underway` counts: not a part of the others' sum."""
+"""The part that `Underway` counts; it is not included in the sum of the parts."""
 
 SHORTEST_S = 1e-6
-"""What lies between two events and is shorter gets no event of its own."""
+"""A gap between two events that is shorter gets no event of its own."""
 
 
 IDLE_S = 100e-6
-"""What lies between two idle times and is shorter belongs to them."""
+"""A gap between two idle times that is shorter is counted as idle."""
 
 
 class Event(NamedTuple):
-    """What ran when.
+    """A recorded call or period.
 
     Attributes:
-        name: what it is.
-        category: the part whose seconds it belongs to; empty if to none.
+        name: of the function or period.
+        category: the part to which its seconds count; empty for none.
         begin: in seconds, by the clock of the thread.
         end: the same.
 
@@ -48,15 +48,15 @@ class Event(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Takes down the first events of a thread.
+    """Records the first events of a thread.
 
     Attributes:
-        steps: how many steps to take down.
-        limit: how many events to take down at most.
+        steps: how many steps to record.
+        limit: how many events to record at most.
         push: called with the name when an event begins (NVTX).
-        pop: called when it ends.
-        on_full: called when it is found full between two events, with the last step or at the limit.
-        events: as they have ended.
+        pop: called when an event ends.
+        on_full: called between two events when the recorder is full: after the last step, or at the limit.
+        events: in the order of their ends.
 
     """
 
@@ -70,27 +70,27 @@ class Recorder:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for another event."""
+        """Whether the recorder takes no further event."""
         return self.steps <= 0 or len(self.events) >= self.limit
 
     def begin(self, name: str) -> None:
-        """Tell the profiler."""
+        """Tell the profiler that an event begins."""
         if self.push:
             self.push(name)
 
     def end(self, name: str, category: str, begin: float, end: float) -> None:
-        """Take an event down; to be called for each `begin`."""
+        """Record an event; to be called for each `begin`."""
         if self.pop:
             self.pop()
         self.add(name, category, begin, end)
 
     def add(self, name: str, category: str, begin: float, end: float) -> None:
-        """Take an event down if there is room."""
+        """Record an event if the recorder is not full."""
         if not self.is_full:
             self.events.append(Event(name, category, begin, end))
 
     def add_rest(self, begin: float, end: float) -> None:
-        """Take down as ``mix`` what the events since the last call leave of the time from `begin` to `end`."""
+        """Record as ``mix`` the time from `begin` to `end` in which no event since the last call ran."""
         known = [event for event in self.events[self._shown :] if event.category not in ("", "mix")]
         for event in [*sorted(known, key=lambda event: event.begin), Event("", "", end, end)]:
             if event.begin - begin >= SHORTEST_S:
@@ -101,9 +101,9 @@ class Recorder:
             self.on_full()
 
     def add_idle(self, begin: float, end: float) -> None:
-        """Take down as ``idle`` the time from `begin` to `end`; what follows on idle time at once is one event with it.
+        """Record the time from `begin` to `end` as ``idle``; idle times that follow one another become one event.
 
-        The work between two looks for something to do counts for it then.
+        Short work between them, such as checking for something to do, then counts as idle.
         """
         last = self.events[-1] if self.events else None
         if last and last.name == "idle" and begin - last.end < IDLE_S and not self.is_full:
@@ -113,7 +113,7 @@ class Recorder:
         self._shown = len(self.events)
 
     def end_step(self, begin: float, end: float) -> None:
-        """Take a step down, with what its events leave of it."""
+        """Record a step, and as ``mix`` the time in it without events."""
         self.add_rest(begin, end)
         self.add("step", "", begin, end)
         self._shown = len(self.events)
@@ -123,7 +123,7 @@ class Recorder:
 
 
 class _Clock:
-    """The seconds of a thread, the part that it is inside of, and since when it counts for that."""
+    """The seconds of a thread by part, its present part, and the time since which it has counted for that part."""
 
     __slots__ = ("now", "part", "recorder", "seconds", "since", "taken")
 
@@ -137,7 +137,7 @@ class _Clock:
 
 
 class _Clocks(threading.local):
-    """That of the calling thread; looked up once a call, because that takes longer than all else."""
+    """The clock of the calling thread; looked up once in each call, because this lookup takes most of the time."""
 
     def __init__(self) -> None:
         self.own = _Clock()
@@ -152,7 +152,7 @@ def timed(part: str, event: str | None = None, *, is_event: bool = True) -> Call
     Args:
         part: of a step.
         event: its name for a `Recorder`; by default that of the function.
-        is_event: whether a `Recorder` takes it down.
+        is_event: whether a `Recorder` records it.
 
     """
 
@@ -187,9 +187,9 @@ def timed(part: str, event: str | None = None, *, is_event: bool = True) -> Call
 
 
 def traced(name: str, category: str = "mix") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that a `Recorder` takes it down; its seconds stay those of the part that it is in.
+    """Decorate a function so that a `Recorder` records it; its seconds count for the part that calls it.
 
-    `category` is for where it is in none.
+    `category` is used if no part calls it.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -212,10 +212,10 @@ def traced(name: str, category: str = "mix") -> Callable[[Callable[P, R]], Calla
 
 
 class Underway:
-    """Counts under `HIDDEN` the seconds in which messages are under way behind other work.
+    """Counts, as `HIDDEN`, the seconds in which messages travel while the rank does other work.
 
-    They go from the end of the timed function that makes this, to the begin of the one that calls `arrived`, without
-    what other functions of the part ``exchange`` take meanwhile: those seconds are exposed, and none is counted twice.
+    They go from the end of the timed function that makes this object to the begin of the function that calls `arrived`.
+    The seconds of other ``exchange`` functions in between are exposed and not counted here, so none counts twice.
     """
 
     def __init__(self) -> None:
@@ -223,21 +223,21 @@ class Underway:
         self._before = self._elsewhere()
 
     def arrived(self) -> None:
-        """Count the time so far; once only."""
+        """Count the time until now; later calls have no effect."""
         if not self._is_over:
             self._is_over = True
             _clocks.own.seconds[HIDDEN] += self._elsewhere() - self._before
 
     @staticmethod
     def _elsewhere() -> float:
-        """Return the time that was not spent in exchanges, from any origin."""
+        """Return the time not spent in exchanges, from an arbitrary origin."""
         clock = _clocks.own
         assert clock.part == "exchange"
         return clock.since - clock.seconds["exchange"] - clock.taken
 
 
 def take_seconds() -> dict[str, float]:
-    """Return the seconds by part since the last call on this thread, and start again from zero."""
+    """Return the seconds by part since the last call on this thread, and reset them to zero."""
     clock = _clocks.own
     seconds = dict(clock.seconds)
     clock.taken += seconds.get("exchange", 0.0)
@@ -251,15 +251,15 @@ def now() -> float:
 
 
 def use_clock(now: Callable[[], float]) -> None:
-    """Measure the seconds of this thread by `now` from here on: in a simulation, by its time."""
+    """Measure the seconds of this thread with `now` from here on; a simulation passes simulated time."""
     _clocks.own.now = now
 
 
 def record(recorder: Recorder | None) -> None:
-    """Let `recorder` take down the events of this thread from here on."""
+    """Let `recorder` record the events of this thread from here on."""
     _clocks.own.recorder = recorder
 
 
 def recorder() -> Recorder | None:
-    """Return what takes down the events of this thread."""
+    """Return the recorder of this thread, or None."""
     return _clocks.own.recorder

@@ -1,8 +1,8 @@
-"""A small CNN on Fashion-MNIST with Lightning, on MPI ranks that talk only to their neighbors, in compressed messages.
+"""A small CNN on Fashion-MNIST with Lightning, on MPI ranks that exchange compressed messages with neighbors.
 
     mpicomp data fetch fashion_mnist                                      # into $MPICOMP_DATA, or ./data
     mpiexec -n 4 python lightning_fashion_mnist.py                        # a minute and a half on 2 cores
-    mpiexec -n 4 python lightning_fashion_mnist.py --resume               # go on after a kill, or with more --epochs
+    mpiexec -n 4 python lightning_fashion_mnist.py --resume               # continue after a kill, or with more --epochs
 
 Without mpicomp it would be the same script, without ``strategy=gossip``.
 """

@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _nav(found: set[str]) -> Nav:
-    """Return the pages by subject; a page in ``docs/`` that nobody has listed here is among the guides."""
+    """Return the pages by subject; a page in ``docs/`` that is not listed here is among the guides."""
     known = {*GUIDES, *LAST, *site.INCLUDED.values()}
     further = sorted(page for page in found if "/" not in page and page not in known)
 

@@ -1,6 +1,6 @@
-"""What is damaged in a file that is not the one that was written.
+"""Finds what is damaged in a file whose SHA-256 is wrong.
 
-HDF5 is asked in a process of its own, because a damaged header can make it crash, or never end.
+HDF5 reads the file in a process of its own, because a damaged header can make it crash or hang.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mpicomp.errors import CheckpointError
 
 _START_S = 60
 _NBYTES_PER_S = 20e6
-"""How long HDF5 may take: to start on a busy machine, and to read from a slow disk."""
+"""Seconds that HDF5 may take, to start on a busy machine and to read from a slow disk."""
 
 _ELSEWHERE = "the damage is outside of all tensors: in a header, a name, a number or a text"
 
 
 def damaged(path: Path, digest: Digest) -> list[str]:
-    """Return one sentence for each thing that is wrong with a file; an empty list if it is sound."""
+    """Return one sentence for each damage in a file; an empty list if it is intact."""
     problem = hdf5.difference(path, digest)
     if problem is None:
         return []

@@ -33,20 +33,20 @@ def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     means = {name: _mean(checkpoint, name, cast(Tensor, first[name])) for name in names}
     parameters = dict(_split(means.pop("model/parameters"), str(first["model/tensors"])))
     model = {**parameters, **{name.split("/", 2)[2]: tensor for name, tensor in means.items()}}
-    aliases: dict[str, str] = json.loads(str(first.get("model/aliases", "{}")))  # which older checkpoints lack
+    aliases: dict[str, str] = json.loads(str(first.get("model/aliases", "{}")))  # older checkpoints have none
     return {**model, **{name: model[other] for name, other in aliases.items()}}
 
 
 def save(model: dict[str, Tensor], path: Path) -> None:
     """Write a `state_dict`: ``.safetensors``, or ``.pt`` for `torch.load`.
 
-    A tensor with several names is stored once. In ``.pt`` it has them all, so that ``load_state_dict(strict=True)``
-    takes it. In ``.safetensors``, which knows no sharing, it has the first of them, and the metadata say for each other
-    one which that is: as `safetensors.torch.save_model` does, and as `safetensors.torch.load_model` and `transformers`
-    expect.
+    A tensor with several names is stored once. A ``.pt`` file has all names, so ``load_state_dict(strict=True)``
+    accepts it. The format ``.safetensors`` has no sharing: the tensor has its first name, and the metadata map each
+    other name to the first. `safetensors.torch.save_model` does the same, and `safetensors.torch.load_model` and
+    `transformers` expect it.
 
     Raises:
-        ConfigError: another suffix, no safetensors installed, or a path that cannot be written.
+        ConfigError: the suffix is another, safetensors is not installed, or the path cannot be written.
 
     """
     if path.suffix not in SUFFIXES:
@@ -68,7 +68,7 @@ def _save_safetensors(model: dict[str, Tensor], path: Path) -> None:
     first: dict[Tensor, str] = {}
     names = {name: first.setdefault(tensor, name) for name, tensor in model.items()}
     metadata = {name: other for name, other in names.items() if name != other}
-    # Versions 4 of transformers refuse a file that does not say from which library its tensors come.
+    # Version 4 of transformers refuses a file that does not name the library of its tensors.
     save_file({name: tensor.contiguous() for tensor, name in first.items()}, path, {**metadata, "format": "pt"})
 
 

@@ -1,17 +1,18 @@
-"""The checkpoints of a run: a folder a step, complete or not there.
+"""The checkpoints of a run: one folder for each step. A checkpoint is complete, or does not exist.
 
     checkpoints/latest                         the name of the newest one
-    checkpoints/step_00000400/manifest.json    what it is, and size and SHA-256 of every file; written last
+    checkpoints/step_00000400/manifest.json    its description, and size and SHA-256 of every file; written last
     checkpoints/step_00000400/rank_00003.h5    the state of one rank (`mpicomp.checkpoint.hdf5`)
-    checkpoints/.step_00000500.tmp/            one that is being written, or was when its run was killed
-    checkpoints/.step_00000400.replaced/       one whose place a new one of the same step is about to take
-    checkpoints/.step_00000300.old/            one that is being removed
+    checkpoints/.step_00000500.tmp/            a checkpoint being written, or left by a killed run
+    checkpoints/.step_00000400.replaced/       a checkpoint that a new one of the same step is about to replace
+    checkpoints/.step_00000300.old/            a checkpoint being removed
 
-Whatever the moment at which a run dies: a folder without manifest is not a checkpoint, and a folder gets its name when
-it is complete and on the disk. A checkpoint that is replaced counts until the new one has its name. The newest is the
-one that was published last; a run that went on from an earlier checkpoint leaves some of higher steps behind it.
+A run may die at any moment. A folder without manifest is not a checkpoint, and a folder gets its name only when it is
+complete and on the disk. A checkpoint that is being replaced is valid until the new one has its name. The newest
+checkpoint is the one published last. If a run continues from an earlier checkpoint, checkpoints of higher steps may
+remain, but are not the newest.
 
-No MPI here; one rank calls what changes the folder.
+No MPI here; only one rank calls the functions that change the folder.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ def step_folder(step: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
-        step: steps done.
-        size: ranks.
-        algorithm: with its hyper-parameters and compressor.
+        step: the number of steps done.
+        size: the number of ranks.
+        algorithm: the algorithm with its hyper-parameters and compressor.
         topology: name and digest of the graph.
         model: class and number of parameters.
-        config: the text of config.toml, empty for a script of the user's own.
-        versions: of mpicomp, torch and others, by name.
+        config: the text of config.toml; empty for a script of the user.
+        versions: the versions of mpicomp, torch and others, by name.
         created: date and time (ISO 8601, UTC).
         slurm_job: the job that wrote it, or None.
-        files: what each file must be, by name.
+        files: the size and SHA-256 of each file, by name.
 
     """
 
@@ -79,13 +80,13 @@ class Manifest:
     files: Mapping[str, Digest] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the text of ``manifest.json``; ``sha256`` in it is that of all its other values."""
+        """Return the text of ``manifest.json``; its key ``sha256`` is the hash of all other values."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps({**values, "sha256": _sha256(values)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
-        """Read the text of `path`; raise CheckpointError if it is not a manifest that this program knows."""
+        """Parse the text of `path`; raise CheckpointError if it is damaged or of a newer version."""
         try:
             values: dict[str, Any] = json.loads(text)
             if values["format"] != FORMAT:
@@ -104,18 +105,18 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint."""
+    """A complete checkpoint on the disk."""
 
     path: Path
     manifest: Manifest
 
     def read(self, rank: int, names: Collection[str] | None = None) -> dict[str, Leaf]:
-        """Return the leaves of a rank, or those of `names`; raise CheckpointError if its file is damaged."""
+        """Return the leaves of a rank, all or only `names`; raise CheckpointError if its file is damaged."""
         assert 0 <= rank < self.manifest.size
         return hdf5.read(self.path / rank_file(rank), self.manifest.files[rank_file(rank)], names)
 
     def verify(self) -> list[str]:
-        """Return a sentence for each damage, over all files; an empty list if the checkpoint is sound."""
+        """Return a sentence for each damage in any file; an empty list if the checkpoint is intact."""
         return [
             problem
             for name, digest in sorted(self.manifest.files.items())
@@ -124,7 +125,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint in the folder of a step; raise CheckpointError if there is none, or no sound manifest."""
+    """Return the checkpoint in the folder of a step; raise CheckpointError if it is missing or its manifest damaged."""
     manifest = path / MANIFEST
     try:
         text = manifest.read_text(encoding="utf-8")
@@ -149,7 +150,7 @@ class Checkpoints:
         return self.path / f".{step_folder(step)}.tmp"
 
     def begin(self, step: int) -> Path:
-        """Make the temporary folder of `step`, empty, and clear up what earlier runs have left unfinished."""
+        """Make the temporary folder of `step`, empty, and clean up what interrupted runs have left."""
         with _named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             published = self._published()
@@ -166,7 +167,7 @@ class Checkpoints:
         return self.temporary(step)
 
     def publish(self, manifest: Manifest) -> Checkpoint:
-        """Give the temporary folder of a step, in which all ranks have written, its manifest and its name."""
+        """Write the manifest into the temporary folder, in which all ranks have written, and give it its name."""
         temporary, final = self.temporary(manifest.step), self.path / step_folder(manifest.step)
         replaced = self.path / _replaced_folder(manifest.step)
         with _named(self.path):
@@ -192,14 +193,14 @@ class Checkpoints:
         return [open_checkpoint(path) for path in self._published()]
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, or None if there is none; raise CheckpointError if its manifest is damaged."""
+        """Return the newest checkpoint, or None; raise CheckpointError if its manifest is damaged."""
         newest = self._newest()
         return open_checkpoint(newest) if newest else None
 
     def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
         """Remove old checkpoints, and return their folders.
 
-        Kept are the newest, the `keep_last` >= 1 of the highest steps, and those at a multiple of `keep_every` steps.
+        The newest is kept, the `keep_last` >= 1 of the highest steps, and those at a multiple of `keep_every` steps.
         """
         assert keep_last >= 1
         newest = self._newest()
@@ -211,7 +212,7 @@ class Checkpoints:
         return old
 
     def _newest(self) -> Path | None:
-        """Return the folder that ``latest`` names; without a valid one, that of the highest step."""
+        """Return the folder that ``latest`` names; if that is not valid, the folder of the highest step."""
         published = self._published()
         try:
             named = (self.path / LATEST).read_text(encoding="utf-8").strip()
@@ -222,12 +223,12 @@ class Checkpoints:
 
     def _published(self) -> list[Path]:
         """Return the folders of the checkpoints by ascending step."""
-        found = [*self.path.glob(".step_*.replaced"), *self.path.glob("step_*")]  # of two for a step, the second counts
+        found = [*self.path.glob(".step_*.replaced"), *self.path.glob("step_*")]  # if both exist, the second counts
         by_step = {_step(path): path for path in found if _NAME.fullmatch(path.name) and (path / MANIFEST).exists()}
         return [path for _, path in sorted(by_step.items())]
 
     def _remove(self, path: Path) -> None:
-        """Remove a checkpoint: its name first, so that half of it can never be taken for a whole one."""
+        """Remove a checkpoint: rename it first, so that a partly removed one does not count as a checkpoint."""
         hidden = self.path / f".{step_folder(_step(path))}.old"
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
@@ -258,7 +259,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk."""
+    """Wait until the directory entries of `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -268,7 +269,7 @@ def _flush(folder: Path) -> None:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Turn errors of the file system into ours, which name `folder`."""
+    """Turn an OSError into a CheckpointError that names `folder`."""
     try:
         yield
     except OSError as error:

@@ -1,16 +1,17 @@
 """One HDF5 file: the state of one rank after one step, or a model.
 
-A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is in one piece, with its type in the attribute
-``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in uint16. (Before,
-tensors lay in chunks with HDF5's own checksums; such files are read, too.) Numbers and texts are scalar datasets, with
-their type in the attribute ``type``. The root's attributes say what the file is. Nothing is pickled; plain h5py or
-``h5ls -r`` shows everything. The same leaves give the same bytes.
+A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is stored contiguously, with its type in the
+attribute ``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in
+uint16. (Earlier versions stored tensors in chunks with HDF5's own checksums; such files can still be read.) Numbers and
+texts are scalar datasets, with their type in the attribute ``type``. The root's attributes describe the file. Nothing
+is pickled; plain h5py or ``h5ls -r`` shows everything. The same leaves give the same bytes.
 
-HDF5 writes all but the tensors. It keeps a file open forever that it cannot complete, so the tensors, which may fill
-the disk, are written behind its back into the holes that it leaves for them, and the file is hashed on the way.
+HDF5 writes everything except the tensors, for which it leaves holes. This module then writes the tensors into the holes
+itself, and hashes the file meanwhile. The reason: tensors may fill the disk, and HDF5 never closes a file that it
+cannot complete.
 
-Whether a file is the one that was written is decided by its size and SHA-256, before HDF5 looks at it: a damaged header
-can make HDF5 crash, or never end. The checksums in the file then tell what is damaged (`mpicomp.checkpoint.damage`).
+Size and SHA-256 are checked before HDF5 opens a file, because a damaged header can make HDF5 crash or hang. If they are
+wrong, the checksums in the file tell what is damaged (`mpicomp.checkpoint.damage`).
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ FORMAT = "mpicomp checkpoint"
 VERSION = 1
 
 _FORMAT_OF_HDF5 = ("v110", "v110")
-"""The first one that has checksums of its own in all headers, so that damage there is found, too."""
+"""The first version of the HDF5 file format with checksums in all headers, so that damage there is found, too."""
 
 _PIECE_NBYTES = 2**20
-"""Bytes that are read, or written and hashed, at once: few enough for a core's cache."""
+"""Bytes read, or written and hashed, at a time: few enough for a core's cache."""
 
 _FLUSH_NBYTES = 2**23
-"""Bytes after which the system is asked to begin to bring them to the disk, so that little is left to wait for."""
+"""Bytes after which the system is asked to start writing them to the disk, to shorten the wait at the end."""
 
 _PYTHON: dict[str, Callable[[h5py.Dataset], Leaf]] = {
     "bool": lambda dataset: bool(dataset[()]),
@@ -56,7 +57,7 @@ _PYTHON: dict[str, Callable[[h5py.Dataset], Leaf]] = {
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file must be: its size in bytes and its SHA-256 in hexadecimal."""
+    """The size of a file in bytes, and its SHA-256 in hexadecimal."""
 
     nbytes: int
     sha256: str
@@ -68,9 +69,9 @@ class Entry:
 
     Attributes:
         name: its path.
-        shape: of a tensor; empty for numbers and texts.
+        shape: the shape of a tensor; empty for numbers and texts.
         dtype: ``"float32"`` and the like; ``"int"``, ``"float"``, ``"bool"`` or ``"str"`` for numbers and texts.
-        nbytes: of its values.
+        nbytes: the size of its values in bytes.
         value: the norm of a floating-point tensor, a number or a text; None for other tensors.
 
     """
@@ -89,17 +90,17 @@ def write(
     form: str = FORMAT,
     links: Mapping[str, str] | None = None,
 ) -> Digest:
-    """Write a file, wait until it is on the disk, and return what it must be. Tensors on the CPU are not copied.
+    """Write a file, wait until it is on the disk, and return its digest. Tensors on the CPU are not copied.
 
     Args:
         path: of the file.
         leaves: by name.
         attributes: of the root.
-        form: what `read` must ask for.
-        links: further names of leaves, each with the one in `leaves`.
+        form: the kind of file; `read` must be called with the same.
+        links: further names of leaves, each with its name in `leaves`.
 
     Raises:
-        CheckpointError: it could not be written; no part of it is left. Or a leaf cannot be stored.
+        CheckpointError: the file could not be written, and no part of it is left; or a leaf cannot be stored.
 
     """
     attributes = {"format": form, "version": VERSION, **attributes}
@@ -116,12 +117,12 @@ def write(
 def read(
     path: Path, digest: Digest | None = None, names: Collection[str] | None = None, form: str = FORMAT
 ) -> dict[str, Leaf]:
-    """Return the leaves of a file, or those of `names`; tensors are on the CPU.
+    """Return the leaves of a file, all or only `names`; tensors are on the CPU.
 
-    Without `digest`, only damage to headers and tensors is sure to be found, and HDF5 may crash.
+    Without `digest`, only damage to headers and tensors is found reliably, and HDF5 may crash on a damaged file.
 
     Raises:
-        CheckpointError: the file is missing, not the one that `digest` describes, or damaged; names what is wrong.
+        CheckpointError: the file is missing, does not have this `digest`, or is damaged; names what is wrong.
 
     """
     if digest is not None:
@@ -131,13 +132,13 @@ def read(
 
 
 def check(path: Path, digest: Digest) -> None:
-    """Raise CheckpointError, naming the file and the difference, unless it is what `digest` describes."""
+    """Raise CheckpointError, with the file and the difference, unless the file has this `digest`."""
     if problem := difference(path, digest):
         raise CheckpointError(f"{path}: {problem}")
 
 
 def difference(path: Path, digest: Digest) -> str | None:
-    """Return in what a file differs from `digest`, or None; reads it without HDF5."""
+    """Return how a file differs from `digest`, or None if it does not; reads it without HDF5."""
     try:
         nbytes = path.stat().st_size
         if nbytes != digest.nbytes:
@@ -151,16 +152,16 @@ def difference(path: Path, digest: Digest) -> str | None:
 
 
 def entries(path: Path) -> list[Entry]:
-    """Return what is in a file that `check` has found sound, with the norms of its tensors."""
+    """Return the entries of a file that `check` has accepted, with the norms of its tensors."""
     with _opened(path) as file:
         return [_entry(path, file, name) for name in _names(file)]
 
 
 def unreadable(path: Path) -> list[str]:
-    """Return the names of the datasets that are damaged; HDF5 may crash, or never end, if a header is.
+    """Return the names of damaged datasets. If a header is damaged, HDF5 may crash or hang.
 
     Raises:
-        CheckpointError: the file cannot be opened, or its datasets not be listed.
+        CheckpointError: the file cannot be opened, or its datasets cannot be listed.
 
     """
     damaged = []
@@ -174,17 +175,17 @@ def unreadable(path: Path) -> list[str]:
 
 
 def newer(path: Path, version: int) -> str:
-    """Return the message about a file of a version that this program does not know."""
+    """Return the error message for a file of a newer version than this program knows."""
     return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
 
 
 class _Disk(io.FileIO):
-    """A file in which HDF5 sees no write fail; `error` is the first one that did."""
+    """A file for HDF5 that hides failed writes from it; `error` is the first error."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`; after an error nothing."""
+        """Write all of `data`; after an error, pretend to."""
         rest = memoryview(data)
         try:
             while rest and self.error is None:
@@ -197,7 +198,7 @@ class _Disk(io.FileIO):
 def _write_headers(
     path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float], links: Mapping[str, str]
 ) -> dict[int, memoryview]:
-    """Let HDF5 write a file with holes; return where each begins, and what belongs there."""
+    """Let HDF5 write a file with holes; return the offset of each hole and the tensor that belongs there."""
     holes: dict[int, memoryview] = {}
     sums: list[tuple[h5py.Dataset, Future[int]]] = []
     with _Disk(path, "w+") as disk:
@@ -230,7 +231,7 @@ def _write_headers(
 
 
 def _fill(path: Path, holes: dict[int, memoryview]) -> Digest:
-    """Write the tensors into the holes of a file, wait until it is on the disk, and return what it must be."""
+    """Write the tensors into the holes of a file, wait until it is on the disk, and return its digest."""
     sha256 = hashlib.sha256()
     with ThreadPoolExecutor(1) as hashing, path.open("r+b") as file:
         flushed = 0
@@ -251,7 +252,7 @@ def _fill(path: Path, holes: dict[int, memoryview]) -> Digest:
 
 
 def _hole() -> h5py.h5p.PropDCID:
-    """Return how HDF5 is to make a dataset: with its place in the file, but nothing in it."""
+    """Return the creation properties of a dataset that gets its place in the file, but no content."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -265,7 +266,7 @@ def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
 
 @contextmanager
 def _opened(path: Path, form: str = FORMAT) -> Iterator[h5py.File]:
-    """Open a file of ours for reading; raise CheckpointError if it is none."""
+    """Open a file for reading; raise CheckpointError unless this module wrote it."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             if file.attrs.get("format") != form:
@@ -282,7 +283,7 @@ def _opened(path: Path, form: str = FORMAT) -> Iterator[h5py.File]:
 
 
 def _names(group: h5py.Group, prefix: str = "") -> list[str]:
-    """Return the paths of all datasets, one with several names by all of them."""
+    """Return the paths of all datasets, with all names of a dataset that has several."""
     found: list[str] = []
     for name, node in group.items():
         found += _names(node, f"{prefix}{name}/") if isinstance(node, h5py.Group) else [prefix + name]
@@ -294,7 +295,7 @@ def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
         dataset = file[name]
         if "type" in dataset.attrs:
             return _PYTHON[dataset.attrs["type"]](dataset)
-        if "dtype" not in dataset.attrs:  # of a model, as they were written before
+        if "dtype" not in dataset.attrs:  # a model of an earlier version
             return torch.from_numpy(np.asarray(dataset[()]))
         return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
     except Exception as error:  # whatever h5py makes of damaged bytes
@@ -314,7 +315,7 @@ def _tensor(dataset: h5py.Dataset, dtype: torch.dtype) -> Tensor:
 
 
 def _stored(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return the memory of a tensor on the CPU as HDF5 has it: bfloat16 and float16 as uint16."""
+    """Return a tensor on the CPU as an array of the stored type, sharing memory: bfloat16 and float16 as uint16."""
     if tensor.dtype in (torch.bfloat16, torch.float16):
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
@@ -325,7 +326,7 @@ def _bytes(values: np.ndarray[Any, Any]) -> memoryview:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"float32"`` and the like."""
+    """Return the name of `dtype` without ``torch.``, such as ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 

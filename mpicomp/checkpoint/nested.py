@@ -1,10 +1,10 @@
 """Trees of Python values, such as the `state_dict` of a scheduler, as ``{name: leaf}``, and back.
 
-    structure             JSON: the whole tree but for the entries of its tensors and arrays
-    ['scaler']['scale']   one leaf for each of those, named by the way to it; ``%25`` for ``%``, ``%2F`` for ``/``
+    structure             JSON: the whole tree except the entries of its tensors and arrays
+    ['scaler']['scale']   one leaf for each of those, named by its path; ``%25`` for ``%``, ``%2F`` for ``/``
 
-None, booleans, integers, floats (NaN and infinities as Python writes them), texts and lists stand for themselves in the
-JSON. All else is an object with one entry, whose key says the type:
+None, booleans, integers, floats (NaN and infinities as Python writes them), texts and lists are the same in the JSON.
+Every other value is an object with one entry, whose key is the type:
 
     {"dict": [[key, value], ...]}    likewise "OrderedDict" and "Counter"
     {"tuple": [...]}                 likewise "Size", of torch
@@ -12,7 +12,8 @@ JSON. All else is an object with one entry, whose key says the type:
     {"numpy": [dtype, value]}        a scalar of numpy
     {"tensor": name}                 likewise "array", of numpy
 
-What comes back has the types that went in; tensors come back on the CPU and without a graph, parameters as tensors.
+Values come back with the same types, except that parameters come back as tensors. Tensors come back on the CPU and
+without an autograd graph.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _DTYPES = {
 _COMPLEX = {"complex64", "complex128"}
 
 _DEPTH = 64
-"""Levels of a tree, so that one that contains itself is refused; far below what the JSON module can read."""
+"""The largest depth of a tree: refuses a tree that contains itself, and is far below what the JSON module can read."""
 
 
 def pack(tree: Mapping[Any, Any], root: str) -> dict[str, Leaf]:
@@ -51,10 +52,10 @@ def pack(tree: Mapping[Any, Any], root: str) -> dict[str, Leaf]:
 
     Args:
         tree: a dict of None, booleans, numbers, texts, bytes, tensors, arrays, and lists, tuples and dicts of such.
-        root: what error messages call it.
+        root: the name of the tree in error messages.
 
     Raises:
-        CheckpointError: something else is in it; names the way to it, its type and the remedy.
+        CheckpointError: the tree contains something else; names its path, its type and the remedy.
 
     """
     if not isinstance(tree, Mapping):
@@ -68,20 +69,20 @@ def pack(tree: Mapping[Any, Any], root: str) -> dict[str, Leaf]:
 
 
 def unpack(leaves: Mapping[str, Leaf]) -> dict[Any, Any]:
-    """Return the tree of which `pack` has made `leaves`.
+    """Return the tree that `pack` has turned into `leaves`.
 
     Raises:
-        CheckpointError: they have something that this program does not know.
+        CheckpointError: the leaves contain a type that this version does not know.
 
     """
-    if STRUCTURE not in leaves:  # a checkpoint without a tree, or one of the time when it was flat
+    if STRUCTURE not in leaves:  # a checkpoint without a tree, or of a version in which it was flat
         return dict(leaves)
     tree: dict[Any, Any] = _decode(json.loads(str(leaves[STRUCTURE])), leaves)
     return tree
 
 
 def _encode(value: Any, root: str, path: str, leaves: dict[str, Leaf], depth: int) -> Any:
-    """Return what stands for `value` in the JSON; put the tensors in it into `leaves`."""
+    """Return the JSON for `value`, and add its tensors to `leaves`."""
     kind = type(value)
     if depth == 0:
         raise CheckpointError(f"{root}{path[:80]}... is deeper than {_DEPTH} levels, or contains itself: flatten it")
@@ -113,7 +114,7 @@ def _encode(value: Any, root: str, path: str, leaves: dict[str, Leaf], depth: in
 
 
 def _decode(node: Any, leaves: Mapping[str, Leaf]) -> Any:
-    """Return the value for which `node` stands in the JSON."""
+    """Return the value of a `node` of the JSON."""
     if isinstance(node, list):
         return [_decode(item, leaves) for item in node]
     if not isinstance(node, dict):
@@ -135,12 +136,12 @@ def _decode(node: Any, leaves: Mapping[str, Leaf]) -> Any:
 
 
 def _is_key(key: Any) -> bool:
-    """Return whether a dict whose key is `key` can be stored: what is made anew must be hashable."""
+    """Return whether `key` can be stored as the key of a dict: it must be hashable when it is read again."""
     return type(key) in _SCALARS or isinstance(key, np.generic) or (type(key) is tuple and all(map(_is_key, key)))
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Return a tensor or an array as a plain tensor, or None if it is neither, or of a kind that is not stored."""
+    """Return a tensor or an array as a plain tensor; None for other values, and for kinds that cannot be stored."""
     if type(value) is np.ndarray and value.dtype.name in _DTYPES and value.dtype.isnative:
         return torch.from_numpy(np.array(value))  # a copy, because torch warns of arrays that are read-only
     is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
@@ -148,14 +149,14 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _described(value: Any) -> str:
-    """Return the type of a value, with its entries' if it is a tensor or an array."""
+    """Return the type of a value; for a tensor or an array also the type of its entries."""
     if isinstance(value, Tensor):
         return f"{_name(type(value))} ({value.dtype}, {value.layout}, on {value.device})"
     return _name(type(value)) + (f" ({value.dtype})" if isinstance(value, np.ndarray | np.generic) else "")
 
 
 def _remedy(value: Any) -> str:
-    """Return what to store in the place of `value`."""
+    """Return the advice what to store instead of `value`."""
     if isinstance(value, Tensor):
         return "store a dense tensor of a common type, such as tensor.to_dense() or tensor.float()"
     if isinstance(value, np.ndarray | np.generic):

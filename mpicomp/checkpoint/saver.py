@@ -1,12 +1,12 @@
 """Checkpoints of a run, written in the background and published by all ranks together.
 
     begin      rank 0 makes the temporary folder; every rank copies its state in memory
-    write      a thread a rank writes that copy into a file of its own; training goes on
-    publish    when all have written, the ranks tell each other sizes and SHA-256; rank 0 writes the manifest and
-               renames the folder
+    write      a thread on each rank writes the copy into a file; training continues
+    publish    when all have written, the ranks gather sizes and SHA-256; rank 0 writes the manifest and renames the
+               folder
 
-A rank that could not write makes this one checkpoint fail: it is reported, the earlier ones stay, training goes on.
-At most one checkpoint is being written.
+If a rank cannot write, this checkpoint fails. The failure is reported, earlier checkpoints stay, and training
+continues. At most one checkpoint is written at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RunIdentity:
         algorithm: the algorithm with its hyper-parameters and compressor.
         topology: name and digest of the graph.
         model: its class and the number of its parameters.
-        config: the text of config.toml; empty for a script of the user's own.
+        config: the text of config.toml; empty for a script of the user.
 
     """
 
@@ -57,14 +57,14 @@ class RunIdentity:
 
 
 class Saver:
-    """Saves a run, one checkpoint after the other; every rank has one, and its methods are collective on all ranks.
+    """Saves checkpoints of a run. Every rank has a saver, and its methods are collective on all ranks.
 
     Args:
         world: the ranks.
         folder: where the checkpoints go, on a file system that all ranks share.
-        identity: what they belong to.
-        keep_last: how many to keep, the newest; 0 for all.
-        keep_every: steps; those at a multiple of it are kept beside.
+        identity: the run to which the checkpoints belong.
+        keep_last: how many of the newest checkpoints to keep; 0 for all.
+        keep_every: checkpoints at a multiple of so many steps are kept, too.
         report: called on rank 0 with a line about what went wrong.
 
     """
@@ -93,17 +93,17 @@ class Saver:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and is not yet published; the same on all ranks."""
+        """Whether a checkpoint was started and is not yet published; the same on all ranks."""
         return self._step is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank still writes its file."""
         return self._writer.busy
 
     @traced("checkpoint", "")
     def start(self, step: int, leaves: Mapping[str, Leaf]) -> None:
-        """Copy the state in memory and begin to write it; waits for an earlier checkpoint that is still written."""
+        """Copy the state in memory and begin to write it; wait first for an earlier checkpoint, if it is pending."""
         self.publish()
         can_begin = self._world.broadcast(self._begin(step) if self._world.rank == 0 else False)
         if can_begin:
@@ -112,7 +112,7 @@ class Saver:
             self._writer.start(path, leaves, _attributes(self._world, step))
 
     def publish(self) -> None:
-        """Tell each other how the writing went; rank 0 publishes the checkpoint, or discards it, behind training."""
+        """Gather the results of writing; rank 0 publishes or discards the checkpoint in the background."""
         if self._step is not None:
             self._publish_together(self._step)
 
@@ -126,7 +126,7 @@ class Saver:
 
     @traced("checkpoint", "")
     def finish(self) -> bool:
-        """Wait until the checkpoint under way, if there is one, is published; return whether the last one is sound."""
+        """Wait until a pending checkpoint is published; return whether the last checkpoint succeeded."""
         self.publish()
         if self._world.rank == 0:
             self._settle()
@@ -147,7 +147,7 @@ class Saver:
         return True
 
     def _publish(self, step: int, outcomes: Sequence[Digest | str]) -> tuple[int, str | None]:
-        """Publish the temporary folder if every rank has written its file; return the step and what went wrong."""
+        """Publish the temporary folder if every rank has written its file; return the step and the problem, if any."""
         digests = [outcome for outcome in outcomes if isinstance(outcome, Digest)]
         failures = [f"{outcome} (on rank {rank})" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         try:
@@ -162,7 +162,7 @@ class Saver:
         return step, None
 
     def _settle(self) -> None:
-        """Wait for the publication under way, on rank 0."""
+        """Wait for a pending publication on rank 0."""
         if self._publishing is not None:
             step, problem = self._publishing.result()
             self._publishing = None
@@ -177,14 +177,14 @@ class Saver:
 
 
 def topology_name(schedule: Schedule) -> str:
-    """Return the name of `schedule` and a digest of its weights, the same on every machine."""
+    """Return the name of `schedule` and a digest of its weights, which is the same on every machine."""
     weights = np.round(schedule.union.mixing, 12).tobytes()
     return f"{schedule.name} {hashlib.sha256(weights).hexdigest()[:12]}"
 
 
 @lru_cache
 def versions() -> dict[str, str]:
-    """Return the versions of what a checkpoint depends on."""
+    """Return the versions of the software on which a checkpoint depends."""
     return {
         "mpicomp": version("mpicomp"),
         "python": platform.python_version(),
@@ -229,7 +229,7 @@ def find_checkpoint(world: World, folder: Path, step: int | None = None) -> Chec
     """Return the newest checkpoint in `folder`, the same on all ranks, or None; collective on all ranks.
 
     Raises:
-        CheckpointError: the newest one cannot be read; or there is none of `step`, if that is given.
+        CheckpointError: the newest checkpoint cannot be read; or `step` is given, and it has none.
 
     """
     newest, error = None, None

@@ -1,4 +1,4 @@
-"""Writing behind training: a copy of the state in memory, and a thread that writes it."""
+"""Writing in the background: a copy of the state in memory, and a thread that writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpicomp.state import Leaf
 
 
 class Writer:
-    """Writes one file at a time. The copy's memory is kept for the next one; for a GPU's state it is pinned."""
+    """Writes one file at a time. The memory of the copy is reused for the next one; for state on a GPU it is pinned."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
@@ -34,14 +34,14 @@ class Writer:
         self._future = self._executor.submit(_write, path, copies, attributes)
 
     def wait(self) -> Digest | CheckpointError:
-        """Wait for the file and return what it must be, or what went wrong."""
+        """Wait for the file and return its digest, or what went wrong."""
         assert self._future is not None, "nothing is being written"
         outcome = self._future.result()
         self._future = None
         return outcome
 
     def close(self) -> None:
-        """End the thread; a file that is being written is finished first."""
+        """End the thread, after it has finished a file that it is writing."""
         self._executor.shutdown()
 
     def _copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:

@@ -1,6 +1,6 @@
 """The command ``mpicomp``: parsing and printing only.
 
-Each command lives in a module of its own, which is imported when the command is called: torch and MPI take seconds.
+Each command has a module of its own, imported when the command is called, because torch and MPI take seconds to start.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEBUG = "mpicomp.debug"
 
 
 class _Lazy(click.Group):
-    """A group that imports a command when it is called, and turns our errors into one line and an exit code."""
+    """A group that imports a command when it is called, and turns an MpicompError into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -56,7 +56,7 @@ class _Lazy(click.Group):
 
 
 def is_debug(ctx: click.Context) -> bool:
-    """Whether tracebacks are to be shown."""
+    """Return whether to show tracebacks."""
     return bool(ctx.meta.get(_DEBUG))
 
 
@@ -78,4 +78,4 @@ debug_option = click.option(
 @click.version_option(__version__)
 @debug_option
 def main() -> None:
-    """Train on many MPI ranks that talk only to their neighbors, in compressed messages."""
+    """Train one model on many MPI ranks that exchange compressed messages with their neighbors."""

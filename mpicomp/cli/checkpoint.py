@@ -21,7 +21,7 @@ from mpicomp.run.result import readable_bytes
 from mpicomp.state import Leaf
 
 VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
-"""What differs between two runs that are otherwise the same."""
+"""Leaves that may differ between two identical runs."""
 
 _CONTEXT = 20
 """Characters before the first difference of two texts that `diff` shows."""
@@ -33,7 +33,7 @@ _path = click.argument("path", type=click.Path(path_type=Path), metavar="RUN_DIR
 def checkpoint() -> None:
     """List, verify, show, compare, remove and export checkpoints.
 
-    Where one checkpoint is meant, RUN_DIR stands for its newest; CHECKPOINT is RUN_DIR/checkpoints/step_...
+    CHECKPOINT is RUN_DIR/checkpoints/step_..., or RUN_DIR for the newest one in it.
     """
 
 
@@ -81,7 +81,7 @@ def verify(path: Path) -> None:
 @_path
 @click.option("--rank", default=0, show_default=True, help="Whose file.")
 def show(path: Path, rank: int) -> None:
-    """Show what a checkpoint is, and name, shape, type and norm of everything in one rank's file."""
+    """Show the description of a checkpoint, and name, shape, type and norm of every entry in one rank's file."""
     one = _one(path)
     _check_rank(one, rank)
     manifest, console = one.manifest, _console()
@@ -155,7 +155,7 @@ def _folder(run_dir: Path) -> Checkpoints:
 
 
 def _one(path: Path) -> Checkpoint:
-    """Return the checkpoint that `path` is, or the newest of the run folder that it is."""
+    """Return the checkpoint at `path`, or the newest one if `path` is a run folder."""
     if _is_one(path):
         return open_checkpoint(path)
     newest = _folder(path).latest()
@@ -188,7 +188,7 @@ def _differences(one: Checkpoint, other: Checkpoint, with_volatile: bool) -> Ite
 
 
 def _difference(ours: Leaf | None, theirs: Leaf | None) -> str:
-    """Return in what two leaves differ, or ``""``."""
+    """Return how two leaves differ; ``""`` if they are equal."""
     if ours is None or theirs is None:
         return "only in the " + ("second" if ours is None else "first")
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
@@ -205,7 +205,7 @@ def _difference(ours: Leaf | None, theirs: Leaf | None) -> str:
 
 
 def _from_difference(ours: Leaf, theirs: Leaf) -> tuple[Leaf, Leaf]:
-    """Return two long texts from shortly before the place on where they differ; other values as they are."""
+    """Return two long texts from shortly before their first difference on; other values unchanged."""
     if not isinstance(ours, str) or not isinstance(theirs, str):
         return ours, theirs
     pairs = enumerate(zip(ours, theirs, strict=False))

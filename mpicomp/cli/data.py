@@ -32,7 +32,7 @@ def data() -> None:
 def fetch_command(kind: str, folder: Path | None, source: str | None) -> None:
     """Download the data set KIND, check its SHA-256 and write it into the data folder.
 
-    A file that is there and sound is left alone.
+    A file that exists and is intact is not downloaded again.
     """
     folder = data_folder(folder)
     if _is_sound(kind, folder):
@@ -47,7 +47,7 @@ def fetch_command(kind: str, folder: Path | None, source: str | None) -> None:
 @click.argument("kind", type=KIND, required=False)
 @click.option("--path", type=click.Path(path_type=Path), help=f"The data folder. {DEFAULT}")
 def check_command(kind: str | None, path: Path | None) -> None:
-    """Check the file of the data set KIND, or of all that are there, by SHA-256."""
+    """Check the file of the data set KIND, or of all data sets in the folder, by SHA-256."""
     folder = data_folder(path)
     kinds = [kind] if kind else [k for k, origin in ORIGINS.items() if (folder / origin.file).is_file()]
     if not kinds:
@@ -70,7 +70,7 @@ def ls_command(path: Path | None) -> None:
 
 
 class _Shown:
-    """Shows the progress of several files, a line each."""
+    """Shows the progress of several downloads, one line for each."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar

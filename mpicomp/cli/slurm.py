@@ -16,20 +16,20 @@ from mpicomp.exchange.launcher import family
 from mpicomp.slurm.script import LAUNCHERS, BatchScript, Launcher
 
 _MPI4PY_S = 60.0
-"""How long the MPI library may take to tell its name; a cold file system of a cluster is slow."""
+"""Seconds that loading the MPI library may take; the file system of a cluster may be slow at first."""
 
 
 @click.group(short_help="Write the batch script of a run, and send it.")
 def slurm() -> None:
-    """Write a batch script that trains a run to its end, over as many starts as it takes; or send it at once.
+    """Write a batch script that trains a run to its end over several starts, or submit it.
 
-    The script is yours to read and edit. Its job stores a checkpoint before its time limit and requeues itself until
-    the training is done.
+    You can read and edit the script. Its job stores a checkpoint before its time limit and requeues itself until the
+    training is done.
     """
 
 
 def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what describes a job."""
+    """Add the options that describe a job to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -156,7 +156,7 @@ def _varied(seeds: str | None, vary: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _seeds(text: str) -> list[str]:
-    """Return the numbers of ``0-4`` or ``1,2,5``."""
+    """Return the numbers in a text such as ``0-4`` or ``1,2,5``."""
     numbers: list[str] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -167,7 +167,7 @@ def _seeds(text: str) -> list[str]:
 
 
 def _check(config: Path, batch: BatchScript) -> None:
-    """Raise ConfigError now for what would end the job at its start."""
+    """Raise ConfigError for problems that would end the job at its start."""
     from mpicomp.config.config import RunConfig  # imports torch
 
     for settings in batch.runs or [[]]:
@@ -175,7 +175,7 @@ def _check(config: Path, batch: BatchScript) -> None:
 
 
 def _fitting_launcher() -> Launcher:
-    """Return how srun starts the MPI of this environment; it is asked in a process of its own, which may die."""
+    """Return the value of ``srun --mpi`` for the MPI of this environment; another process loads it, as it may crash."""
     command = [sys.executable, "-m", "mpi4py", "--mpi-lib-version"]
     try:
         version = subprocess.run(command, capture_output=True, text=True, timeout=_MPI4PY_S, check=True).stdout
@@ -188,7 +188,7 @@ def _fitting_launcher() -> Launcher:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the script, but not over one that somebody may have edited."""
+    """Write the script, but do not overwrite one that may have been edited."""
     try:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""``mpicomp topology``: who talks to whom, with which weights, and how fast that mixes."""
+"""``mpicomp topology``: the edges and weights of a graph, and how fast it mixes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MATRIX_RANKS = 12
-"""Up to how many ranks the whole matrix is printed."""
+"""The number of ranks up to which the whole matrix is printed."""
 
 LIST_RANKS = 64
 """How many ranks the list of neighbors shows."""
@@ -69,7 +69,7 @@ def topology(name: str, ranks: int, settings: tuple[str, ...], picture: Path | N
 
 
 def _parse(setting: str) -> tuple[str, Any]:
-    """Split ``key=value``; the value is TOML, or text as it stands where it is not."""
+    """Split ``key=value``; a value that is not valid TOML is taken as text."""
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not key or not equals:
@@ -81,7 +81,7 @@ def _parse(setting: str) -> tuple[str, Any]:
 
 
 def _graphs(schedule: Schedule) -> Iterator[tuple[str, Topology]]:
-    """Yield every graph to be shown with its title: one, those of a period, or the first few."""
+    """Yield the graphs to show, with their titles: one, all of a period, or the first few."""
     if isinstance(schedule, Topology):
         yield "Neighbors", schedule
         return
@@ -95,7 +95,7 @@ def _title(schedule: Schedule) -> str:
 
 
 def _properties(schedule: Schedule) -> Table:
-    """Lay out degree, checks and spectral quantities."""
+    """Return a table of degree, checks and spectral quantities."""
     table = Table("Property", "Value", title=_title(schedule), title_justify="left")
     for label, value in _facts(schedule):
         table.add_row(label, value)
@@ -131,7 +131,7 @@ def _speed(schedule: Schedule) -> Iterator[tuple[str, str]]:
 
 
 def _neighbors(graph: Topology, title: str) -> Table:
-    """Lay out, for every rank, whom it hears with which weight, and to whom it sends."""
+    """Return a table of the sources, with weights, and the targets of every rank."""
     table = Table("Rank", "Own weight", "Hears (weight)", "Sends to", title=title, title_justify="left")
     for rank in range(min(graph.size, LIST_RANKS)):
         heard = [f"{source} ({graph.weight(rank, source):.4g})" for source in graph.sources(rank)]
@@ -144,7 +144,7 @@ def _neighbors(graph: Topology, title: str) -> Table:
 
 
 def _weights(graph: Topology) -> Table:
-    """Lay out the mixing matrix, or how often each weight occurs where it is large."""
+    """Return a table of the mixing matrix; of the frequency of each weight if the matrix is large."""
     if graph.size > MATRIX_RANKS:
         table = Table("Weight", "Entries", title="Mixing matrix, distinct weights", title_justify="left")
         values, counts = np.unique(graph.mixing.round(10), return_counts=True)
@@ -190,7 +190,7 @@ def _draw(schedule: Schedule, path: Path) -> None:
 
 
 def _positions(graph: Topology) -> np.ndarray:
-    """Return where to draw each rank, (size, 2): on its grid where that is flat, else on a circle from the top."""
+    """Return where to draw each rank, (size, 2): on its grid if that is two-dimensional, else on a circle."""
     if _is_flat(graph):
         row, column = np.indices([extent for extent in graph.dims or () if extent > 1]).reshape(2, -1)
         return np.stack([column, -row], axis=1).astype(float)
@@ -199,7 +199,7 @@ def _positions(graph: Topology) -> np.ndarray:
 
 
 def _is_flat(graph: Topology) -> bool:
-    """Whether the graph is a grid of two dimensions."""
+    """Return whether the graph is a two-dimensional grid."""
     return sum(extent > 1 for extent in graph.dims or ()) == 2
 
 

@@ -1,4 +1,4 @@
-"""``mpicomp train``: one configuration file, one run; or a run that goes on."""
+"""``mpicomp train``: starts a run from a configuration file, or continues one."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from mpicomp.run.stopping import EXIT_UNFINISHED, StopRequests
 from mpicomp.slurm.job import job_end_time
 
 AUTO = "auto"
-"""``--resume auto``: go on if there is something to go on from, start otherwise."""
+"""``--resume auto``: continue the run if there is one, else start it."""
 
 
 TRACE_STEPS = 100
-"""What ``--trace`` shows by default."""
+"""The number of steps that ``--trace`` records by default."""
 
 
 class _Duration(click.ParamType):  # type: ignore[type-arg]
-    """``90s``, ``55m``, ``2h``, ``1d12h``, or as in Slurm ``HH:MM:SS`` and ``D-HH:MM:SS``; in seconds."""
+    """A duration in seconds, from ``90s``, ``55m``, ``2h``, ``1d12h``, or Slurm's ``HH:MM:SS`` and ``D-HH:MM:SS``."""
 
     name = "duration"
 
@@ -58,7 +58,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class _Request:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     path: Path | None
     overrides: Sequence[str]
@@ -71,7 +71,7 @@ class _Request:
     debug: bool
 
     def check(self) -> None:
-        """Raise ConfigError if the options contradict each other, or ask for what is not installed."""
+        """Raise ConfigError if options contradict each other, or need a package that is not installed."""
         if self.tensorboard:
             require_tensorboard()
         if self.resume is None and self.path is None:
@@ -87,7 +87,7 @@ class _Request:
 
     @property
     def resumed(self) -> Path | None:
-        """The run folder that is to go on, or may; None for a new run."""
+        """The folder of a run that must or may be continued; None for a new run."""
         if self.resume == AUTO:
             return self.run_dir
         if self.resume is None:
@@ -96,7 +96,7 @@ class _Request:
 
     @property
     def names_checkpoint(self) -> bool:
-        """Whether the checkpoint is chosen by the user."""
+        """Whether ``--resume`` names a checkpoint instead of a run folder."""
         return self.resume is not None and Path(self.resume).name.startswith("step_")
 
     def load(self) -> RunConfig:
@@ -118,7 +118,7 @@ class _Request:
     def open_callbacks(
         self, world: World, folder: RunFolder, checkpoint: Checkpoint | None
     ) -> Iterator[list[Callback]]:
-        """Give what is to be told of each record, beside folder and progress."""
+        """Yield the further callbacks for records, besides folder and progress."""
         if not self.tensorboard:
             yield []
             return
@@ -128,7 +128,7 @@ class _Request:
             yield [board]
 
     def find_checkpoint(self, world: World) -> Checkpoint | None:
-        """Return what to go on from, the same on all ranks, or None for a new run; collective on all ranks."""
+        """Return the checkpoint to continue from, the same on all ranks; None for a new run. Collective."""
         if self.resumed is None:
             return None
         if self.names_checkpoint:
@@ -201,13 +201,13 @@ def train(
     trace_steps: int | None,
     tensorboard: bool,
 ) -> None:
-    """Train the model of CONFIG.toml, or go on with a run.
+    """Train the model of CONFIG.toml, or continue a run.
 
     Start it on several ranks with mpiexec, e.g. `mpiexec -n 4 mpicomp train configs/quickstart.toml`, or with
     --loopback. The run folder gets config.toml, metrics.jsonl, checkpoints/, result.json and model.h5.
 
-    The signal USR1, a file named stop in the run folder, or the nearing time limit make it store a checkpoint and end
-    with exit code 75, which means: run me again, with --resume.
+    The signal USR1, a file named stop in the run folder, or a time limit that is near make it store a checkpoint and
+    end with exit code 75, which means: run me again, with --resume.
     """
     end_time = None if time_limit is None else time.time() + time_limit
     if trace_steps is not None and not trace:
@@ -254,7 +254,7 @@ def _train_on_mpi(request: _Request) -> bool:
 
 
 def _load_together(world: World, request: _Request) -> RunConfig:
-    """Load the configuration on every rank; the same error on all of them if one fails or reads another one."""
+    """Load the configuration on every rank; raise an error on all ranks if one fails or reads another configuration."""
     with together(world):
         config = request.load()
     text = config.to_toml()
@@ -294,9 +294,10 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
 def _prepare_folder(
     world: World, config: RunConfig, request: _Request, checkpoint: Checkpoint | None
 ) -> RunFolder | None:
-    """Make or open the run folder on rank 0, for a run that can be; the same error on every rank otherwise.
+    """Check the run, then make or open its folder on rank 0; raise an error on all ranks if this fails.
 
-    Return None if the run has ended already. A run that goes on changes its folder when its checkpoint has been read.
+    Return None if the run has ended already. A run that continues changes its folder only after it has read its
+    checkpoint.
     """
     path, error, has_ended = None, None, False
     try:
@@ -324,7 +325,7 @@ def _prepare_folder(
 
 
 def _open_folder(config: RunConfig, request: _Request, checkpoint: Checkpoint | None) -> tuple[RunFolder, bool]:
-    """Return the folder, ready for the next step, and whether its run has ended already; for rank 0."""
+    """Return the run folder, and whether its run has ended already; on rank 0 only."""
     if request.resumed is None or not RunFolder(request.resumed).config_path.exists():
         folder = request.create_folder()
         folder.save_config(config)

@@ -1,4 +1,4 @@
-"""WHAT is sent: one compressor per file, and three that wrap any of them."""
+"""WHAT is sent: one compressor per file, and three that wrap others."""
 
 from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.block import RandomBlock

@@ -30,8 +30,8 @@ def blocks(n: int) -> Iterator[tuple[int, int]]:
 class Compressor(ABC):
     """An operator Q on flat vectors, with its message.
 
-    Subclasses are frozen dataclasses of hyper-parameters and final. What changes from step to step lives in the state
-    that `init` makes and `compress` changes in place; where there is none the state is None.
+    Subclasses are final, frozen dataclasses of hyper-parameters. `init` makes the state, and `compress` changes it in
+    place from step to step. The state of a compressor without one is None.
     """
 
     @property
@@ -65,19 +65,19 @@ class Compressor(ABC):
 
     @property
     def has_common_support(self) -> bool:
-        """Whether all ranks' messages are of the same entries in each step, so that `summable` can be added up."""
+        """Whether the messages of all ranks hold the same entries in each step, so that `summable` can be added up."""
         return False
 
     def summable(self, payload: Payload) -> Tensor:
-        """Return what of a message of common support is added up over the ranks, (m,); the rest is the same on all."""
+        """Return the part of a message to add up over the ranks, (m,), if the support is common; the rest is equal."""
         return payload["values"]
 
     def with_sum(self, payload: Payload, total: Tensor) -> Payload:
-        """Return a message of common support with `total` (m,) for its `summable`."""
+        """Return a message with `total` (m,) in the place of its `summable`."""
         return {**payload, "values": total}
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
-        """Return the initial state for the vectors of `spec`; random ones of different `stream`s are independent."""
+        """Return the initial state for vectors of `spec`; different `stream`s give independent random numbers."""
         return None
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Return the message Q(x) for `x` (n,), which is left as it is; only `state` changes."""
+        """Return the message Q(x) for `x` (n,); changes only `state`."""
 
     @abstractmethod
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
@@ -103,7 +103,7 @@ class Compressor(ABC):
         return payload
 
     def rehearse(self, x: Tensor, spec: Spec) -> None:
-        """Compress `x` (n,) and add the message once, for nothing: kernels are then loaded before a clock runs."""
+        """Compress `x` (n,) and add the message, without using the result, so that kernels are loaded before timing."""
         out = torch.zeros_like(x)
         payload = self.compress_difference_(x, out, spec, self.init(spec, x.device), torch.empty_like(x))
         self.accumulate(payload, spec, out)
@@ -117,7 +117,7 @@ class Compressor(ABC):
 
 @dataclass(frozen=True)
 class Wrapper(Compressor):
-    """A compressor around another one, which answers for it in all that a subclass does not say by itself.
+    """A compressor around another one. The inner compressor answers whatever a subclass does not override.
 
     Attributes:
         inner: the other one.
@@ -128,53 +128,53 @@ class Wrapper(Compressor):
 
     @property
     def is_unbiased(self) -> bool:
-        """As the inner one."""
+        """See `Compressor.is_unbiased`; the inner compressor answers."""
         return self.inner.is_unbiased
 
     @property
     def is_contractive(self) -> bool:
-        """As the inner one."""
+        """See `Compressor.is_contractive`; the inner compressor answers."""
         return self.inner.is_contractive
 
     @property
     def relative_error(self) -> float:
-        """As of the inner one."""
+        """See `Compressor.relative_error`; the inner compressor answers."""
         return self.inner.relative_error
 
     @property
     def remembers_errors(self) -> bool:
-        """As the inner one."""
+        """See `Compressor.remembers_errors`; the inner compressor answers."""
         return self.inner.remembers_errors
 
     def exempts(self, part: Spec) -> bool:
-        """As the inner one."""
+        """See `Compressor.exempts`; the inner compressor answers."""
         return self.inner.exempts(part)
 
     @property
     def has_common_support(self) -> bool:
-        """As the inner one."""
+        """See `Compressor.has_common_support`; the inner compressor answers."""
         return self.inner.has_common_support
 
     def summable(self, payload: Payload) -> Tensor:
-        """As the inner one."""
+        """See `Compressor.summable`; the inner compressor answers."""
         return self.inner.summable(payload)
 
     def with_sum(self, payload: Payload, total: Tensor) -> Payload:
-        """As the inner one."""
+        """See `Compressor.with_sum`; the inner compressor answers."""
         return self.inner.with_sum(payload, total)
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
-        """Return the state of the inner one."""
+        """See `Compressor.init`; the inner compressor answers."""
         return self.inner.init(spec, device, stream)
 
     def layout(self, spec: Spec) -> Layout:
-        """Return the inner layout."""
+        """See `Compressor.layout`; the inner compressor answers."""
         return self.inner.layout(spec)
 
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """As the inner one."""
+        """See `Compressor.compress`; the inner compressor answers."""
         return self.inner.compress(x, spec, state)
 
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """As the inner one."""
+        """See `Compressor.accumulate`; the inner compressor answers."""
         self.inner.accumulate(payload, spec, out, weight)

@@ -38,11 +38,11 @@ class RandomBlock(Compressor):
 
     @property
     def has_common_support(self) -> bool:
-        """The block of the step."""
+        """True: every message holds the block of its step."""
         return True
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream that all ranks share."""
+        """Return the start of the random stream that all ranks share."""
         return Draws(0)
 
     def _blocks(self, n: int) -> tuple[int, int]:
@@ -51,13 +51,13 @@ class RandomBlock(Compressor):
         return length, -(-n // length) if n else 0
 
     def layout(self, spec: Spec) -> Layout:
-        """``offset`` (1,), ``values``, at most a block."""
+        """Return the fields ``offset`` (1,) and ``values``, at most one block."""
         length, _ = self._blocks(spec.numel)
         return Layout((Field("offset", torch.int32, 1), Field("values", spec.dtype, length, variable=True)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Return a view of the block of this step."""
+        """Return the block of this step, as a view of `x`."""
         length, count = self._blocks(spec.numel)
         offset = length * (mix64(self.seed, state.step) % count) if count else 0
         state.step += 1
@@ -66,6 +66,6 @@ class RandomBlock(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """Add to the block."""
+        """Add ``weight * values`` to the block of `out` that the message names."""
         offset, values = int(payload["offset"]), payload["values"]
         out[offset : offset + len(values)].add_(values, alpha=weight)

@@ -39,22 +39,22 @@ class Cast(Compressor):
 
     @property
     def relative_error(self) -> float:
-        """Half a unit in the last place."""
+        """The rounding error: half a unit in the last place."""
         return torch.finfo(_DTYPES[self.dtype]).eps / 2
 
     def layout(self, spec: Spec) -> Layout:
-        """``values`` (n,)."""
+        """Return the field ``values`` (n,)."""
         return Layout((Field("values", _DTYPES[self.dtype], spec.numel),))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Round, and saturate."""
+        """Round each entry; those out of range become the largest finite value."""
         target = _DTYPES[self.dtype]
         largest = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
         return {"values": x.clamp(-largest, largest).to(target)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * values``."""
+        """Compute ``out += weight * values``."""
         for start, stop in blocks(spec.numel):
             out[start:stop].add_(payload["values"][start:stop].to(out.dtype), alpha=weight)

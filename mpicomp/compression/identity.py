@@ -17,25 +17,25 @@ from mpicomp.timing import timed
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """No compression."""
+    """Send the vector without compression."""
 
     @property
     def is_unbiased(self) -> bool:
-        """Nothing is changed."""
+        """True, because Q(x) = x."""
         return True
 
     @property
     def relative_error(self) -> float:
-        """None."""
+        """0, because Q(x) = x."""
         return 0.0
 
     @property
     def has_common_support(self) -> bool:
-        """All entries."""
+        """True: every message holds all entries."""
         return True
 
     def layout(self, spec: Spec) -> Layout:
-        """``values`` (n,)."""
+        """Return the field ``values`` (n,)."""
         return Layout((Field("values", spec.dtype, spec.numel),))
 
     @timed("compress")
@@ -45,5 +45,5 @@ class Identity(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * values``."""
+        """Compute ``out += weight * values``."""
         out.add_(payload["values"], alpha=weight)

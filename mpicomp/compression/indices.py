@@ -30,7 +30,7 @@ def index_field(n: int, k: int) -> Field:
 
 
 def any_index_field(n: int) -> Field:
-    """Return the field ``indices``, a code, for any number of `n`."""
+    """Return the field ``indices``, a code, long enough for any number of indices below `n`."""
     # For one shift the code of more indices is the longer one, so look at the largest k of each.
     most = (n if shift == 0 else n * 493 // (1024 << shift - 1) for shift in range(index_shift(n, 1) + 1))
     return Field("indices", torch.uint8, max((index_code_nbytes(n, k) for k in most), default=0), variable=True)
@@ -43,7 +43,7 @@ def write_indices(indices: Tensor, n: int, field: Field) -> Tensor:
 
 
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float) -> None:
-    """``out[indices] += weight * values``, with the indices as they were written.
+    """Compute ``out[indices] += weight * values``, with the indices as they were written.
 
     Raises:
         IndexError: damaged indices.

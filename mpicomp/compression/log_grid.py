@@ -43,13 +43,13 @@ class LogGrid(Compressor):
         return 1 + (self.k + 1).bit_length()
 
     def layout(self, spec: Spec) -> Layout:
-        """``scale`` (1,), ``codes`` packed: the sign in the lowest bit, the place on the grid above."""
+        """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, then the place on the grid."""
         nbytes = packed_nbytes(spec.numel, self._bits)
         return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Round and pack; NaN and infinity: DivergenceError."""
+        """Round and pack; raise DivergenceError for NaN and infinity."""
         largest = finite(float(x.abs().max()) if len(x) else 0.0)
         scale = float(torch.tensor(largest, dtype=torch.float32))
         # between 0 and 2**-k the middle is half of that, between two powers three quarters of the larger one
@@ -59,6 +59,6 @@ class LogGrid(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * scale * value``."""
+        """Compute ``out += weight * scale * value``."""
         grid = [0.0, *(2.0**-i for i in reversed(range(self.k + 1)))]
         kernels.add_gridded_(out, payload["codes"], grid, self._bits, weight * float(payload["scale"]))

@@ -3,7 +3,7 @@
 A message is a `Payload`, a dict of tensors. Its `Layout` is known before a byte is sent: which fields, of which type,
 how many entries at most. On the wire the fields lie one behind the other in one contiguous buffer of bytes, each
 aligned to its element size; a field of variable length is preceded by its count. Bytes predicted from the layout are
-the bytes sent. Indices are 16 or 32 bits wide or a code of fewer, never 64 bits and never floats.
+the bytes sent. Indices take 16 or 32 bits, or fewer in a code; they are not sent as 64-bit integers or floats.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Spec:
 
     @cached_property
     def parts(self) -> tuple[Spec, ...]:
-        """One spec per tensor."""
+        """The specs of the single tensors."""
         return tuple(Spec((n,), (s,), self.dtype) for n, s in zip(self.names, self.shapes, strict=True))
 
     @property
@@ -108,7 +108,7 @@ class Layout:
 
     @cached_property
     def nbytes(self) -> int:
-        """The bytes of the longest message."""
+        """The bytes of the longest possible message."""
         return self._end(None)
 
     def _end(self, counts: Mapping[str, int] | None) -> int:
@@ -140,7 +140,7 @@ class Layout:
 
     @traced("unpack")
     def unpack(self, wire: Tensor) -> Payload:
-        """Return the payload in `wire` as views of it."""
+        """Return the payload in `wire`; its tensors are views of `wire`."""
         payload: Payload = {}
         offset = 0
         for field in self.fields:

@@ -1,7 +1,7 @@
 """Natural compression: magnitudes rounded at random to a power of two.
 
 For ``2**e <= |x_i| < 2**(e+1)``, ``Q(x)_i`` is ``sign(x_i) 2**(e+1)`` with probability ``|x_i| / 2**e - 1``, else
-``sign(x_i) 2**e``. Unbiased with variance at most ``|x|^2 / 8``, and so of little harm even without error feedback.
+``sign(x_i) 2**e``. Unbiased with variance at most ``|x|^2 / 8``, so it does little harm even without error feedback.
 Bytes: ``n + ceil(n / 8)``, exponent and sign of float32; values beyond the powers of two of float32 saturate, those
 below become zero. Horvath et al. 2019, arXiv 1905.10988.
 """
@@ -20,7 +20,7 @@ from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed
 
 _BIAS = 127
-"""Added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
+"""The number added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class Natural(Compressor):
 
     @property
     def is_unbiased(self) -> bool:
-        """By the choice of the probabilities."""
+        """True: the probabilities of rounding are chosen for it."""
         return True
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream of this rank."""
+        """Return the start of this rank's random stream."""
         return Draws(stream)
 
     def layout(self, spec: Spec) -> Layout:
-        """``exponents`` (n,) with bias, ``signs`` (ceil(n / 8),) packed."""
+        """Return the fields ``exponents`` (n,), biased, and ``signs`` (ceil(n / 8),), packed."""
         signs = Field("signs", torch.uint8, packed_nbytes(spec.numel, 1))
         return Layout((Field("exponents", torch.uint8, spec.numel), signs))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Round at random."""
+        """Return the exponents, rounded at random, and the signs."""
         mantissa, exponent = torch.frexp(x if x.dtype == torch.float64 else x.to(torch.float32))  # 0.5 <= mantissa < 1
         up = uniform(x, self.seed, state) < mantissa.abs() * 2 - 1
         biased = (exponent - 1 + up + _BIAS).clamp_(0, 254) * (mantissa != 0)
@@ -58,7 +58,7 @@ class Natural(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * sign * 2**exponent``."""
+        """Compute ``out += weight * sign * 2**exponent``."""
         wide = torch.float64 if out.dtype == torch.float64 else torch.float32
         for start, stop in blocks(spec.numel):
             biased = payload["exponents"][start:stop].to(torch.int32)

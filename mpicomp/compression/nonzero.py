@@ -1,6 +1,6 @@
-"""Nonzero: the vector as it is, of which only the entries travel that are not zero.
+"""Nonzero: the vector as it is; only entries that are not zero travel.
 
-``Q(x) = x``. For sums of sparse messages, which a hub sends back: nothing is lost, so all ranks hold the same bits.
+``Q(x) = x``. A hub sends sums of sparse messages back with it. It is lossless, so all ranks hold the same bits.
 Bytes of k entries: two counts of 4, k values, and k coded indices (see `mpicomp.compression.indices`); the plain vector
 where that is shorter. A negative zero arrives as a positive one.
 """
@@ -22,21 +22,21 @@ from mpicomp.timing import timed
 
 @dataclass(frozen=True)
 class Nonzero(Compressor):
-    """No compression of what is not zero."""
+    """Send all entries that are not zero."""
 
     @property
     def is_unbiased(self) -> bool:
-        """Nothing is changed."""
+        """True, because Q(x) = x."""
         return True
 
     def layout(self, spec: Spec) -> Layout:
-        """``values``, at most (n,); ``indices``, coded, or none if all values are there."""
+        """Return ``values``, at most (n,), and ``indices``, coded; there are none if all values are sent."""
         n = spec.numel
         return Layout((Field("values", spec.dtype, n, variable=True), any_index_field(n)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Leave out the zeros; DivergenceError if there is a NaN."""
+        """Leave out the zeros; raise DivergenceError if there is a NaN."""
         values, indices = kernels.above(x, _smallest(x.dtype))
         code = write_indices(indices, spec.numel, any_index_field(spec.numel))
         if values.numel() * x.element_size() + code.numel() < spec.numel * x.element_size():
@@ -45,7 +45,7 @@ class Nonzero(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out[indices] += weight * values``."""
+        """Compute ``out[indices] += weight * values``."""
         values, code = payload["values"], payload["indices"]
         if values.numel() == spec.numel and not code.numel():
             out.add_(values, alpha=weight)

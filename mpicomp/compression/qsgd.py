@@ -44,12 +44,12 @@ class QSGD(Compressor):
 
     @property
     def is_unbiased(self) -> bool:
-        """Whether nothing is shrunk."""
+        """True unless `contractive` is set."""
         return not self.contractive
 
     @property
     def is_contractive(self) -> bool:
-        """Whether the result is shrunk."""
+        """Whether `contractive` is set, so that the result is shrunk."""
         return self.contractive
 
     @property
@@ -57,17 +57,17 @@ class QSGD(Compressor):
         return (1 << self.bits) - 1
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream of this rank."""
+        """Return the start of this rank's random stream."""
         return Draws(stream)
 
     def layout(self, spec: Spec) -> Layout:
-        """``scale`` (1,), ``codes`` packed: the sign in the lowest bit, the level above."""
+        """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, level in those above."""
         nbytes = packed_nbytes(spec.numel, self.bits + 1)
         return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Round at random and pack; the scale holds |x| / S and the shrinkage. NaN and infinity: DivergenceError."""
+        """Round at random and pack; ``scale`` is c |x| / S. Raises DivergenceError for NaN and infinity."""
         seed = next_seed(self.seed, state)
         unit = kernels.norm(x) / self._levels
         shrink = 1 / (1 + self._variance(spec.numel)) if self.contractive else 1.0
@@ -79,5 +79,5 @@ class QSGD(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * scale * (1 - 2 sign) * level``."""
+        """Compute ``out += weight * scale * (1 - 2 sign) * level``."""
         kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))

@@ -51,16 +51,16 @@ class RandomK(Compressor):
         return not self.unbiased
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream of this rank, or the one that all share."""
+        """Return the start of this rank's random stream, or of the one that all ranks share."""
         return Draws(0 if self.shared else mix64(1, stream))
 
     def layout(self, spec: Spec) -> Layout:
-        """``seed`` (1,), ``values`` (k,)."""
+        """Return the fields ``seed`` (1,) and ``values`` (k,)."""
         return Layout((Field("seed", torch.int64, 1), Field("values", spec.dtype, kept(spec.numel, self.ratio))))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Draw the seed of this message, and gather."""
+        """Draw the seed of this message and gather the entries that it selects."""
         seed = mix64(self.seed, state.step, state.stream) >> 1
         state.step += 1
         k = kept(spec.numel, self.ratio)
@@ -71,7 +71,7 @@ class RandomK(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """Draw the indices again, and ``out[indices] += weight * values``."""
+        """Draw the indices again from the seed and compute ``out[indices] += weight * values``."""
         values = payload["values"]
         indices = kernels.random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
         kernels.scatter_add_(out, indices, values, weight)

@@ -14,7 +14,7 @@ _MASK = 2**64 - 1
 
 @dataclass
 class Draws:
-    """The state of a compressor that draws: where it is in its stream.
+    """The state of a compressor that draws random numbers: its place in the stream.
 
     Attributes:
         stream: tells apart the ranks, and the tensors of a rank.

@@ -59,21 +59,21 @@ class SampledTopK(Compressor):
 
     @property
     def is_contractive(self) -> bool:
-        """Not for certain."""
+        """False: a sample may miss the large entries."""
         return False
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream of this rank."""
+        """Return the start of this rank's random stream."""
         return Draws(stream)
 
     def layout(self, spec: Spec) -> Layout:
-        """``values``, at most (k,); ``indices``, coded."""
+        """Return the fields ``values``, at most (k,), and ``indices``, coded."""
         k = kept(spec.numel, self.ratio)
         return Layout((Field("values", spec.dtype, k, variable=True), any_index_field(spec.numel)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Sample, select, and select again; DivergenceError if there is a NaN."""
+        """Estimate the threshold from a sample, then select; raise DivergenceError if there is a NaN."""
         n, k = spec.numel, kept(spec.numel, self.ratio)
         start = mix64(self.seed, state.step, state.stream)
         state.step += 1
@@ -92,11 +92,11 @@ class SampledTopK(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out[indices] += weight * values``."""
+        """Compute ``out[indices] += weight * values``."""
         scatter_add_(out, payload["indices"], payload["values"], weight)
 
     def _threshold(self, x: Tensor, start: int) -> float:
-        """Return the smallest magnitude that is kept of a sample."""
+        """Return the threshold: the magnitude of the smallest entry of the sample that is kept."""
         stride = max(1, int(1 / self.sample) // 32 * 32 + 1)
         sampled = x[start % stride :: stride].contiguous() if len(x) >= _LEAST * stride else x
         values, _ = _top_k(sampled, kept(len(sampled), self.ratio))

@@ -24,16 +24,16 @@ class SignNorm(Compressor):
     """Send signs, scaled by the mean magnitude."""
 
     def layout(self, spec: Spec) -> Layout:
-        """``scale`` (1,), ``signs`` (ceil(n / 8),) packed."""
+        """Return the fields ``scale`` (1,) and ``signs`` (ceil(n / 8),), packed."""
         return Layout((Field("scale", torch.float32, 1), Field("signs", torch.uint8, packed_nbytes(spec.numel, 1))))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Form the scale and pack the signs; NaN and infinity: DivergenceError."""
+        """Compute the scale and pack the signs; raise DivergenceError for NaN and infinity."""
         mean = kernels.absolute_sum(x) / max(1, spec.numel)
         return {"scale": number(mean, torch.float32, x.device), "signs": kernels.pack_signs(x)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * scale * signs``."""
+        """Compute ``out += weight * scale * signs``."""
         kernels.add_signs_(out, payload["signs"], weight * float(payload["scale"]))

@@ -31,25 +31,25 @@ class TernGrad(Compressor):
 
     @property
     def is_unbiased(self) -> bool:
-        """By the choice of the probabilities."""
+        """True: the probabilities of rounding are chosen for it."""
         return True
 
     @property
     def is_contractive(self) -> bool:
-        """The variance may exceed |x|^2."""
+        """False: the variance may exceed |x|^2."""
         return False
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
-        """Start the stream of this rank."""
+        """Return the start of this rank's random stream."""
         return Draws(stream)
 
     def layout(self, spec: Spec) -> Layout:
-        """``scale`` (1,), ``codes`` packed: 0 for zero, 1 for one, 2 for minus one."""
+        """Return the fields ``scale`` (1,) and packed ``codes``: 0 for zero, 1 for one, 2 for minus one."""
         return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, packed_nbytes(spec.numel, 2))))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Round at random and pack."""
+        """Round each entry at random to -1, 0 or 1 times the scale, and pack."""
         magnitude = x.abs()
         scale = magnitude.max().to(torch.float32) if len(x) else torch.zeros((), device=x.device)
         chosen = uniform(x, self.seed, state) * scale < magnitude
@@ -58,7 +58,7 @@ class TernGrad(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * scale * code``."""
+        """Compute ``out += weight * scale * code``."""
         scale = weight * float(payload["scale"])
         for start, stop in blocks(spec.numel):
             codes = unpack_codes(payload["codes"], 2, spec.numel, start, stop)

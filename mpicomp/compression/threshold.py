@@ -44,22 +44,22 @@ class HardThreshold(Compressor):
 
     @property
     def is_contractive(self) -> bool:
-        """A small vector is not sent at all."""
+        """False: of a small vector nothing is sent."""
         return False
 
     def layout(self, spec: Spec) -> Layout:
-        """``values``, at most (n,), after their ``scale`` if they have one; ``indices``, coded."""
+        """Return ``scale`` if values have one, ``values``, at most (n,), and ``indices``, coded."""
         n = spec.numel
         return Layout((*value_fields(self.values, spec.dtype, n, variable=True), any_index_field(n)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Select; a NaN is below every threshold and is not sent, so refuse it: DivergenceError."""
+        """Select the large entries; raise DivergenceError for a NaN, which no comparison would select."""
         values, indices = _above(x, self.threshold)
         n = spec.numel
         return {**write_values(values, self.values), "indices": write_indices(indices, n, any_index_field(n))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out[indices] += weight * values``."""
+        """Compute ``out[indices] += weight * values``."""
         scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)

@@ -43,19 +43,19 @@ class TopK(Compressor):
         check_values(self.values)
 
     def layout(self, spec: Spec) -> Layout:
-        """``values`` (k,), after their ``scale`` if they have one; ``indices`` of k, ascending, as they take less."""
+        """Return ``scale`` if values have one, ``values`` (k,), and ``indices``, ascending, in the shorter form."""
         k = kept(spec.numel, self.ratio)
         return Layout((*value_fields(self.values, spec.dtype, k), index_field(spec.numel, k)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Select the largest entries; DivergenceError if there is a NaN."""
+        """Select the largest entries; raise DivergenceError if there is a NaN."""
         values, indices = _top_k(x, kept(spec.numel, self.ratio))
         return self._message(values, indices, spec)
 
     @timed("compress")
     def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
-        """Select without forming the difference; DivergenceError if there is a NaN."""
+        """Select without forming the difference; raise DivergenceError if there is a NaN."""
         values, indices = _top_k_of_difference(x, x_hat, kept(spec.numel, self.ratio))
         message = self._message(values, indices, spec)
         kernels.scatter_add_(x_hat, indices, read_values(message, x_hat.dtype))
@@ -67,5 +67,5 @@ class TopK(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out[indices] += weight * values``."""
+        """Compute ``out[indices] += weight * values``."""
         scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)

@@ -3,8 +3,8 @@
 ``Q(x)_i = max|x| / S`` times the whole number nearest to ``S x_i / max|x|``; halfway, the even one.
 ``S = 2**bits - 1``, so that a magnitude takes `bits` bits. No entry is moved by more than its own magnitude nor by more
 than half a step, and the largest not at all, so Q contracts; it is biased and needs error feedback. Bytes:
-``4 + ceil(n / 8) (bits + 1)``. Quantized Adam (Chen et al. 2020, arXiv 2004.14180) rounds weights so, to multiples of
-``2**-k`` (from memory of the paper), whose largest value would need another bit.
+``4 + ceil(n / 8) (bits + 1)``. Quantized Adam (Chen et al. 2020, arXiv 2004.14180) rounds weights this way, but to
+multiples of ``2**-k`` (from memory of the paper), whose largest value would need another bit.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class UniformGrid(Compressor):
             raise ConfigError(f"compression.bits = {self.bits} must be in 1...8: the bits of a magnitude")
 
     def layout(self, spec: Spec) -> Layout:
-        """``scale`` (1,), ``codes`` packed: the sign in the lowest bit, the multiple above."""
+        """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, multiple in those above."""
         nbytes = packed_nbytes(spec.numel, self.bits + 1)
         return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Round and pack; the scale holds ``max|x| / S``. NaN and infinity: DivergenceError."""
+        """Round and pack; ``scale`` is ``max|x| / S``. Raises DivergenceError for NaN and infinity."""
         levels = (1 << self.bits) - 1
         largest = finite(float(x.abs().max()) if len(x) else 0.0)
         scale = float(torch.tensor(largest / levels, dtype=torch.float32))
@@ -62,5 +62,5 @@ class UniformGrid(Compressor):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """``out += weight * scale * multiple``."""
+        """Compute ``out += weight * scale * multiple``."""
         kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))

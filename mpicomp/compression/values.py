@@ -1,8 +1,9 @@
 """How the values of a sparse message travel: as they are, or rounded to fewer bits.
 
-What is rounded off is not lost: the decoded values are what every rank, the sender included, adds to its copies, so the
-rest stays with whoever keeps the error. Rounding never increases ``|Q(x)_i - x_i|`` beyond ``|x_i|``: contractive stays
-contractive. ``int8`` is ``round(127 v / max|v|)`` with the scale ``max|v| / 127`` in front, float32.
+The rounding error is not lost: every rank, the sender included, adds the decoded values to its copies, so the error
+stays in the sender's error memory or public copy. Rounding never makes ``|Q(x)_i - x_i|`` larger than ``|x_i|``, so a
+contractive compressor stays contractive. ``int8`` is ``round(127 v / max|v|)``; the scale ``max|v| / 127``, float32,
+travels in front.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mpicomp.compression.message import Field, Payload
 from mpicomp.errors import ConfigError
 
 Values = Literal["full", "float32", "bfloat16", "float16", "int8"]
-"""``"full"`` is the type of the model."""
+"""The types of values on the wire; ``"full"`` is the type of the model."""
 
 _LEVELS = 127
 
@@ -39,9 +40,9 @@ def value_fields(
 
 
 def write_values(x: Tensor, values: Values, counts: tuple[int, ...] = ()) -> Payload:
-    """Return `x` (k,) rounded; what is beyond the range of 16 bits saturates.
+    """Return `x` (k,) rounded; values beyond the range of 16 bits saturate.
 
-    `counts` says for how many entries, one behind the other, each scale is; without it there is one scale for all.
+    `counts` gives the number of consecutive entries of each scale; without it there is one scale for all.
     """
     if values == "full":
         return {"values": x}
@@ -69,11 +70,11 @@ def read_values(payload: Payload, dtype: torch.dtype, counts: tuple[int, ...] = 
 
 
 def _each(scale: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Return the scale of each entry, or the one of all."""
+    """Return the scale of each entry, or the single scale of all."""
     return scale[_groups(counts, scale.device)] if counts else scale
 
 
 @functools.lru_cache(maxsize=64)
 def _groups(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the number of its group for each entry, where groups of so many entries lie one behind the other."""
+    """Return the group number of each entry; the groups follow one another and have `counts` entries."""
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)

@@ -1,1 +1,1 @@
-"""A run as one TOML file: its sections, their checks, and what they build."""
+"""The configuration of a run in one TOML file: sections, checks, and the objects built from them."""

@@ -1,17 +1,17 @@
-"""One TOML file = one run: sections, checks, defaults, and what is built from them.
+"""The configuration: one TOML file describes one run. Sections, checks, defaults, and the objects built from them.
 
     [run]          seed, device, how often to record and to evaluate
     [data]         kind, path, partition; the parameters of both
     [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
     [training]     epochs or steps, batch_size
-    [checkpoint]   when to store the state of all ranks, and how many to keep
-    [downlink]     kind, and its parameters: what hubs answer
+    [checkpoint]   when to store the state of all ranks, and how many checkpoints to keep
+    [downlink]     kind, and its parameters: the compressor of hubs' answers
     [slow]         ranks that are made slow on purpose
-    [simulation]   how long things take with --simulate
+    [simulation]   the durations of gradients and messages with --simulate
 
-The parameters of a kind are those of the function or class that its registry names: type and default are read from
-the signature, so that one line in the registry makes a new kind known here. ``kind = "my_pkg.my_file:MyCompressor"``
-takes one from outside the package, and installed packages offer further kinds (see `mpicomp.plugins`).
+The keys of a kind are the parameters of the function or class that the registry names. Types and defaults are read from
+its signature, so a new kind needs only one line in the registry. ``kind = "my_pkg.my_file:MyCompressor"`` takes a
+factory from outside the package, and installed packages may offer further kinds (see `mpicomp.plugins`).
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ FREE = {
     "training.epochs",
     "training.steps",
 }
-"""What may change when a run goes on. A longer run gets the learning rates of the longer schedule from there on."""
+"""What may change when a run continues. If it becomes longer, it then follows the longer learning rate schedule."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A checked configuration with all defaults filled in; equal to another one if all of its values are."""
+    """A checked configuration with all defaults filled in. Two are equal if all values are equal."""
 
     run: RunSection
     data: DataSection
@@ -96,11 +96,11 @@ class RunConfig:
 
         Args:
             path: a TOML file.
-            overrides: ``section.key=value``; the value is TOML, or text as it stands where it is not. An empty value
-                removes the key from the file; ``training.steps`` takes the place of ``training.epochs`` and vice versa.
+            overrides: ``section.key=value``. The value is TOML; if it is not valid TOML, it is taken as text. An empty
+                value removes the key. ``training.steps`` replaces ``training.epochs``, and vice versa.
 
         Raises:
-            ConfigError: a file that cannot be read, or all problems found in it, one a line.
+            ConfigError: the file cannot be read, or has problems; lists all problems, one on each line.
 
         """
         values = _read(Path(path))
@@ -109,7 +109,7 @@ class RunConfig:
 
     @classmethod
     def from_toml(cls, text: str, source: str = "configuration") -> RunConfig:
-        """Check a configuration that is given as text; raise ConfigError with all problems, which names `source`."""
+        """Check a configuration given as text; raise ConfigError with `source` and all problems."""
         return cls._from_values(_parsed(text, source), [], source)
 
     @classmethod
@@ -125,15 +125,15 @@ class RunConfig:
         return cls(**sound)  # type: ignore[arg-type]
 
     def to_toml(self) -> str:
-        """Return the configuration as TOML, all defaults filled in; `from_toml` gives an equal one back."""
+        """Return the configuration as TOML with all defaults; `from_toml` makes an equal configuration from it."""
         return tomli_w.dumps(
             {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in SECTIONS}
         )
 
     def check_continues(self, stored: RunConfig) -> None:
-        """Raise ConfigError, naming each key, if a run of `stored` cannot go on as this one, bit for bit.
+        """Raise ConfigError, naming each key, if a run of `stored` cannot continue with this configuration bit for bit.
 
-        Free to change are the sections and keys in `FREE`: they do not enter the arithmetic of a step.
+        The sections and keys in `FREE` may change, because the arithmetic of a step does not depend on them.
         """
         problems = []
         for name in SECTIONS:
@@ -147,16 +147,16 @@ class RunConfig:
             raise ConfigError(_report(source, problems))
 
     def gradient_delay(self, world: World) -> GradientDelay:
-        """Return how long the gradients of a rank take."""
+        """Return the `GradientDelay` of this rank, from ``[slow]`` and ``[simulation]``."""
         delay = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
         delay.sleep = world.sleep
         return delay
 
     def check(self, size: int) -> tuple[Schedule, AnyAlgorithm]:
-        """Return graph and algorithm for `size` ranks, after a check that they fit; nothing large is allocated.
+        """Return graph and algorithm for `size` ranks, and check that they fit; allocates nothing large.
 
         Raises:
-            ConfigError: a graph that does not exist at this size, or that the algorithm cannot use.
+            ConfigError: the graph does not exist at this size, or the algorithm cannot use it.
 
         """
         schedule = self.topology.build(size)
@@ -170,7 +170,7 @@ class RunConfig:
         return schedule, algorithm
 
     def _check_survivable(self, algorithm: AnyAlgorithm) -> None:
-        """Raise ConfigError where the ranks cannot go on without one of them."""
+        """Raise ConfigError if the ranks cannot continue when one of them dies."""
         if not isinstance(algorithm, RegroupingAlgorithm):
             why = (
                 "the part of the model that a hub holds is gone with it"
@@ -188,7 +188,7 @@ class RunConfig:
             )
 
     def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
-        """Raise ConfigError where other sections contradict an asynchronous algorithm."""
+        """Raise ConfigError if another section contradicts an asynchronous algorithm."""
         trainers = algorithm.trainers(size)
         if slow := [rank for rank in self.slow.ranks if rank < size and rank not in trainers]:
             raise ConfigError(
@@ -197,19 +197,19 @@ class RunConfig:
             )
         if algorithm.share == "by_speed" and self.data.partition != "iid":
             raise ConfigError(
-                f"algorithm.share = 'by_speed' lets all ranks take batches from one pile, so data.partition = "
+                f"algorithm.share = 'by_speed' lets all ranks take batches from one queue, so data.partition = "
                 f"{self.data.partition!r} would mean nothing: set algorithm.share = 'equal', or data.partition = 'iid'"
             )
 
     def _check_allocation(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
-        """Raise ConfigError where an asynchronous algorithm has no samples of each rank to set ratios by."""
+        """Raise ConfigError if ratios are to be set by each rank's samples, but ranks have no samples of their own."""
         rule, kind = self.compression.allocation, self.algorithm.kind
         if rule == "uniform":
             return
         if algorithm.share == "by_speed":
             raise ConfigError(
                 f"compression.allocation = {rule!r} sets ratios by the samples of each rank, but with "
-                "algorithm.share = 'by_speed' all ranks take batches from one pile: set algorithm.share = 'equal', or "
+                "algorithm.share = 'by_speed' all ranks take batches from one queue: set algorithm.share = 'equal', or "
                 "compression.allocation = 'uniform'"
             )
         if len(algorithm.trainers(size)) < size:
@@ -248,7 +248,7 @@ def _parsed(text: str, source: str) -> Values:
 
 
 def _override_(values: Values, overrides: Sequence[str]) -> list[str]:
-    """Put `overrides` into `values`; return what is wrong with them."""
+    """Apply `overrides` to `values`; return the problems found in them."""
     problems = []
     for override in overrides:
         dotted, equals, text = override.partition("=")

@@ -1,4 +1,4 @@
-"""What a configuration may set on a function or class: its own parameters, as far as TOML can express them."""
+"""The parameters of a factory that a configuration may set: those whose types TOML can express."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Choice:
     """A key that names a factory.
 
     Attributes:
-        registry: those of this package by name.
-        given: how many leading parameters of a factory are not the user's to set.
-        beside: further parameters that are not, by name: other sections say what they are.
+        registry: the factories of this package by name.
+        given: how many leading parameters of a factory the package passes itself.
+        beside: names of further parameters that the user does not set here, because other sections do.
 
     """
 
@@ -37,7 +37,7 @@ class Choice:
         """Return type and default of each parameter of `target` that a configuration may set.
 
         Raises:
-            ConfigError: a parameter that must be set, but not in a configuration, or type hints that cannot be read.
+            ConfigError: a required parameter cannot be set in a configuration, or type hints cannot be read.
 
         """
         return parameters(target, self.given, self.beside)
@@ -71,7 +71,7 @@ def parameters(target: Factory, given: int, beside: tuple[str, ...]) -> dict[str
 
 
 def _as_read(annotation: Any, default: Any) -> Any:
-    """Return a default as it would come out of a file: a 0 of a float as 0.0, a sequence as the type says."""
+    """Return a default as reading it from a file would give it: for a float 0.0 instead of 0, for a list a list."""
     if default is None:
         return None
     return TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_json(json.dumps(default, default=str))
@@ -109,7 +109,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a default can be written as TOML; None by itself is left out."""
+    """Return whether a default can be written as TOML; a default of None is left out of the file."""
     if isinstance(value, list | tuple):
         return all(entry is not None and _is_plain(entry) for entry in value)
     return value is None or isinstance(value, bool | int | float | str | Path)

@@ -1,4 +1,4 @@
-"""A section of a configuration against its values: what is wrong, one sentence each, with what was probably meant."""
+"""Problems in a section of a configuration: one sentence for each, with a guess at what was meant."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SYNONYMS = {
     "fraction": "ratio",
     "consensus_step": "gamma",
 }
-"""What people write for a key whose name looks different."""
+"""Common names of keys that have another name here."""
 
 
 class Checked:
-    """A section against its values: the model that they choose, and the result or what is wrong."""
+    """The values of a section, checked: the pydantic model that they choose, and the result or the problems."""
 
     def __init__(self, section: type[Section], values: Any) -> None:
         self.name = section.section()
@@ -53,11 +53,11 @@ class Checked:
 
     @property
     def known(self) -> list[str]:
-        """The keys of the section."""
+        """The known keys of the section."""
         return list(self._model.model_fields)
 
     def problems(self, known: Mapping[str, list[str]]) -> Iterator[str]:
-        """Yield what is wrong; `known` holds the keys of all sections."""
+        """Yield the problems, one sentence each; `known` holds the keys of all sections."""
         if self._problem is not None:
             yield self._problem
         grouped: dict[str, list[ErrorDetails]] = {}
@@ -90,7 +90,7 @@ class Checked:
 
 
 def _rule(error: ErrorDetails) -> str:
-    """Return ``"must be ..."``, with the nearest of the allowed names."""
+    """Return ``"must be ..."`` for a violated rule, with the closest allowed name."""
     allowed = re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
     hint = nearest(str(error["input"]), allowed) if error["type"] == "literal_error" else ""
     at = "".join(f"entry {part} " for part in error["loc"][1:] if isinstance(part, int))
@@ -99,7 +99,7 @@ def _rule(error: ErrorDetails) -> str:
 
 
 def unknown(section: str, key: str, known: Mapping[str, list[str]], kind: str | None = None) -> str:
-    """Return the sentence for an unknown section or key, with what was probably meant."""
+    """Return the sentence for an unknown section or key, with the closest known one."""
     if not key:
         hint = _elsewhere(section, known) or nearest(section, known)
         return f"{section} is unknown.{hint or ' Sections: ' + ', '.join(known) + '.'}"
@@ -109,7 +109,7 @@ def unknown(section: str, key: str, known: Mapping[str, list[str]], kind: str | 
 
 
 def _owners(section: str, key: str) -> str:
-    """Return which choices of the section have the parameter `key`."""
+    """Return the choices of the section that have the parameter `key`."""
     owners = [
         f"{section}.{choosing} = {name!r}"
         for choosing, choice in SECTIONS[section].choices.items()
@@ -127,14 +127,14 @@ def _close(section: str, key: str, known: Iterable[str]) -> str:
 
 
 def _elsewhere(key: str, known: Mapping[str, list[str]]) -> str:
-    """Return a hint to the section that has `key`, if only one has."""
+    """Return a hint to the other section that has `key`, if exactly one has it."""
     key = SYNONYMS.get(key, key)
     places = [section for section, keys in known.items() if key in keys]
     return f" Did you mean '{places[0]}.{key}'?" if len(places) == 1 else ""
 
 
 def refusals(sections: Mapping[str, Section]) -> list[str]:
-    """Return what is wrong with values that have the right type."""
+    """Return the problems of a section whose values have the right types."""
     refusals = []
     for section in sections.values():
         try:

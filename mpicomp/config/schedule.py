@@ -26,7 +26,7 @@ class LearningRateSchedule(ABC):
         warmup_start: the fraction of the learning rate at which warmup starts, in ``[0, 1]``.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value is out of its range.
 
     """
 
@@ -52,7 +52,7 @@ class LearningRateSchedule(ABC):
 
     @abstractmethod
     def shape(self, epoch: float) -> float:
-        """Return the factor without warmup."""
+        """Return the factor after `epoch` epochs, without warmup."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Constant(LearningRateSchedule):
     """``shape = 1``."""
 
     def shape(self, epoch: float) -> float:
-        """Return 1."""
+        """Return 1 for every epoch."""
         return 1.0
 
 

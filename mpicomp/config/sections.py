@@ -60,7 +60,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Section(BaseModel):
-    """A section of the file with fixed keys."""
+    """A section of the file: its fixed keys, and the choices that bring further keys."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -79,10 +79,10 @@ class Section(BaseModel):
 
     @classmethod
     def specialized(cls, values: Values) -> type[Section]:
-        """Return the model of this section with the parameters of what `values` choose.
+        """Return the pydantic model of this section with the parameters of the factories that `values` choose.
 
         Raises:
-            ConfigError: a choice that does not exist, or whose parameters cannot be keys of this section.
+            ConfigError: a choice does not exist, or its parameters cannot be keys of this section.
 
         """
         chosen, taken = [], set(cls.model_fields) - {"lr"}
@@ -110,17 +110,17 @@ class Section(BaseModel):
 
     @classmethod
     def normalized(cls, name: str) -> str:
-        """Return the spelling of a choice under which its registry has it."""
+        """Return the name of a choice as its registry spells it."""
         return name
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build what can be built before ranks, data and model are known; raise ConfigError if that is refused.
+        """Build what needs neither ranks nor data nor model, as a check; raise ConfigError if that fails.
 
-        `others` holds the sections of the file that are in order.
+        `others` holds the sections of the file that have no problems.
         """
 
     def arguments(self, key: str = "kind") -> Values:
-        """Return the parameters of what `key` has chosen."""
+        """Return the values of the parameters of the factory that `key` names."""
         return {name: getattr(self, name) for name in self.choices[key].parameters(self.chosen(key))}
 
     def chosen(self, key: str = "kind") -> Factory:
@@ -128,7 +128,7 @@ class Section(BaseModel):
         return find(f"{self.section()}.{key}", getattr(self, key), self.choices[key].registry)
 
     def make(self, kind: type | tuple[type, ...], *given: object, **beside: object) -> Any:
-        """Return what the factory of ``kind`` makes, a `kind`; see `mpicomp.plugins.make`."""
+        """Return the object of type `kind` that the factory makes; see `mpicomp.plugins.make`."""
         name: str = getattr(self, "kind")  # noqa: B009
         registry = self.choices["kind"].registry
         return make(f"{self.section()}.kind", name, registry, kind, *given, **self.arguments(), **beside)
@@ -138,10 +138,10 @@ class RunSection(Section):
     """``[run]``: the run as a whole."""
 
     seed: NonNegativeInt = 0
-    """Of initialization, partition and batches; random graphs and compressors have a seed of their own."""
+    """The seed of initialization, partition and batches; random graphs and compressors have seeds of their own."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; ``"auto"`` takes a GPU where there is one."""
+    """Where to compute; ``"auto"`` takes a GPU if there is one."""
 
     allow_shared_gpu: bool = False
     """Whether several ranks may share a GPU."""
@@ -150,31 +150,31 @@ class RunSection(Section):
     """Steps from one record in ``metrics.jsonl`` to the next."""
 
     evaluate_every_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Epochs from one evaluation of the averaged model to the next, also parts of one; the last step is always
-    evaluated."""
+    """Epochs from one evaluation of the averaged model to the next; may be fractional. The model after the last step is
+    evaluated, too."""
 
     stop_signal: str = "USR1"
-    """The signal that asks the run to store a checkpoint and to end with exit code 75; on any rank."""
+    """The signal, sent to any rank, that asks the run to store a checkpoint and to end with exit code 75."""
 
     hang_timeout_s: float = Field(600.0, ge=0, allow_inf_nan=False)
-    """Seconds without a step after which a rank says what it waits for, and the run is ended; 0 for never."""
+    """Seconds without a step after which a rank reports what it waits for, and the run ends; 0 for no limit."""
 
     on_peer_loss: Literal["stop", "continue"] = "stop"
     """What the other ranks do when one has died; ``"continue"`` for ``dc_gossip`` on one machine."""
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Look the signal up."""
+        """Check the name of the signal."""
         signal_number(self.stop_signal)
 
 
 class DataSection(Section):
-    """``[data]``: what is learnt, and which rank holds which part of it."""
+    """``[data]``: the data set, and its partition over the ranks."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(data.DATASETS, 1), "partition": Choice(PARTITIONS, 3)}
 
     kind: str = "digits"
     path: str | None = None
-    """The data folder, or the file itself; else the environment variable ``MPICOMP_DATA``, else ``./data``."""
+    """The data folder, or the file itself; by default the environment variable ``MPICOMP_DATA``, else ``./data``."""
 
     partition: str = "iid"
 
@@ -188,14 +188,14 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """``[model]``: what is trained."""
+    """``[model]``: the model to train."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(models.MODELS, 1)}
 
     kind: str = "mlp"
 
     def build(self, dataset: data.Dataset, seed: int) -> nn.Module:
-        """Return the model for `dataset` on the CPU; its parameters depend on the arguments alone."""
+        """Return the model for `dataset` on the CPU; its parameters depend only on the arguments."""
         return models.build(
             self.kind,
             dataset.input_shape,
@@ -229,13 +229,13 @@ class CompressorSection(Section):
     """Whether each tensor is compressed by itself, instead of the model as one vector."""
 
     dense_1d: bool = False
-    """Whether tensors of less than two dimensions (biases, scales) are sent as they are; with `per_tensor`."""
+    """Whether tensors of fewer than two dimensions (biases, scales) are sent uncompressed; with `per_tensor`."""
 
     error_feedback: bool = False
-    """Whether what was not sent is added to the next message; most algorithms do that by themselves."""
+    """Whether error feedback adds what was not sent to the next message; most algorithms do that by themselves."""
 
     def build(self) -> Compressor:
-        """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` with both switches on."""
+        """Return the compressor: ``ErrorFeedback(PerTensor(inner))`` if both keys are true."""
         compressor: Compressor = self.make(Compressor)
         if self.dense_1d and not self.per_tensor:
             raise ConfigError(f"{self.section()}.dense_1d needs {self.section()}.per_tensor = true")
@@ -244,7 +244,7 @@ class CompressorSection(Section):
         return ErrorFeedback(compressor) if self.error_feedback else compressor
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build the compressor."""
+        """Build the compressor, as a check."""
         self.build()
 
 
@@ -252,20 +252,20 @@ class CompressionSection(CompressorSection):
     """``[compression]``: what is sent."""
 
     allocation: Rule = "uniform"
-    """What sets the ratio or threshold of each rank by its samples: ``"dagc"`` or ``"waterfill"``, with that mean.
-    gamma of a gossip method must suit the smallest ratio."""
+    """The rule that sets the ratio or threshold of each rank by its number of samples: ``"dagc"`` or ``"waterfill"``.
+    The value of the section is then the mean. The gamma of a gossip method must suit the smallest ratio."""
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build the compressor, and see whether it has what is to be allocated."""
+        """Build the compressor, and check that it has a ratio or threshold if these are allocated."""
         check_rule(self.build(), self.allocation)
 
 
 class DownlinkSection(CompressorSection):
-    """``[downlink]``: what hubs answer, for algorithms that compress in both directions."""
+    """``[downlink]``: the compressor of hubs' answers, for algorithms that compress in both directions."""
 
 
 class AlgorithmSection(Section):
-    """``[algorithm]``: when to compute and when to talk."""
+    """``[algorithm]``: the training method, which decides when ranks compute and when they communicate."""
 
     choices: ClassVar[Mapping[str, Choice]] = {
         "kind": Choice(ALGORITHMS, beside=("compressor", "downlink", "inner")),
@@ -274,11 +274,11 @@ class AlgorithmSection(Section):
 
     kind: str = "dpsgd"
     inner: str | None = None
-    """How ``"local_sgd"`` mixes; the parameters of that method are then keys, too. Without it, as D-PSGD."""
+    """The method by which ``"local_sgd"`` mixes; its parameters are then keys, too. D-PSGD by default."""
 
     @classmethod
     def specialized(cls, values: Values) -> type[Section]:
-        """Return the model of this section, as `Section.specialized`; only some algorithms go around another."""
+        """See `Section.specialized`; raise ConfigError if `inner` is set and the algorithm takes none."""
         kind, inner = values.get("kind", "dpsgd"), values.get("inner")
         goes_around = (
             isinstance(kind, str) and "inner" in inspect.signature(find("algorithm.kind", kind, ALGORITHMS)).parameters
@@ -291,10 +291,10 @@ class AlgorithmSection(Section):
         return super().specialized(values)
 
     def build(self, compressor: Compressor, downlink: Compressor = Identity()) -> AnyAlgorithm:
-        """Return the algorithm, which sends with `compressor`, and answers with `downlink`.
+        """Return the algorithm, with `compressor` for messages and `downlink` for answers of hubs.
 
         Raises:
-            ConfigError: a parameter out of its range, or a compressor for an algorithm that has no use for it.
+            ConfigError: a parameter is out of its range, or the algorithm does not use a compressor that is set.
 
         """
         target = self.chosen()
@@ -320,7 +320,7 @@ class AlgorithmSection(Section):
         return algorithm
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build the algorithm; a compressor that cannot be built is reported by its own section."""
+        """Build the algorithm, as a check; the section of a compressor reports what is wrong with that."""
         compressors: list[Compressor] = [Identity(), Identity()]
         for i, name in enumerate(("compression", "downlink")):
             section = others.get(name)
@@ -331,7 +331,7 @@ class AlgorithmSection(Section):
 
 
 class OptimizerSection(Section):
-    """``[optimizer]``: the local step, any class of `torch.optim` but LBFGS and SparseAdam."""
+    """``[optimizer]``: the local step, by a class of `torch.optim` other than LBFGS and SparseAdam."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(OPTIMIZERS, 1)}
 
@@ -344,7 +344,7 @@ class OptimizerSection(Section):
 
     @classmethod
     def normalized(cls, name: str) -> str:
-        """Return names of `torch.optim` in lower case."""
+        """Return `name` in lower case, so that names of `torch.optim` are accepted as they are."""
         return name if ":" in name else name.lower()
 
     @field_validator("kind")
@@ -367,7 +367,7 @@ class OptimizerSection(Section):
         return optimizer
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build the optimizer over a matrix: some take nothing else."""
+        """Build the optimizer over a matrix, as a check; some optimizers accept only matrices."""
         self.over([{"params": [torch.zeros(1, 1, requires_grad=True)]}])
 
 
@@ -384,14 +384,14 @@ class ScheduleSection(Section):
         return schedule
 
     def try_out(self, others: Mapping[str, Section]) -> None:
-        """Build the schedule if the length of the run is known in epochs."""
+        """Build the schedule, as a check, if the length of the run is given in epochs."""
         training = others.get("training")
         if isinstance(training, TrainingSection) and training.epochs is not None:
             self.build(training.epochs)
 
 
 class TrainingSection(Section):
-    """``[training]``: how long, in which portions."""
+    """``[training]``: the length of the run, and the batch size."""
 
     epochs: PositiveInt | None = None
     """Passes over the data of all ranks together; or give `steps`."""
@@ -414,16 +414,16 @@ class CheckpointSection(Section):
     """Steps from one checkpoint to the next."""
 
     every_minutes: float = Field(15.0, ge=0, allow_inf_nan=False)
-    """Minutes from one checkpoint to the next; 0 for none by the clock. A run's end and a stop store one anyway."""
+    """Minutes from one checkpoint to the next; 0 for none by time. A run also stores one when it ends or stops."""
 
     keep_last: NonNegativeInt = 2
-    """How many to keep, the newest; 0 for all."""
+    """How many of the newest checkpoints to keep; 0 for all."""
 
     keep_every: PositiveInt | None = None
-    """Steps: those at a multiple of it are kept beside."""
+    """Checkpoints at a multiple of so many steps are kept, too."""
 
     stop_before_end_s: float = Field(120.0, ge=0, allow_inf_nan=False)
-    """How long before the end of the time limit to stop; at most a quarter of the limit."""
+    """Seconds before the end of the time limit at which to stop; at most a quarter of the limit."""
 
 
 _Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -431,19 +431,19 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SlowSection(Section):
-    """``[slow]``: ranks that are made slow on purpose, to try what a method gains where ranks are unequal."""
+    """``[slow]``: ranks that are made slow on purpose, to measure what a method gains with ranks of unequal speed."""
 
     ranks: list[NonNegativeInt] = []
-    """Whose gradients take longer; those that the run does not have are ignored."""
+    """The ranks whose gradients take longer; ranks that the run does not have are ignored."""
 
     factor: _Factor | list[_Factor] = 1.0
-    """How many times as long, or a number for each of `ranks`; of the host's time, so give `seconds` for a GPU."""
+    """The factor by which gradients take longer (of the host's time, so use `seconds` on a GPU); or one per rank."""
 
     seconds: _Seconds | list[_Seconds] = 0.0
-    """By how many seconds beside, or a number for each of `ranks`."""
+    """Seconds by which gradients take longer in addition; or a number for each of `ranks`."""
 
     spread: Spread = "fixed"
-    """Whether the extra time is the same in each step, or random: ``"uniform"`` or ``"exponential"``, of that mean."""
+    """The distribution of the additional time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
 
     @model_validator(mode="after")
     def _one_for_each(self) -> SlowSection:
@@ -453,7 +453,7 @@ class SlowSection(Section):
         return self
 
     def build(self, rank: int, seed: int, simulation: SimulationSection | None) -> GradientDelay:
-        """Return how long the gradients of `rank` take, in real time or in that of `simulation`."""
+        """Return the `GradientDelay` of `rank`, in real time, or in simulated time if `simulation` is given."""
         simulated = {} if simulation is None else simulation.gradient()
         if rank not in self.ranks:
             return GradientDelay(seed=seed, rank=rank, **simulated)
@@ -463,26 +463,26 @@ class SlowSection(Section):
 
 
 class SimulationSection(Section):
-    """``[simulation]``: the time that things take with ``--simulate``."""
+    """``[simulation]``: the durations of gradients and messages with ``--simulate``."""
 
     gradient_s: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """The mean time of a gradient, in seconds; the section ``[slow]`` comes on top."""
+    """The mean time of a gradient, in seconds; the section ``[slow]`` makes it longer."""
 
     spread: Spread = "fixed"
-    """Whether each takes that time, or a random one: ``"uniform"`` or ``"exponential"``, of that mean."""
+    """The distribution of the time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
 
     latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How long a message travels after it has been sent, in seconds."""
+    """Seconds from the end of sending a message to its arrival."""
 
     bytes_per_s: float = Field(float("inf"), gt=0)
-    """How fast a link takes bytes; each pair of ranks has one in each direction."""
+    """The bandwidth of a link; each pair of ranks has one link in each direction."""
 
     def gradient(self) -> Values:
-        """Return the arguments of a `GradientDelay`."""
+        """Return the arguments for `GradientDelay` that set simulated time."""
         return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}
 
     def links(self) -> Links:
-        """Return the network."""
+        """Return the simulated network."""
         return Links(self.latency_s, self.bytes_per_s)
 
 
@@ -506,7 +506,7 @@ SECTION_NAMES: dict[type, str] = {section: name for name, section in SECTIONS.it
 
 @lru_cache
 def _with_parameters(section: type[Section], chosen: tuple[tuple[str, Factory], ...]) -> type[Section]:
-    """Return `section` with the parameters of what was chosen as further fields; the same class each time."""
+    """Return `section` with the parameters of the chosen factories as further fields; the class is cached."""
     fields: dict[str, Any] = {}
     for key, target in chosen:
         for name, (annotation, default) in section.choices[key].parameters(target).items():
@@ -516,5 +516,5 @@ def _with_parameters(section: type[Section], chosen: tuple[tuple[str, Factory], 
 
 
 def shown(value: Any) -> str:
-    """Return a value as TOML writes it, near enough."""
+    """Return a value approximately as TOML writes it, for messages."""
     return str(value).lower() if isinstance(value, bool) else repr(value)

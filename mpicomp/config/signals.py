@@ -8,7 +8,7 @@ from mpicomp.errors import ConfigError
 
 
 def signal_number(name: str) -> signal.Signals:
-    """Return the signal of that name, ``"USR1"`` or ``"SIGUSR1"``; raise ConfigError if it cannot be caught."""
+    """Return the signal `name`, such as ``"USR1"`` or ``"SIGUSR1"``; raise ConfigError if it cannot be caught."""
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
     known = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP"}
     if full not in known:

@@ -9,7 +9,7 @@ def require_positive(section: str, **values: int) -> None:
     """Check that each of `values`, a whole number named by its key in `section`, is at least 1.
 
     Raises:
-        ConfigError: a value that is not.
+        ConfigError: a value is not.
 
     """
     for name, value in values.items():

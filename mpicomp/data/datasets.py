@@ -1,4 +1,4 @@
-"""Data sets: train and test splits in memory, from files of a data folder or from nothing.
+"""Data sets: train and test splits in memory, read from files of a data folder or generated.
 
 Images stay uint8 and text stays character ids; `Dataset.batch` makes floats of one batch at a time. A data set is
 read-only, so all ranks of one process share one.
@@ -48,7 +48,7 @@ class Samples:
             regression.
 
     Raises:
-        DataError: not as many labels as inputs.
+        DataError: the numbers of labels and inputs differ.
 
     """
 
@@ -65,7 +65,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, how to make batches of them, and what is to be learnt: the loss and the score.
+    """Two splits, the making of batches, and the task: its loss and its score.
 
     A subclass may override `batch`, `loss` and `score`.
 
@@ -106,7 +106,7 @@ class Dataset:
         return self.train.labels.numpy()
 
     def samples(self, split: Split) -> Samples:
-        """Return the samples of `split`."""
+        """Return the samples of `split`, ``"train"`` or ``"test"``."""
         return self.train if split == "train" else self.test
 
     def batch(
@@ -147,7 +147,7 @@ class Dataset:
             targets: as `batch` has made them.
 
         Raises:
-            ConfigError: a model that does not predict as many numbers as there are targets.
+            ConfigError: the model does not predict as many numbers as there are targets.
 
         """
         if self.task == "regression":
@@ -162,8 +162,8 @@ class Dataset:
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[int, int] | None:
         """Return how many predictions of a batch are right, and how many there are.
 
-        None where no prediction is simply right or wrong, as in regression: such a run has no accuracy. The mean test
-        loss weighs each batch by its predictions. Arguments as for `loss`.
+        The first is None if predictions are not right or wrong, as in regression; such a run has no accuracy. The mean
+        test loss weights each batch by its number of predictions. Arguments as for `loss`.
         """
         if self.task == "regression":
             return None
@@ -366,8 +366,8 @@ def load(kind: str, path: Path | None = None, **params: object) -> Dataset:
         params: the further arguments of that data set, e.g. ``context``.
 
     Raises:
-        ConfigError: an unknown `kind` or parameter, or a value out of its range.
-        DataError: a file that is missing or damaged.
+        ConfigError: `kind` or a parameter is unknown, or a value is out of its range.
+        DataError: a file is missing or damaged.
 
     """
     dataset: Dataset = make("data.kind", kind, DATASETS, Dataset, path, **params)
@@ -404,7 +404,7 @@ DOWNLOADABLE = ("fashion_mnist", "cifar10", "tinyshakespeare")
 
 
 def damaged(kind: str, path: Path, reason: str) -> DataError:
-    """Build the error for a file that does not hold what it should."""
+    """Return the error for a file with unexpected content."""
     remedy = f"Download it again: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else "Check the file."
     return DataError(f"data.kind = {kind!r}: the file {path} is damaged: {reason}. {remedy}")
 
@@ -439,7 +439,7 @@ def _array(kind: str, path: Path, file: h5py.File, name: str) -> h5py.Dataset:
 
 
 def _channels_first(images: h5py.Dataset) -> Tensor:
-    """Read (n, H, W[, C]) into (n, C, H, W), piece by piece, so that no second copy of all of it is ever held."""
+    """Read (n, H, W[, C]) into (n, C, H, W), piece by piece, so that memory never holds a second full copy."""
     channels = images.shape[3:] or (1,)
     out = np.empty((len(images), *channels, *images.shape[1:3]), dtype=np.uint8)
     for start in range(0, len(images), 1000):

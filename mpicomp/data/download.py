@@ -1,7 +1,7 @@
 """Download data sets once, check them by hash, and write them as the files that `data.load` reads.
 
-What is trusted is the content: the SHA-256 of the archive or text, or of the decoded arrays of pixels and labels. A
-file appears in the data folder complete or not at all.
+The content is checked by the SHA-256 of the archive or text, or of the decoded arrays of pixels and labels. Files in
+the data folder are replaced atomically.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpicomp.files import replacing
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int | None], None]
-"""Told ``(file, bytes so far, bytes in all or None)`` while a download runs."""
+"""Called with ``(file, bytes so far, all bytes or None)`` while a download runs."""
 
 TIMEOUT_S = 30.0
 PIECE = 1 << 20
@@ -42,14 +42,14 @@ CIFAR_RECORD = 1 + 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a data set comes from.
+    """The source of a data set.
 
     Attributes:
         file: its name in the data folder.
         base: the address of the folder of the downloads, ending in a slash.
         downloads: the names of the downloads.
         sha256: the hash of a download by its name, or of an array by its path in `file`; not all are known.
-        decode: makes the arrays of `file`, by their paths, of the downloads; None if the download is the file itself.
+        decode: makes the arrays of `file`, by their paths, from the downloads; None if the download is the file itself.
 
     """
 
@@ -147,10 +147,10 @@ def fetch(kind: str, folder: Path, base: str | None = None, progress: Progress |
         kind: a name in `ORIGINS`.
         folder: the data folder; made if it is missing.
         base: another address of the folder of the downloads, e.g. of a mirror (``https:``, ``file:``).
-        progress: told how far the download is.
+        progress: called with the progress of the download.
 
     Raises:
-        DataError: no connection, a hash that differs, or a folder that cannot be written.
+        DataError: there is no connection, a hash differs, or the folder cannot be written.
 
     """
     origin = _origin(kind)
@@ -178,10 +178,10 @@ def check(kind: str, path: Path | None = None) -> dict[str, bool]:
     """Check the file of `kind` in the data folder (see `data.find`) by its hashes.
 
     Returns:
-        For each part of the file whether its hash is known; one that is known and differs raises.
+        For each part of the file, whether its hash is known and was checked.
 
     Raises:
-        DataError: a file that is missing or damaged.
+        DataError: the file is missing or damaged, or a hash differs.
 
     """
     origin = _origin(kind)

@@ -1,4 +1,4 @@
-"""Which rank holds which training samples, and in which order it visits them.
+"""The partition of the training samples over the ranks, and the order in which a rank visits its samples.
 
 Everything here is a pure function of its arguments, so a restarted run needs no generator state and every rank can
 compute the share of every other. Random bits come from the counter-based Philox generator (Salmon et al. 2011, SC'11)
@@ -174,7 +174,7 @@ def _require_enough(samples: int, ranks: int, minimum: int) -> None:
 
 
 def _by_class(labels: npt.NDArray[np.int64], kind: str, use: int, seed: int) -> list[Indices]:
-    """Return the shuffled samples of each class."""
+    """Return an array of shuffled samples for each class."""
     classes = np.unique(labels)
     if len(classes) < 2:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """HOW messages travel: the protocols that algorithms and the training loop see. No MPI here.
 
-A `World` is what a rank knows of all ranks; it makes an `Exchange` for a graph. Everything in `World` is for
-set-up, diagnostics and evaluation and is not counted in ``bytes_sent``; training traffic goes through `Exchange`.
+A `World` represents all ranks, and makes an `Exchange` or a `Mailbox` for a graph. Training traffic goes through these.
+The methods of `World` itself are for set-up, diagnostics, evaluation and sharing of batches; they are not counted in
+``bytes_sent``.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Unwinds a rank of the loopback after another one has failed; no `except Exception` of the user's catches it."""
+    """Ends a rank of the loopback after another one has failed; a user's `except Exception` does not catch it."""
 
 
 class Pending(Protocol):
-    """An exchange under way."""
+    """An exchange whose messages may still be on their way."""
 
     def test(self) -> bool:
-        """Return whether all messages are there, and move on what is under way; `wait` then returns at once."""
+        """Return whether all messages have arrived, without waiting; makes progress. If so, `wait` returns at once."""
 
     def wait(self) -> dict[int, Payload]:
-        """Return the messages by source rank, ascending: the order of summation is fixed.
+        """Return the messages by source rank, ascending, so that the order of summation is fixed.
 
-        The payloads are views, to be read only, and valid until the next `Exchange.start`.
+        The payloads are read-only views. They are valid until the next `Exchange.start`.
         """
 
 
@@ -60,20 +61,21 @@ class Exchange(Protocol):
         """
 
     def mean_(self, x: Tensor) -> None:
-        """Average `x` (n,) over all ranks, in place: an all-reduce, the one operation that is not neighbor-only.
+        """Average `x` (n,) over all ranks, in place, by an all-reduce.
 
-        Counted as ``2 (size - 1) / size`` vectors sent a rank, what a ring all-reduce moves.
+        This is the only operation here that is not between neighbors. It counts as ``2 (size - 1) / size`` vectors sent
+        by each rank, which is what a ring all-reduce sends.
         """
 
 
 @dataclass(frozen=True)
 class Mail:
-    """A message out of a mailbox.
+    """A message received from a mailbox.
 
     Attributes:
-        number: the first on its edge is 1; none is left out.
-        step: the sender's, when it sent this.
-        payload: what it sent, to be kept as long as one likes.
+        number: 1 for the first message on its edge, then 2, 3, ... without gaps.
+        step: the step of the sender when it sent the message.
+        payload: the content; a copy, which stays valid.
 
     """
 
@@ -84,13 +86,13 @@ class Mail:
 
 @dataclass(frozen=True)
 class Peer:
-    """What a rank knows of a neighbor without asking it.
+    """What a rank knows about a neighbor without asking it.
 
     Attributes:
-        step: the last one that it has announced.
-        is_done: whether it has announced its end.
+        step: the last step that the neighbor has announced.
+        is_done: whether it has announced that it has finished.
         silent_s: seconds since its last sign of life. A rank that computes for long without a call is silent too.
-        has_ended: whether its process has gone without that; known on the same machine only.
+        has_ended: whether its process ended before it announced that; known only on the same machine.
 
     """
 
@@ -101,15 +103,15 @@ class Peer:
 
 
 class Mailbox(Protocol):
-    """One-sided messages between neighbors: nobody waits, and nothing is lost, torn or reordered.
+    """One-sided messages between neighbors. Sending and receiving do not wait; messages arrive whole and in order.
 
-    A sender may be `depth` messages ahead of the reader on each edge; a further one is refused until the reader has
-    read. Making one, `settle` and `free` are collective on all ranks; nothing else is.
+    A sender may be `depth` messages ahead of the reader on each edge. `put` refuses a further one until the reader has
+    read. Only making a mailbox, `settle` and `free` are collective on all ranks.
 
     Attributes:
-        how: the way the bytes take, for people.
-        bytes_sent: payloads, headers and notes.
-        torn: how often a message was looked at while it was still arriving.
+        how: the name of the transport, for reports.
+        bytes_sent: bytes of payloads, headers and notes.
+        torn: how often the reader found a message that had not arrived completely.
 
     """
 
@@ -121,14 +123,14 @@ class Mailbox(Protocol):
 
     @property
     def how(self) -> str:
-        """The way the bytes take, for people."""
+        """The name of the transport, for reports."""
 
     @property
     def needs_poke(self) -> bool:
-        """Whether messages move faster if a rank that computes for long pokes now and then."""
+        """Whether messages move faster if a rank calls `poke` during a long computation."""
 
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
-        """Send `payload` to those of `targets` that have room, and return them. `payload` may be changed afterwards.
+        """Send `payload` to the `targets` that have room, and return these. `payload` may be changed afterwards.
 
         Raises:
             ExchangeError: the message is longer than the slots, or the transport failed.
@@ -136,16 +138,16 @@ class Mailbox(Protocol):
         """
 
     def room(self, target: int) -> int:
-        """Return how many messages `target` would take now."""
+        """Return how many messages to `target` there is room for."""
 
     def receive(self, layout: Layout | Mapping[int, Layout], up_to: float = math.inf) -> dict[int, list[Mail]]:
-        """Return what has arrived since the last call: by source rank, ascending, each in the order it was sent.
+        """Return the messages that have arrived since the last call, by source rank, ascending, in order of sending.
 
-        Messages whose step is beyond `up_to` stay where they are, with all that came after them. `layout` may differ
-        from source to source.
+        A message whose step is beyond `up_to` stays in the mailbox, and so do those behind it. `layout` may differ
+        between sources.
 
         Raises:
-            ExchangeError: a message is of another layout, or damaged.
+            ExchangeError: a message has another layout, or is damaged.
 
         """
 
@@ -153,64 +155,63 @@ class Mailbox(Protocol):
         """Tell all neighbors this rank's step, and whether it has finished."""
 
     def peers(self) -> dict[int, Peer]:
-        """Return what is known of each neighbor."""
+        """Return what is known about each neighbor."""
 
     def poke(self) -> None:
-        """Let messages pass, for the middle of a long computation; costs next to nothing."""
+        """Make progress on messages; for the middle of a long computation. Costs almost nothing."""
 
     def pause(self) -> None:
-        """Leave the core to others for a moment; in every loop that waits for mail."""
+        """Yield the core for a moment; to be called in every loop that waits for messages."""
 
     def settle(self) -> None:
-        """Wait until everything that was put has arrived, and can be received (collective on all ranks)."""
+        """Wait until every message that was put can be received (collective on all ranks)."""
 
     def free(self) -> None:
-        """Give the memory back; what was not received is lost (collective on all ranks)."""
+        """Free the memory; messages not yet received are lost (collective on all ranks)."""
 
 
 class Gather(Protocol):
-    """Numbers of all ranks under way to all ranks."""
+    """A non-blocking all-gather of numbers."""
 
     def test(self) -> bool:
-        """Return whether all ranks have given theirs, and move on what is under way; `wait` then returns at once."""
+        """Return whether the numbers of all ranks are here, without waiting; if so, `wait` returns at once."""
 
     def wait(self) -> list[list[float]]:
         """Return the numbers by rank; collective on all ranks."""
 
 
 class Counter(Protocol):
-    """A number that all ranks take from, each value once. Making and freeing it are collective on all ranks."""
+    """A shared counter that gives each value to one rank only. Making and freeing it are collective on all ranks."""
 
     def prefetch(self) -> None:
-        """Begin to take the next value, unless that has been done."""
+        """Begin to take the next value, unless it was begun already."""
 
     def test(self) -> bool:
         """Return whether the next value is here; `take` then returns at once."""
 
     def take(self) -> int:
-        """Return the next value; waits where it has not been prefetched early enough."""
+        """Return the next value; waits unless it was prefetched early enough."""
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
 class FailureDetector(Protocol):
-    """Sees which ranks die, and makes a world of the others."""
+    """Detects ranks that have died, and makes a world of the survivors."""
 
     def look(self) -> None:
-        """Raise RankLost if a rank has died; not collective. Waiting for all ranks looks too."""
+        """Raise RankLost if a rank has died; not collective. Waits for all ranks check this, too."""
 
     def regrouped(self) -> AbstractContextManager[list[int]]:
-        """Make the world that of the survivors, numbered anew; the block gets those that have died, ascending.
+        """Make the world one of the survivors, with new numbers; the block gets the ranks that have died, ascending.
 
-        Collective on the survivors, after RankLost on each of them. All that was made for the old world, an exchange, a
-        mailbox or a counter, is of no use any more, and must not be freed. A rank that dies while the block makes new
-        ones ends the run.
+        Collective on the survivors, after RankLost on each of them. Exchanges, mailboxes and counters of the old world
+        can no longer be used, and must not be freed. If another rank dies while the block makes new ones, the run ends.
         """
 
 
 class World(Protocol):
-    """All ranks, seen from one of them. Every method is collective on all ranks, unless it says otherwise."""
+    """All ranks, seen from one of them. A method is collective on all ranks unless its docstring says otherwise."""
 
     rank: int
     size: int
@@ -225,12 +226,12 @@ class World(Protocol):
     """Lines that rank 0 should tell the user, e.g. that there is no GPU."""
 
     def exchange(self, schedule: Schedule) -> Exchange:
-        """Return the exchange over the edges of `schedule`, whose size must be this world's."""
+        """Return the exchange over the edges of `schedule`; both must have the same number of ranks."""
 
     def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> Mailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
 
-        A source may be `depth` messages ahead of its reader: `depth` times `nbytes` bytes of memory for each source.
+        A source may be `depth` messages ahead of its reader. This takes `depth` times `nbytes` bytes for each source.
         """
 
     def all_gather(self, value: T) -> list[T]:
@@ -240,25 +241,25 @@ class World(Protocol):
         """Return rank 0's (small, picklable) value."""
 
     def broadcast_(self, x: Tensor, root: int = 0) -> None:
-        """Overwrite `x` by that of rank `root`."""
+        """Overwrite `x` with the `x` of rank `root`."""
 
     def start_gather(self, values: Sequence[float]) -> Gather:
-        """Begin to collect the (few) `values` of all ranks, as many on each; they travel while the ranks compute."""
+        """Begin to gather a few `values`, equally many on each rank; they travel while the ranks compute."""
 
     def counter(self, start: int = 0) -> Counter:
         """Return a counter whose first value is `start`, the same on all ranks."""
 
     def failure_detector(self, names: Sequence[str]) -> FailureDetector | None:
-        """Look after the ranks, of these `names`, from now on; None where one cannot die alone, or not be seen to."""
+        """Return a detector of ranks that die, named by `names`; None where ranks die together, or unnoticed."""
 
     def now(self) -> float:
-        """Return the time in seconds, from any origin; not collective. A simulated world has a time of its own."""
+        """Return the time in seconds, from an arbitrary origin; simulated time in a simulation. Not collective."""
 
     def sleep(self, seconds: float) -> None:
         """Do nothing for `seconds`; not collective."""
 
     def mean_(self, x: Tensor) -> None:
-        """Average `x` over all ranks, in place, in float64 and by ascending rank; not counted as training traffic."""
+        """Average `x` over all ranks, in place, in float64 by ascending rank; not counted as training traffic."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -274,7 +275,7 @@ def check_schedule(schedule: Schedule, size: int) -> None:
 
 
 def check_message(payload: Payload, layout: Layout, nbytes: int, source: int) -> None:
-    """Raise `ExchangeError` unless the `payload` read from a message of `nbytes` bytes is all of it."""
+    """Raise `ExchangeError` unless `payload` accounts for all `nbytes` bytes of its message."""
     if layout.nbytes_of(payload) != nbytes:
         raise ExchangeError(
             f"message from rank {source}: {nbytes} bytes, where its layout says {layout.nbytes_of(payload)}; "
@@ -290,7 +291,7 @@ def all_reduce_nbytes(x: Tensor, size: int) -> int:
 def mean_in_order(vectors: Sequence[Tensor]) -> Tensor:
     """Return the mean (n,) of the ranks' vectors (n,) in their dtype, summed in float64 by ascending rank.
 
-    Every `World` averages by this function, so that all of them agree bit for bit.
+    Each kind of `World` averages with this function, so that their results agree bit for bit.
     """
     total = vectors[0].to(torch.float64, copy=True)
     for vector in vectors[1:]:

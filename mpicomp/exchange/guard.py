@@ -1,7 +1,7 @@
 """A failure on one rank ends all of them, with one clear message and the error's exit code.
 
-Without this a rank that raises leaves the others waiting for its messages for ever: plain ``python`` under both MPICH
-5.0.2 and Open MPI 5.0.11 hangs in ``MPI_Finalize``.
+Without this, a rank that raises leaves the others waiting for its messages. Under MPICH 5.0.2 and Open MPI 5.0.11,
+plain ``python`` then hangs in ``MPI_Finalize``.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _INTERRUPTED = 130
 """The exit code of a program ended by Ctrl-C."""
 
 _agreed: weakref.WeakSet[MpicompError] = weakref.WeakSet()
-"""Errors that every rank raises alike."""
+"""Errors that all ranks have agreed on."""
 
 
 _failed: weakref.WeakSet[World] = weakref.WeakSet()
-"""Worlds whose program ends by an error."""
+"""Worlds whose program ends with an error."""
 
 
 def agree(world: World, error: MpicompError | None) -> None:
-    """Raise the same error on every rank if there is one on any; collective on all ranks.
+    """Raise an error on every rank if one rank has an error; collective on all ranks.
 
-    For set-up, where each rank checks what only it can see (its data, its device). The error raised is of the class,
-    and with the exit code, of the first rank that failed; it names the ranks.
+    For set-up, where each rank checks what only it can see (its data, its device). The error has the class and the exit
+    code of the first rank that failed, and names the ranks.
     """
     failures = world.all_gather(None if error is None else (type(error), str(error)))
     failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
@@ -46,9 +46,9 @@ def agree(world: World, error: MpicompError | None) -> None:
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Run a block of set-up on every rank and `agree` on its errors at the end; collective on all ranks.
+    """Run a block of set-up on every rank, then `agree` on its errors; collective on all ranks.
 
-    The block must not communicate: a rank that fails in it would leave the others waiting.
+    The block must not communicate, because a rank that fails in it would leave the others waiting.
     """
     error = None
     try:
@@ -64,7 +64,7 @@ def is_agreed(error: BaseException) -> bool:
 
 
 def has_failed(world: World) -> bool:
-    """Return whether the program of `world` ends by an error, which has been told."""
+    """Return whether the program of `world` ends with an error that has been reported."""
     return world in _failed
 
 
@@ -86,10 +86,10 @@ def _ranks(ranks: list[int], size: int) -> str:
 
 @contextmanager
 def guard(world: World, *, debug: bool = False) -> Iterator[None]:
-    """End all ranks when the block raises on one: print what and where to stderr, and exit with the error's code.
+    """End all ranks when the block raises on one: print error and rank to stderr, and exit with the error's code.
 
     An `MpicompError` is printed without its traceback, unless `debug`. An error that all ranks have agreed on is
-    printed once, and the ranks leave one by one with its code. Ctrl-C ends quietly; SIGTERM does so by itself.
+    printed once, and each rank exits with its code. After Ctrl-C nothing is printed. SIGTERM keeps its default action.
     """
     try:
         yield
@@ -126,7 +126,7 @@ def _end(world: World, error: BaseException, debug: bool) -> NoReturn:
     if is_agreed(error):
         if world.rank == 0:
             _print(describe(error, debug=debug))
-        world.barrier()  # Open MPI's launcher kills the other ranks as soon as one has left with an error.
+        world.barrier()  # Open MPI's launcher kills the other ranks as soon as one exits with an error.
         raise SystemExit(_exit_code(error))
     if not isinstance(error, KeyboardInterrupt):
         _print(f"rank {world.rank} on {world.host}: {describe(error, debug=debug)}")
@@ -134,7 +134,7 @@ def _end(world: World, error: BaseException, debug: bool) -> NoReturn:
 
 
 def describe(error: BaseException, *, debug: bool = False) -> str:
-    """Return the lines that a user should see of `error`; with its traceback if it is not one of ours, or `debug`."""
+    """Return the lines to print for `error`; with its traceback if `debug`, or if it is no `MpicompError`."""
     if isinstance(error, SystemExit):
         return str(error) if isinstance(error.code, str) else f"exit code {error.code}"
     if isinstance(error, MpicompError) and not debug:

@@ -1,7 +1,7 @@
-"""Which launcher started this process, and whether it is the one of the MPI library. Pure functions; no MPI.
+"""Which launcher started this process, and whether it fits the MPI library. Pure functions; no MPI.
 
-Started by the mpiexec of another MPI, N processes would each believe to be rank 0 of 1 (Open MPI 5.0.11 under MPICH's
-mpiexec), or die in ``MPI_Init`` with a message about PMI (MPICH 5.0.2 under Open MPI's). Both are told apart here.
+With the mpiexec of another MPI, each of N processes is rank 0 of 1 (Open MPI 5.0.11 under MPICH's mpiexec), or dies in
+``MPI_Init`` with a message about PMI (MPICH 5.0.2 under Open MPI's). The checks here recognize both cases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIZES = {
     "FLUX_JOB_SIZE": "flux run",
     "SLURM_STEP_NUM_TASKS": "srun",
 }
-"""Where launchers say how many ranks they started, the most specific first: mpiexec uses srun for its daemons.
+"""Environment variables with the number of ranks, the most specific first: mpiexec uses srun for its daemons.
 
 ``SLURM_NTASKS`` is not among them: it is set in a plain batch script and in an interactive allocation too.
 """
@@ -50,7 +50,7 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def launched_by(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Return the launcher and the number of ranks that it claims, or None for a process started alone."""
+    """Return the launcher and the number of ranks that it reports, or None for a process started without one."""
     for variable, name in _SIZES.items():
         size = environ.get(variable, "")
         if size.isdigit():
@@ -59,7 +59,7 @@ def launched_by(environ: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def family(version: str) -> Family:
-    """Return the kind of MPI behind `version`, the library's own text or mpi4py's file name for its ABI."""
+    """Return the family of MPI for `version`: the text of the library, or mpi4py's file name for its ABI."""
     text = version.lower().replace(" ", "")
     if "openmpi" in text:
         return "Open MPI"
@@ -67,13 +67,13 @@ def family(version: str) -> Family:
 
 
 def check_before_start(library: Family, environ: Mapping[str, str]) -> None:
-    """Raise `ExchangeError` where ``MPI_Init`` of `library` would abort the process for its launcher's sake."""
+    """Raise `ExchangeError` if ``MPI_Init`` of `library` would abort the process because of its launcher."""
     if library == "MPICH" and "OMPI_COMM_WORLD_SIZE" in environ:
         raise _mismatch(library, *_claim(environ))
 
 
 def check_after_start(library: Family, size: int, environ: Mapping[str, str]) -> None:
-    """Raise `ExchangeError` where the launcher has started several ranks but this process is `size` = 1 of 1."""
+    """Raise `ExchangeError` if the launcher has started several ranks but MPI has `size` = 1."""
     claim = launched_by(environ)
     if size == 1 and claim is not None and claim[1] > 1:
         raise _mismatch(library, *claim)

@@ -1,11 +1,11 @@
-"""A run that hangs says who waits for whom, and ends: a node that is lost does not burn an allocation for a night.
+"""The watchdog: a run that hangs reports who waits for whom, and ends, so that it does not waste an allocation.
 
-Each rank has a thread that looks whether the rank moves. Where it has not for `timeout_s`, the thread prints one line:
-whom the rank waits for, in which operation of which step; or, for a rank that waits for nobody, the Python stack of
-what it does. After a grace in which the other ranks say theirs, the process ends, and its launcher ends all others.
-The thread makes no MPI call, so it works while its rank is blocked in one.
+A thread on each rank checks whether the rank makes progress. If it has made none for `timeout_s`, the thread prints one
+line: the ranks that it waits for, the operation and the step. For a rank that waits for no other, it prints the Python
+stack instead. After a grace period, in which other ranks print their lines, the process ends, and the launcher ends all
+others. The thread makes no MPI call, so it works while its rank is blocked in one.
 
-Who is to blame: the rank that prints a stack; else a rank that others wait for and that prints nothing, because its
+The cause is the rank that prints a stack. If none does, it is a rank that others wait for and that prints nothing: its
 process is stopped, its node is lost, or foreign code in it holds Python's interpreter lock.
 """
 
@@ -23,27 +23,27 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import World
 
 TICKS = 20
-"""How often the thread looks within `timeout_s`."""
+"""How many times the thread checks within `timeout_s`."""
 
 GRACE_S = 1.0
-"""The least time between the line of a rank and its end; a tenth of `timeout_s` if that is longer.
+"""The least number of seconds between the line of a rank and its end; a tenth of `timeout_s` if that is longer.
 
-Ranks far from the culprit come to a halt later than its neighbors, by a step for each edge between them.
+A rank stops later the farther it is from the cause, by one step for each edge between them.
 """
 
 LISTED_RANKS = 8
-"""How many of the ranks that one waits for are named."""
+"""How many ranks a message names at most."""
 
 _waiting: dict[int, Waiting | None] = {}
 """What each thread waits for, by its identifier."""
 
 
 class Waiting:
-    """A note that the calling thread waits for other ranks, within the block; costs less than a microsecond.
+    """Notes that the calling thread waits for other ranks within the block; costs less than a microsecond.
 
     Args:
         operation: what is waited for, e.g. ``"message"`` or ``"all_gather"``.
-        missing: gives the ranks that are still missing, to any thread that asks; None if that cannot be known, as in a
+        missing: returns the ranks that are still missing, on any thread; None if that cannot be known, as in a
             collective operation of MPI.
 
     """
@@ -69,13 +69,13 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Member:
-    """Where a rank runs. When one is killed, MPICH's launcher names a host and a PID, but no rank.
+    """Where a rank runs. When a rank is killed, MPICH's launcher names a host and a PID, but no rank.
 
-    It kills the other ranks within a millisecond, so none of them could name the first. The PID that MPICH 5.0.2 gives
-    is, about once in four times, that of a rank that it has killed itself; Open MPI's names the right rank.
+    MPICH's launcher kills the other ranks within a millisecond, so none of them could name the first. In about one case
+    of four, MPICH 5.0.2 prints the PID of a rank that it has killed itself. Open MPI names the right rank.
 
     Attributes:
-        pid: the number of its process, as that process sees it: another one than outside where containers hide it.
+        pid: the number of its process, as that process sees it; outside of a container it may be another.
 
     """
 
@@ -93,18 +93,18 @@ def roster(world: World) -> list[Member]:
 
 
 class Watchdog:
-    """Ends the process, after a line that says why, when this rank does not move for too long; a context manager.
+    """Ends the process, after a line that says why, when this rank makes no progress; a context manager.
 
     Making one is collective on all ranks. Enter it on the thread that trains, and call `moved` after every piece of
-    work. `timeout_s` must be longer than the longest piece on any rank: the others wait for that one meanwhile. A
-    process that is stopped, and a machine that sleeps, do not age.
+    work. `timeout_s` must be longer than the longest piece on any rank, because the others wait for that rank
+    meanwhile. Time in which the process is stopped, or the machine sleeps, does not count.
 
     Args:
         world: the ranks.
-        timeout_s: how long a rank may take for one piece of work, in seconds; 0 for ever.
+        timeout_s: how many seconds a rank may take for one piece of work; 0 for no limit.
         key: the name under which users set it.
-        only_waiting: whether a rank may compute for as long as it likes, and only a single wait for others counts;
-            `moved` need not be called then.
+        only_waiting: whether only a single wait for others counts, and a rank may compute for any time; `moved` need
+            not be called then.
 
     Attributes:
         members: where each rank runs.
@@ -127,7 +127,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def moved(self, step: int | None = None) -> None:
-        """Note that this rank goes on: with `step`, or with another piece of work in the step that it is in."""
+        """Note that this rank makes progress: it begins `step`, or another piece of work in its current step."""
         if step is not None:
             self._step = step
         self._moves += 1
@@ -149,8 +149,8 @@ class Watchdog:
         last = time.monotonic()
         while not self._is_over.wait(tick_s):
             now = time.monotonic()
-            # A look that comes much too late tells of a process that was stopped, say by Slurm in favor of another
-            # job. It could not move then, and neither could this thread.
+            # If this thread wakes much too late, the process was stopped, for example by Slurm in favor of another
+            # job. Neither the rank nor this thread could make progress then.
             idle_s += min(now - last, 2 * tick_s)
             last = now
             if (now_at := self._progress()) is None or now_at != moves:
@@ -164,7 +164,7 @@ class Watchdog:
                 has_told = True
 
     def _progress(self) -> object:
-        """Return what stays the same as long as this rank does not move; None if it need not."""
+        """Return a value that changes when this rank makes progress; None if no progress is expected of it."""
         return _waiting.get(self._watched) if self._only_waiting else self._moves
 
     def _describe(self, idle_s: float) -> str:

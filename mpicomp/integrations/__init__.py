@@ -1,1 +1,1 @@
-"""Trainers of other libraries on MPI ranks: a short file for each, which needs that library installed."""
+"""Trainers of other libraries on MPI ranks: one file for each; it needs that library installed."""

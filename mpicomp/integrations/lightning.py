@@ -39,26 +39,25 @@ from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
 OWN = "mpicomp"
-"""The key of a checkpoint file that says which states of the ranks belong to it."""
+"""The key in a checkpoint file that identifies the ranks' states belonging to it."""
 
 
 class GossipStrategy(ParallelStrategy):
     """A strategy of Lightning's `Trainer` whose module is trained together with those of the other MPI ranks.
 
-    Making one and all that the Trainer does are collective on all ranks. A checkpoint is a file as Lightning always
-    writes, ``x.ckpt`` with the averaged model, and a folder ``x.ckpt.ranks`` beside it, with what each rank needs to go
-    on.
+    Making a strategy and all methods of the Trainer are collective on all ranks. A checkpoint is a file ``x.ckpt`` as
+    Lightning writes it, with the averaged model, and a folder ``x.ckpt.ranks`` next to it, with the state of each rank.
 
     Args:
         algorithm, topology, compressor: as for `mpicomp.distribute`.
-        options: further ones of its arguments, such as ``hang_timeout_s``.
+        options: further arguments of `mpicomp.distribute`, such as ``hang_timeout_s``.
 
     Attributes:
         world: the ranks.
-        gossip: what `mpicomp.distribute` has made; None before `fit`.
+        gossip: the result of `mpicomp.distribute`; None before `fit`.
 
     Raises:
-        ConfigError: a Trainer or a module with which ranks cannot train together.
+        ConfigError: ranks cannot train together with this Trainer or module.
 
     """
 
@@ -91,11 +90,11 @@ class GossipStrategy(ParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """What `torch.utils.data.DistributedSampler` is to be made with."""
+        """The arguments for `torch.utils.data.DistributedSampler`."""
         return {"num_replicas": self.world.size, "rank": self.world.rank}
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Have a loader draw from a generator of its own: Lightning starts it another number of times in a restart."""
+        """Give a loader its own random generator: after a restart, Lightning starts it another number of times."""
         if isinstance(dataloader, DataLoader) and dataloader.generator is None:
             dataloader.generator = torch.Generator().manual_seed(torch.initial_seed())
         return dataloader
@@ -110,7 +109,7 @@ class GossipStrategy(ParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Move the model to the device of this rank, and have its metrics ask the other ranks."""
+        """Move the model to the device of this rank, and let its metrics synchronize with other ranks."""
         self.model.to(self._root_device)
         for module in self.lightning_module.modules():
             if isinstance(module, Metric):
@@ -136,12 +135,12 @@ class GossipStrategy(ParallelStrategy):
         self.optimizers = [self.gossip.optimizer]
 
     def setup_precision_plugin(self) -> None:
-        """Let float16 be clipped: Lightning refuses it for optimizers that take a step after an overflow, too."""
+        """Allow clipping in float16, which Lightning refuses for optimizers that also step after an overflow."""
         super().setup_precision_plugin()
         self.precision_plugin.clip_gradients = partial(Precision.clip_gradients, self.precision_plugin)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin the step of methods with overlap: modules need not call themselves, which would begin it."""
+        """Begin the step of methods with overlap, because a module may not call itself, which would begin it."""
         if self._algorithm.begins_before_gradient:
             assert self.gossip is not None
             self.gossip.begin()
@@ -152,8 +151,8 @@ class GossipStrategy(ParallelStrategy):
     ) -> Any:
         """Run `closure`, clip, and do one step of training; collective on all ranks.
 
-        The closure is not passed on, because a step with one begins without gradients, and those of earlier
-        micro-batches and of manual optimization are there already.
+        The closure is not passed to the step, because a step with a closure begins without gradients. Here gradients of
+        earlier micro-batches and of manual optimization may exist already.
         """
         loss = closure()
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -168,7 +167,7 @@ class GossipStrategy(ParallelStrategy):
         return loss
 
     def on_train_start(self) -> None:
-        """Refuse ranks with unequal numbers of batches."""
+        """Raise ConfigError if ranks have unequal numbers of batches."""
         counts = self.world.all_gather(self.lightning_module.trainer.num_training_batches)
         with together(self.world):
             if len(set(counts)) > 1:
@@ -179,31 +178,31 @@ class GossipStrategy(ParallelStrategy):
                 )
 
     def on_train_end(self) -> None:
-        """Make the model the averaged one."""
+        """Replace the model by the averaged one."""
         assert self.gossip is not None
         self.gossip.average_()
 
     def on_validation_start(self) -> None:
-        """Have the averaged model validated, within `fit`."""
+        """Replace the model by the averaged one for a validation within `fit`."""
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             assert self.gossip is not None
             self._averaged = ExitStack()
             self._averaged.enter_context(self.gossip.averaged())
 
     def on_validation_end(self) -> None:
-        """Go on with the model of this rank."""
+        """Restore the model of this rank after a validation."""
         if self._averaged is not None:
             self._averaged.close()
             self._averaged = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return that of the averaged model; collective on all ranks."""
+        """Return the `state_dict` of the averaged model; collective on all ranks."""
         if self.gossip is None or self._averaged is not None:
             return dict(super().lightning_module_state_dict())
         return self.gossip.averaged_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing: that of each rank is in the folder beside the file."""
+        """Return an empty dict: the optimizer state of each rank is in the folder next to the file."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -219,7 +218,7 @@ class GossipStrategy(ParallelStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Have every rank go on from its own state; collective on all ranks."""
+        """Restore the state of every rank from the folder; collective on all ranks."""
         path = self.lightning_module.trainer.ckpt_path
         with together(self.world):
             if OWN not in checkpoint:
@@ -267,7 +266,7 @@ class GossipStrategy(ParallelStrategy):
 
 
 def ranks_folder(checkpoint_path: Any) -> Path:
-    """Return the folder with the states of the ranks that belong to a checkpoint file, or to the one a link names."""
+    """Return the folder with the ranks' states for a checkpoint file, or for the target of a link."""
     if "://" in str(checkpoint_path):
         raise ConfigError(f"{checkpoint_path}: the states of ranks are saved in a folder that all ranks share only")
     path = Path(checkpoint_path).resolve()
@@ -275,7 +274,7 @@ def ranks_folder(checkpoint_path: Any) -> Path:
 
 
 def refuse(trainer: Trainer) -> None:
-    """Raise ConfigError for settings of a Trainer with which ranks cannot train together."""
+    """Raise ConfigError if ranks cannot train together with the settings of the Trainer."""
     devices = len(trainer._accelerator_connector._parallel_devices)
     if devices not in (1, trainer.accelerator.auto_device_count()):
         raise ConfigError(

@@ -34,10 +34,10 @@ from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
 FOLDER = "gossip"
-"""Within a checkpoint of the Trainer: what each rank needs to go on (`mpicomp.replica.replica.Replica.save`)."""
+"""The folder in a checkpoint of the Trainer with the state of each rank (`mpicomp.replica.replica.Replica.save`)."""
 
 LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK")
-"""By which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
+"""The environment variables by which `accelerate.PartialState` decides whether to start ``torch.distributed``."""
 
 
 class GossipTrainer(Trainer):
@@ -52,10 +52,10 @@ class GossipTrainer(Trainer):
 
     Attributes:
         world: the ranks.
-        gossip: what `mpicomp.distribute` has made; None before `train`.
+        gossip: the result of `mpicomp.distribute`; None before `train`.
 
     Raises:
-        ConfigError: settings of the Trainer with which ranks cannot train together.
+        ConfigError: ranks cannot train together with the settings of the Trainer.
 
     """
 
@@ -89,7 +89,7 @@ class GossipTrainer(Trainer):
 
     @contextmanager
     def _one_of_all(self) -> Iterator[None]:
-        """Have accelerate know the number of ranks, within the block."""
+        """Let accelerate see the number of ranks within the block."""
         states = self.args.distributed_state, self.accelerator.state
         for state in states:
             state.num_processes = self.world.size
@@ -101,7 +101,7 @@ class GossipTrainer(Trainer):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Give the model what all ranks have trained, within the block; collective during training, else nothing."""
+        """Replace the model by the averaged one within the block; collective. Does nothing outside of training."""
         if self.gossip is None or not self.is_in_train:
             yield
             return
@@ -119,7 +119,7 @@ class GossipTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader of this rank's part of the training set, as long as those of the others; collective."""
+        """Return the loader of this rank's part of the training set; all are equally long. Collective."""
         with self._one_of_all():
             loader = super().get_train_dataloader()
         lengths = self.world.all_gather(len(loader) if has_length(loader) else None)
@@ -131,13 +131,13 @@ class GossipTrainer(Trainer):
         return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Return the samples of one step, over all ranks."""
+        """Return the number of samples in one step, of all ranks together."""
         return int(super().get_total_train_batch_size(args)) * self.world.size
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; collective on all ranks. Then the model is the averaged one on every rank.
+        """Train as the Trainer does; collective on all ranks. Afterwards every rank has the averaged model.
 
-        ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, bit for bit.
+        ``resume_from_checkpoint=True`` continues from the newest complete checkpoint, bit for bit.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.world.broadcast(last_checkpoint(self.args.output_dir))
@@ -164,7 +164,7 @@ class GossipTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Have rank 0 write the averaged model; collective within `train`."""
+        """Write the averaged model on rank 0; collective within `train`."""
         with self._averaged():
             super().save_model(*args, **kwargs)
 
@@ -190,16 +190,16 @@ class GossipTrainer(Trainer):
             )
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: every rank would try settings of its own."""
+        """Raise ConfigError, because every rank would try other settings."""
         raise ConfigError("hyperparameter_search: every rank would try other settings. Start a job for each of them")
 
 
 @contextmanager
 def hidden_launcher() -> Iterator[None]:
-    """Hide from accelerate that MPI ranks were started, within the block: make `TrainingArguments` in it.
+    """Hide the MPI launcher from accelerate within the block, in which you make `TrainingArguments`.
 
-    Needed with ``use_cpu=True``, which under mpiexec makes accelerate start ``torch.distributed``, or fail because
-    MASTER_ADDR is not set; also where LOCAL_RANK is set.
+    Needed with ``use_cpu=True``: under mpiexec, accelerate would start ``torch.distributed``, or fail because
+    MASTER_ADDR is not set. Also needed if LOCAL_RANK is set.
     """
     hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
     try:
@@ -209,7 +209,7 @@ def hidden_launcher() -> Iterator[None]:
 
 
 def refuse(args: TrainingArguments) -> None:
-    """Raise ConfigError for settings with which the ranks cannot train together, or would do so wrongly."""
+    """Raise ConfigError if ranks cannot train together with these settings, or would give wrong results."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")))
     reasons = {
@@ -241,9 +241,9 @@ def refuse(args: TrainingArguments) -> None:
 
 
 def last_checkpoint(folder: Path | str) -> str | None:
-    """Return the newest checkpoint in `folder` that was written to its end, or None.
+    """Return the newest complete checkpoint in `folder`, or None.
 
-    `transformers.trainer_utils.get_last_checkpoint` returns also one in whose writing the job was killed.
+    `transformers.trainer_utils.get_last_checkpoint` may return an incomplete one, left by a killed job.
     """
     found = Path(folder).glob("checkpoint-[0-9]*")
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):

@@ -1,9 +1,9 @@
-"""Fast versions of single operations on flat tensors: one function an operation, the same signature in each version.
+"""Fast versions of single operations on flat tensors: one function for each operation, with equal signatures.
 
 `reference` defines every operation in plain torch. `cpu` and `gpu` have compiled versions, with the same results bit
-for bit, for contiguous float32 and float64 vectors in the memory of the host or of a GPU; they need numba
-(the extra ``fast``) and Triton (the extra ``gpu``; torch for CUDA brings it) and take the place of the definition where
-they can. ``MPICOMP_KERNELS=reference`` in the environment keeps to the definitions.
+for bit, for contiguous float32 and float64 vectors in the memory of the host or of a GPU. They need numba (the extra
+``fast``) or Triton (the extra ``gpu``; torch for CUDA brings it), and are used wherever they can be.
+``MPICOMP_KERNELS=reference`` in the environment selects the definitions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _VERSIONS = {"cpu": "mpicomp.kernels.cpu", "cuda": "mpicomp.kernels.gpu"}
 
 @functools.cache
 def compiled(device: str = "cpu") -> ModuleType | None:
-    """Return the compiled versions for a type of device, or None where they cannot be used or are not wanted.
+    """Return the compiled versions for a type of device; None if they cannot be used, or are disabled.
 
     Raises:
-        ConfigError: an unknown word in the environment.
+        ConfigError: ``MPICOMP_KERNELS`` has an unknown value.
 
     """
     wanted = os.environ.get(_VARIABLE, "auto")
@@ -56,7 +56,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that calls the fast version of `definition` where there is one, by its first argument."""
+    """Return a function that calls the fast version of `definition` for the device of its first argument, if any."""
 
     @functools.wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,6 +1,6 @@
 """The definition of every operation in plain torch; faster versions are tested against these.
 
-One function an operation, on flat tensors; no kernel knows of messages, ranks or states.
+One function for each operation, on flat tensors; kernels know nothing about messages, ranks or states.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Ties go to the lowest index, so that all devices choose the same. `k` is in ``[0, n]``.
 
     Raises:
-        DivergenceError: a NaN in `x`, which has no place in an order.
+        DivergenceError: `x` has a NaN, which cannot be ordered.
 
     """
     magnitude = _magnitude(x)
@@ -53,11 +53,11 @@ def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return values and indices in `x` (n,) of the ``counts[p]`` largest entries of each of its consecutive parts.
 
-    They are those of `top_k` of every part, of ``x - y`` where there is a `y` (n,), one part behind the other; the
-    `sizes` of the parts sum to n.
+    These are the results of `top_k` for each part, concatenated; with `y` (n,), those of ``x - y``. The `sizes` of the
+    parts sum to n.
 
     Raises:
-        DivergenceError: a NaN, also in a part of which nothing is wanted.
+        DivergenceError: there is a NaN, even in a part whose count is 0.
 
     """
     values, indices = [x[:0]], [torch.empty(0, dtype=torch.int32, device=x.device)]
@@ -83,7 +83,7 @@ def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def _magnitude(x: Tensor) -> Tensor:
-    """Return |x|; DivergenceError with a NaN."""
+    """Return |x|; raise DivergenceError if there is a NaN."""
     magnitude = x.abs()
     if bool(magnitude.isnan().any()):
         raise DivergenceError(NAN)
@@ -99,14 +99,14 @@ def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
 
 
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float = 1.0) -> None:
-    """``out[indices] += weight * values`` for different indices (k,), int32, or int16 modulo 2**16."""
+    """Compute ``out[indices] += weight * values`` for distinct indices (k,), int32, or int16 modulo 2**16."""
     out.index_add_(
         0, indices.to(torch.int32) & 0xFFFF if indices.dtype == torch.int16 else indices, values, alpha=weight
     )
 
 
 def mix_(x: Tensor, s: Tensor, x_hat: Tensor, gamma: float) -> None:
-    """``x += gamma (s - x_hat)``, all (n,)."""
+    """Compute ``x += gamma (s - x_hat)``, all (n,)."""
     for start in range(0, len(x), _BLOCK):
         block = slice(start, start + _BLOCK)
         x[block].add_(s[block] - x_hat[block], alpha=gamma)
@@ -175,10 +175,10 @@ def encode_indices(indices: Tensor, n: int) -> Tensor:
 
 
 def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
-    """Return the `k` indices, int32, of the `code` that `encode_indices` made of them.
+    """Return the `k` indices, int32, from a `code` of `encode_indices`.
 
     Raises:
-        IndexError: a damaged code.
+        IndexError: the code is damaged.
 
     """
     shift = index_shift(n, k)
@@ -195,7 +195,7 @@ def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
 
 
 def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -> None:
-    """``out[indices] += weight * values`` for the indices in `code`; IndexError for a damaged one."""
+    """Compute ``out[indices] += weight * values`` for the indices in `code`; raise IndexError if it is damaged."""
     scatter_add_(out, decode_indices(code, len(values), len(out)), values, weight)
 
 
@@ -223,14 +223,14 @@ def norm(x: Tensor) -> float:
 
 
 def finite(total: float) -> float:
-    """Return `total`; DivergenceError if it is a NaN or infinite."""
+    """Return `total`; raise DivergenceError if it is NaN or infinite."""
     if not math.isfinite(total):
         raise DivergenceError(NOT_FINITE)
     return total
 
 
 def _sum(x: Tensor, function: Callable[[Tensor], Tensor]) -> float:
-    """Return the sum of ``function(x)``, which must not be negative: blocks of 2**10, then their sums, ever again."""
+    """Return the sum of ``function(x)`` >= 0: sum blocks of 2**10, then their sums, until one is left."""
     sums = [_folded(function(part.double())) for part in torch.split(x, _FOLD * 2**8)]
     while (total := torch.cat([*sums, x.new_zeros(0, dtype=torch.float64)])).numel() > 1:
         sums = [_folded(total)]
@@ -280,7 +280,7 @@ def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
 
 
 def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
-    """``out += scale * levels`` for the levels, with their signs, that `quantize` has packed."""
+    """Compute ``out += scale * levels`` for the levels, with their signs, that `quantize` has packed."""
     for start in range(0, len(out), _BLOCK):
         stop = min(len(out), start + _BLOCK)
         codes = unpack_codes(packed, bits + 1, len(out), start, stop)
@@ -306,7 +306,7 @@ def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -
 
 
 def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
-    """``out += scale * grid[place]``, with its sign, for the places that `round_to_grid` has packed."""
+    """Compute ``out += scale * grid[place]``, with its sign, for the places that `round_to_grid` has packed."""
     signed = [sign * value for value in grid for sign in (1, -1)]
     table = torch.tensor(signed, dtype=out.dtype, device=out.device)
     for start in range(0, len(out), _BLOCK):
@@ -321,7 +321,7 @@ def pack_signs(x: Tensor) -> Tensor:
 
 
 def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
-    """``out += scale`` where a bit of `packed` is set, ``out -= scale`` elsewhere."""
+    """Compute ``out += scale`` where a bit of `packed` is set, ``out -= scale`` elsewhere."""
     for start in range(0, len(out), _BLOCK):
         stop = min(len(out), start + _BLOCK)
         signs = unpack_bits(packed, len(out), start, stop).to(out.dtype).mul_(2).sub_(1)

@@ -1,8 +1,8 @@
-"""What a model is built for.
+"""The problem that a model is built for.
 
 A model maps inputs to logits, (b, classes) for classification and (b, context, classes) for language, or to numbers,
-(b, classes), for regression. No model has dropout or any other randomness, so a step is a function of parameters and
-batch alone. The loss is the data set's: `mpicomp.data.datasets.Dataset.loss`.
+(b, classes), for regression. The models of this package have no dropout or other randomness, so a step is a function of
+parameters and batch only. The loss belongs to the data set: `mpicomp.data.datasets.Dataset.loss`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mpicomp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """The data that a model has to fit.
+    """The description of the data that a model has to fit.
 
     Attributes:
         input_shape: of one input: (C, H, W) of an image, (d,) of a vector, (context,) of a text.
@@ -31,7 +31,7 @@ class Problem:
     data_kind: str | None = None
 
     def refuse(self, kind: str, needs: str) -> ConfigError:
-        """Build the error for a model that cannot read this data."""
+        """Return the error for a model that cannot read this data."""
         data = "data.kind" if self.data_kind is None else f"data.kind = {self.data_kind!r}"
         what = "characters" if self.task == "language" else "images" if len(self.input_shape) == 3 else "vectors"
         return ConfigError(

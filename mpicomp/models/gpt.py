@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.outward = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed values."""
+        """Return the attention output (b, context, width)."""
         batch, context, width = x.shape
         query, key, value = self.inward(x).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -54,7 +54,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream."""
+        """Return the residual stream (b, context, width) after this layer."""
         x = x + self.attend(x)
         transformed: Tensor = x + self.think(x)
         return transformed
@@ -78,7 +78,7 @@ class GPT(nn.Module):
         self._initialize(layers)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits (b, t, classes)."""
         x = self.characters(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         logits: Tensor = self.head(self.norm(self.layers(x)))
         return logits

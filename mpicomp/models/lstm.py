@@ -23,7 +23,7 @@ class CharacterLSTM(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits (b, context, classes)."""
         hidden, _ = self.recurrent(self.embedding(ids))
         logits: Tensor = self.head(hidden)
         return logits

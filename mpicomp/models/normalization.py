@@ -40,7 +40,7 @@ class EvoNormS0(nn.Module):
         self.v = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activations."""
+        """Return the activations (b, C, H, W)."""
         gamma, beta, v = (p.view(1, -1, 1, 1) for p in (self.gamma, self.beta, self.v))
         grouped = x.reshape(len(x), self.groups, -1)
         scale = torch.rsqrt(grouped.var(dim=2, unbiased=False, keepdim=True) + self.eps)

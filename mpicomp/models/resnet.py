@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.activation = activate(norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activations."""
+        """Return the activations (b, outputs, H / stride, W / stride)."""
         # Option A: drop pixels, and let the new channels start at zero.
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.widen))
         activated: Tensor = self.activation(self.residual(x) + shortcut)

@@ -1,1 +1,1 @@
-"""The model of one rank among those of the others: what a training script of one's own needs."""
+"""The model of one rank and its place among the other ranks: everything that a training script of your own needs."""

@@ -1,4 +1,4 @@
-"""The drop-in for ranks that do not wait for each other: every rank has a loop of its own, or serves those that do.
+"""The drop-in for asynchronous algorithms: every rank has a loop of its own, or serves those that have one.
 
     gossip = mpicomp.distribute(model, optimizer, algorithm=DCGossip(gamma=0.3), topology=ring)
     for batch in loader:                                   # any number of batches, at any pace
@@ -11,13 +11,13 @@
     else:
         ...                                                # the loop, and gossip.finish(), as above
 
-What is collective is a *meeting*: `averaged`, `save`, `consensus_distance` and `finish` wait until all ranks have
-called them, each wherever its loop is, and take in mail meanwhile, so that no rank is held up by one that waits. A hub
-in `serve`, and a rank in `finish`, take part in whatever the others have come for. Ranks that have come for different
-things are told so, all of them.
+Collective calls are *meetings*: `averaged`, `save`, `consensus_distance`, `metrics` and `finish` wait until all ranks
+have called them, at any step of their loops. Meanwhile a waiting rank receives messages, so it does not hold up the
+others. A hub in `serve` and a rank in `finish` take part in any meeting. If ranks call different meetings, all of them
+raise an error.
 
-Who has come is in the *pulse* (`mpicomp.replica.pulse`): each rank says whether it trains, serves, or what it has come
-for. A meeting begins with the first pulse in which no rank trains, which all ranks see alike.
+In the *pulse* (`mpicomp.replica.pulse`) each rank reports that it trains, that it serves, or which meeting it has
+called. A meeting begins with the first pulse in which no rank trains; all ranks see the same pulses.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from mpicomp.topology.base import Schedule
 
 _TRAINS, _SERVES, _AVERAGED, _DISTANCE, _METRICS, _SAVE, _RESUME = range(7)
 _CALLS = ("step()", "serve() or finish()", "averaged()", "consensus_distance()", "metrics()", "save()", "resume()")
-"""What a rank says in the pulse, and what it has called."""
+"""The calls that a rank reports in the pulse, by number."""
 
 _IS_AT_WORK, _HAS_COME = range(2)
-"""What a rank tells its neighbors in the place of a step, so that one that waits can name who is missing."""
+"""What a rank announces to its neighbors instead of a step, so that a waiting rank can name the missing ones."""
 
 Extra = Callable[[], Mapping[str, Any]]
 
 
 class AsynchronousDistributed(AsynchronousReplica, Distributed):
-    """A model that is trained together with those of ranks that do not wait for it; made by `mpicomp.distribute`.
+    """A model that is trained by an asynchronous algorithm; made by `mpicomp.distribute`.
 
     Args:
         fails_without_end: whether a program that ends before `finish` or `serve` ends all ranks with an error.
 
     Attributes:
-        is_hub: whether this rank holds a part of the model and computes no gradients, so that it is to `serve`.
+        is_hub: whether this rank is a hub: it holds a part of the model, computes no gradients, and must call `serve`.
 
     """
 
@@ -89,14 +89,14 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             atexit.register(self._leave)
 
     def step(self, closure: Callable[[], Tensor | None], micro_batches: int = 1) -> Tensor:
-        """Do one step of this rank and return the loss, detached; others do theirs at their own pace.
+        """Do one step of this rank and return the loss, detached; other ranks do theirs at their own pace.
 
-        Waits for the answer of a hub, or for a neighbor where ``max_staleness`` says so. Otherwise as
-        `Distributed.step`.
+        Waits for the answer of a hub, or for a neighbor if ``max_staleness`` demands it. See `Distributed.step` for the
+        arguments.
 
         Raises:
-            ConfigError: this rank is a hub; or, beside the reasons of `Distributed.step`, a worker has changed a
-                learning rate or frozen a parameter, which only its hub can do.
+            ConfigError: this rank is a hub; a worker has changed a learning rate or frozen a parameter, which only its
+                hub can do; or a reason of `Distributed.step`.
             ExchangeError: a neighbor has died.
 
         """
@@ -106,7 +106,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
     def step_with_gradients(self, is_skipped: bool = False, scale: Tensor | None = None) -> None:
         """Do one step of this rank with the gradients in ``p.grad``; see `step`.
 
-        A skipped step (`Distributed.step_with_gradients`) of DC-gossip only mixes; a worker sends nothing in it.
+        In a skipped step (`Distributed.step_with_gradients`), DC-gossip only mixes, and a worker sends nothing.
         """
         self._require_trainer()
         super().step_with_gradients(is_skipped, scale)
@@ -114,15 +114,15 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
     def serve(self, after_update: Callable[[], object] | None = None, extra: Extra | None = None) -> None:
         """Apply the gradients of the workers and answer them, until all have called `finish`; on hubs only.
 
-        Takes part in what the workers call together: `averaged`, `save`, `consensus_distance`.
+        Takes part in the meetings of the workers: `averaged`, `save`, `consensus_distance`, `metrics`.
 
         Args:
-            after_update: called after each gradient that was applied: ``scheduler.step``, for a scheduler that counts
-                gradients of all workers. The learning rate is that of the hub.
-            extra: gives what this rank keeps in a checkpoint that the workers `save`.
+            after_update: called after each applied gradient; for example ``scheduler.step``, of a scheduler that counts
+                the gradients of all workers. The hub's learning rate is used.
+            extra: returns what this rank adds to a checkpoint that the workers `save`.
 
         Raises:
-            ConfigError: this rank is no hub.
+            ConfigError: this rank is not a hub.
             ExchangeError: a worker has died.
 
         """
@@ -139,8 +139,8 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
     def finish(self, extra: Extra | None = None) -> None:
         """Serve the others until all ranks have called this, or `serve`; collective on all ranks.
 
-        Call it at the end of the loop, whatever the number of batches. Takes part in what the others call together
-        before their end, with `extra` for their checkpoints. Training may go on afterwards, to another `finish`.
+        Call it at the end of the loop, after any number of batches. Takes part in the meetings of ranks that still
+        train, with `extra` for their checkpoints. Training may continue afterwards, up to another `finish`.
 
         Raises:
             ConfigError: this rank is a hub, or in the middle of a step.
@@ -153,7 +153,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Give the trained model within the block, as `Replica.averaged`; all ranks must call it, at any step."""
+        """Yield the trained model, as `Replica.averaged`; all ranks must call it, at any step."""
         self._meet(_AVERAGED)
         with super().averaged() as model:
             yield model
@@ -166,14 +166,14 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
     def metrics(self, loss: Tensor | float | None = None) -> Record:
         """Return the means over ranks, as `Distributed.metrics`; all ranks must call it, at any step.
 
-        Its step is that of a rank on average. Waiting for others counts as exchange.
+        The record's step is the mean over ranks. Waiting for others counts as exchange.
         """
         with self.meter.meeting():
             self._meet(_METRICS)
         return super().metrics(loss)
 
     def join(self) -> NoReturn:
-        """Refuse: ranks need no common number of batches.
+        """Raise ConfigError: asynchronous ranks need no common number of batches.
 
         Raises:
             ConfigError: always.
@@ -185,40 +185,40 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         )
 
     def begin(self) -> None:
-        """Begin a step, unless that has been done; waits for the answer of a hub."""
+        """Begin a step, unless it has begun; waits for the answer of a hub."""
         self._require_trainer()
         super().begin()
 
     def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
         """Store a checkpoint, as `Replica.save`; all ranks must call it, at any step, for the same `folder`.
 
-        It is named after the steps of a rank on average. Hubs in `serve` and ranks in `finish` take part.
+        Its step is the mean over ranks. Hubs in `serve` and ranks in `finish` take part.
         """
         self._meet(_SAVE)
         self._save((str(folder), keep_last), lambda: extra or {})
 
     def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
-        """Go on from a checkpoint, as `Replica.resume`; all ranks must call it, hubs before `serve`."""
+        """Restore a checkpoint, as `Replica.resume`; all ranks must call it, hubs before `serve`."""
         self._meet(_RESUME)
         self.drain()  # messages under way are of the training before
         self._settings = None
         return super().resume(folder, step)
 
     def take_in(self) -> None:
-        """Take in all that has arrived."""
+        """Receive and process all messages that have arrived."""
         while self._take_in_some():
             pass
 
     def drain(self) -> None:
-        """Take in all that is on its way, and wait until all senders know; collective on all ranks.
+        """Receive and process all messages still on their way; collective on all ranks.
 
-        A checkpoint is then one of empty mailboxes, as those that a restart begins with.
+        The mailboxes are then empty, as they are after a restart, so a checkpoint need not store them.
         """
         super().drain()
         self.mailbox.settle()
 
     def _leave(self) -> None:
-        """Have the program fail, on all ranks, if this rank leaves it while others may wait for it."""
+        """End all ranks with an error if this program ends while others may wait for it."""
         if has_failed(self.world):
             return
         with guard(self.world):
@@ -230,7 +230,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             self.mailbox.free()
 
     def _require_trainer(self) -> None:
-        """Raise ConfigError unless a step of this rank has the effect that its caller expects."""
+        """Raise ConfigError if this rank is a hub, or has changed what only a hub may change."""
         if self.is_hub:
             raise ConfigError(
                 f"rank {self.world.rank} is a hub of {self.algorithm.name} and computes no gradients: "
@@ -254,7 +254,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             super()._before_forward(module, inputs)
 
     def _make_phases(self) -> Phases:
-        """Return the phases of a step that waits where the algorithm cannot go on."""
+        """Return the phases of a step, which waits while the algorithm cannot continue."""
         self._is_open = True
         self._beat()
         self._look_at_peers()
@@ -283,18 +283,18 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
             yield
 
     def _pause(self) -> None:
-        """Leave the core to others in a step that cannot go on."""
+        """Yield the core in a step that cannot continue yet."""
         self._missing = self.algorithm.awaited(self.state, self.mailbox)
         self._look_at_peers()
         if self._beat() is None:
             self.mailbox.pause()
 
     def _beat(self) -> list[list[float]] | None:
-        """Take part in the pulse; return what all ranks do, if it is complete."""
+        """Take part in the pulse; return what all ranks report if a pulse is complete."""
         return self._pulse.beat(lambda: [self._doing, self._phases is not None])
 
     def _take_in_some(self) -> bool:
-        """Take in mail, of a hub one gradient; return whether there was any."""
+        """Receive and process messages, on a hub one gradient; return whether there were any."""
         with self.naming_divergence():
             if not self.is_hub:
                 return self.algorithm.drain(self.local, self.state, self.mailbox)
@@ -307,7 +307,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         return has_moved
 
     def _attend(self, extra: Extra | None) -> None:
-        """Serve, and take part in what the others call together, until nobody trains any more."""
+        """Serve, and take part in meetings, until no rank trains any more."""
         while (call := self._meet(_SERVES)) != _SERVES:
             if call == _AVERAGED:
                 with super().averaged():
@@ -324,10 +324,10 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         self._is_open = False
 
     def _meet(self, call: int) -> int:
-        """Wait until no rank trains, serving meanwhile; return what all ranks do now, `_SERVES` if nothing more.
+        """Serve until no rank trains; return the meeting that all ranks hold now, `_SERVES` if there is none.
 
         Raises:
-            ConfigError: on all ranks, if they have come for different things, or one is in the middle of a step.
+            ConfigError: on all ranks, if they have called different meetings, or one is in the middle of a step.
 
         """
         self._doing = call
@@ -352,7 +352,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         return self._agreed(doing, [rank for rank, row in enumerate(rows) if row[1]])
 
     def _agreed(self, doing: list[int], begun: list[int]) -> int:
-        """Return what the ranks have come for, of those that do not only serve."""
+        """Return the meeting that the ranks have called, except those that only serve."""
         calls = set(doing) - {_SERVES}
         error = None
         if begun:
@@ -372,7 +372,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         return next(iter(calls), _SERVES)
 
     def _save(self, arguments: tuple[str, int] | None, extra: Extra) -> None:
-        """Store a checkpoint in the folder that the ranks which train have named."""
+        """Store a checkpoint in the folder that the training ranks have given."""
         self.drain()
         wishes = {wish for wish in self.world.all_gather(arguments) if wish is not None}
         error = None
@@ -386,7 +386,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         super().save(folder, extra(), keep_last)
 
     def steps_of_all(self) -> int:
-        """Return the steps of a rank on average; collective on all ranks."""
+        """Return the mean number of steps per rank; collective on all ranks."""
         done = self.world.all_gather(0 if self.is_hub else self.steps)
         return sum(done) // len(self._trainers)
 
@@ -401,7 +401,7 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
 
 
 def _rest(attempt: Attempt) -> bool:
-    """Drive an attempt that has its gradient to its end; return whether it could go on."""
+    """Run an attempt that has its gradient to its end; return whether it could continue."""
     try:
         next(attempt)
     except StopIteration as end:

@@ -1,4 +1,4 @@
-"""The model of one rank among those of ranks that do not wait for it."""
+"""The replica of one rank in asynchronous training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mpicomp.replica.replica import Replica
 from mpicomp.topology.base import Topology
 
 PEERS_S = 0.5
-"""How often a rank looks whether the others are still there."""
+"""Seconds between two checks of a rank whether its neighbors still run."""
 
 
 class AsynchronousReplica(Replica):
-    """A model that is trained together with those of ranks that do not wait for it."""
+    """A replica that is trained by an asynchronous algorithm, over a mailbox."""
 
     algorithm: AsynchronousAlgorithm[Any]
     schedule: Topology
@@ -40,7 +40,7 @@ class AsynchronousReplica(Replica):
                     p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]
 
     def regroup(self, topology: Topology) -> None:
-        """Go on over another graph, that of the survivors; collective on these."""
+        """Continue over the graph of the survivors; collective on these."""
         assert isinstance(self.algorithm, RegroupingAlgorithm)
         sent, spec = self.bytes_sent, self.local.spec
         nbytes = self.algorithm.message_nbytes(spec, self.world.size)
@@ -51,17 +51,17 @@ class AsynchronousReplica(Replica):
         self.mailbox.bytes_sent = sent + exchange.bytes_sent
 
     def take_in(self) -> None:
-        """Take in all that has arrived."""
+        """Receive and process all messages that have arrived."""
         self.algorithm.drain(self.local, self.state, self.mailbox)
 
     def drain(self) -> None:
-        """Take in all that is on its way: first what was sent, then the answers to it; collective on all ranks."""
+        """Receive and process all messages still on their way, then the answers to them; collective on all ranks."""
         for _ in range(2):
             self.mailbox.settle()
             self.take_in()
 
     def require_neighbors(self, members: Sequence[Member], remedy: str) -> None:
-        """Raise ExchangeError if a neighbor's process has gone; `members` are the names of the ranks."""
+        """Raise ExchangeError if a neighbor's process has ended; `members` are the names of the ranks."""
         for rank, peer in self.mailbox.peers().items():
             if peer.has_ended:
                 raise ExchangeError(
@@ -70,7 +70,7 @@ class AsynchronousReplica(Replica):
                 )
 
     def average_(self) -> None:
-        """Take the model from its owners, if it has any; statistics are averaged over the ranks that train."""
+        """Overwrite the model with the hubs' or, without hubs, the mean; average statistics over training ranks."""
         if not self._owners:
             super().average_()
             return

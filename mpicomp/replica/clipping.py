@@ -1,4 +1,4 @@
-"""Clipping of gradients, at a place that each family of methods documents."""
+"""Clipping of gradients."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mpicomp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Clip:
-    """How gradients are shortened.
+    """Limits for gradients.
 
         norm:   g = g min(1, norm / (|g|_2 + 1e-6))       as `torch.nn.utils.clip_grad_norm_`
         value:  g = max(-value, min(g, value))            elementwise, as `clip_grad_value_`; after `norm`
 
-    In gossip the gradient of a rank is clipped before its local step. In a sum it is clipped on each rank before it is
-    compressed, so that no rank can send more than that; or, with `after_sum`, the sum is, on all ranks alike, which is
-    what a script with `DistributedDataParallel` does.
+    Gossip methods clip the gradient of a rank before its local step. Methods that sum gradients clip each rank's before
+    it is compressed, so that a single rank cannot send a larger one. With `after_sum` they clip the sum instead, as a
+    script with `DistributedDataParallel` does.
 
     Attributes:
         norm: the largest Euclidean norm of the whole gradient (n,), > 0; None for no limit.
         value: the largest absolute value of an entry, > 0; None for no limit.
-        after_sum: whether the sum over ranks is clipped in the place of each rank's gradient.
+        after_sum: whether the sum over ranks is clipped instead of each rank's gradient.
 
     Raises:
-        ConfigError: neither limit, or one that is not positive.
+        ConfigError: neither limit is given, or one is not positive.
 
     """
 

@@ -1,7 +1,7 @@
-"""Checks that compare the ranks: the same tensors for every method, the same model for methods that add up gradients.
+"""Checks that compare ranks: the same tensors for all methods, the same model for methods that add up gradients.
 
-Messages of ranks with other tensors would not fit. A sum never sends the model itself, so a rank with another learning
-rate or another frozen layer would drift away from the others without an error.
+If tensors differed between ranks, their messages would not fit. Methods that add up gradients do not send the model, so
+a rank with another learning rate or another frozen layer would drift away from the others without an error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ EVERY_STEPS = 50
 """Steps from one comparison to the next."""
 
 TOLERANCE = 1e-5
-"""How far sums over all parameters may be apart, relative to the sum of absolute values: all-reduces may round."""
+"""The allowed difference of sums over all parameters, relative to the sum of absolute values; all-reduces round."""
 
 
 class Compared(NamedTuple):
-    """What ranks compare: learning rates by group, names of the frozen parameters, and sums over all parameters."""
+    """The values that ranks compare: learning rates by group, names of frozen parameters, sums over all parameters."""
 
     rates: tuple[float, ...]
     frozen: tuple[str, ...]
@@ -34,7 +34,7 @@ class Compared(NamedTuple):
 
 
 def compared(local: FlatModel) -> Compared:
-    """Return what this rank has to compare."""
+    """Return the values of this rank to compare with those of other ranks."""
     x = local.x.detach()
     return Compared(
         tuple(float(group["lr"]) for group in local.optimizer.param_groups),
@@ -45,7 +45,7 @@ def compared(local: FlatModel) -> Compared:
 
 
 def require_same_tensors(world: World, local: FlatModel) -> None:
-    """Compare what the model is made of on all ranks with rank 0; collective on all ranks.
+    """Compare names, shapes and types of the model's tensors with those of rank 0; collective on all ranks.
 
     Raises:
         ConfigError: on all ranks; names the rank and the first tensor that differs.
@@ -70,7 +70,7 @@ def require_same_model(world: World, local: FlatModel) -> None:
     """Compare all ranks with rank 0; collective on all ranks.
 
     Raises:
-        ConfigError: on all ranks; names the rank that differs, and in what.
+        ConfigError: on all ranks; names the rank that differs, and the difference.
 
     """
     first, *others = world.all_gather(compared(local))

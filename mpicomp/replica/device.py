@@ -1,4 +1,4 @@
-"""Where a model of a script of one's own is, and where it is to be."""
+"""The device of a model in a script of your own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpicomp.exchange.placement import DeviceKind
 
 
 def device_of(model: nn.Module) -> DeviceKind:
-    """Return the kind of device that `model` is on: messages are decoded where its state is."""
+    """Return the kind of device that `model` is on, where messages are decoded, too."""
     return "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The drop-in for a training script of one's own: its loop, loader, scheduler and Trainer stay as they are.
+"""The drop-in for a training script of your own: its loop, loader, scheduler and Trainer stay as they are.
 
     gossip = mpicomp.distribute(model, optimizer, algorithm=AdaGossip(gamma=1e-2), topology=ring,
                                 compressor=TopK(ratio=0.01))
@@ -6,14 +6,14 @@
     for batch in loader:                                 # with a function that computes the loss
         loss = gossip.step(lambda: loss_fn(model, batch))
 
-    for batch in loader:                                 # or with the loop that people have
+    for batch in loader:                                 # or with the usual loop
         loss = loss_fn(model, batch)
         loss.backward()
         gossip.optimizer.step()
         gossip.optimizer.zero_grad()
 
-Both run the same `Algorithm.phases`, to the same bits. What an algorithm does before the gradient, such as sending
-messages that travel behind it, is done at the first forward pass of a step; the rest when the gradient is there.
+Both run the same `Algorithm.phases` and give the same bits. The first forward pass of a step runs what an algorithm
+does before the gradient, such as sending messages that travel meanwhile. The rest runs when the gradient is complete.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from mpicomp.replica.optimizer import DistributedOptimizer
 from mpicomp.topology.base import Schedule, Topology
 
 _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-"""The optimizers of models that are trained together."""
+"""The optimizers of distributed models."""
 
 
 Buffers = Literal["averaged", "own"] | int
-"""What becomes of batch-norm statistics: see `distribute`."""
+"""How batch-norm statistics are handled; see `distribute`."""
 
 
 @overload
@@ -97,34 +97,35 @@ def distribute(
 ) -> Distributed:
     """Train `model` together with the other ranks of this MPI job; collective on all ranks.
 
-    With an asynchronous algorithm it is an `AsynchronousDistributed` that comes back: ranks do not wait for each other,
-    and end by ``gossip.finish()``.
+    With an asynchronous algorithm it returns an `AsynchronousDistributed`: each rank runs its own loop, and calls
+    ``gossip.finish()`` after it.
 
     Args:
-        model: any module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
+        model: a module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
             0's values.
-        optimizer: any first-order optimizer of `torch.optim` over all trainable parameters of `model`; it makes the
-            local step. From here on call ``gossip.optimizer`` in its place.
+        optimizer: a first-order optimizer of `torch.optim` (not LBFGS or SparseAdam) over all trainable parameters of
+            `model`; it makes the local step. Afterwards call ``gossip.optimizer`` instead.
         algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
         topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
-        compressor: takes the place of ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio
-            for each rank.
-        world: the ranks; by default those of ``mpiexec``. An uncaught exception then ends all of them.
-        clip: how gradients are shortened; None leaves them as they are.
-        buffers: what becomes of batch-norm statistics: ``"averaged"`` in `Distributed.averaged` and each rank's own in
-            training; ``"own"`` also there; or a number of steps after which they are averaged in training, too, by an
-            all-reduce.
+        compressor: replaces ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio for each
+            rank.
+        world: the ranks; by default those of ``mpiexec``. With the default, an uncaught exception ends all ranks.
+        clip: limits for gradients; None for no clipping.
+        buffers: how batch-norm statistics are handled. ``"averaged"``: averaged in `Distributed.averaged`, each rank's
+            own in training. ``"own"``: each rank's own there, too. A number: like ``"averaged"``, and an all-reduce
+            averages them in training after so many steps.
         device: where to train: ``"cpu"``, ``"cuda"`` for the GPU of this rank, ``"auto"`` for a GPU if there is one;
             the model is moved there. By default it stays where it is.
         allow_shared_gpu: whether several ranks may use one GPU.
-        hang_timeout_s: how long a rank may wait for others, in seconds, before the job ends with their names; 0 for
-            ever. Longer than the longest evaluation on one rank alone. With a `world` of one's own there is no limit.
+        hang_timeout_s: how many seconds a rank may wait for others before the job ends with their names; 0 for no
+            limit. It must be longer than the longest evaluation on a single rank. If you pass `world`, there is no
+            limit.
 
     Raises:
-        ConfigError: a model and an optimizer that do not fit together (names the tensor and the ranks); a model on
-            another device than its rank; a compressor for an algorithm that sends no compressed message, or one for
-            another number of ranks.
-        TopologyError: a graph that the algorithm cannot use, or of another size than the number of ranks.
+        ConfigError: model and optimizer do not fit together (names the tensor and the ranks); the model is on another
+            device than its rank; a compressor is given, but the algorithm sends no compressed messages, or the
+            compressor is for another number of ranks.
+        TopologyError: the algorithm cannot use the graph, or the graph has another number of ranks.
 
     """
     if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
@@ -168,7 +169,7 @@ def distribute(
 
 
 def with_compressor(algorithm: AnyAlgorithm, compressor: Compressor) -> AnyAlgorithm:
-    """Return `algorithm` with `compressor` for what it sends."""
+    """Return `algorithm` with `compressor` in the place of its own."""
     if not hasattr(algorithm, "compressor"):
         raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
     return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), compressor=compressor))

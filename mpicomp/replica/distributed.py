@@ -1,4 +1,4 @@
-"""A model that is trained with common steps of all ranks, under two entries: a closure, and an optimizer."""
+"""A model that all ranks train with common steps, through a closure or through an optimizer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Distributed(Replica):
     """A model that is trained together with those of the other ranks; made by `distribute`.
 
     Attributes:
-        optimizer: what a training loop calls in the place of its own optimizer, whose groups and state it shares.
+        optimizer: to be called instead of your own optimizer; it shares the groups and the state of that one.
         is_compared: whether ranks that must hold the same model are compared now and then.
-        watchdog: hears how far this rank is; None if nobody looks after it.
+        watchdog: told about each step of this rank; None for no watchdog.
         buffers_every: steps from one averaging of batch-norm statistics in training to the next; 0 for none.
-        meter: what the steps have cost since the last record.
+        meter: losses and seconds of the steps since the last record.
 
     """
 
@@ -63,13 +63,13 @@ class Distributed(Replica):
 
         Args:
             closure: computes the loss of the next batch, a scalar. It may call ``zero_grad()`` and ``backward()`` as
-                closures of `torch.optim` do; the backward pass is made here if it does not. It may then return None,
-                and the loss is not known.
-            micro_batches: how many batches make up a step: the closure is called as often, and the gradient and the
-                loss are the means over these calls.
+                closures of `torch.optim` do; otherwise the backward pass is run here. If it runs the backward pass
+                itself, it may return None; the loss is then unknown.
+            micro_batches: the number of batches in a step: the closure is called so often, and gradient and loss are
+                the means over these calls.
 
         Raises:
-            DivergenceError: the loss, or what is to be sent, is not a number; names step and rank.
+            DivergenceError: the loss, or a value to be sent, is not finite; names step and rank.
             ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor.
 
         """
@@ -90,13 +90,13 @@ class Distributed(Replica):
 
         Args:
             is_skipped: whether this rank has no gradient to use, as after an overflow in float16. It takes part in the
-                exchange all the same: in gossip without a local step, in a sum with a gradient of zero.
-            scale: what the gradients are to be divided by, a scalar; None if they are not scaled.
+                exchange nevertheless: in gossip without a local step, in a sum with a gradient of zero.
+            scale: a scalar by which the gradients are divided; None if they are not scaled.
 
         Raises:
-            DivergenceError: what is to be sent is not a number; names step and rank.
-            ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor. Or the
-                step has begun without a forward pass, which GMC+ needs to compute its gradient where it wants it.
+            DivergenceError: a value to be sent is not finite; names step and rank.
+            ConfigError: the model or the optimizer is no longer the one that was distributed (names the tensor); or no
+                forward pass began the step, and GMC+ needs one, because it computes the gradient at another point.
 
         """
         if self._phases is None and self._algorithm.moves_model_for_gradient and not is_skipped:
@@ -111,17 +111,17 @@ class Distributed(Replica):
     def metrics(self, loss: Tensor | float | None = None) -> Record:
         """Return the means over ranks since the last call, the same on all of them; collective on all ranks.
 
-        Loss, bytes, seconds by part with those that are hidden, consensus distance (estimated from 4,096 of the
+        The record has loss, bytes, seconds by part (also hidden ones), consensus distance (estimated from 4,096 of the
         parameters), and in `diagnostics` what the algorithm reports, e.g. ``compression_error``. The seconds ``other``
-        are the caller's own between two steps: loading and evaluation, and forward and backward pass where they are
-        made outside of `step`. Steps before a restart are not in it.
+        are the caller's own between two steps: loading and evaluation, and forward and backward pass if they run
+        outside of `step`. Steps before a restart are not included.
 
         Args:
-            loss: of this rank, where only the caller knows it; it takes the place of the mean over the steps.
+            loss: of this rank, if only the caller knows it; replaces the mean over the steps.
 
         Raises:
-            DivergenceError: a loss that is not finite, or public copies that have been running away for three records.
-            ConfigError: in the middle of a step.
+            DivergenceError: a loss is not finite, or public copies have diverged from the models for three records.
+            ConfigError: a step has begun and is not finished.
 
         """
         self.require_between_steps("gossip.metrics()")
@@ -129,11 +129,11 @@ class Distributed(Replica):
 
     @contextmanager
     def join(self) -> Iterator[None]:
-        """Let ranks have unequal numbers of batches within the block; collective on all ranks.
+        """Allow unequal numbers of batches within the block; collective on all ranks.
 
-        A rank that has left the block goes on to take part in the exchanges, as in a skipped step (see
-        `step_with_gradients`), until all have left. In a sum its gradient counts as zero, not as absent. Costs an
-        all-gather of one number a step, which travels behind the gradient.
+        A rank that reaches the end of the block continues to take part in the exchanges, as in a skipped step (see
+        `step_with_gradients`), until all have reached it. In a sum its gradient counts as zero, not as absent. This
+        costs an all-gather of one number in each step, which overlaps with the gradient.
         """
         self.require_between_steps("join()")
         self._is_joining = True
@@ -147,7 +147,7 @@ class Distributed(Replica):
 
     @property
     def is_in_step(self) -> bool:
-        """Whether a step has begun whose gradient is still to come."""
+        """Whether a step has begun, but its gradient is not complete."""
         return self._phases is not None
 
     def _connect(self) -> None:
@@ -161,16 +161,16 @@ class Distributed(Replica):
         return self.algorithm.phases(self.local, self.state, self._exchange)
 
     def begin(self) -> None:
-        """Begin a step, unless that has been done; collective on all ranks.
+        """Begin a step, unless it has begun; collective on all ranks.
 
-        Calling the model in training mode does so by itself. This is for a loop that calls only parts of it, so that
-        messages of methods with overlap travel behind the forward pass there, too.
+        A call of the model in training mode does this by itself. Call it in a loop that calls only parts of the model,
+        so that messages of methods with overlap travel during the forward pass there, too.
         """
         with self.naming_divergence():
             self._begin()
 
     def _step(self, compute: Callable[[Meanwhile], object]) -> None:
-        """Do one step of the algorithm with the gradient that `compute` brings into ``local.g``."""
+        """Do one step of the algorithm with the gradient that `compute` writes into ``local.g``."""
         with self.naming_divergence():
             self._begin()
             compute(self._meanwhile)
@@ -180,7 +180,7 @@ class Distributed(Replica):
                 raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
 
     def _begin(self) -> None:
-        """Do what the algorithm does before the gradient, unless that has been done."""
+        """Run the part of the algorithm before the gradient, unless it has run."""
         if self._phases is not None:
             return
         self.local.check()
@@ -195,12 +195,12 @@ class Distributed(Replica):
         self.local.listen(self._meanwhile)
 
     def _skip(self) -> None:
-        """Take part in this step without a gradient."""
+        """Take part in the exchange of this step without a gradient."""
         self.local.zero_grad()
         self.local.skips_update = not self._algorithm.ranks_stay_equal
 
     def _end(self) -> None:
-        """Finish what is not the algorithm's."""
+        """Finish the step: restore frozen parameters, show the new ones, count the step, average buffers if due."""
         for x, before in self._frozen:
             x.copy_(before)
         self.local.skips_update = False
@@ -216,9 +216,9 @@ class Distributed(Replica):
             self._ends = None
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
-        """Begin a step with the first forward pass of training, so that messages travel behind it.
+        """Begin a step with the first forward pass of training, so that messages travel during it.
 
-        A forward pass within a backward one is a recomputation (`torch.utils.checkpoint`): too late for GMC+.
+        A forward pass within a backward pass is a recomputation (`torch.utils.checkpoint`), which is too late for GMC+.
         """
         if module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.begin()

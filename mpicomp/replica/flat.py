@@ -22,20 +22,20 @@ from mpicomp.replica.model_checks import listed, named_parameters, trained_param
 from mpicomp.timing import timed
 
 _taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The parameters of all flat models; the values say nothing."""
+"""The parameters of all flat models; the values of the dict are not used."""
 
 
 class Hook:
-    """A hook on a module that is trained: copies of the module, and stored ones, have one that does nothing.
+    """A hook on a module that is trained. Copies of the module, and stored modules, get a hook that does nothing.
 
-    Without this they would take the whole training with them.
+    Otherwise copying a module would copy the whole training state with it.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
     def __call__(self, *args: object) -> None:
-        """Call the function."""
+        """Call the function of the hook."""
         self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -45,12 +45,11 @@ class Hook:
 class FlatModel:
     """A `torch.nn.Module` and its optimizer, seen as the flat vectors that algorithms work on (a `Local`).
 
-    Parameters and their gradients become views of two flat buffers, so that no message and no arithmetic of an
-    algorithm goes parameter by parameter. Any `torch.optim` optimizer goes on working on the parameters. Where the
-    parameters are of several types, the buffers are of the widest, and parameters of others are kept equal to their
-    part of `x`, rounded.
+    Parameters and their gradients become views of two flat buffers, so that messages and arithmetic of an algorithm
+    need not go parameter by parameter. The optimizer continues to work on the parameters. If parameters have several
+    types, the buffers have the widest type, and a parameter of another type is kept equal to its part of `x`, rounded.
 
-    A parameter that is frozen (``requires_grad`` is false) stays where it is; it may be thawed later.
+    A frozen parameter (``requires_grad`` is false) does not change; it may be thawed later.
 
     Attributes:
         x: (n,) the parameters that the optimizer holds, in the order of ``model.named_parameters()``.
@@ -62,11 +61,11 @@ class FlatModel:
         clip_sum: changes `g` before the optimizer's step; None for no change.
         skips_update: whether `update` does nothing.
         loss: the mean loss of the last `gradient`, detached, on the device.
-        has_loss: whether that is known: a closure may return None.
+        has_loss: whether the loss is known; a closure may return None.
         delay: how long each gradient takes.
 
     Raises:
-        ConfigError: a model and an optimizer that do not fit together (see `trained_parameters`).
+        ConfigError: model and optimizer do not fit together (see `trained_parameters`).
 
     """
 
@@ -124,7 +123,7 @@ class FlatModel:
 
     @property
     def groups(self) -> list[tuple[slice, dict[str, Any]]]:
-        """The parts of `x`, in order, each with the optimizer's group of its parameters."""
+        """The parts of `x`, in order, each with the optimizer's group to which it belongs."""
         return [(part, self.optimizer.param_groups[group]) for part, group in self._parts]
 
     @property
@@ -135,14 +134,14 @@ class FlatModel:
 
     @property
     def is_updating(self) -> bool:
-        """Whether the optimizer's step that runs is that of `update`."""
+        """Whether `update` is running the optimizer's step."""
         return self._is_updating
 
     @timed("gradient")
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
-        """Run `closure`, and its backward pass unless it has made one; return the flat gradient (n,).
+        """Run `closure`, and the backward pass unless the closure has run it; return the flat gradient (n,).
 
-        `meanwhile` is called between the layers, until it returns true. On a GPU it is not during the backward pass,
+        `meanwhile` is called between layers until it returns true. On a GPU it is not called during the backward pass,
         which runs in a thread of its own, far ahead of the device.
         """
         start = time.perf_counter()
@@ -164,7 +163,7 @@ class FlatModel:
         return self.g
 
     def take_gradients(self, scale: Tensor | None = None) -> Tensor:
-        """Return the flat gradient (n,) of the backward passes that the caller has made, divided by `scale`."""
+        """Return the flat gradient (n,) of the caller's backward passes, divided by `scale`."""
         self._meanwhile = None
         self._collect()
         if scale is not None:
@@ -173,14 +172,14 @@ class FlatModel:
         return self.g
 
     def listen(self, meanwhile: Meanwhile) -> None:
-        """Have `meanwhile` called between the layers of the passes that follow, until it returns true."""
+        """Call `meanwhile` between the layers of the following passes, until it returns true."""
         self._meanwhile, self._thread = meanwhile, threading.get_ident()
         if meanwhile is not None and not self._is_hooked:
             self._hook()
 
     @timed("gradient")
     def update(self, part: slice | None = None) -> None:
-        """Take the optimizer's step; only on the tensors that `part` of the flat vector touches, if it is given."""
+        """Run the optimizer's step; if `part` is given, only on tensors that overlap this part of the flat vector."""
         if self.skips_update:
             return
         if self.clip_sum is not None:
@@ -195,17 +194,17 @@ class FlatModel:
             self._values[i].copy_(self._parameters[i].detach())
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, in their place."""
+        """Set all gradients to zero in place."""
         self.g.zero_()
         self._show_gradients(slice(0, self.spec.numel))
 
     def show_parameters(self) -> None:
-        """Round `x` to the parameters of another type: a change of `x` by an algorithm is not yet one of theirs."""
+        """Copy `x`, rounded, to parameters of another type, because they do not share memory with it."""
         for i in self._copies:
             self._values[i].copy_(self._parameters[i].data.copy_(self._values[i]))
 
     def end_step(self) -> None:
-        """Have the parameters be `x` again, and their gradients `g`, after an algorithm's step."""
+        """Make all parameters equal to `x` again, and their gradients to `g`, after an algorithm's step."""
         self.show_parameters()
         self._show_gradients(slice(0, self.spec.numel))
         for p in self._parameters:  # changes of `x` are none of theirs to autograd: it would accept a graph from before
@@ -221,10 +220,10 @@ class FlatModel:
         return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
 
     def check(self) -> None:
-        """Look whether model and optimizer still are those that this was made of, and mend what can be mended.
+        """Check that model and optimizer are still the original ones, and repair what can be repaired.
 
         Raises:
-            ConfigError: a parameter that has been converted, moved or added; names it.
+            ConfigError: a parameter was converted, moved or added; names it.
 
         """
         if [p.data_ptr() for p in self._parameters] != self._pointers:
@@ -242,11 +241,11 @@ class FlatModel:
             self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
 
     def buffers(self) -> list[Tensor]:
-        """Return the floating-point buffers (batch-norm statistics), which may be averaged; counters may not."""
+        """Return the floating-point buffers (batch-norm statistics), which may be averaged, unlike counters."""
         return [b for b in self.model.buffers() if b.is_floating_point()]
 
     def untrained(self) -> list[Tensor]:
-        """Return all tensors of the model beside those in `x`: parameters that the optimizer does not hold, buffers."""
+        """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
         return [*self._others, *self.model.buffers()]
 
     def snapshot(self) -> Snapshot:
@@ -254,7 +253,7 @@ class FlatModel:
         return Snapshot(self.x.clone(), [b.clone() for b in self.buffers()])
 
     def restore_(self, snapshot: Snapshot) -> None:
-        """Overwrite the parameters and buffers by those of `snapshot`."""
+        """Overwrite the parameters and buffers with those of `snapshot`."""
         self.x.copy_(snapshot.x)
         self.show_parameters()
         for buffer, stored in zip(self.buffers(), snapshot.buffers, strict=True):
@@ -282,7 +281,7 @@ class FlatModel:
         return torch.as_tensor(torch.nan if loss is None else loss).detach()
 
     def _collect(self) -> None:
-        """Bring the gradients of all parameters into `g`: zero_grad() of torch.optim takes them off it."""
+        """Copy gradients that are not views of `g` into `g`: zero_grad() of torch.optim removes the views."""
         for p, g in zip(self._parameters, self._gradients, strict=True):
             if p.grad is g and p.requires_grad:
                 continue
@@ -297,14 +296,14 @@ class FlatModel:
             self.clip(self.g)
 
     def _hook(self) -> None:
-        """Have `_between_layers` called after each layer of a forward pass, from now on."""
+        """Install hooks that call `_between_layers` after each layer of a forward pass."""
         self._is_hooked = True
         for module in self.model.modules():
             if not list(module.children()):
                 module.register_forward_hook(Hook(self._between_layers))
 
     def _hear(self) -> None:
-        """Have `_after_gradient` called for each parameter; a frozen one takes no hook before it is thawed."""
+        """Install hooks that call `_after_gradient` for each parameter; a frozen one gets its hook when thawed."""
         for p in self._unheard:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
@@ -321,9 +320,9 @@ class FlatModel:
             self._meanwhile = None
 
     def _show_gradients(self, part: slice) -> None:
-        """Give the parameters that `part` touches their views of `g`, rounded where they are of another type.
+        """Set the gradients of parameters in `part` to their views of `g`, rounded for parameters of another type.
 
-        Others, and frozen ones, get none: the optimizer then leaves them alone.
+        Other parameters, and frozen ones, get no gradient, so the optimizer does not change them.
         """
         offset = 0
         for p, g in zip(self._parameters, self._gradients, strict=True):
@@ -334,7 +333,7 @@ class FlatModel:
             offset += g.numel()
 
     def _mend(self) -> None:
-        """Take parameters that were given other memory (``p.data = ...``) back into `x`."""
+        """Copy parameters that were given other memory (``p.data = ...``) back into `x`."""
         for name, p, x, dtype in zip(self.spec.names, self._parameters, self._values, self._dtypes, strict=True):
             if (p.dtype, p.shape, p.device) != (dtype, x.shape, x.device):
                 raise ConfigError(
@@ -349,7 +348,7 @@ class FlatModel:
         self._pointers = [p.data_ptr() for p in self._parameters]
 
     def _read_groups(self) -> None:
-        """Find out which group holds which part of `x`."""
+        """Determine which group holds which part of `x`."""
         groups = self.optimizer.param_groups
         self._sizes = [len(group["params"]) for group in groups]
         index = {p: i for i, group in enumerate(groups) for p in group["params"]}
@@ -376,14 +375,14 @@ class FlatModel:
             offset = stop
 
     def _read_modules(self) -> None:
-        """Keep what each module consists of, to see whether one of them changes."""
+        """Remember the parameters of each module, to notice changes."""
         held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
         self._children = [(children, list(children.values())) for children in held]
         own = set(self._parameters)
         self._others = [p for p in self.model.parameters() if p not in own]
 
     def _check_modules(self) -> None:
-        """Raise ConfigError if the model has other trainable parameters than at first."""
+        """Raise ConfigError if the model's trainable parameters have changed."""
         own = set(self._parameters)
         found = dict(named_parameters(self.model))
         if added := [name for name, p in found.items() if p.requires_grad and p not in own]:

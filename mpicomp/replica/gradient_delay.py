@@ -1,7 +1,7 @@
-"""How long gradients take: ranks that are slow on purpose, and ranks whose time is simulated.
+"""Delays of gradients: ranks that are slow on purpose, and ranks in simulated time.
 
-What a method gains where ranks are unequal can be tried so on equal ones. Random times are drawn from (seed, rank,
-number of the gradient), so that a run that goes on has those of the run that was not interrupted.
+With delays, one can measure on equal machines what a method gains with ranks of unequal speed. Random times depend on
+(seed, rank, number of the gradient), so a run that continues from a checkpoint gets the same times.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Literal
 import numpy as np
 
 Spread = Literal["fixed", "uniform", "exponential"]
-"""The distribution of a time with a given mean: always the same, or between zero and twice the mean, or exponential."""
+"""The distribution of a time with a given mean: constant, uniform between zero and twice the mean, or exponential."""
 
 
 SLICE_S = 2e-3
-"""How long a rank that is slow on purpose sleeps from one look at its messages to the next."""
+"""Seconds between two checks of its messages while a rank that is slow on purpose sleeps."""
 
 
 class GradientDelay:
-    """The time that the gradients of a rank take; its process sleeps, and takes no core from others.
+    """Makes the gradients of a rank take longer. The process sleeps meanwhile, so other ranks may use its core.
 
     Args:
-        factor: how many times as long as without, >= 1.
-        seconds: by which each takes longer beside.
-        spread: of the time that comes on top.
-        seed: of the random numbers; together with `rank`.
-        rank: whose gradients they are.
-        gradient_s: the mean time of a gradient of an ordinary rank, in simulated seconds; None to take the real time.
-        gradient_spread: of that.
+        factor: the factor by which a gradient takes longer, >= 1.
+        seconds: seconds by which each gradient takes longer in addition.
+        spread: the distribution of the additional time.
+        seed: of the random numbers, together with `rank`.
+        rank: the rank that computes the gradients.
+        gradient_s: the mean time of a gradient on an ordinary rank, in simulated seconds; None for the real time.
+        gradient_spread: the distribution of this time.
 
     Attributes:
-        sleep: passes the time.
-        gradients: how many there have been.
+        sleep: the function that sleeps.
+        gradients: the number of gradients so far.
 
     """
 
@@ -58,9 +58,9 @@ class GradientDelay:
         self._gradient_spread = gradient_spread
 
     def keep(self, computed_s: float, meanwhile: Callable[[], bool] | None = None) -> None:
-        """Sleep for as long as a gradient that took `computed_s` seconds is to take longer.
+        """Sleep for the additional time of a gradient that took `computed_s` seconds.
 
-        `meanwhile` is called now and then, until it returns true.
+        `meanwhile` is called now and then until it returns true.
         """
         random = np.random.default_rng([*self._key, self.gradients])
         self.gradients += 1
@@ -76,7 +76,7 @@ class GradientDelay:
 
 
 def _draw(spread: Spread, random: np.random.Generator) -> float:
-    """Return a random number >= 0 of mean one."""
+    """Return a random number >= 0 with mean 1, from the distribution `spread`."""
     if spread == "fixed":
         return 1.0
     return float(random.exponential() if spread == "exponential" else random.uniform(0.0, 2.0))

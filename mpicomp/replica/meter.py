@@ -1,4 +1,4 @@
-"""What the steps of a rank cost since the last record, and the record that all ranks make of it."""
+"""Losses and seconds of a rank's steps since the last record, and the record of their means over ranks."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ OTHER = "other"
 """The seconds between two steps."""
 
 RUNAWAY_RECORDS = 3
-"""Records in a row with public copies farther from the models than zero would be, after which a run is given up."""
+"""A run ends after so many consecutive records in which public copies are farther from the models than zero is."""
 
 SAMPLED_ENTRIES = 4096
-"""Parameters from which the records' consensus distance is estimated; `Replica.consensus_distance` is exact."""
+"""The number of parameters sampled for a record's consensus distance; `Replica.consensus_distance` is exact."""
 
 
 @dataclass
 class Meter:
-    """Adds up losses and seconds since the last `take`, or since the start where nobody takes.
+    """Adds up losses and seconds since the last `take`, or since the start if `take` is not called.
 
-    A loop in which steps have a begin and an end enters it for each step. One in which all time is work or waiting
-    calls `work` and `wait` after either.
+    A loop in which steps have a begin and an end enters the meter for each step. A loop in which all time is either
+    work or waiting calls `work` and `wait` after each.
 
     Attributes:
         loss: the sum over the steps whose loss is known, a scalar.
-        steps: how many they are.
-        parts: by which the seconds are kept.
-        seconds: of all steps and of meetings, in the order of `parts`.
-        total_seconds: the same since the start, without what is hidden.
-        runaway: records in a row with public copies that have left the models.
+        steps: the number of these steps.
+        parts: the names of the parts of the seconds.
+        seconds: of all steps and meetings, in the order of `parts`.
+        total_seconds: their sum since the start, without hidden seconds.
+        runaway: the number of consecutive records in which public copies had diverged from the models.
         other: the seconds between steps.
-        start: when the step began that is under way.
-        since: until when the time is booked; None before the first step.
+        start: when the present step began.
+        since: the time up to which seconds are counted; None before the first step.
 
     """
 
@@ -70,12 +70,12 @@ class Meter:
         self._end_work(self.start, is_step=True)
 
     def work(self, is_step: bool = False) -> None:
-        """Book the time since what was booked last as work; `is_step` if a gradient was computed in it."""
+        """Count the time since the last call as work; `is_step` if it included a gradient."""
         assert self.since is not None
         self._end_work(self.since, is_step)
 
     def wait(self) -> None:
-        """Book the time since what was booked last as waiting; for meters with this part."""
+        """Count the time since the last call as waiting; for meters with this part."""
         assert self.since is not None
         begun = self.since
         self.skip()
@@ -85,13 +85,13 @@ class Meter:
         self.total_seconds += self.since - begun
 
     def add(self, loss: Tensor) -> None:
-        """Take in the loss of a step, one number."""
+        """Add the loss of a step, a scalar."""
         self.loss += loss.reshape(())
         self.steps += 1
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Book the time within the block, in which this rank waits for the others, as exchange."""
+        """Count the time within the block, in which this rank waits for others, as exchange."""
         self._book_other()
         begun = now()
         yield
@@ -103,7 +103,7 @@ class Meter:
         self.skip()
 
     def skip(self) -> None:
-        """Leave out the time since what was booked last."""
+        """Do not count the time since the last call."""
         take_seconds()
         self.since = now()
 
@@ -119,15 +119,15 @@ class Meter:
     def record(self, replica: Replica, loss: Tensor | float | None = None) -> Record:
         """Return the means over ranks since the last call; collective on all ranks.
 
-        Ranks that are ahead of others wait for them here, which counts as exchange; the rest of the time within counts
-        for nothing.
+        Ranks that are ahead of others wait for them here, which counts as exchange. The rest of the time spent here is
+        not counted.
 
         Args:
-            replica: the model whose steps these are.
-            loss: of this rank, in place of the mean over the steps whose loss is known.
+            replica: the model that was trained.
+            loss: of this rank, instead of the mean over the steps whose loss is known.
 
         Raises:
-            DivergenceError: a loss that is not finite, or public copies that have been running away for some records.
+            DivergenceError: a loss is not finite, or public copies have diverged from the models for some records.
 
         """
         own = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -167,7 +167,7 @@ class Meter:
         return record
 
     def _check_copies(self, record: Record) -> None:
-        """Raise DivergenceError if the public copies have been running away for some records."""
+        """Raise DivergenceError if the public copies have diverged from the models for some records."""
         error = record.diagnostics.get("compression_error", 0.0)
         self.runaway = self.runaway + 1 if error > 1 else 0
         if self.runaway == RUNAWAY_RECORDS:
@@ -177,7 +177,7 @@ class Meter:
             )
 
     def _end_work(self, begun: float, is_step: bool) -> None:
-        """Book the time since `begun`, by part; `mix` is what the others leave."""
+        """Count the time since `begun`, by part; ``mix`` gets the rest."""
         end, parts = now(), take_seconds()
         if taker := recorder():
             (taker.end_step if is_step else taker.add_rest)(begun, end)
@@ -187,7 +187,7 @@ class Meter:
         self.since = end
 
     def _book_other(self) -> None:
-        """Book the time since what was booked last as between steps; exchanges may have moved on in it."""
+        """Count the time since the last call as between steps, except exchanges that made progress in it."""
         parts = take_seconds()
         if self.since is not None:
             self._book(parts)
@@ -200,7 +200,7 @@ class Meter:
 def sampled_consensus_distance(replica: Replica, step: int) -> float:
     """Estimate ``sqrt(mean_i |x_i - xbar|^2)`` from some parameters, so that a record costs no dense exchange.
 
-    Which ones depends on `step`, the same on all ranks.
+    The choice of parameters depends on `step` only, and is the same on all ranks.
     """
     x = replica.local.x
     if len(x) > SAMPLED_ENTRIES:

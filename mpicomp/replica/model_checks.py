@@ -1,4 +1,4 @@
-"""Whether a model and its optimizer can be trained together with those of other ranks; messages name the tensor."""
+"""Checks whether a model and its optimizer can be distributed; error messages name the tensor."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import nn
 from mpicomp.errors import ConfigError
 
 LISTED = 4
-"""How many of the tensors that are wrong are named."""
+"""How many tensors an error names at most."""
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first of `names`, and how many more there are."""
+    """Return a text with the first of `names`, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a tensor has without `torch.compile`."""
+    """Return the name of a tensor without the prefixes of `torch.compile`."""
     return name.replace("_orig_mod.", "")
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters with the names that they have without `torch.compile`."""
+    """Return the parameters with their names without the prefixes of `torch.compile`."""
     return [(plain_name(name), p) for name, p in model.named_parameters()]
 
 
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Return those parameters of `model` that `optimizer` holds, by name, in the model's order.
+    """Return the parameters of `model` that `optimizer` holds, by name, in the model's order.
 
-    A frozen one is among them, because it may be thawed.
+    Frozen parameters are included, because they may be thawed.
 
     Raises:
-        ConfigError: an optimizer over other parameters than the trainable ones of the model, or whose step cannot be
-            made here; a model that is distributed already, is not yet complete, or has parameters on several devices or
-            of a type that has no mean.
+        ConfigError: the optimizer does not hold exactly the trainable parameters of the model, or its step cannot be
+            made here; the model is distributed already, is incomplete, or has parameters on several devices or of a
+            type that has no mean.
 
     """
     _check_kinds(model, optimizer)

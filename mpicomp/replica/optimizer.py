@@ -1,4 +1,4 @@
-"""A `torch.optim.Optimizer` whose step is one of all ranks."""
+"""A `torch.optim.Optimizer` whose step is a distributed step of all ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mpicomp.replica.flat import FlatModel
 
 
 class Steps(Protocol):
-    """What makes the steps: a `Distributed`.
+    """The part of `Distributed` that the optimizer uses.
 
     Attributes:
         local: the flat model.
-        steps: how many are done.
+        steps: the number of steps done.
 
     """
 
@@ -32,14 +32,14 @@ class Steps(Protocol):
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
-    """What a training loop calls in the place of its own optimizer; shares the groups, state and defaults of that one.
+    """Replaces the optimizer in a training loop; shares its groups, state and defaults.
 
-    Schedulers, `torch.amp.GradScaler` and Trainers take it as any optimizer. Its hooks of a step run around the whole
-    step, and see the gradients of this rank; hooks of the own optimizer run around the local step.
+    Schedulers, `torch.amp.GradScaler` and Trainers accept it like other optimizers. Its step hooks run around the whole
+    step, and see the gradients of this rank. Hooks of the original optimizer run around the local step.
     """
 
     _step_supports_amp_scaling = True
-    """Has `GradScaler.step` call `step` also after an overflow, which others would wait for."""
+    """Makes `GradScaler.step` call `step` also after an overflow, because other ranks wait for this rank's exchange."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -52,30 +52,30 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of the own optimizer."""
+        """The parameter groups of the original optimizer."""
         return self._own.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """That of the own optimizer."""
+        """The state of the original optimizer."""
         return self._own.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Those of the own optimizer."""
+        """The default hyper-parameters of the original optimizer."""
         return self._own.defaults
 
     @property
     def _opt_called(self) -> bool:
-        """Whether a step has been made, by either entry: schedulers warn if they are called before."""
+        """Whether a step was made, by closure or optimizer; schedulers warn if they are called before the first."""
         return self._gossip.steps > 0
 
     @_opt_called.setter
     def _opt_called(self, _: bool) -> None:
-        """Ignore what schedulers note when they see `step`."""
+        """Ignore the value that schedulers set when they wrap `step`."""
 
     def take_over(self) -> None:
-        """Refuse steps of the own optimizer that are not part of a distributed one."""
+        """Make the original optimizer refuse steps that are not part of a distributed step."""
         local = self._gossip.local
 
         def refuse(*_: object) -> None:
@@ -92,10 +92,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step of training with the gradients in ``p.grad``, or of `closure`; collective on all ranks.
+        """Do one step of training with the gradients in ``p.grad``, or with `closure`; collective on all ranks.
 
-        With a closure it is `Distributed.step`. After an overflow in float16 (`GradScaler`) this rank only takes part
-        in the exchange, see `Distributed.step_with_gradients`.
+        With a closure, this is `Distributed.step`. After an overflow in float16 (`GradScaler`), this rank only takes
+        part in the exchange; see `Distributed.step_with_gradients`.
         """
         if closure is not None:
             return self._gossip.step(closure)
@@ -105,15 +105,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set the gradients to zero in their place, whatever `set_to_none` says: they are views of one vector."""
+        """Set the gradients to zero in place; `set_to_none` is ignored, because they are views of one vector."""
         self._gossip.local.zero_grad()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state into the own optimizer."""
+        """Load groups and state into the original optimizer."""
         self._own.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the parameters of a distributed model are fixed.
+        """Raise ConfigError: the parameters of a distributed model are fixed.
 
         Raises:
             ConfigError: always.

@@ -1,4 +1,4 @@
-"""What ranks that do not wait for each other know of each other: numbers of all, gathered again and again."""
+"""The pulse: a non-blocking all-gather of a few numbers, repeated all the time, for asynchronous training."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from mpicomp.exchange.base import Gather, World
 
 PULSE_S = 0.05
-"""The least time from one pulse to the next: rank 0 keeps it, the others follow."""
+"""The least number of seconds between two pulses; rank 0 waits for it, and the others follow."""
 
 
 class Pulse:
-    """Numbers of all ranks, gathered again and again; nobody waits for them."""
+    """Gathers numbers of all ranks again and again, without waiting."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -19,7 +19,7 @@ class Pulse:
         self._last = world.now()
 
     def beat(self, numbers: Callable[[], list[float]]) -> list[list[float]] | None:
-        """Return the numbers of all ranks by rank, if they are complete; each of them once on every rank."""
+        """Return the numbers of all ranks by rank, or None if they are not complete; each round is returned once."""
         if self._pending is None:
             now = self._world.now()
             if self._world.rank == 0 and now - self._last < PULSE_S:

@@ -1,4 +1,4 @@
-"""What training reports every few steps: a `Record`, and the callbacks that take it on rank 0."""
+"""The record that training reports every few steps, and the callbacks that get it on rank 0."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from mpicomp.timing import HIDDEN
 
 PARTS = ("gradient", "compress", "exchange", "mix")
-"""Where a step's seconds go; `mix` is what the others leave."""
+"""The parts of a step's seconds; `mix` is the rest."""
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:
-    """Return the sum of the parts of a record's ``seconds``: those that are hidden are in the others."""
+    """Return the sum of a record's ``seconds``, without hidden ones, which other parts include."""
     return sum(value for part, value in seconds.items() if part != HIDDEN)
 
 
@@ -23,25 +23,25 @@ class Record:
     """The state of a run after some step: means over ranks since the last record, unless it says otherwise.
 
     Attributes:
-        step: steps done; of a rank on average, where ranks go at their own pace.
-        epoch: epochs done, fractional; None where nobody counts them.
-        loss: of the training batches; None where it is not known.
+        step: the number of steps done; for asynchronous methods the mean over ranks.
+        epoch: epochs done, fractional; None if they are not counted.
+        loss: of the training batches; None if it is unknown.
         lr: the learning rate of this step.
-        bytes_sent: by all ranks together since the start; where some have died, by those that are left.
+        bytes_sent: by all ranks together since the start; if ranks have died, by the remaining ones.
         seconds: of a rank since the last record, by part: gradient, compress, exchange, mix; for asynchronous methods
-            also wait, when there was nothing to do; of `Distributed.metrics` also other, the caller's own time between
-            two steps. ``exchange`` is what the rank has spent in exchanges: exposed.
-            ``exchange_hidden``, of synchronous methods, is no part of the sum: for how long messages were under way
-            while the rank did other work, from the end of `Exchange.start` until they were seen to be there, or to
-            the begin of `Pending.wait`. An overlapped method looks between two layers of the model; where nobody looks
-            (other methods; backward passes on a GPU), they may have been there earlier, and this is an upper bound.
-        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None where it was not measured.
-        test_accuracy: of the averaged model, in [0, 1]; None where it was not evaluated, or the data set has none.
+            also wait, the time with nothing to do; from `Distributed.metrics` also other, the caller's own time between
+            two steps. ``exchange`` is the time that the rank has spent in exchanges: the exposed time.
+            ``exchange_hidden``, of synchronous methods, is not part of the sum. It is how long messages were on their
+            way while the rank did other work: from the end of `Exchange.start` until the rank saw that they had
+            arrived, or until the begin of `Pending.wait`. A method with overlap checks this between two layers of the
+            model. Without checks (other methods; backward passes on a GPU) it is an upper bound.
+        consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` now; None if it was not measured.
+        test_accuracy: of the averaged model, in [0, 1]; None if it was not evaluated, or the data set has none.
         diagnostics: further numbers of the algorithm.
-        gradients: how many each rank has computed, where ranks go at their own pace.
+        gradients: how many gradients each rank has computed; for asynchronous methods only.
         delays: by ``"rank<source"``, how many contributions of the source have been 0, 1, ... updates late since the
-            start; where it was evaluated.
-        test_loss: of the averaged model, the mean over the test samples; None where it was not evaluated.
+            start; only in records with an evaluation.
+        test_loss: of the averaged model, the mean over the test samples; None if it was not evaluated.
 
     """
 
@@ -59,9 +59,9 @@ class Record:
     test_loss: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers that are known, as loggers draw them: ``loss``, ``seconds/gradient``, ``gradients/0``.
+        """Return the known numbers by name, for loggers: ``loss``, ``seconds/gradient``, ``gradients/0``.
 
-        The names are those of the fields; without ``step``, to which they belong, and ``delays``, which are histograms.
+        The names are those of the fields, without ``step`` and without ``delays``, which are histograms.
         """
         return dict(_numbers({**dataclasses.asdict(self), "step": None, "delays": None}))
 
@@ -77,10 +77,10 @@ def _numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 class Callback(Protocol):
-    """What is told of each record, on rank 0: a file, a logger, a display."""
+    """Gets each record on rank 0: a file, a logger or a display."""
 
     def on_record(self, record: Record) -> None:
-        """Take in the next record; an error that is raised here ends the run."""
+        """Process the next record; an error raised here ends the run."""
 
 
 def report(record: Record, rank: int, callbacks: Sequence[Callback | None]) -> None:

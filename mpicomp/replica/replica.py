@@ -1,4 +1,4 @@
-"""The model of one rank among those of the others: its state, its checkpoints, and the mean over all ranks."""
+"""The replica: the model of one rank, with its state, its checkpoints, and the mean over all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mpicomp.topology.base import Schedule
 
 
 class Link(Protocol):
-    """What takes the messages of training: an `Exchange` or a `Mailbox`."""
+    """The transport of training messages: an `Exchange` or a `Mailbox`."""
 
     bytes_sent: int
 
@@ -45,13 +45,13 @@ class Replica(ABC):
 
     Attributes:
         world: the ranks.
-        algorithm: how they train.
-        schedule: who talks to whom.
+        algorithm: the training method.
+        schedule: the graph of each step.
         local: the flat model.
-        link: what takes the messages.
+        link: the transport of messages.
         state: of the algorithm.
         averages_buffers: whether the averaged model has averaged batch-norm statistics, or each rank's own.
-        steps: how many are done.
+        steps: the number of steps done.
 
     """
 
@@ -84,7 +84,7 @@ class Replica(ABC):
         self._connect()
 
     def steps_of_all(self) -> int:
-        """Return the steps that checkpoints and records are named after, the same on all ranks; collective on them."""
+        """Return the step number for checkpoints and records, the same on all ranks; collective on all ranks."""
         return self.steps
 
     @abstractmethod
@@ -103,14 +103,14 @@ class Replica(ABC):
 
     @contextmanager
     def naming_divergence(self) -> Iterator[None]:
-        """Have a DivergenceError out of the block say in which tensor, at which step and on which rank."""
+        """Add tensor, step and rank to a DivergenceError that the block raises."""
         try:
             yield
         except DivergenceError as error:
             raise self._diverged(str(error)) from error
 
     def _diverged(self, what: str) -> DivergenceError:
-        """Return the error for a step in which something is not a number; names a tensor in which it is."""
+        """Return the error for a step with a value that is not finite; names a tensor with such a value."""
         name = self.local.not_finite()
         place = f" (first in {name})" if name and not what.startswith(f"{name}:") else ""
         return DivergenceError(
@@ -119,7 +119,7 @@ class Replica(ABC):
         )
 
     def average_(self) -> None:
-        """Overwrite the parameters and the batch-norm statistics by the mean over all ranks."""
+        """Overwrite the parameters and the batch-norm statistics with the mean over all ranks."""
         self.world.mean_(self.local.x)
         self.local.show_parameters()
         for buffer in self.local.buffers() if self.averages_buffers else []:
@@ -127,11 +127,11 @@ class Replica(ABC):
 
     @property
     def is_in_step(self) -> bool:
-        """Whether a step has begun whose gradient is still to come."""
+        """Whether a step has begun, but its gradient is not complete."""
         return False
 
     def require_between_steps(self, what: str) -> None:
-        """Raise ConfigError if a step has begun: `what` is to be done before a forward pass, or after its step."""
+        """Raise ConfigError if a step has begun; `what` names the call that must be made between steps."""
         if self.is_in_step:
             raise ConfigError(
                 f"{what} in the middle of a step: a forward pass in training mode has begun it. Call it after "
@@ -140,11 +140,11 @@ class Replica(ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Give the model the parameters and batch-norm statistics that the ranks have trained, within the block.
+        """Set the model to the mean over ranks (parameters and batch-norm statistics) within the block.
 
-        This is the model to evaluate and to keep; it is in evaluation mode, and every module of it in its former mode
-        afterwards. Entering is collective on all ranks and not counted as training traffic. The block itself is this
-        rank's own affair: one rank alone may evaluate in it.
+        This is the model to evaluate and to keep. It is in evaluation mode; afterwards every module is in its former
+        mode. Entering is collective on all ranks and not counted as training traffic. The block itself is not
+        collective: a single rank may evaluate in it.
 
         Raises:
             ConfigError: a step has begun.
@@ -166,9 +166,9 @@ class Replica(ABC):
     def averaged_state_dict(self) -> dict[str, Any]:
         """Return the `state_dict` of the averaged model on the CPU, the same on all ranks; collective on all ranks.
 
-        Names and order are those of ``model.state_dict()``; tied weights share one tensor. Counters and parameters that
-        the optimizer does not hold are this rank's own, and so is what a module's `get_extra_state` returns. Training
-        goes on as if this had not been called.
+        Names and order are those of ``model.state_dict()``; tied weights share one tensor. Counters, parameters that
+        the optimizer does not hold, and the results of a module's `get_extra_state` are this rank's own. The call does
+        not affect training.
         """
         with self.averaged() as model:
             averaged: dict[str, Any] = model.state_dict(keep_vars=True)  # parameters themselves, so that ties show
@@ -196,9 +196,10 @@ class Replica(ABC):
         )
 
     def state_dict(self) -> dict[str, Leaf]:
-        """Return all that this rank needs to go on later, by path (see `mpicomp.replica.state`); nothing is copied.
+        """Return all state of this rank that a restart needs, by path (see `mpicomp.replica.state`); copies nothing.
 
-        Model, optimizer, public copies, moments, residuals, random generators. Not the caller's own: loader, scheduler.
+        It has model, optimizer, public copies, moments, residuals and random generators, but not the caller's loader or
+        scheduler.
         """
         return {
             **model_leaves(self.local),
@@ -210,10 +211,10 @@ class Replica(ABC):
         }
 
     def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
-        """Take over what `state_dict` gave on this rank.
+        """Restore the state that `state_dict` has returned on this rank.
 
         Raises:
-            CheckpointError: the state of another algorithm, compressor, optimizer or model.
+            CheckpointError: the state is of another algorithm, compressor, optimizer or model.
 
         """
         load_model_(self.local, stored)
@@ -227,13 +228,13 @@ class Replica(ABC):
     def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
         """Store a checkpoint of all ranks in `folder`, which they share, and wait for it; collective on all ranks.
 
-        `extra` is what `resume` gives back to this rank, with the same structure and types: the state of a scheduler, a
-        sampler or a gradient scaler, the epoch. It takes None, booleans, numbers, texts, bytes, tensors and arrays, in
-        dicts, lists and tuples of any depth (`mpicomp.checkpoint.nested`).
+        `resume` returns `extra` to this rank, with the same structure and types: for example the state of a scheduler,
+        a sampler or a gradient scaler, or the epoch. It may contain None, booleans, numbers, texts, bytes, tensors and
+        arrays, in nested dicts, lists and tuples (`mpicomp.checkpoint.nested`).
 
         Raises:
             ConfigError: a step has begun.
-            CheckpointError: `extra`, or what the optimizer keeps, has something that cannot be stored, and nothing was
+            CheckpointError: `extra` or the state of the optimizer has a value that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
 
         """
@@ -251,14 +252,14 @@ class Replica(ABC):
             raise CheckpointError("; ".join(self.world.broadcast(problems)))
 
     def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
-        """Go on from the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
+        """Restore the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
 
-        Tensors of `extra` are on the CPU, where the `load_state_dict` of what they belong to takes them from. `step`
-        asks for the checkpoint of that many steps instead, and it is an error if there is none.
+        Tensors of `extra` are on the CPU; a `load_state_dict` accepts them there. `step` asks for the checkpoint of
+        that step instead, which must exist.
 
         Raises:
             ConfigError: a step has begun.
-            CheckpointError: a checkpoint that is damaged, or of another model, algorithm or number of ranks.
+            CheckpointError: the checkpoint is damaged, or of another model, algorithm or number of ranks.
 
         """
         checkpoint = find_checkpoint(self.world, Path(folder), step)

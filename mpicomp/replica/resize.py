@@ -1,18 +1,18 @@
-"""Training that goes on with another number of ranks: what becomes of the state.
+"""Continuing a training with another number of ranks: how the state of the new ranks is made.
 
-The new ranks all start from the same state, which rank 0 makes of the files of all old ranks, one tensor at a time:
+All new ranks start from the same state. Rank 0 makes it from the files of all old ranks, one tensor at a time:
 
     parameters, batch-norm statistics      the mean (the consensus model)
     momentum, second moments               the mean
-    error memory                           its sum over the old ranks, divided evenly: the sum is kept
+    error memory                           the sum over the old ranks, divided evenly, so that the sum is kept
     public copies                          the consensus model, which every rank gets in one dense exchange
-    what only servers hold                 as it is, by every new server
-    messages that are under way            refused: a method that delays them needs as many ranks as before
+    state that only servers hold           copied unchanged to every new server
+    pending messages                       an error: a method that delays messages needs as many ranks as before
     counters and other numbers             those of the old rank 0
-    bytes sent                             their sum, divided evenly
-    random generators of the process       drawn anew from (steps, rank)
+    bytes sent                             the sum, divided evenly
+    random generators of the process       seeded anew from (steps, rank)
 
-Methods take means over ranks, so what was left out before counts ``old ranks / new ranks`` times as much afterwards.
+Methods take means over ranks, so an old error counts ``old ranks / new ranks`` times as much afterwards.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SENT = "exchange/bytes_sent"
 
 
 def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dict[str, Leaf]:
-    """Return one state for each of `ranks` new ranks, made of those in `checkpoint`.
+    """Return the state of each of `ranks` new ranks, made from the states in `checkpoint`.
 
     Args:
-        checkpoint: of any number of ranks.
-        rules: by path: ``"sum"``, ``"model"``, ``"servers"``; the mean for all others.
-        ranks: the new number.
+        checkpoint: of another number of ranks.
+        rules: by path: ``"sum"``, ``"model"`` or ``"servers"``; other paths take the mean.
+        ranks: the new number of ranks.
 
     Raises:
         CheckpointError: a file is damaged or missing.
@@ -104,7 +104,7 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
 
 
 def _keeps(leaf: Leaf, rule: str) -> bool:
-    """Return whether a rank keeps what `init` gave it."""
+    """Return whether a rank keeps its initial value of this leaf."""
     return rule == "own" or (rule == "servers" and isinstance(leaf, Tensor) and not leaf.numel())
 
 

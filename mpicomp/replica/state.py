@@ -1,4 +1,4 @@
-"""Everything that a restart of one rank needs, as ``{path: tensor, number or text}``, and back.
+"""The state of one rank, complete for a restart, as ``{path: tensor, number or text}``, and back.
 
 model/parameters                     (n,) the trainable parameters, flat
 model/tensors                        JSON: name and shape of each tensor in it, in order
@@ -8,10 +8,10 @@ model/frozen/<name>                  parameters that the optimizer does not hold
 optimizer/groups                     JSON: the hyper-parameters of each group
 optimizer/state/<key>/<name>         what the optimizer keeps for the parameter <name>
 algorithm/<field>                    public copies, residuals, moments, positions in random streams
-exchange/steps, exchange/bytes_sent  how far the exchange has come
+exchange/steps, exchange/bytes_sent  the steps and the bytes of the exchange
 random/python, random/numpy, ...     the states of the random generators of the process
 
-What is drawn from (seed, step, rank), such as batches, random compressors and the graph of a step, has no state.
+Batches, random compressors and the graph of a step depend only on (seed, step, rank), so they have no state.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mpicomp.state import Leaf, flatten, restore_
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
-    """Return what makes up the model; tensors are not copied."""
+    """Return the leaves of the model; tensors are not copied."""
     tensors = [[name, list(shape)] for name, shape in zip(local.spec.names, local.spec.shapes, strict=True)]
     return {
         "model/parameters": local.x,
@@ -57,7 +57,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
-    """Overwrite the model by what `model_leaves` gave; raise CheckpointError if it is another model."""
+    """Overwrite the model with leaves from `model_leaves`; raise CheckpointError if they are of another model."""
     own, theirs = _shapes(str(model_leaves(local)["model/tensors"])), _shapes(str(stored["model/tensors"]))
     if own != theirs:
         wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
@@ -73,10 +73,10 @@ def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
 
 
 def optimizer_leaves(local: FlatModel) -> dict[str, Leaf]:
-    """Return what the optimizer keeps; tensors are not copied.
+    """Return the leaves of the optimizer's state; tensors are not copied.
 
     Raises:
-        CheckpointError: a value that is neither tensor, number nor text.
+        CheckpointError: a value is neither tensor, number nor text.
 
     """
     groups = [{key: value for key, value in group.items() if key != "params"} for group in local.optimizer.param_groups]
@@ -95,7 +95,7 @@ def optimizer_leaves(local: FlatModel) -> dict[str, Leaf]:
 
 
 def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
-    """Overwrite the optimizer's state by what `optimizer_leaves` gave; raise CheckpointError if it does not fit."""
+    """Overwrite the optimizer's state with leaves from `optimizer_leaves`; raise CheckpointError if they do not fit."""
     current = local.optimizer.state_dict()["param_groups"]
     groups = [
         {key: _tuple(value) for key, value in group.items()} for group in json.loads(str(stored["optimizer/groups"]))
@@ -124,7 +124,7 @@ def algorithm_leaves(state: Any) -> dict[str, Leaf]:
 
 
 def load_algorithm_(state: Any, stored: Mapping[str, Leaf]) -> None:
-    """Overwrite an algorithm's state by what `algorithm_leaves` gave; raise CheckpointError if it does not fit."""
+    """Overwrite an algorithm's state with leaves from `algorithm_leaves`; raise CheckpointError if they do not fit."""
     prefix = "algorithm/"
     restore_(state, {path.removeprefix(prefix): value for path, value in stored.items() if path.startswith(prefix)})
 
@@ -149,9 +149,9 @@ def random_leaves(device: torch.device) -> dict[str, Leaf]:
 
 
 def load_random(device: torch.device, stored: Mapping[str, Leaf]) -> None:
-    """Set the random generators of the process to what `random_leaves` gave.
+    """Set the random generators of the process to the states from `random_leaves`.
 
-    A run that moves between CPU and GPU keeps the generator of its new device as it is.
+    If a run moves between CPU and GPU, the generator of the new device is not changed.
     """
     words, gauss, key = stored["random/python"], stored["random/python_gauss"], stored["random/numpy"]
     cpu, cuda = stored["random/torch_cpu"], stored.get("random/torch_cuda")
@@ -173,7 +173,7 @@ def load_random(device: torch.device, stored: Mapping[str, Leaf]) -> None:
 
 
 def seed_random(*key: int) -> None:
-    """Set the random generators of the process to a state that depends on the integers `key` alone."""
+    """Seed the random generators of the process from the integers `key` only."""
     seed = mix64(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -181,7 +181,7 @@ def seed_random(*key: int) -> None:
 
 
 def _others(local: FlatModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``buffers/<name>`` and ``frozen/<name>``: all that `state_dict` has beside the flat parameters."""
+    """Yield ``buffers/<name>`` and ``frozen/<name>``: the tensors of `state_dict` that are not in `x`."""
     stored, trained = local.model.state_dict(), set(local.spec.names)
     buffers = [(plain_name(name), buffer) for name, buffer in local.model.named_buffers() if name in stored]
     yield from ((f"buffers/{name}", buffer) for name, buffer in buffers)
@@ -223,5 +223,5 @@ def _shown(shape: tuple[int, ...] | None) -> str:
 
 
 def _tuple(value: Any) -> Any:
-    """Give back the tuples, such as ``betas``, that JSON has made lists of."""
+    """Turn lists back into tuples, such as ``betas``, which JSON has stored as lists."""
     return tuple(value) if isinstance(value, list) else value

@@ -19,12 +19,12 @@ class TensorBoard:
 
     Args:
         folder: to be shown by ``tensorboard --logdir``; made if need be.
-        after_step: for a run that goes on from a checkpoint: how many steps it has done. What an earlier start has
-            written of later ones is hidden from then on.
+        after_step: the number of steps done, for a run that continues from a checkpoint. Later records of an earlier
+            start are hidden then.
 
     Raises:
-        ConfigError: the package `tensorboard` is not installed; a folder that cannot be written to, with the first
-            record.
+        ConfigError: the package `tensorboard` is not installed; or, with the first record, the folder cannot be
+            written to.
 
     """
 
@@ -43,7 +43,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the file; a later record opens another one beside it."""
+        """Close the file; a later record opens another file."""
         if self._writer is not None:
             self._writer.close()
             self._writer, self._purge_step = None, None

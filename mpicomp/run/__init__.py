@@ -1,1 +1,1 @@
-"""A configured run: set up, train, record, stop, go on."""
+"""A configured run: set up, train, record, stop and continue."""

@@ -1,8 +1,8 @@
-"""Which samples a rank visits when, also in a run that goes on with another number of ranks.
+"""Which samples a rank visits at which step, also in a run that continues with another number of ranks.
 
-The samples of the epoch that no old rank has visited go to the new ranks in turn. From the next epoch on the partition
-is the one that a run with so many ranks has from its start. ``training.epochs`` and ``training.steps`` keep their
-meaning: passes over the data, and steps from the start of the run.
+When the number of ranks changes within an epoch, the samples not yet visited are dealt to the new ranks in turn. From
+the next epoch on, the partition is that of a run started with the new number of ranks. ``training.epochs`` still counts
+passes over the data, and ``training.steps`` the steps from the start of the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpicomp.data.partition import Indices, epoch_indices, steps_per_epoch
 
 @dataclass(frozen=True)
 class Division:
-    """A part of an epoch: how many ranks there were, and how many steps they made."""
+    """A part of an epoch: the number of ranks, and the number of steps that they made."""
 
     size: int
     steps: int
@@ -28,15 +28,15 @@ class Division:
 
 @dataclass(frozen=True)
 class ResizeHistory:
-    """Where a run is in its data, if its number of ranks has changed.
+    """The position in the data of a run whose number of ranks has changed.
 
-    Steps are counted on without a jump, while an epoch has another number of steps now: step s is step ``s - offset``
-    of a run that has had the present number of ranks from its start.
+    The step counter continues without a jump, but an epoch now has another number of steps. Step s corresponds to step
+    ``s - offset`` of a run started with the present number of ranks.
 
     Attributes:
         offset: see above.
-        epoch: the last one that was begun with another number of ranks; -1 if there is none.
-        divisions: its parts before the last change.
+        epoch: the last epoch begun with another number of ranks; -1 if there is none.
+        divisions: the parts of that epoch before the last change.
 
     """
 
@@ -46,26 +46,26 @@ class ResizeHistory:
 
     @classmethod
     def from_json(cls, text: str) -> ResizeHistory:
-        """Read what `to_json` gave."""
+        """Return the history in `text`, which `to_json` made."""
         offset, epoch, divisions = json.loads(text)
         return cls(offset, epoch, tuple(Division(*division) for division in divisions))
 
     def to_json(self) -> str:
-        """Return this as text, for the checkpoint."""
+        """Return the history as JSON, for the checkpoint."""
         return json.dumps([self.offset, self.epoch, [dataclasses.astuple(division) for division in self.divisions]])
 
 
 @dataclass(frozen=True)
 class BatchAssignment:
-    """Which samples a rank visits when; everything follows from the arguments.
+    """The samples that a rank visits at each step; a pure function of the arguments.
 
     Attributes:
-        split: gives the partition over a number of ranks.
-        samples: in an epoch, of all ranks together.
+        split: returns the partition for a number of ranks.
+        samples: the number of samples in an epoch, of all ranks together.
         size: the number of ranks.
-        batch_size: samples a rank and step.
+        batch_size: samples per rank and step.
         seed: of the run.
-        history: of the changes of the number of ranks.
+        history: the changes of the number of ranks.
 
     """
 
@@ -78,7 +78,7 @@ class BatchAssignment:
 
     @property
     def per_epoch(self) -> int:
-        """The steps of a whole epoch."""
+        """The number of steps in a whole epoch."""
         return steps_per_epoch(self.samples, self.size, self.batch_size)
 
     def position(self, step: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ class BatchAssignment:
         return np.concatenate([visited, self._rest[rank :: self.size][:left]])
 
     def resized(self, step: int, size: int) -> BatchAssignment:
-        """Return how the samples are dealt to `size` ranks from `step` on."""
+        """Return the assignment to `size` ranks from `step` on."""
         epoch, place = self.position(step)
         if place == 0:
             fresh = dataclasses.replace(self, size=size)
@@ -108,7 +108,7 @@ class BatchAssignment:
 
     @cached_property
     def _rest(self) -> Indices:
-        """The samples of ``history.epoch`` that no division has visited, in the order in which they are dealt."""
+        """The samples of ``history.epoch`` that were not visited yet, in the order in which they are dealt."""
         first, *later = self.history.divisions
         was = dataclasses.replace(self, size=first.size, history=ResizeHistory())
         orders = [was.order(self.history.epoch, rank) for rank in range(first.size)]
@@ -119,5 +119,5 @@ class BatchAssignment:
 
     @property
     def _left(self) -> int:
-        """The steps that ``history.epoch`` still has."""
+        """The number of steps left in ``history.epoch``."""
         return len(self._rest) // (self.size * self.batch_size)

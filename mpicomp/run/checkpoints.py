@@ -14,11 +14,11 @@ from mpicomp.state import Leaf
 
 
 class RunCheckpoints:
-    """The checkpoints of a run; stores none before `begin`, and none without a run folder.
+    """Decides when to store checkpoints, and stores them; none before `begin`, and none without a run folder.
 
     Args:
         run: the run.
-        replica: whose state is stored.
+        replica: the replica to store.
 
     """
 
@@ -32,7 +32,7 @@ class RunCheckpoints:
         self._saver: Saver | None = None
 
     def begin(self, step: int) -> None:
-        """Begin after `step` steps, or begin anew with the ranks that are left."""
+        """Begin after `step` steps; to be called again after ranks have died."""
         run = self._run
         self._passed = self._multiples(step)
         self._begun_since_status = False
@@ -58,13 +58,13 @@ class RunCheckpoints:
         )
 
     def publish_if_written(self, agreed: Status) -> None:
-        """Publish what is pending, unless a rank may still write it; `agreed` is made of the ranks' last `status`."""
+        """Publish a pending checkpoint if no rank still writes it; `agreed` is the maximum of the ranks' `status`."""
         if self._saver and self._saver.is_pending and not agreed.writing and not self._begun_since_status:
             self._saver.publish()
         self._begun_since_status = False
 
     def is_due(self, step: int, agreed: Status) -> bool:
-        """Return whether a checkpoint is to be stored after `step` steps."""
+        """Return whether to store a checkpoint after `step` steps."""
         return bool(agreed.save) or self._multiples(step) > self._passed
 
     def save(self, step: int, leaves: Mapping[str, Leaf]) -> None:
@@ -72,7 +72,7 @@ class RunCheckpoints:
         self._passed = self._multiples(step)
         if self._saver:
             self._saver.start(step, leaves)
-            if self._run.world.is_simulated:  # when a thread has written is not for simulated time to know
+            if self._run.world.is_simulated:  # simulated time must not depend on when the thread has written
                 self._saver.publish()
             self._last_save = time.monotonic()
             self._begun_since_status = True
@@ -90,10 +90,10 @@ class RunCheckpoints:
             self._saver.close()
 
     def give_up(self) -> None:
-        """Give up a checkpoint that is being written: a rank has died."""
+        """Abandon a checkpoint that is being written, because a rank has died."""
         if self._saver:
             self._saver.close()
 
     def _multiples(self, step: int) -> int:
-        """Return how many times ``checkpoint.every_steps`` is over."""
+        """Return how many multiples of ``checkpoint.every_steps`` are in `step`."""
         return step // self._section.every_steps if self._section.every_steps else 0

@@ -1,4 +1,4 @@
-"""A run under way, on one rank: what it was started with, what it writes to, and how it restarts, stops and ends."""
+"""The context of a running training on one rank: its arguments, its outputs, and how it restarts, stops and ends."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from mpicomp.state import Leaf, flatten, restore_
 from mpicomp.topology import spectral_gap
 
 METER = "meter/"
-"""Where a checkpoint has the meter."""
+"""The path of the meter's state in a checkpoint."""
 
 
 @dataclass
 class RunContext:
-    """A run under way, on one rank.
+    """The context of a running training on one rank.
 
     Attributes:
-        config: the run.
+        config: the configuration.
         world: the ranks.
-        setup: what this rank has built.
-        watchdog: ends the run if nothing moves.
-        folder: of the run, for records, checkpoints and the result.
-        progress: what rank 0 shows; None on other ranks.
-        callbacks: what rank 0 tells of each record, after `folder` and `progress`.
-        requests: what may ask the run to stop.
-        checkpoint: what to go on from.
-        resize: whether it may be of another number of ranks.
-        lost: the ranks that have died on the way, in words.
+        setup: model, data, algorithm and graph of this rank.
+        watchdog: ends the run if it makes no progress.
+        folder: the run folder, for records, checkpoints and the result.
+        progress: the display of rank 0; None on other ranks.
+        callbacks: called on rank 0 with each record, after `folder` and `progress`.
+        requests: the requests to stop.
+        checkpoint: the checkpoint to continue from; None for a new run.
+        resize: whether `checkpoint` may have another number of ranks.
+        lost: the names of the ranks that have died.
 
     """
 
@@ -63,11 +63,11 @@ class RunContext:
 
     @property
     def written_folder(self) -> RunFolder | None:
-        """The folder, on the rank that writes it."""
+        """The run folder on rank 0, which writes it; None on other ranks."""
         return self.folder if self.world.rank == 0 else None
 
     def restore_(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
-        """Take over the state in `checkpoint`, and return it with all else that was stored; collective on all ranks.
+        """Restore replica and meter from `checkpoint`, and return all stored leaves; collective on all ranks.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another run.
@@ -90,7 +90,7 @@ class RunContext:
         return stored
 
     def leaves(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
-        """Return what `restore_` takes over."""
+        """Return the leaves that `restore_` restores."""
         return {**replica.state_dict(), **{METER + path: leaf for path, leaf in flatten(meter).items()}}
 
     def start(self, step: int, part_done: float) -> None:
@@ -101,22 +101,22 @@ class RunContext:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
 
     def record(self, record: Record) -> None:
-        """Write and show a record."""
+        """Write a record and show it, on rank 0."""
         report(record, self.world.rank, [self.folder, self.progress, *self.callbacks])
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
-        """Show that the run has stopped, and its last checkpoint is stored."""
-        if folder := self.written_folder:  # not at the next start: a request may arrive while it begins
+        """Remove the stop file, and show that the run has stopped with a checkpoint."""
+        if folder := self.written_folder:  # here, not at the next start, which may be asked to stop, too
             folder.stop_path.unlink(missing_ok=True)
         if self.progress:
             self.progress.finish(stopped(step, steps, reason, self.folder.path if self.folder else None))
 
     def finish(self, replica: Replica, meter: Meter, last: Record, end: Callable[[], object]) -> Result:
-        """Store and show what the whole run came to, and return it; collective on all ranks.
+        """Store, show and return the result of the run; collective on all ranks.
 
         Args:
             replica: the trained model.
-            meter: of this rank.
+            meter: the meter of this rank.
             last: the record of the last step, with the accuracy.
             end: stores the last checkpoint.
 

@@ -1,4 +1,4 @@
-"""How good the models of the ranks are."""
+"""Evaluation of models on the test samples."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EVALUATION_BATCH = 500
 
 
 class Score(NamedTuple):
-    """How well a model did on some predictions: the sum of their losses, right ones, all of them.
+    """The score of a model: the sum of the losses, the number of right predictions, and the number of all.
 
-    No prediction is right or wrong where `right` is None.
+    `right` is None where predictions cannot be right or wrong.
     """
 
     loss_sum: float
@@ -28,12 +28,12 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float | None:
-        """The part of the predictions that is right; None where none can be, or where there is no prediction."""
+        """The fraction of right predictions; None if predictions cannot be right, or if there are none."""
         return None if self.right is None or not self.total else self.right / self.total
 
     @property
     def loss(self) -> float | None:
-        """The mean loss; None where there is no prediction."""
+        """The mean loss; None if there are no predictions."""
         return self.loss_sum / self.total if self.total else None
 
 

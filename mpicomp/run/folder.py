@@ -4,10 +4,10 @@ config.toml     the configuration with all defaults filled in; ``mpicomp train``
 metrics.jsonl   one `Record` a line
 ranks.json      host and process of each rank, of the last start: MPICH's launcher names processes, not ranks
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
-trace/          a timeline, if it was asked for (`mpicomp.run.trace`)
-tensorboard/    the records for TensorBoard, if it was asked for (`mpicomp.replica.tensorboard`)
-stop            made by a user, asks the run to store a checkpoint and to end
-result.json     the `Result`, when the run has ended well
+trace/          a timeline, with ``--trace`` (`mpicomp.run.trace`)
+tensorboard/    the records for TensorBoard, with ``--tensorboard`` (`mpicomp.replica.tensorboard`)
+stop            made by a user to ask the run to store a checkpoint and to end
+result.json     the `Result`, once the run has finished
 model.h5        the averaged model, as `mpicomp.checkpoint.hdf5` writes it: datasets ``parameters/<name>`` and
                 ``buffers/<name>`` as in the `state_dict` of the module, where tied ones are links to one dataset, and
                 the attributes ``format``, ``version`` and ``config`` (the text of config.toml)
@@ -39,18 +39,18 @@ from mpicomp.run.result import Result, to_json
 
 FORMAT = "mpicomp model"
 RUNS = Path("runs")
-"""Where runs without a folder of their own go."""
+"""The folder for runs without ``--run-dir``."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that holds one run."""
+    """The folder of one run, and the files in it."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """Make the folder for a new run; an empty one, or one with other files, may be there already.
+        """Make the folder for a new run; it may exist already, but must not hold a run.
 
         Raises:
             ConfigError: the folder holds a run, or cannot be made.
@@ -71,7 +71,7 @@ class RunFolder:
 
     @classmethod
     def create_named(cls, name: str) -> RunFolder:
-        """Make ``runs/<name>-<date>-<time>``, with a number behind it where that exists already."""
+        """Make ``runs/<name>-<date>-<time>``; if it exists already, append a number."""
         stamped = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         path, count = RUNS / stamped, 1
         while path.exists():
@@ -89,52 +89,52 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        """The resolved configuration."""
+        """The path of ``config.toml``, the configuration with all defaults."""
         return self.path / "config.toml"
 
     @property
     def metrics_path(self) -> Path:
-        """The records."""
+        """The path of ``metrics.jsonl``, the records."""
         return self.path / "metrics.jsonl"
 
     @property
     def result_path(self) -> Path:
-        """The result."""
+        """The path of ``result.json``."""
         return self.path / "result.json"
 
     @property
     def ranks_path(self) -> Path:
-        """Where each rank of the last start runs, or ran."""
+        """The path of ``ranks.json``: where each rank of the last start runs, or ran."""
         return self.path / "ranks.json"
 
     @property
     def checkpoints_path(self) -> Path:
-        """The checkpoints."""
+        """The path of the folder with the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def trace_path(self) -> Path:
-        """The folder of the timeline."""
+        """The path of the folder with the timeline."""
         return self.path / "trace"
 
     @property
     def tensorboard_path(self) -> Path:
-        """The folder for TensorBoard."""
+        """The path of the folder for TensorBoard."""
         return self.path / "tensorboard"
 
     @property
     def stop_path(self) -> Path:
-        """The file that asks the run to stop."""
+        """The path of the file that asks the run to stop."""
         return self.path / "stop"
 
     @property
     def model_path(self) -> Path:
-        """The averaged model."""
+        """The path of ``model.h5``, the averaged model."""
         return self.path / "model.h5"
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """Take the folder away again if the block fails before the first record, so that its name is free."""
+        """Remove the folder if the block fails before the first record, so that its name is free again."""
         try:
             yield
         except BaseException:
@@ -146,22 +146,22 @@ class RunFolder:
             raise
 
     def save_config(self, config: RunConfig) -> None:
-        """Write the resolved configuration."""
+        """Write ``config.toml``, the configuration with all defaults."""
         with replacing(self.config_path) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
 
     def save_ranks(self, members: Sequence[Member]) -> None:
-        """Write where each rank runs."""
+        """Write ``ranks.json``: where each rank runs."""
         with replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
     def on_record(self, record: Record) -> None:
-        """Add a record; it is in the file when this returns, whatever happens to the run."""
+        """Append a record; when this returns it is in the file, even if the run is killed afterwards."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """Read all records; a last line that is cut off, as of a run that was killed, is left out.
+        """Read all records; an incomplete last line, as a killed run may leave it, is left out.
 
         Raises:
             CheckpointError: the file is missing, or another line is damaged.
@@ -181,7 +181,7 @@ class RunFolder:
         return records
 
     def rewind(self, step: int) -> None:
-        """Drop all records after `step`, and what the run has left since: it goes on from there."""
+        """Drop all records after `step`, and results written since, because the run continues from `step`."""
         kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
         with replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -189,7 +189,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def load_result(self) -> Result | None:
-        """Return the result, or None if the run has not ended well; raise CheckpointError if it is damaged."""
+        """Return the result, or None if the run has not finished; raise CheckpointError if it is damaged."""
         try:
             return Result(**json.loads(self.result_path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -198,12 +198,12 @@ class RunFolder:
             raise CheckpointError(f"{self.result_path}: is damaged: {error}") from error
 
     def save_result(self, result: Result) -> None:
-        """Write the result, all of it or nothing."""
+        """Write ``result.json`` atomically."""
         with replacing(self.result_path) as path:
             path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
 
     def save_model(self, model: nn.Module, config: RunConfig) -> None:
-        """Write parameters and persistent buffers of `model`, all of them or nothing."""
+        """Write parameters and persistent buffers of `model` to ``model.h5``, atomically."""
         tensors = _tensors(model)
         links = {
             f"{group}/{name}": f"{group}/{other}"
@@ -216,7 +216,7 @@ class RunFolder:
 
     @torch.no_grad()
     def load_model(self, model: nn.Module) -> None:
-        """Overwrite parameters and persistent buffers of `model` by the stored ones.
+        """Overwrite parameters and persistent buffers of `model` with the stored ones.
 
         Raises:
             CheckpointError: the file is missing, damaged, or of another model.
@@ -241,7 +241,7 @@ class RunFolder:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what makes up a model, by name; tied parameters once, buffers that are not stored left out."""
+    """Return parameters and persistent buffers by name; tied parameters appear once."""
     persistent = model.state_dict()
     return {
         **{f"parameters/{name}": parameter.detach() for name, parameter in named_parameters(model)},

@@ -1,4 +1,4 @@
-"""One run, straight down: set up, train, evaluate. The only line about distribution is ``gossip.step``."""
+"""One run from start to end: set up, train, evaluate. Ranks exchange messages in ``gossip.step``."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def train(
     """Train as `config` says and return the result, the same on every rank; collective on all ranks.
 
     Args:
-        config: the run.
+        config: the configuration.
         world: the ranks.
         folder: where rank 0 writes records, result and model, and every rank its part of the checkpoints.
-        progress: what rank 0 shows; None on other ranks.
-        checkpoint: what to go on from.
-        resize: whether it may be of another number of ranks (see `mpicomp.replica.resize`).
-        requests: what may ask the run to stop. It then stores a checkpoint and returns None.
-        trace_steps: how many steps the timeline shows, from the first one of this start on; 0 for none.
-        callbacks: what rank 0 tells of each record, after `folder` and `progress`; where ranks may die, another one
-            may become rank 0, so give them on all ranks.
+        progress: the display of rank 0; None on other ranks.
+        checkpoint: the checkpoint to continue from; None for a new run.
+        resize: whether `checkpoint` may have another number of ranks (see `mpicomp.replica.resize`).
+        requests: the requests to stop. A run that is asked to stop stores a checkpoint and returns None.
+        trace_steps: how many steps the timeline shows, from the first step of this start on; 0 for none.
+        callbacks: called on rank 0 with each record, after `folder` and `progress`. If ranks may die, another rank
+            may become rank 0, so pass them on all ranks.
 
     Raises:
-        MpicompError: bad input, named on all ranks before training starts; a loss that is not finite; a last
+        MpicompError: bad input, reported on all ranks before training starts; a loss that is not finite; a last
             checkpoint that could not be written.
 
     """
@@ -74,7 +74,7 @@ def train(
 
 
 def _train_in_step(run: RunContext) -> Result | None:
-    """Train with ranks that all do the same number of steps."""
+    """Train with a synchronous algorithm: all ranks do the same number of steps."""
     config, world, setup = run.config, run.world, run.setup
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
     gossip.local.delay = config.gradient_delay(world)
@@ -105,7 +105,7 @@ def _train_in_step(run: RunContext) -> Result | None:
 
 
 class _BetweenSteps:
-    """What happens between two steps: checkpoints, and the agreement to stop."""
+    """The work between two steps: checkpoints, and the agreement to stop."""
 
     def __init__(self, run: RunContext, gossip: Distributed) -> None:
         self._run = run
@@ -115,7 +115,7 @@ class _BetweenSteps:
         self._checkpoints.begin(gossip.steps)
 
     def after(self, step: int) -> Reason:
-        """Save if it is time to, and return why to stop now, if so; the last checkpoint is then stored."""
+        """Store a checkpoint if one is due; return why to stop now, after the last checkpoint, or `Reason.NONE`."""
         agreed = Status()
         if self._agreement.is_due(step):
             with self._gossip.meter.meeting():
@@ -128,7 +128,7 @@ class _BetweenSteps:
         return Reason(agreed.stop)
 
     def end(self, step: int) -> None:
-        """Save once more and wait for it; raise CheckpointError if that failed."""
+        """Store the last checkpoint and wait for it; raise CheckpointError if that failed."""
         self._agreement.finish()
         self._save(step)
         self._checkpoints.end(step)
@@ -139,7 +139,7 @@ class _BetweenSteps:
 
 
 def _restore_assignment(setup: Setup, stored_size: int, history: str, steps: int, size: int) -> None:
-    """Give the ranks their samples from `steps` on: as stored, or anew for another number of ranks."""
+    """Set the assignment of samples from `steps` on: as stored, or anew for another number of ranks."""
     assignment = dataclasses.replace(setup.assignment, size=stored_size, history=ResizeHistory.from_json(history))
     setup.assignment = assignment if stored_size == size else assignment.resized(steps, size)
 

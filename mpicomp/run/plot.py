@@ -1,4 +1,4 @@
-"""Loss, test accuracy and consensus distance of some runs, against steps, bytes and seconds."""
+"""A figure of runs: loss, test accuracy and consensus distance against steps, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Curve = npt.NDArray[np.float64]
 ABSCISSAS = {"steps": "step", "bytes": "bytes sent by all ranks", "seconds": "seconds of training"}
 ORDINATES = {"loss": "training loss", "accuracy": "test accuracy", "consensus": "consensus distance"}
 LOSSES = {"loss": "training loss", "test_loss": "test loss", "consensus": "consensus distance"}
-"""The ordinates of runs of which none has an accuracy."""
+"""The ordinates if no run has an accuracy."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The curves of one run: an entry a record, NaN where there is no value.
+    """The curves of one run, with one entry for each record; NaN where there is no value.
 
     Attributes:
         name: for the legend.
@@ -67,11 +67,11 @@ def _curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs in some folders, named by as much of their paths as tells them apart.
+    """Read the runs in some folders; each gets the shortest part of its path that distinguishes it as its name.
 
     Raises:
-        ConfigError: a path that is no run folder.
-        CheckpointError: a run without records, or with damaged ones.
+        ConfigError: a path is no run folder.
+        CheckpointError: a run has no records, or damaged ones.
 
     """
     folders = [RunFolder.open(path) for path in paths]
@@ -112,7 +112,7 @@ def _draw(axes: Axes, runs: Sequence[Run], x: str, y: str) -> None:
         if y == "consensus":
             ordinate = np.where(ordinate > 0, ordinate, np.nan)
         shown = np.isfinite(ordinate)
-        # Few points, as of accuracy, would be hard to see without a mark.
+        # A curve of few points, such as the accuracy, would be hard to see without markers.
         marker = "o" if shown.sum() <= 30 else None
         axes.plot(abscissa[shown], ordinate[shown], marker=marker, markersize=3, linewidth=1.2, label=run.name)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What a user sees of a run: one live line on a terminal, plain lines now and then in a log file."""
+"""The display of a run: one live line on a terminal, or plain lines now and then in a log file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LINE_S = 5.0
 """Seconds between lines in a log file."""
 
 EVALUATION_S = 1.0
-"""The same for lines that bring a new test result."""
+"""Seconds between lines in a log file if the line has a new test result."""
 
 
 class Progress:
     """Shows a run on rank 0; use it as a context manager, so that the terminal is restored after an error.
 
     Args:
-        steps: the length of the run, or None if it is given in epochs.
-        epochs: the length of the run, or None if it is given in steps.
+        steps: the length of the run in steps; None if it is given in epochs.
+        epochs: the length of the run in epochs; None if it is given in steps.
         console: where to write; standard output by default.
 
     """
@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, steps: int | None, epochs: float | None, console: Console | None = None) -> None:
         self._steps = steps
         self._epochs = epochs
-        # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
+        # Open MPI gives rank 0 a terminal as standard output even if the output goes to a file.
         self._console = console or Console(highlight=False, force_terminal=None if sys.stderr.isatty() else False)
         self._live: Live | None = None
         self._started = self._last_time = self._last_line = time.monotonic()
@@ -52,7 +52,7 @@ class Progress:
         self._stop()
 
     def start(self, header: Sequence[str], begun: float = 0.0) -> None:
-        """Print `header` and begin to count time; `begun` is the part of the run that an earlier start has done."""
+        """Print `header` and start the clock; `begun` is the fraction of the run that earlier starts have done."""
         self._begun = begun
         self._print(*header)
         self._started = self._last_time = self._last_line = time.monotonic()
@@ -61,7 +61,7 @@ class Progress:
             self._live.start()
 
     def on_record(self, record: Record) -> None:
-        """Show `record`: in place on a terminal, as a line now and then elsewhere."""
+        """Show `record`: in the live line on a terminal, or now and then as a line."""
         if record.test_accuracy is not None:
             self._test = f"accuracy {record.test_accuracy:7.2%}"
         elif record.test_loss is not None:
@@ -78,7 +78,7 @@ class Progress:
         self._last_time, self._last_bytes = now, record.bytes_sent
 
     def warn(self, line: str) -> None:
-        """Print `line` at once, to be noticed."""
+        """Print the warning `line` at once."""
         self._print(f"mpicomp: warning: {line}")
 
     def finish(self, summary: Sequence[str]) -> None:
@@ -97,7 +97,7 @@ class Progress:
         self._console.file.flush()
 
     def _done(self, record: Record) -> float:
-        """Return the part of the run that is done."""
+        """Return the fraction of the run that is done."""
         if self._steps is not None:
             return record.step / self._steps
         return record.epoch / self._epochs if self._epochs and record.epoch is not None else 0.0

@@ -1,4 +1,4 @@
-"""What a run reports at its end, and how numbers are shown to people."""
+"""The result of a run, and the formatting of numbers for display."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ BYTES_PER_PARAMETER = 4
 
 @dataclass(frozen=True)
 class Result:
-    """What a whole run came to.
+    """The result of a whole run.
 
     Attributes:
         algorithm: ``algorithm.kind``.
         topology: ``topology.kind``.
         compressor: ``compression.kind``.
-        ranks: how many.
+        ranks: the number of ranks.
         steps: steps done.
         seconds: of training, without evaluation.
         train_loss: of the last steps.
         test_accuracy: of the averaged model, in [0, 1]; None where the data set has no accuracy.
         test_accuracy_local: of each rank's own model.
-        bytes_sent: by each rank.
+        bytes_sent: for each rank.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` at the end.
         parameters: trainable entries of the model.
         spectral_gap: of the topology.
-        gradients: how many each rank has computed, where ranks go at their own pace.
+        gradients: how many gradients each rank has computed; for asynchronous algorithms only.
         delays: as in `Record`.
-        lost: the ranks that have died on the way; all other fields are of those that are left, numbered anew.
+        lost: the ranks that have died; all other fields are of the remaining ranks, which have new numbers.
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
 
     """
@@ -60,12 +60,12 @@ class Result:
 
     @property
     def all_reduce_nbytes(self) -> int:
-        """What a rank would have sent with an uncompressed ring all-reduce of the gradient in every step, in bytes."""
+        """The bytes that a rank would have sent with an uncompressed ring all-reduce of the gradient in every step."""
         return round(2 * (self.ranks - 1) / self.ranks * BYTES_PER_PARAMETER * self.parameters * self.steps)
 
 
 def to_json(report: Record | Result, indent: int | None = None) -> str:
-    """Return the fields as a JSON object; numbers that are not finite, which JSON lacks, become null."""
+    """Return the fields as a JSON object; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(dataclasses.asdict(report)), indent=indent, allow_nan=False)
 
 
@@ -78,7 +78,7 @@ def _finite(value: Any) -> Any:
 
 
 def summary(result: Result, folder: Path) -> list[str]:
-    """Return the lines that close a run: accuracy or loss, traffic against an all-reduce, where the results are."""
+    """Return the last lines of a run: accuracy or loss, traffic compared with an all-reduce, the run folder."""
     ranks = f"{result.ranks} ranks" if result.ranks > 1 else "1 rank"
     own = [f"{count}" if count else "none" for count in result.gradients]
     return [

@@ -1,4 +1,4 @@
-"""What a rank builds before training starts, and the batches that it then takes."""
+"""The objects that a rank builds before training starts, and the batches that it takes."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _loaded: dict[str, Dataset] = {}
 
 @dataclass
 class Setup:
-    """What a rank has built before training starts.
+    """The objects that a rank builds before training starts.
 
     Attributes:
         dataset: all samples.
-        assignment: which of them a rank that trains visits when; all take from one pile if its size is 1.
+        assignment: the samples of each training rank at each step; all take from one queue if its size is 1.
         trainers: how many ranks train.
-        schedule: who talks to whom.
-        algorithm: how the ranks train.
+        schedule: the graph of each step.
+        algorithm: the training method.
         model: on the device of the rank.
-        optimizer: over its parameters.
+        optimizer: over the parameters of `model`.
         training: the section of the configuration.
 
     """
@@ -59,19 +59,19 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """The steps of the whole run, from its start; batches, if all ranks take them from one pile."""
+        """The number of steps of the whole run; of batches, if all ranks take them from one queue."""
         if self.training.steps:
             return self.training.steps * self.trainers // self.assignment.size
         return self.assignment.history.offset + self.assignment.per_epoch * (self.training.epochs or 0)
 
     def epoch(self, step: float) -> float:
-        """Return the epochs that are over after `step` steps."""
+        """Return the epochs done after `step` steps, fractional."""
         return (step - self.assignment.history.offset) / self.assignment.per_epoch
 
     def batch(self, step: int, place: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of batch `step` of the rank that is `place` among those that train.
+        """Return inputs and targets of batch `step` for the training rank number `place`.
 
-        They depend on (seed, epoch, place, step) alone.
+        They depend only on (seed, epoch, place, step).
         """
         epoch, index = self.assignment.position(step)
         if self._ordered != (self.assignment, epoch, place):
@@ -81,7 +81,7 @@ class Setup:
         return self.dataset.batch("train", chosen, device, (self.assignment.seed, epoch, place, index))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of a batch, with its graph; raise ConfigError if it is no scalar."""
+        """Return the loss of a batch with its autograd graph; raise ConfigError if it is no scalar."""
         loss = self.dataset.loss(self.model(inputs), targets)
         if not isinstance(loss, Tensor) or loss.ndim:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -90,7 +90,7 @@ class Setup:
 
 
 def set_up(config: RunConfig, world: World) -> Setup:
-    """Check everything, cheapest first, and build what this rank needs; no communication."""
+    """Check everything, cheap checks first, and build what this rank needs; no communication."""
     schedule, algorithm = config.check(world.size)
     dataset = _load(config)
     trainers = sharers = world.size
@@ -112,7 +112,7 @@ def set_up(config: RunConfig, world: World) -> Setup:
 
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
-    """Return `algorithm` for ranks of so many samples: ratios by `rule`, and its field ``volumes`` if it has one."""
+    """Return `algorithm` with ratios that `rule` allocates by `volumes`, and with its field ``volumes``, if any."""
     if isinstance(inner := getattr(algorithm, "inner", None), Algorithm):
         return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), inner=with_volumes(inner, volumes, rule)))
     found: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def _load(config: RunConfig) -> Dataset:
 
 
 def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[str]:
-    """Return what a user should know before the first step."""
+    """Return the lines to show before the first step: method, graph, model, data, length."""
     n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
     resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
     simulated = ", simulated time" if world.is_simulated else ""

@@ -1,9 +1,9 @@
-"""Who may ask a run to stop, and how all ranks agree on it without stopping for it.
+"""What may ask a run to stop, and how all ranks agree to stop after the same step.
 
-A signal on any rank, a file named ``stop`` in the run folder, or the nearing end of the time limit ask for it. A signal
-handler only sets a flag. About four times a second the ranks begin to collect what each of them knows; it
-travels while they compute, and is read by all of them after the same step. So all of them stop after the same step,
-and no step waits for a rank that is not a neighbor, but for these.
+A run is asked to stop by a signal on any rank, by a file named ``stop`` in the run folder, or because its time limit is
+near. The signal handler only sets a flag. About four times a second the ranks start a non-blocking all-gather of their
+flags. It travels while they compute, and all ranks read it after the same step, so all stop after the same step. Apart
+from reading it (and from records and checkpoints), a gossip step waits for neighbors only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mpicomp.config.signals import signal_number
 from mpicomp.exchange.base import Gather, World
 
 INTERVAL_S = 0.25
-"""How long a round of the agreement shall last, about: it is counted in steps, which all ranks see alike."""
+"""The approximate length of a round of the agreement; it is converted to a number of steps, equal on all ranks."""
 
 EXIT_UNFINISHED = 75
 """The exit code of a run that was asked to stop and has stored a checkpoint: run it again (EX_TEMPFAIL in C)."""
 
 LARGEST_LEAD = 0.25
-"""The part of a time limit that may be kept for the last checkpoint: a short limit must not stop a run at once."""
+"""The largest fraction of a time limit reserved for the last checkpoint; a short limit must not stop a run at once."""
 
 
 class Reason(enum.IntEnum):
-    """Why a run is to stop; the greater one is named if there are several."""
+    """Why a run stops; of several reasons, the one with the largest value is reported."""
 
     NONE = 0
     TIME_LIMIT = 1
@@ -43,22 +43,22 @@ class Reason(enum.IntEnum):
 
 
 def stopped(step: int, steps: int, reason: Reason, folder: Path | None) -> list[str]:
-    """Return the lines for a user whose run has stopped."""
+    """Return the lines to show when a run has stopped: step, reason, and how to continue."""
     lines = [f"Stopped after step {step} of {steps}: {reason}."]
     return [*lines, f"Go on with: mpicomp train --resume {folder}"] if folder else lines
 
 
 class StopRequests:
-    """What has asked this process to stop, so far. Make it on the main thread: it sets a signal handler.
+    """The requests to stop that this process has got. Make it on the main thread: it sets a signal handler.
 
-    The handler stays for the life of the process: a second signal, while the last checkpoint is written, must not
-    find the default action, which is to die.
+    The handler stays for the life of the process. Otherwise a second signal would end the process while it writes the
+    last checkpoint.
 
     Args:
         signal_name: the signal that asks to stop, e.g. ``"USR1"``.
 
     Raises:
-        ConfigError: a signal that cannot be caught.
+        ConfigError: the signal cannot be caught.
 
     """
 
@@ -69,12 +69,12 @@ class StopRequests:
         signal.signal(signal_number(signal_name), self._handle)
 
     def watch(self, file: Path, end_time: float | None, lead_s: float) -> None:
-        """Let a file and the clock ask to stop, too: on one rank, which spares the file system.
+        """Let a file and the clock ask to stop, too; call it on one rank only, to spare the file system.
 
         Args:
-            file: its existence asks to stop.
-            end_time: unix seconds at which the process will be ended from outside, or None.
-            lead_s: how long before that to stop; at most a quarter of the time that is left now.
+            file: if it exists, the run is asked to stop.
+            end_time: the time limit in unix seconds, or None.
+            lead_s: how many seconds before that to stop; at most a quarter of the time that is left now.
 
         """
         self._file = file
@@ -82,7 +82,7 @@ class StopRequests:
             self._deadline = end_time - min(lead_s, LARGEST_LEAD * max(end_time - time.time(), 0))
 
     def reason(self) -> Reason:
-        """Return what asks to stop now."""
+        """Return the present reason to stop, or `Reason.NONE`."""
         if self._is_signaled:
             return Reason.SIGNAL
         if self._file is not None and self._file.exists():
@@ -97,11 +97,11 @@ class StopRequests:
 
 @dataclass(frozen=True)
 class Status:
-    """What a rank reports to the others, and the maxima over all ranks.
+    """What a rank reports to the others, or the maximum over all ranks.
 
     Attributes:
         stop: a `Reason`.
-        save: 1 if a checkpoint is due by the clock.
+        save: 1 if a checkpoint is due by time.
         writing: 1 if a checkpoint is still being written.
 
     """
@@ -112,12 +112,12 @@ class Status:
 
     @classmethod
     def maxima(cls, statuses: Iterable[Status]) -> Status:
-        """Return the largest value of each."""
+        """Return the status with the largest value of each field."""
         return cls(*map(max, zip(*map(dataclasses.astuple, statuses), strict=True)))
 
 
 class Agreement:
-    """Rounds of reports from all ranks, each begun and read after the same steps on all of them."""
+    """Rounds in which all ranks gather their statuses; all ranks begin and read a round after the same steps."""
 
     def __init__(self, world: World, step: int) -> None:
         self._world = world
@@ -128,11 +128,11 @@ class Agreement:
         self._clock = time.perf_counter()
 
     def is_due(self, step: int) -> bool:
-        """Return whether all ranks call `next_round` after `step` steps."""
+        """Return whether to call `next_round` after `step` steps; the same on all ranks."""
         return step >= self._due
 
     def next_round(self, step: int, mine: Status) -> Status:
-        """End the round under way and return what it says, nothing at first; begin the next with `mine`."""
+        """End the present round and return the agreed status; begin the next round with `mine`."""
         agreed = self.finish()
         now = time.perf_counter()
         if self._slowest_us:
@@ -144,7 +144,7 @@ class Agreement:
         return agreed
 
     def finish(self) -> Status:
-        """End the round under way, if there is one, and return what it says."""
+        """End the present round, if there is one, and return the agreed status."""
         self._slowest_us = 0
         pending, self._pending = self._pending, None
         if pending is None:

@@ -1,26 +1,26 @@
-"""A timeline: what each rank did when, in the first steps of a start, for ui.perfetto.dev or chrome://tracing.
+"""A timeline of the first steps of a start: what each rank did when, for ui.perfetto.dev or chrome://tracing.
 
-Every rank writes ``trace/rank-0000.json`` into the run folder as soon as it has taken down its steps, or when it ends
-before; rank 0 puts all of them into ``trace/trace.json`` when the run ends or is stopped. The format is Chrome's "trace
-events": a process is a rank, an event of the type X has begin and duration in microseconds, and inner events lie within
-outer ones. A category is a part of `Record.seconds`:
+Every rank writes ``trace/rank-0000.json`` (with its number) into the run folder when it has recorded its steps, or when
+it ends earlier. Rank 0 merges the files into ``trace/trace.json`` when the run ends or is stopped. The format is
+Chrome's "trace events": a process is a rank, an event of type X has begin and duration in microseconds, and inner
+events lie within outer ones. A category is a part of `Record.seconds`:
 
     gradient    gradient, update (the optimizer)
     compress    compress, compress_difference, accumulate, ...; in them select, encode
     exchange    send, wait, all_reduce, meet (at records and decisions); put, receive (mailboxes); in them pack, unpack
-    mix         what the others leave of a step
+    mix         the rest of a step
     wait        idle (asynchronous methods)
     none        step, record, evaluation, checkpoint
 
-An event that lies in one of another category takes its time from it. Durations are those of the host: on a GPU,
-kernels run behind; the same names are NVTX ranges there.
+Time in an inner event of another category counts for the inner category only. Durations are those of the host: on a
+GPU, kernels run asynchronously; there, the same names are NVTX ranges.
 
-The clocks of ranks are compared once, at the start: by barriers, which no rank leaves before all have come. That bounds
-the offset of a clock to the rank 0's from both sides; the middle is taken, and half of the width is in
-``otherData.accuracy_s``. Ranks of one machine share a clock, where the bounds allow it (accuracy 0). Clocks drift by
-some microseconds a second from there.
+The clocks of ranks are compared once, at the start, by barriers, which no rank leaves before all have entered. This
+bounds the offset of a clock from that of rank 0 on both sides. The middle of the bounds is used, and half of their
+distance is in ``otherData.accuracy_s``. Ranks of one machine share a clock if the bounds allow it (accuracy 0).
+Afterwards clocks drift by some microseconds a second.
 
-At most `LIMIT` events of a rank are kept, in memory and in the file, about 110 bytes each there.
+At most `LIMIT` events of a rank are kept, in memory and in the file; in the file each takes about 110 bytes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from mpicomp.exchange.base import World
 from mpicomp.timing import Event, Recorder, record
 
 LIMIT = 100_000
-"""Events of a rank."""
+"""The largest number of events kept of a rank."""
 
 ROUNDS = 16
-"""Barriers to compare the clocks by."""
+"""The number of barriers for comparing the clocks."""
 
 MERGED = "trace.json"
 
@@ -53,7 +53,7 @@ class Timeline:
     Args:
         world: the ranks.
         folder: where to write, on a file system that all ranks share; None for no timeline.
-        steps: of each rank (gradients, where ranks go at their own pace); 0 for no timeline.
+        steps: how many steps of each rank to record (gradients, in asynchronous runs); 0 for no timeline.
 
     """
 
@@ -95,7 +95,7 @@ class Timeline:
                     merge(self._folder)
 
     def _write(self) -> None:
-        """Write what this rank has taken down, and take down no more."""
+        """Write the recorded events of this rank, and stop recording."""
         assert self._folder is not None
         record(None)
         if self._is_written:
@@ -117,7 +117,7 @@ class Timeline:
 
 
 def compare_clocks(world: World) -> tuple[float, float]:
-    """Return by how much the clock of this rank is ahead of rank 0's, and how far off that may be; in seconds.
+    """Return by how much the clock of this rank is ahead of rank 0's, and the largest error of this; in seconds.
 
     Collective on all ranks.
     """
@@ -127,7 +127,7 @@ def compare_clocks(world: World) -> tuple[float, float]:
         world.barrier()
         rounds.append((entered, world.now()))
     first_host, first = world.all_gather((world.host, rounds))[0]
-    # Nobody has left before the other one has come.
+    # Neither rank has left the barrier before the other one has entered.
     least = max(entered - left for (entered, _), (_, left) in zip(rounds, first, strict=True))
     most = min(left - entered for (_, left), (entered, _) in zip(rounds, first, strict=True))
     if world.host == first_host and least <= 0 <= most:
@@ -136,7 +136,7 @@ def compare_clocks(world: World) -> tuple[float, float]:
 
 
 def merge(folder: Path) -> None:
-    """Put the files of the ranks in `folder` into one; they stay."""
+    """Merge the files of the ranks in `folder` into one, without removing them."""
     accuracy: dict[str, float] = {}
     with (folder / MERGED).open("w", encoding="utf-8") as out:
         out.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
@@ -152,7 +152,7 @@ def merge(folder: Path) -> None:
 
 @contextmanager
 def _forgiven(what: str) -> Iterator[None]:
-    """Report a full disk, or what it has made of a file, and go on: training is worth more than its timeline."""
+    """Report errors of writing, such as a full disk, and continue: a failed timeline must not end the training."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""Slurm: the job that a process is in, and the script that starts one."""
+"""Slurm: the job of this process, and scripts for sbatch."""

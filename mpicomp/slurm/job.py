@@ -1,4 +1,4 @@
-"""The Slurm job that this process is part of, as its environment and Slurm's own commands tell. No MPI."""
+"""The Slurm job of this process, as the environment and Slurm's commands describe it. No MPI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 _COMMAND_S = 10.0
-"""How long a command of Slurm may take; a busy controller is asked once."""
+"""Seconds that a command of Slurm may take; it is not repeated if the controller is busy."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Job:
     """A Slurm job.
 
     Attributes:
-        number: its id; that of the task for a job array.
+        number: its id; for a job array, the id of the task.
         name: its name.
-        nodes: how many.
-        tasks: how many ranks it was made for, or None.
+        nodes: the number of nodes.
+        tasks: the number of ranks that it was made for, or None.
         restarts: how often it was requeued.
         end_time: unix seconds at which its time limit ends it, or None.
-        is_requeued: whether Slurm may queue it again; None if nobody can tell.
+        is_requeued: whether Slurm may requeue it; None if unknown.
 
     """
 
@@ -54,9 +54,9 @@ def current_job(environ: Mapping[str, str]) -> Job | None:
 
 
 def job_end_time(environ: Mapping[str, str]) -> float | None:
-    """Return when the time limit ends the job, in unix seconds; None outside of a job, or if nobody can tell.
+    """Return when the time limit ends the job, in unix seconds; None outside of a job, or if unknown.
 
-    Newer versions of Slurm put it into the environment; others are asked, so let one rank do it.
+    Newer versions of Slurm put it into the environment. For others this calls ``squeue``, so call it on one rank only.
     """
     job, end = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_END_TIME", "")
     if end.isdigit():
@@ -71,14 +71,14 @@ def job_end_time(environ: Mapping[str, str]) -> float | None:
 
 
 def srun_speaks() -> list[str]:
-    """Return how srun can start the ranks of an MPI, such as ``pmi2`` and ``pmix``; nothing without Slurm."""
+    """Return the values of ``srun --mpi``, such as ``pmi2`` and ``pmix``; none without Slurm."""
     done = run("srun", "--mpi=list", stderr=subprocess.STDOUT) or ""  # some versions list on standard error
     listed = re.findall(r"^(?:srun:)?\s+(\w+)$", done.partition("specific pmix")[0], re.MULTILINE)
     return sorted(set(listed) - {"none"})
 
 
 def run(*command: str, stderr: int = subprocess.DEVNULL) -> str | None:
-    """Return what a command of Slurm prints, or None if it is not there, fails or does not answer."""
+    """Return the output of a command of Slurm; None if it is missing, fails or does not answer in time."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=_COMMAND_S, check=True)
     except (OSError, subprocess.SubprocessError):

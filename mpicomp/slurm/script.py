@@ -1,11 +1,11 @@
-"""The script for sbatch that trains a run to its end, however often Slurm stops it. Pure text; no MPI, no Slurm.
+"""The script for sbatch that trains a run to its end over several starts of the job. Pure text; no MPI, no Slurm.
 
-The life of a job: srun starts ``mpicomp train --resume auto``. Before the time limit ends the job, at a signal, or
-when a file named ``stop`` lies in the run folder, all ranks store a checkpoint and end with exit code 75. The script
-then requeues its job, which keeps its number and its output file, and goes on where it was. Any other exit code ends
-the job, and so does a start that has brought no new checkpoint: nothing is requeued for ever.
+The script starts ``mpicomp train --resume auto`` with srun. Before the time limit ends the job, after a signal, or if a
+file named ``stop`` is in the run folder, all ranks store a checkpoint and exit with code 75. The script then requeues
+its job, which keeps its number and its output file, and the run continues. The job ends with any other exit code, and
+after a start that has stored no new checkpoint, so that it is not requeued endlessly.
 
-The text is meant to be read and edited by its user; ``slurm/`` holds four examples.
+Users are meant to read and edit the script; ``slurm/`` holds four examples.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LAUNCHERS: dict[Launcher, str] = {
     "pmix": "Open MPI",
     "mpirun": "any, where srun cannot start it: mpirun asks Slurm for the nodes",
 }
-"""How ranks are started, and for which MPI."""
+"""The ways to start ranks, and the MPI that each is for."""
 
 LEAD_S = 180
-"""How long before the time limit Slurm asks for the last checkpoint, if nobody says otherwise."""
+"""Seconds before the time limit at which Slurm asks for the last checkpoint, by default."""
 
 WAIT_S = 30
-"""How long after the first rank has left srun ends the others."""
+"""Seconds after the exit of the first rank until srun ends the others."""
 
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z][\w.]*")
@@ -54,39 +54,39 @@ _OWN = {
     "no-requeue": "--no-requeue",
     "signal": "--signal",
 }
-"""What an extra line must not set, and the option that does."""
+"""Options of sbatch that `sbatch` must not set, and the option of this program to use instead."""
 
 
 @dataclass(frozen=True)
 class BatchScript:
-    """What a user wants of a job.
+    """A batch script, described by the options of its user.
 
     Attributes:
         config: the configuration file, as ``mpicomp train`` takes it.
         name: of the job.
         run_dir: the folder of the run, or of the runs of an array; on a file system that all nodes share.
-        nodes: how many machines.
-        ranks_per_node: how many processes on each.
+        nodes: the number of nodes.
+        ranks_per_node: the number of ranks on each node.
         gpus_per_node: one for each rank, or 0.
-        cpus_per_rank: cores.
-        time: the limit as Slurm writes it, or "" for that of the partition.
+        cpus_per_rank: the number of cores for each rank.
+        time: the time limit as Slurm writes it, or "" for that of the partition.
         partition: or "".
         account: or "".
         qos: or "".
-        requeue: whether the job is to run again until the training is done.
-        max_restarts: how often at most.
-        signal_lead_s: how long before the time limit Slurm asks for the last checkpoint, about: it looks at the clock
-            every half a minute. None for 3 minutes, but not more than a quarter of the time limit.
+        requeue: whether to requeue the job until the training is done.
+        max_restarts: how often to requeue it at most.
+        signal_lead_s: how many seconds before the time limit Slurm asks for the last checkpoint, to about half a
+            minute. None for 3 minutes, but at most a quarter of the time limit.
         mpi: how the ranks are started.
         overrides: ``SECTION.KEY=VALUE`` for all runs.
         vary: values by ``SECTION.KEY``; the job becomes an array with a run for each combination.
-        at_once: how many runs of an array at the same time; 0 for all.
-        modules: what ``module load`` is to load.
+        at_once: how many runs of an array may run at the same time; 0 for all.
+        modules: the modules for ``module load``.
         venv: the virtual environment to activate, or "".
         sbatch: further options for sbatch, ``KEY=VALUE`` or ``KEY``.
 
     Raises:
-        ConfigError: a value that no job can have.
+        ConfigError: a value is not possible.
 
     """
 
@@ -162,12 +162,12 @@ class BatchScript:
 
     @property
     def ranks(self) -> int:
-        """How many ranks a run has."""
+        """The number of ranks of a run."""
         return self.nodes * self.ranks_per_node
 
     @property
     def _limit_s(self) -> float:
-        """The time limit as Slurm takes it, in full minutes; infinite if it is not given, and if it is 0."""
+        """The time limit in seconds, rounded to full minutes as Slurm does; infinite if it is not given, or is 0."""
         if not self.time or not self.time[0].isdigit():
             return math.inf
         days, _, clock = self.time.rpartition("-")
@@ -190,7 +190,7 @@ class BatchScript:
         return [list(settings) for settings in itertools.product(*varied)]
 
     def text(self) -> str:
-        """Return the script."""
+        """Return the text of the script."""
         return "\n".join([*self._head(), *self._environment(), *self._run(), *self._training(), *self._end()]) + "\n"
 
     def _head(self) -> list[str]:
@@ -320,5 +320,5 @@ class BatchScript:
 
 
 def _directive(option: str, reason: str = "") -> str:
-    """Return a line for sbatch, which takes what follows a space and # as a comment."""
+    """Return a line for sbatch with the comment `reason`; sbatch ignores what follows a space and #."""
     return f"#SBATCH {option:<30}# {reason}" if reason else f"#SBATCH {option}"

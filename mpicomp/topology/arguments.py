@@ -1,4 +1,4 @@
-"""Checks of the arguments that topologies share; every message names the dotted configuration key."""
+"""Checks of arguments that topologies have in common; error messages name the dotted configuration key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def require_integer(key: str, value: object, minimum: int) -> int:
     """Return `value` as an int.
 
     Raises:
-        TopologyError: not a whole number (a bool is none), or below `minimum`.
+        TopologyError: `value` is not a whole number (a bool is not), or below `minimum`.
 
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
@@ -23,7 +23,7 @@ def require_size(kind: str, size: object) -> int:
     """Return the number of ranks as an int.
 
     Raises:
-        TopologyError: not a whole number of at least one.
+        TopologyError: `size` is not a whole number of at least one.
 
     """
     if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
@@ -32,10 +32,10 @@ def require_size(kind: str, size: object) -> int:
 
 
 def require_bool(key: str, value: object) -> bool:
-    """Return `value` if it is true or false.
+    """Return `value` if it is a bool.
 
     Raises:
-        TopologyError: anything else.
+        TopologyError: it is anything else.
 
     """
     if not isinstance(value, bool):

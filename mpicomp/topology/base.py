@@ -17,7 +17,7 @@ import numpy as np
 from mpicomp.errors import TopologyError
 
 TOLERANCE = 1e-10
-"""How far a sum of weights may be from one."""
+"""The allowed difference of a sum of weights from one."""
 
 
 # Equality is identity: comparing the fields would ask an array for its truth.
@@ -65,12 +65,12 @@ class Topology:
         return int(self.mixing.shape[0])
 
     def __call__(self, step: int) -> Topology:
-        """Return the graph of `step`: always this one."""
+        """Return this graph, for every step."""
         return self
 
     @property
     def union(self) -> Topology:
-        """The graph with every edge that may occur: this one."""
+        """The graph with all edges of all steps: this graph itself."""
         return self
 
     def weight(self, rank: int, source: int) -> float:
@@ -106,7 +106,7 @@ class Topology:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A graph for every step; all ranks compute the same one."""
+    """A graph for every step; all ranks compute the same graph."""
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ class Schedule(Protocol):
 
     @property
     def union(self) -> Topology:
-        """A graph with every edge that may ever occur; its weights carry no meaning."""
+        """A graph with all edges that may occur at some step; its weights have no meaning."""
 
     def __call__(self, step: int) -> Topology:
         """Return the graph of `step` (counted from 0)."""

@@ -1,4 +1,4 @@
-"""Graphs that the user brings: a networkx graph, or a file of one.
+"""Graphs of the user: from a networkx graph, or from a file.
 
 Nodes are the ranks 0 ... size-1. An edge u -> v of a directed graph means that u sends to v. Files by suffix:
 
@@ -31,7 +31,7 @@ from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
 Graph: TypeAlias = "nx.Graph[Any]"
 
 GIVEN = "given"
-"""The weights that the edges carry, in place of a rule."""
+"""The value of `weights` that takes the weights of the edges instead of a rule."""
 
 
 def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False, name: str = "graph") -> Topology:
@@ -45,8 +45,8 @@ def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False,
         name: for messages and results.
 
     Raises:
-        TopologyError: other nodes, a graph that is not connected, given weights that make no stochastic matrix.
-        ConfigError: a rule for weights that does not exist.
+        TopologyError: the nodes are others, the graph is not connected, or given weights are not stochastic.
+        ConfigError: the rule for weights does not exist.
 
     """
     if weights not in (*WEIGHTS, GIVEN):
@@ -73,7 +73,7 @@ def from_file(size: int, *, path: str | os.PathLike[str], weights: str = "metrop
         lazy: as in `from_graph`.
 
     Raises:
-        TopologyError: a file that is missing or cannot be read, another number of nodes, or what `from_graph` refuses.
+        TopologyError: the file is missing or cannot be read, has another number of nodes, or `from_graph` refuses it.
 
     """
     size = require_size("file", size)

@@ -1,4 +1,4 @@
-"""Graphs that change from step to step; all ranks compute the same one without a message.
+"""Graphs that change from step to step; all ranks compute the same graph without communication.
 
 - one-peer exponential: at step t rank i sends to ``i + 2^(t mod tau) mod n`` and hears ``i - 2^(t mod tau)``,
   ``tau = ceil(log2 n)``, with weights 1/2. One message a step; directed. For ``n = 2^q`` the product of the matrices of
@@ -46,7 +46,7 @@ class OnePeerExponential:
 
     @property
     def union(self) -> Topology:
-        """The static exponential graph: the same edges, all at once."""
+        """The static exponential graph, which has the edges of all steps."""
         return exponential(self.size)
 
     def __call__(self, step: int) -> Topology:
@@ -62,7 +62,7 @@ class OnePeerExponential:
 
 @dataclass(frozen=True)
 class RandomMatching:
-    """Disjoint random pairs, drawn anew for each step from (seed, step); with an odd size one rank rests.
+    """Disjoint random pairs, drawn anew for each step from (seed, step); with an odd size one rank has no partner.
 
     Attributes:
         size: the number of ranks.
@@ -84,7 +84,7 @@ class RandomMatching:
 
     @property
     def union(self) -> Topology:
-        """The complete graph: any pair may occur."""
+        """The complete graph, because every pair may occur."""
         return complete(self.size)
 
     @property

@@ -1,4 +1,4 @@
-"""What is left of a graph when ranks have gone."""
+"""The graph that remains when ranks have died."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mpicomp.topology.weights import metropolis
 
 
 def induced(topology: Topology, ranks: Sequence[int]) -> Topology:
-    """Return the graph of the edges between `ranks`, numbered anew in that order, with Metropolis weights.
+    """Return the subgraph of the edges between `ranks`, numbered anew in their order, with Metropolis weights.
 
-    It need not be connected.
+    It may be disconnected.
 
     Raises:
-        TopologyError: a directed graph whose degrees differ.
+        TopologyError: the graph is directed, and its degrees differ.
 
     """
     edges = topology.mixing[np.ix_(ranks, ranks)] != 0

@@ -23,7 +23,7 @@ from mpicomp.topology.base import Schedule, Topology
 
 
 class PeriodicSchedule(Schedule, Protocol):
-    """A schedule whose graphs repeat."""
+    """A schedule whose graphs repeat after a period."""
 
     @property
     def period(self) -> int:
@@ -49,7 +49,7 @@ def spectral_gap(schedule: Schedule) -> float:
 
 
 def representative(schedule: Schedule) -> Topology:
-    """Return the one matrix by which a schedule is judged: its own, the product of a period, or the mean of a step."""
+    """Return the matrix that represents a schedule: its own, the product of a period, or the mean of a step."""
     if isinstance(schedule, Topology):
         return schedule
     mean = getattr(schedule, "mean", None)
@@ -59,7 +59,7 @@ def representative(schedule: Schedule) -> Topology:
 
 
 def period_product(schedule: PeriodicSchedule) -> Topology:
-    """Return what one period does to the ranks: ``W[period - 1] ... W[1] W[0]``."""
+    """Return the product of the matrices of one period: ``W[period - 1] ... W[1] W[0]``."""
     product = reduce(lambda done, step: schedule(step).mixing @ done, range(schedule.period), np.eye(schedule.size))
     return Topology(schedule.name, product)
 
@@ -84,7 +84,7 @@ def best_diffusion_step(topology: Topology) -> float:
 
 
 def is_connected(topology: Topology) -> bool:
-    """Whether what any rank knows reaches every other one (strongly connected, for a directed graph)."""
+    """Return whether the graph is connected; for a directed graph, strongly connected."""
     edges = topology.mixing != 0
     return len(_reached(edges)) == topology.size == len(_reached(edges.T))
 
@@ -92,12 +92,12 @@ def is_connected(topology: Topology) -> bool:
 def check(
     schedule: Schedule, *, doubly_stochastic: bool = False, symmetric: bool = False, connected: bool = True
 ) -> None:
-    """Refuse a graph that lacks what the caller needs; that rows sum to one holds for every `Topology`.
+    """Raise TopologyError if a graph lacks a property that the caller needs; every `Topology` has rows that sum to one.
 
-    The weights of a schedule are judged at step 0, its connectedness by its union.
+    The weights of a schedule are checked at step 0, and its union must be connected.
 
     Raises:
-        TopologyError: naming what is missing, the rank where it shows, and the remedy.
+        TopologyError: names the missing property, a rank where it fails, and the remedy.
 
     """
     topology = schedule(0)
@@ -134,7 +134,7 @@ def _reached(edges: np.ndarray) -> set[int]:
 
 
 def _unreached(topology: Topology) -> str:
-    """Return which ranks are out of touch with rank 0, in words."""
+    """Return a text that names the ranks not connected with rank 0."""
     edges = topology.mixing != 0
     lost = sorted(set(range(topology.size)) - (_reached(edges) & _reached(edges.T)))
     shown = ", ".join(str(rank) for rank in lost[:8]) + (", ..." if len(lost) > 8 else "")
@@ -142,5 +142,5 @@ def _unreached(topology: Topology) -> str:
 
 
 def _worst(excess: np.ndarray) -> tuple[int, ...]:
-    """Return the index of the largest entry."""
+    """Return the row and column of the largest entry."""
     return tuple(int(index) for index in np.unravel_index(int(excess.argmax()), excess.shape))

@@ -1,4 +1,4 @@
-"""The two graphs along which all ranks can add up: their edges by direction, and whether a graph is one of them."""
+"""Star and ring, the graphs for sums over all ranks: their edges by direction, and recognition of such graphs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mpicomp.topology.base import Topology
 
 @dataclass(frozen=True, eq=False)
 class Star:
-    """One rank in the middle.
+    """A star: one hub, connected with all other ranks.
 
     Attributes:
-        hub: the rank.
-        up: the edges to it.
-        down: the edges from it.
+        hub: the rank in the middle.
+        up: the edges to the hub.
+        down: the edges from the hub.
 
     """
 
@@ -28,7 +28,7 @@ class Star:
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """A cycle.
+    """A ring: one cycle through all ranks.
 
     Attributes:
         order: the ranks along it, from rank 0 on.
@@ -42,7 +42,7 @@ class Ring:
 
 @lru_cache
 def star_or_ring(graph: Topology) -> Star | Ring | None:
-    """Return the star or the ring that `graph` is, whatever its name and weights; None if it is neither."""
+    """Return `graph` as a star or a ring, judged by its edges only; None if it is neither."""
     size = graph.size
     neighbors = [graph.targets(rank) for rank in range(size)]
     if any(graph.sources(rank) != neighbors[rank] for rank in range(size)):
@@ -63,7 +63,7 @@ def star_or_ring(graph: Topology) -> Star | Ring | None:
 
 
 def _cycle(neighbors: list[list[int]]) -> list[int]:
-    """Return the ranks round the cycle that the graph is, from 0 towards its smaller neighbor; fewer if it is none."""
+    """Return the ranks along the cycle from 0 towards its smaller neighbor; not all ranks if the graph is no ring."""
     degree = min(len(neighbors) - 1, 2)
     if any(len(of) != degree for of in neighbors):
         return []
@@ -74,7 +74,7 @@ def _cycle(neighbors: list[list[int]]) -> list[int]:
 
 
 def _directed(name: str, size: int, edges: set[tuple[int, int]]) -> Topology:
-    """Return the graph of `edges` (from, to); its weights carry no meaning."""
+    """Return the graph of `edges` (from, to); its weights have no meaning."""
     mixing = np.eye(size)
     for source, target in edges:
         mixing[target, source] = 1

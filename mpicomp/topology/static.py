@@ -33,17 +33,17 @@ DRAWS = 100
 """How often a random graph is drawn anew until it is connected."""
 
 DYCK_CHORDS = (5, -5, 13, -13)
-"""Vertex v of the Dyck graph joins ``v + DYCK_CHORDS[v mod 4]``, beside its neighbors on a cycle of 32."""
+"""Vertex v of the Dyck graph is connected with ``v + DYCK_CHORDS[v mod 4]`` and with its neighbors on a cycle of 32."""
 
 
 def ring(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the ring: rank i and i +- 1, around."""
+    """Build the ring: rank i is connected with i - 1 and i + 1, modulo `size`."""
     size = require_size("ring", size)
     return _grid("ring", (size,), periodic=True, weights=weights, lazy=lazy)
 
 
 def chain(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the chain: rank i and i +- 1; each end has one neighbor."""
+    """Build the chain: rank i is connected with i - 1 and i + 1; each end has one neighbor."""
     size = require_size("chain", size)
     return _grid("chain", (size,), periodic=False, weights=weights, lazy=lazy)
 
@@ -56,7 +56,7 @@ def torus(
     weights: str = "metropolis",
     lazy: bool = False,
 ) -> Topology:
-    """Build the torus: +- 1 along each dimension, around, ranks in row-major order as in ``MPI_Cart_create``.
+    """Build the torus: neighbors at +- 1 in each dimension, periodic; ranks in row-major order (``MPI_Cart_create``).
 
     Args:
         size: the number of ranks.
@@ -77,7 +77,7 @@ def torus(
 
 
 def hypercube(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the hypercube: rank i and ``i xor 2^k``; `size` is a power of two."""
+    """Build the hypercube: rank i is connected with ``i xor 2^k``; `size` must be a power of two."""
     size = require_size("hypercube", size)
     below = 1 << (size.bit_length() - 1)
     if size != below:
@@ -103,19 +103,19 @@ def exponential(size: int, *, weights: str = "metropolis", lazy: bool = False) -
 
 
 def complete(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the complete graph: everyone hears everyone, ``W = 1/size``."""
+    """Build the complete graph: all ranks are connected, ``W = 1/size``."""
     size = require_size("complete", size)
     return _topology("complete", ~np.eye(size, dtype=bool), weights, lazy)
 
 
 def star(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the star: rank 0 is the hub, all others hear only it."""
+    """Build the star: rank 0 is the hub, and the only neighbor of all other ranks."""
     size = require_size("star", size)
     return _topology("star", _bipartite(size, 1), weights, lazy)
 
 
 def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
-    """Build the complete bipartite graph: each of the first `hubs` ranks and each of the others; a star for one hub."""
+    """Build the complete bipartite graph of the first `hubs` ranks and the others; with one hub it is a star."""
     size, hubs = require_size("complete_bipartite", size), require_integer("topology.hubs", hubs, 1)
     if hubs >= size > 1:
         raise TopologyError(f"topology.hubs = {hubs}: must be fewer than the {size} ranks")

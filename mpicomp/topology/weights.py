@@ -1,4 +1,4 @@
-"""Weights of a graph: from who hears whom to how much.
+"""Rules for the weights of a graph.
 
 With ``deg_i`` the number of ranks that rank i hears (without itself):
 

@@ -1,4 +1,4 @@
-"""``mpicomp bench``: how long things take, as multiples of what the machine does at best, measured in the same run."""
+"""``mpicomp bench``: the durations of operations, compared with the best of the machine, measured in the same run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpicomp.cli.bench.step import step
 
 @click.group()
 def bench() -> None:
-    """Measure how long things take, beside the best that the machine does, in the same run."""
+    """Measure durations, and compare them with the best of the machine, measured in the same run."""
 
 
 for command in (compress, exchange, step):

@@ -1,4 +1,4 @@
-"""``mpicomp bench compress``: kernels and compressors as multiples of a copy of the vector, and beside torch."""
+"""``mpicomp bench compress``: kernels and compressors, compared with a copy of the vector and with torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATIOS = (0.1, 0.01, 0.001)
 """The fractions of the entries that top-k is measured with."""
 
 RATIO = 0.01
-"""The fraction for what is measured with one."""
+"""The fraction kept in all other measurements."""
 
 _LEAST_S = 1e-3
 """The shortest time that is measured."""
@@ -33,15 +33,15 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Operation:
-    """Something to be timed.
+    """An operation to be timed.
 
     Attributes:
-        name: what it is.
-        run: does it once.
-        torch: does what torch has for it, or nearest to it; None where there is nothing.
-        indices: how many indices it encodes or decodes, if it does.
-        bits: bits an index of that code.
-        entropy: the same by the entropy of a random choice.
+        name: for the table.
+        run: does the operation once.
+        torch: does the same, or the closest operation, with torch; None if there is none.
+        indices: how many indices it encodes or decodes, if any.
+        bits: bits per index of that code.
+        entropy: the entropy of a random choice, in bits per index.
 
     """
 
@@ -58,14 +58,14 @@ class Result:
     """The medians of one operation.
 
     Attributes:
-        name: what it is.
+        name: of the operation.
         ms: milliseconds.
-        copies: how many times as long as a copy of the vector, which was timed in turns with it.
-        torch_ms: milliseconds of torch's own.
-        torch_copies: the same as copies.
+        copies: the ratio to the time of a copy of the vector, timed in turns with it.
+        torch_ms: milliseconds with torch.
+        torch_copies: the ratio of `torch_ms` to the time of a copy.
         indices_per_s: for index codes.
         bits_per_index: for index codes.
-        entropies: the same as multiples of the entropy of a random choice.
+        entropies: the ratio of `bits_per_index` to the entropy of a random choice.
 
     """
 
@@ -88,8 +88,8 @@ class Result:
 def compress(entries: int, rounds: int, device: str, json_path: Path | None) -> None:
     """Time selection, packing, mixing and index codes on one thread, against a copy of the vector and against torch.
 
-    The vector is float32 with normally distributed entries; 1 % of them are kept where nothing is said. On a GPU the
-    time runs until it has done all.
+    The vector is float32 with normally distributed entries; 1 % of them are kept unless the table says otherwise. On a
+    GPU the time includes the wait until it has finished.
     """
     place = _device(device)
     threads = torch.get_num_threads()
@@ -127,9 +127,9 @@ def _device(name: str) -> torch.device:
 
 
 def _measure(operations: list[Operation], copy: Run, rounds: int, device: torch.device) -> tuple[float, list[Result]]:
-    """Time every operation in turns with torch's and a copy, so that all meet the same moods of the machine.
+    """Time every operation in turns with torch's and a copy, so that all run under the same conditions.
 
-    What takes less than a millisecond is repeated for that long, for the clock's and the caches' sake.
+    An operation that takes less than a millisecond is repeated for a millisecond, so that clock and caches matter less.
     """
     copies_ms, results = [], []
     for operation in operations:
@@ -156,7 +156,7 @@ def _measure(operations: list[Operation], copy: Run, rounds: int, device: torch.
 
 
 def _operations(x: Tensor) -> Iterator[Operation]:
-    """Yield what is to be timed on the vector `x` (n,)."""
+    """Yield the operations to time on the vector `x` (n,)."""
     n = len(x)
     for ratio in RATIOS:
         k = kept(n, ratio)

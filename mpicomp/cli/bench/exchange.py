@@ -1,4 +1,4 @@
-"""``mpicomp bench exchange``: messages between neighbors on a ring, beside MPI's own and a copy of the same bytes."""
+"""``mpicomp bench exchange``: messages between neighbors on a ring, compared with plain MPI and with a copy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SMALLEST = 1000
 """Bytes of the first message; each further one is four times as long."""
 
 _ROUND_S = 0.01
-"""How long the calls of one round take together, about."""
+"""The approximate seconds of all calls in one round."""
 
 _WARM_CALLS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One length of message; medians over rounds of the slowest rank's mean.
+    """The figures for one message length; medians over rounds of the slowest rank's mean.
 
     Attributes:
         nbytes: of each message.
@@ -64,10 +64,10 @@ class Row:
 @debug_option
 @click.pass_context
 def exchange(ctx: click.Context, largest: float, rounds: int, json_path: Path | None) -> None:
-    """Time the exchange with both neighbors on a ring, beside mpi4py's Isend and Irecv of the same bytes.
+    """Time the exchange with both neighbors on a ring, and mpi4py's Isend and Irecv of the same bytes.
 
     Start it with mpiexec on two or more ranks. Both are timed in turns; the slowest rank counts. The fixed cost is
-    the time of the shortest message, of 1 kB, with what MPI itself takes.
+    the time of the shortest message, of 1 kB, including that of MPI itself.
     """
     from mpicomp.cli import is_debug
     from mpicomp.exchange.guard import guard
@@ -124,7 +124,7 @@ def measure(world: MpiWorld, nbytes: int, rounds: int) -> Row:
 
 
 def _packed(world: MpiWorld, nbytes: int) -> Callable[[], object]:
-    """Return an exchange by this package."""
+    """Return a function that does one exchange with this package."""
     graph, entries = ring(world.size), nbytes // 4
     layout = Layout((Field("value", torch.float32, entries),))
     payload = {"value": torch.ones(entries)}
@@ -133,7 +133,7 @@ def _packed(world: MpiWorld, nbytes: int) -> Callable[[], object]:
 
 
 def _raw(world: MpiWorld, nbytes: int) -> Callable[[], object]:
-    """Return the same by mpi4py."""
+    """Return a function that does the same exchange with mpi4py."""
     from mpicomp.exchange.mpi.library import MPI
 
     neighbors = ring(world.size).targets(world.rank)

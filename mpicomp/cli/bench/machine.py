@@ -1,4 +1,4 @@
-"""What every benchmark tells of the machine that it ran on, and how it times and prints."""
+"""The description of the machine in every benchmark, and functions for timing and printing."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
 
 
 def console() -> Console:
-    """Return what tables are printed on."""
+    """Return the console on which to print tables."""
     # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
     return Console(highlight=False, width=WIDTH, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def print_machine(on: Console, facts: dict[str, Any]) -> None:
-    """Print the line of `machine`."""
+    """Print the description of the machine as one line."""
     on.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True, markup=False)
 
 
@@ -74,7 +74,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
+    """Return the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""``mpicomp bench step``: where the seconds of a training step go, beside the same step without communication."""
+"""``mpicomp bench step``: the seconds of a training step by part, compared with the step without communication."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _WARM_BLOCKS = 1
 
 @dataclass(frozen=True)
 class Steps:
-    """What a step takes: medians over blocks of steps of the mean over ranks.
+    """The cost of a step: medians over blocks of steps of the mean over ranks.
 
     Attributes:
-        ranks: how many.
+        ranks: the number of ranks.
         seconds: of a step.
-        parts: where they go: gradient, compress, exchange, mix.
+        parts: the seconds by part: gradient, compress, exchange, mix.
         alone_seconds: of the same step without communication, on all ranks at the same time.
-        ratio: how many times as long as that one.
-        nbytes: sent by a rank in a step.
+        ratio: of `seconds` to `alone_seconds`.
+        nbytes: bytes sent by a rank in a step.
         cpu_seconds: of the thread of a rank in a step.
 
     """
@@ -130,7 +130,7 @@ def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, 
 
 
 def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: int) -> Steps:
-    """Return what the steps of `setup` take; collective on all ranks."""
+    """Measure the steps of `setup`; collective on all ranks."""
     assert not isinstance(setup.algorithm, AsynchronousAlgorithm)
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
     gossip.local.delay = config.gradient_delay(world)
@@ -167,7 +167,7 @@ def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: 
 
 
 class _Alone:
-    """A second model of the same configuration, which no message reaches."""
+    """A second model of the same configuration, trained without communication."""
 
     def __init__(self, setup: Setup, config: RunConfig) -> None:
         model = config.model.build(setup.dataset, config.run.seed).to(next(setup.model.parameters()).device)

@@ -1,1 +1,1 @@
-"""Compressors around other compressors: error feedback, tensor by tensor, by rank, and how ratios are dealt out."""
+"""Compressors around other compressors: error feedback, per tensor, by rank; and the allocation of ratios to ranks."""

@@ -4,16 +4,16 @@
     budget: mean of the ratios delta_i, or the harmonic mean of the thresholds lambda_i
 
 DAGC-R (ratios) and DAGC-A (thresholds): one ratio for all hurts where volumes differ, so ranks with many samples are
-compressed less. Lu et al., INFOCOM 2023 and arXiv 2311.07324; the rules are those of the authors' code (DAGC, ``MFL``),
-which sorts the volumes; here they come in any order. All is computed in float64 from the volumes alone, so every rank
-finds the same.
+compressed less. Lu et al., INFOCOM 2023 and arXiv 2311.07324. The rules are those of the authors' code (DAGC, ``MFL``).
+That code sorts the volumes; here any order will do. Everything is computed in float64 from the volumes alone, so every
+rank finds the same result.
 
 What is doubtful. The paper's text was not at hand. Every number that the authors' code compares equals
 
     Phi(delta) = (sum_i p_i / sqrt(delta_i)) / sqrt(min_i delta_i)
 
-at the ratios it would give, so that is likely the bound it means to minimize; but it does not: with volumes spaced
-evenly on a log scale over ten ranks, the last two equal, and ratios that sum to one, Phi is
+at the ratios it would give, so Phi is likely the bound that the code is meant to minimize. It does not minimize it.
+With volumes spaced evenly on a log scale over ten ranks, the last two equal, and ratios that sum to one, Phi is
 
     largest / smallest     dagc_ratios     uniform     waterfill_ratios
     10                     13.63           10.00       9.96
@@ -22,8 +22,8 @@ evenly on a log scale over ten ranks, the last two equal, and ratios that sum to
 Either the bound has further terms, or the enumeration is a heuristic. `dagc_ratios` gives the numbers of the code;
 nothing here is claimed to be optimal. `waterfill_ratios` minimizes Phi, and is an experiment of this package.
 
-At least one entry is kept (of each tensor, with `PerTensor`), however small a ratio is: on small models a budget can be
-exceeded that way. The smallest ratio decides on gamma of CHOCO-SGD; see `mpicomp.compression.wrap.by_rank`.
+At least one entry is kept (of each tensor, with `PerTensor`), however small the ratio, so a small model may exceed its
+budget. The smallest ratio decides the gamma of CHOCO-SGD; see `mpicomp.compression.wrap.by_rank`.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, wi
 from mpicomp.errors import ConfigError
 
 Rule = Literal["uniform", "dagc", "waterfill"]
-"""How the budget is shared out; ``"uniform"`` leaves all ranks the same."""
+"""The rule by which the budget is shared out; ``"uniform"`` gives all ranks the same."""
 
 SHOWN = 4
-"""Of how many ranks a summary shows the value, beside the smallest and the largest."""
+"""The number of ranks whose values a summary shows, besides the smallest and the largest value."""
 
 
 def dagc_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float, ...]:
     """Return the ratios of DAGC-R, in the order of `volumes`.
 
-    With a_k = p_k^(2/3), S = sum_k a_k and ranks by descending volume, each rank j in turn is a candidate to be given
+    Let a_k = p_k^(2/3), S = sum_k a_k, and ranks be sorted by descending volume. Each rank j in turn is a candidate for
     the smallest ratio, together with the smallest m of the others:
 
         Q = (S - a_j) / a_m;   keep the j of the smallest  p_j (1 + Q) + p_m Q (1 + Q)
         d_j = 1 / (1 + Q);   d_k = a_k / (a_m (1 + Q));   delta_i = n mean_ratio d_i
 
-    So all ranks but j follow ``delta ~ p^(2/3)``, and the ratios sum to ``n mean_ratio``. Of ranks of equal volume only
-    the last is a candidate, and it may be one in the middle: it then gets less than a rank with fewer samples. A
-    ratio above 1 means no compression, so it is cut to 1; as in the authors' code the excess goes to nobody, and the
-    mean stays below the budget.
+    So all ranks but j follow ``delta ~ p^(2/3)``, and the ratios sum to ``n mean_ratio``. Among ranks of equal volume
+    only the last is a candidate. The chosen rank may lie in the middle; it then gets less than a rank with fewer
+    samples. A ratio above 1 means no compression, so it is cut to 1. As in the authors' code, the excess is not given
+    to other ranks, and the mean stays below the budget.
 
     Raises:
         ConfigError: a rank without samples, or a `mean_ratio` outside (0, 1].
@@ -96,7 +96,7 @@ def dagc_thresholds(volumes: Sequence[float], mean_threshold: float) -> tuple[fl
 
         lambda_i = mean_threshold (sum_k a_k / n) / a_i,   a_k = p_k^(2/3)
 
-    The more samples, the smaller the threshold; their harmonic mean is `mean_threshold`.
+    More samples mean a smaller threshold. The harmonic mean of the thresholds is `mean_threshold`.
 
     Raises:
         ConfigError: a rank without samples, or a `mean_threshold` that is not a finite number > 0.
@@ -140,7 +140,7 @@ def waterfill_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float
 
 
 def _filled(a: npt.NDArray[np.float64], mean: float, floor: float) -> tuple[float, npt.NDArray[np.float64]]:
-    """Return c, and ``c a`` cut to [floor, 1], of that mean, which is between the two."""
+    """Return c and the ratios ``c a`` cut to [floor, 1], with c such that their mean is `mean`."""
     corners = np.sort(np.concatenate([floor / a, 1 / a]))
     means = np.clip(np.outer(corners, a), floor, 1.0).mean(axis=1)
     scale = float(np.interp(mean, means, corners))
@@ -152,11 +152,11 @@ RATIOS: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]] = {
     "waterfill": waterfill_ratios,
 }
 THRESHOLDS = {"dagc": dagc_thresholds}
-"""By `Rule`, for compressors with a ratio, and those with a threshold."""
+"""The functions of each `Rule`: above for compressors with a ratio, here for those with a threshold."""
 
 
 def check_rule(compressor: Compressor, rule: str) -> None:
-    """Raise ConfigError if `rule` has nothing to share out with `compressor`."""
+    """Raise ConfigError if `compressor` has no ratio or threshold that `rule` can allocate."""
     if rule not in get_args(Rule):
         raise ConfigError(f"compression.allocation = {rule!r} must be one of {', '.join(map(repr, get_args(Rule)))}")
     if rule == "uniform":
@@ -193,7 +193,7 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
         rule: ``"dagc"``, ``"waterfill"``, or ``"uniform"``, which returns `compressor` itself.
 
     Raises:
-        ConfigError: a compressor that the rule has nothing to share out with, or a rank without samples.
+        ConfigError: the compressor has no ratio or threshold that `rule` can allocate, or a rank has no samples.
 
     """
     check_rule(compressor, rule)
@@ -209,7 +209,7 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
 
 
 def summary(compressor: Compressor) -> str | None:
-    """Return in a short line what each rank has been given; None if all are alike."""
+    """Return a short line with the ratio or threshold of each rank; None if all are equal."""
     by_rank = by_rank_of(compressor)
     strengths = [strength for each in by_rank.compressors if (strength := strength_of(each))] if by_rank else []
     if not strengths:
@@ -221,7 +221,7 @@ def summary(compressor: Compressor) -> str | None:
 
 
 def _shares(volumes: Sequence[float]) -> list[float]:
-    """Return the part of each rank in all samples."""
+    """Return each rank's fraction of all samples."""
     for rank, volume in enumerate(volumes):
         if not 0 < volume < math.inf:
             raise ConfigError(

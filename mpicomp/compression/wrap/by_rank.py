@@ -2,17 +2,17 @@
 
     rank i sends C_i(x);  layout = one that the messages of all C_i fit
 
-The compressors differ in their ``ratio`` or ``threshold`` only, so that a message says all that is needed to read it: a
-receiver need not know who has sent it. In the common layout a field that is not of the same length on all ranks has
-variable length (4 bytes for its count). Where ranks send a field in different types (few indices as numbers, many as a
-code), each type has a field, of which all but one are empty. Equal compressors have the layout of one.
+The compressors differ in their ``ratio`` or ``threshold`` only. A message holds all that is needed to read it, so the
+receiver need not know the sender's compressor. In the common layout, a field whose length differs between ranks has
+variable length (4 bytes for its count). Ranks may send a field in different types (few indices as numbers, many as a
+code); then each type has a field of its own, and a message fills one of them. Equal compressors have the layout of one.
 
-What holds for the worst of the ranks holds: the contraction is that of the smallest ratio, and a method whose step
-depends on it (gamma of CHOCO-SGD, DC-gossip and DeepSqueeze) must be tuned to that one, not to the mean.
+The worst rank decides: the contraction is that of the smallest ratio. A method whose step depends on it (gamma of
+CHOCO-SGD, DC-gossip and DeepSqueeze) must be tuned to the smallest ratio, not to the mean.
 
 `ByRank` goes around `PerTensor`, and `ErrorFeedback` around both, ``ErrorFeedback(ByRank((PerTensor(...), ...)))``;
-`mpicomp.compression.allocate` makes one of data volumes. A compressor from elsewhere will do whose ``accumulate`` reads
-all from the message and nothing from its own ratio. The idea of a ratio for each rank: Lu et al. 2023,
+`mpicomp.compression.allocate` makes one from data volumes. A compressor of your own works too if its ``accumulate``
+reads everything from the message and nothing from its own ratio. The idea of a ratio for each rank: Lu et al. 2023,
 arXiv 2311.07324; the common layout is ours.
 """
 
@@ -38,11 +38,11 @@ STRENGTHS = ("ratio", "threshold")
 
 @dataclass
 class ByRankState:
-    """What a rank keeps.
+    """The state of `ByRank` on one rank.
 
     Attributes:
-        rank: whose compressor it uses.
-        inner: the state of that.
+        rank: selects the compressor.
+        inner: the state of that compressor.
 
     """
 
@@ -52,7 +52,7 @@ class ByRankState:
 
 @dataclass(frozen=True)
 class ByRank(Compressor):
-    """Compress on each rank by a compressor of its own.
+    """Compress on each rank with a compressor of its own.
 
     Attributes:
         compressors: one for each rank, alike but for their ``ratio`` or ``threshold``, without `ErrorFeedback`.
@@ -79,25 +79,25 @@ class ByRank(Compressor):
 
     @property
     def is_unbiased(self) -> bool:
-        """As all of them."""
+        """Whether the compressors of all ranks are unbiased."""
         return all(compressor.is_unbiased for compressor in self.compressors)
 
     @property
     def is_contractive(self) -> bool:
-        """As all of them."""
+        """Whether the compressors of all ranks are contractive."""
         return all(compressor.is_contractive for compressor in self.compressors)
 
     @property
     def relative_error(self) -> float:
-        """The largest of all of them."""
+        """The largest error bound of the ranks' compressors."""
         return max(compressor.relative_error for compressor in self.compressors)
 
     def exempts(self, part: Spec) -> bool:
-        """As each of them."""
+        """See `Compressor.exempts`; all ranks' compressors agree."""
         return self.compressors[0].exempts(part)
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> ByRankState:
-        """Start the compressor of rank `stream`; ConfigError if there is none."""
+        """Return the initial state for rank `stream`; raise ConfigError if it has no compressor."""
         size = len(self.compressors)
         if stream not in range(size):
             raise ConfigError(
@@ -107,27 +107,27 @@ class ByRank(Compressor):
         return ByRankState(stream, self.compressors[stream].init(spec, device, stream))
 
     def layout(self, spec: Spec) -> Layout:
-        """The fields of the compressors, long enough for all; of variable length where they differ."""
+        """Return the common layout: each field is long enough for all ranks, and of variable length if they differ."""
         return self._common(spec).layout
 
     def compress(self, x: Tensor, spec: Spec, state: ByRankState) -> Payload:
-        """By the compressor of the own rank."""
+        """Compress `x` with the compressor of this rank; return the message in the common layout."""
         payload = self.compressors[state.rank].compress(x, spec, state.inner)
         return self._common(spec).write(payload)
 
     def compress_difference_(
         self, x: Tensor, x_hat: Tensor, spec: Spec, state: ByRankState, scratch: Tensor
     ) -> Payload:
-        """By the compressor of the own rank."""
+        """Compress the difference with the compressor of this rank; return the message in the common layout."""
         payload = self.compressors[state.rank].compress_difference_(x, x_hat, spec, state.inner, scratch)
         return self._common(spec).write(payload)
 
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """As each of them would."""
+        """See `Compressor.accumulate`; the message tells all that is needed to read it."""
         self.compressors[0].accumulate(self._common(spec).read(payload), spec, out, weight)
 
     def _common(self, spec: Spec) -> _Common:
-        """Return the common layout, made once for each `spec`: algorithms ask for it in every step."""
+        """Return the common layout; it is made once for each `spec`, because algorithms ask for it in every step."""
         if spec not in self._made:
             self._made[spec] = _Common.of([compressor.layout(spec) for compressor in self.compressors])
         return self._made[spec]
@@ -142,8 +142,8 @@ class _Common:
     """A layout for the messages of several compressors.
 
     Attributes:
-        layout: its fields; those of one name and several types are called ``"name.type"``.
-        doubled: the fields of such a name.
+        layout: its fields; a name with several types becomes ``"name.type"``, one field for each type.
+        doubled: the fields with such names.
 
     """
 
@@ -152,7 +152,7 @@ class _Common:
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> _Common:
-        """Return the layout that messages of each of `layouts` fit."""
+        """Return the common layout of messages of all `layouts`."""
         names = [field.name for field in layouts[0].fields]
         if any([field.name for field in layout.fields] != names for layout in layouts):
             raise ConfigError("ByRank: the messages of its compressors have different fields, so they cannot be read")
@@ -171,7 +171,7 @@ class _Common:
         return cls(Layout(tuple(fields)), doubled)
 
     def write(self, payload: Payload) -> Payload:
-        """Return a message of one compressor as it travels."""
+        """Return a message of one compressor in the common layout."""
         if not self.doubled:
             return payload
         written: Payload = {}
@@ -185,7 +185,7 @@ class _Common:
         return written
 
     def read(self, payload: Payload) -> Payload:
-        """Return a message as the compressor has made it."""
+        """Return a message in the common layout as its compressor made it."""
         if not self.doubled:
             return payload
         read = dict(payload)
@@ -196,19 +196,19 @@ class _Common:
 
 
 def _longest(fields: Sequence[Field]) -> Field:
-    """Return a field that holds the content of each of `fields`, of one name and type."""
+    """Return a field that can hold the content of any of `fields`, which share name and type."""
     numel = max(field.numel for field in fields)
     is_variable = any(field.variable or field.numel != numel for field in fields)
     return Field(fields[0].name, fields[0].dtype, numel, is_variable)
 
 
 def _without_strength(compressor: Compressor) -> Compressor:
-    """Return `compressor` with the same ratio or threshold as any other: what is left says how messages are read."""
+    """Return `compressor` with a fixed ratio or threshold, so that those which read messages alike are equal."""
     return with_strength(compressor, 1.0) if strength_of(compressor) else compressor
 
 
 def strength_of(compressor: Compressor) -> tuple[str, float] | None:
-    """Return ``("ratio", value)`` or ``("threshold", value)``, which says how much `compressor` sends, if one does."""
+    """Return ``("ratio", value)`` or ``("threshold", value)`` of `compressor`; None if it has neither."""
     if isinstance(compressor, Wrapper):
         return strength_of(compressor.inner)
     names = getattr(compressor, "__dataclass_fields__", ())  # mypy knows that the base class is no dataclass
@@ -216,7 +216,7 @@ def strength_of(compressor: Compressor) -> tuple[str, float] | None:
 
 
 def with_strength(compressor: Compressor, value: float) -> Compressor:
-    """Return `compressor` with `value` for the ratio or threshold that it must have."""
+    """Return `compressor` with `value` for its ratio or threshold; it must have one."""
     if isinstance(compressor, Wrapper):
         return dataclasses.replace(compressor, inner=with_strength(compressor.inner, value))
     strength = strength_of(compressor)

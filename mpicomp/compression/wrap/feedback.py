@@ -2,8 +2,8 @@
 
     p = x + e;  send Q(p);  e = p - Q(p)
 
-so that ``sum of all sent + e = sum of all x``. Makes any contractive compressor usable on gradients. Memory: e, one
-vector; the sum is formed in it. Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847.
+so that ``sum of all sent + e = sum of all x``. It makes contractive compressors usable on gradients. Memory: one
+vector, e, in which the sum is formed. Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpicomp.timing import timed
 
 @dataclass
 class FeedbackState:
-    """What a rank keeps.
+    """The state of `ErrorFeedback` on one rank.
 
     Attributes:
         residual: (n,) what has not been sent so far.
@@ -45,26 +45,26 @@ class ErrorFeedback(Wrapper):
 
     @property
     def is_unbiased(self) -> bool:
-        """Not for a single message: an old error comes with it."""
+        """False: a message also carries the error of earlier ones."""
         return False
 
     @property
     def is_contractive(self) -> bool:
-        """Not for a single message."""
+        """False: a message also carries the error of earlier ones."""
         return False
 
     @property
     def relative_error(self) -> float:
-        """Without bound for a single message."""
+        """Infinite: the error of a single message has no bound."""
         return math.inf
 
     @property
     def remembers_errors(self) -> bool:
-        """That is what it is for."""
+        """True: the residual holds what earlier messages left out."""
         return True
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> FeedbackState:
-        """Start with no error."""
+        """Return a state without residual error."""
         residual = torch.zeros(spec.numel, dtype=spec.dtype, device=device)
         return FeedbackState(residual, self.inner.init(spec, device, stream))
 
@@ -76,19 +76,19 @@ class ErrorFeedback(Wrapper):
 
     @timed("compress")
     def add_(self, x: Tensor, state: FeedbackState) -> None:
-        """Add `x` (n,) to what is to be sent: the first half of `compress`."""
+        """Add `x` (n,) to the residual: the first half of `compress`."""
         state.residual.add_(x)
 
     @timed("compress")
     def compress_sum(self, spec: Spec, state: FeedbackState) -> Payload:
-        """Compress what is to be sent, and keep what is left: the second half."""
+        """Compress the residual, and keep what was not sent: the second half of `compress`."""
         payload = apart_from(state.residual, self.inner.compress(state.residual, spec, state.inner))
         self.inner.accumulate(payload, spec, state.residual, -1.0)
         return payload
 
 
 def apart_from(x: Tensor, payload: Payload) -> Payload:
-    """Return the message, made of `x`, such that `x` may change: it may be a view of it (identity, block)."""
+    """Return the message, copied where it is a view of `x` (identity, block), so that `x` may change afterwards."""
     return {name: tensor.clone() if _overlaps(tensor, x) else tensor for name, tensor in payload.items()}
 
 

@@ -29,7 +29,7 @@ V = TypeVar("V")
 
 @dataclass
 class PerTensorState:
-    """The states of the inner compressor, one a tensor."""
+    """The states of the inner compressor, one for each tensor."""
 
     parts: list[State]
 
@@ -40,7 +40,7 @@ class PerTensor(Wrapper):
 
     Attributes:
         inner: the compressor of each.
-        dense_1d: whether tensors of less than two dimensions (biases, scales of normalizations) are sent as they are.
+        dense_1d: whether tensors of fewer than two dimensions (biases, scales of normalizations) are sent uncompressed.
 
     """
 
@@ -52,11 +52,11 @@ class PerTensor(Wrapper):
 
     @property
     def has_common_support(self) -> bool:
-        """Never: what could be added up lies in several fields, one a tensor."""
+        """False: what could be added up lies in several fields, one for each tensor."""
         return False
 
     def _at_once(self, spec: Spec) -> PerTensorTopK | None:
-        """Return what does the same for all tensors at once, where there is such a thing."""
+        """Return the version that compresses all tensors at once, or None if the inner compressor has none."""
         if isinstance(self.inner, TopK) and spec.numel <= LONGEST:
             return PerTensorTopK(self.inner, self.dense_1d)
         return None
@@ -65,19 +65,19 @@ class PerTensor(Wrapper):
         return Identity() if self.exempts(part) else self.inner
 
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
-        """Start the inner compressor for each tensor."""
+        """Return the inner compressor's initial states, one for each tensor."""
         states = [self._of(part).init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)]
         return PerTensorState(states)
 
     def layout(self, spec: Spec) -> Layout:
-        """The inner layouts, one behind the other."""
+        """Return the inner layouts of all tensors, one after the other."""
         if at_once := self._at_once(spec):
             return at_once.layout(spec)
         return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
-        """Compress each tensor; DivergenceError names one with a NaN."""
+        """Compress each tensor; a DivergenceError names a tensor with a NaN."""
         if at_once := self._at_once(spec):
             return at_once.compress(x, None, spec)
 
@@ -90,7 +90,7 @@ class PerTensor(Wrapper):
     def compress_difference_(
         self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
     ) -> Payload:
-        """Compress the difference of each tensor; DivergenceError names one with a NaN."""
+        """Compress the difference of each tensor; a DivergenceError names a tensor with a NaN."""
         if at_once := self._at_once(spec):
             return at_once.compress_difference_(x, x_hat, spec)
 
@@ -104,7 +104,7 @@ class PerTensor(Wrapper):
     def _each(
         self, compress: Callable[[V, Spec, State], Payload], spec: Spec, state: PerTensorState, vectors: Iterable[V]
     ) -> Payload:
-        """Return the messages that `compress` makes of the `vectors` of each tensor, as one."""
+        """Apply `compress` to the `vectors` of each tensor and return the messages as one."""
         payload: Payload = {}
         for i, (part, values) in enumerate(zip(spec.parts, vectors, strict=True)):
             try:
@@ -116,7 +116,7 @@ class PerTensor(Wrapper):
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """Add to each tensor."""
+        """Add the part of the message for each tensor to that tensor in `out`."""
         if at_once := self._at_once(spec):
             at_once.accumulate(payload, spec, out, weight)
             return

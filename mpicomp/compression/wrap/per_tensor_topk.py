@@ -1,8 +1,7 @@
 """Top-k of each tensor of a model, selected at once and sent as one message: what `PerTensor` does with `TopK`.
 
 ``k = max(1, floor(ratio n))`` entries of each tensor of n, as of `TopK`. Bytes: the values and one code of all indices,
-which ascend over the whole model; `scale`s, where values have them, one a tensor; and the tensors that are sent as they
-are.
+which ascend over the whole model; a `scale` for each tensor, where values have one; and the uncompressed tensors.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class PerTensorTopK:
         return _plan(self.inner.ratio, self.dense_1d, spec)
 
     def layout(self, spec: Spec) -> Layout:
-        """``values``, after their ``scale``s if they have them; ``indices`` of all tensors; ``dense``, if any are."""
+        """Return ``scale`` if values have one, ``values``, ``indices`` of all tensors, and ``dense`` if any are."""
         plan = self._plan(spec)
         values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), scales=len(plan.counts))
         dense = sum(part.stop - part.start for part in plan.dense)
@@ -93,7 +92,7 @@ class PerTensorTopK:
         return payload
 
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float) -> None:
-        """``out[indices] += weight * values``, and the same of whole tensors."""
+        """Compute ``out[indices] += weight * values``, and add the uncompressed tensors."""
         plan = self._plan(spec)
         scatter_add_(out, payload["indices"], read_values(payload, out.dtype, plan.counts), weight)
         self._add_dense(payload, plan, out, weight)

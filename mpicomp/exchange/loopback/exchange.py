@@ -14,7 +14,7 @@ from mpicomp.topology.base import Schedule, Topology
 
 
 class LoopbackPending:
-    """The messages to come for one rank."""
+    """The messages that one rank waits for."""
 
     def __init__(self, exchange: LoopbackExchange, layout: Layout, sources: list[int]) -> None:
         self._exchange = exchange
@@ -24,7 +24,7 @@ class LoopbackPending:
 
     @timed("exchange", is_event=False)
     def test(self) -> bool:
-        """Return whether all messages are there."""
+        """Return whether all messages have arrived."""
         is_there = self._exchange._is_there(self._sources)
         if is_there and self._underway:
             self._underway.arrived()
@@ -99,11 +99,11 @@ class LoopbackExchange:
 
 
 def mean_over_ranks_(scheduler: Scheduler, rank: int, x: Tensor) -> None:
-    """Average `x` over all ranks: as many ranks as there are cores average a piece each, and all copy all pieces."""
+    """Average `x` over all ranks: one rank for each core averages a piece, and every rank copies all pieces."""
     vectors = scheduler.gather(rank, x.detach().view(-1), "mean_")
     workers = min(scheduler.size, scheduler.cores)
     begin, end = (len(vectors[rank]) * min(i, workers) // workers for i in (rank, rank + 1))
     mean = mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None
     means = scheduler.gather(rank, mean, "mean_")
-    # Nobody overwrites a vector before all have read it: the second gather is a barrier too.
+    # The second gather is also a barrier: no rank overwrites its vector before all have read it.
     torch.cat([mean for mean in means if mean is not None], out=vectors[rank])

@@ -1,11 +1,11 @@
 """Transports of the loopback: memory of the same process, with delays on request, so that races can be replayed.
 
-With `Delays` every write is cut into up to three pieces, each of which arrives after a random number of turns of its
-target: late, torn, and out of order, as far as a transport may do so. Turns are counted, not timed, and the numbers
-come from the seed and the edge; on one core (``loopback.run(..., cores=1)``) ranks change places in a fixed order, so
-that a run with the same seed is the same run.
+With `Delays`, every write is cut into up to three pieces. Each piece arrives after a random number of polls by its
+target, so writes arrive late, in part and out of order, as far as a transport may do so. Polls are counted, not timed,
+and the random numbers depend on the seed and the edge. On one core (``loopback.run(..., cores=1)``) ranks run in a
+fixed order, so runs with the same seed are identical.
 
-Under simulated time there are no turns: a message arrives when a link of a given speed has carried it.
+In simulated time, a message arrives when a link of a given speed has transmitted it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpicomp.exchange.mailbox.slots import Slots
 from mpicomp.exchange.staging import Bytes
 
 PAUSE_NS = 250_000_000
-"""The longest pause of a rank without mail, in simulated time."""
+"""The longest pause of a rank that waits for messages, in nanoseconds of simulated time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Delays:
 
     Attributes:
         seed: of the random numbers.
-        turns: the most polls of the target that a piece may take.
+        turns: the largest number of polls of the target until a piece arrives.
 
     """
 
@@ -64,7 +64,7 @@ class _Memory:
 class LoopbackTransport:
     """The memory of one rank, written by the other threads.
 
-    `pause` hands the core on, `meet` is a collective operation that returns the values of all ranks.
+    `pause` passes the core to another rank. `meet` is a collective operation that returns the values of all ranks.
     """
 
     how = "loopback"
@@ -106,31 +106,31 @@ class LoopbackTransport:
             memory.add(begin + cut, data[cut:end], due)
 
     def poll(self) -> None:
-        """Let the other ranks run, and see what has arrived since the last turn."""
+        """Let the other ranks run, then apply the writes that have arrived."""
         self._pause()
         self._mine.turn += 1
         self._mine.arrive(self._mine.turn)
 
     def pause(self, idle_s: float) -> None:
-        """Nothing more: every poll is a pause."""
+        """Do nothing: every poll yields the core already."""
 
     def settle(self) -> None:
-        """Wait for all ranks, and let everything arrive."""
+        """Wait for all ranks, then apply all writes that are still on their way."""
         self._meet(None)
         self._mine.arrive(math.inf)
         self._meet(None)
 
     def free(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the memory belongs to this process."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """The network of a simulation: a link of its own for each pair of ranks and direction.
+    """The network of a simulation: one link for each ordered pair of ranks.
 
     Attributes:
-        latency_s: from the end of sending to the arrival, in seconds.
-        bytes_per_s: how fast a link takes bytes.
+        latency_s: seconds from the end of sending to the arrival.
+        bytes_per_s: the bandwidth of a link.
 
     """
 
@@ -139,20 +139,20 @@ class Links:
 
 
 class Clock(Protocol):
-    """The time of a simulation."""
+    """The clock of a simulation."""
 
     def now_ns(self) -> int:
         """Return the simulated time in nanoseconds."""
 
     def await_mail(self, rank: int, until_ns: int) -> None:
-        """Wake `rank` at that time, or when something arrives before."""
+        """Let `rank` sleep until `until_ns`, or until something arrives."""
 
     def notify(self, rank: int, at_ns: int) -> None:
-        """Note that something will arrive at `rank` at that time."""
+        """Note that something will arrive at `rank` at `at_ns`."""
 
 
 class SimulatedTransport:
-    """The memory of one rank under simulated time: a write arrives whole, as soon as its link has carried it."""
+    """The memory of one rank in simulated time: a write arrives whole when its link has transmitted it."""
 
     how = "simulation"
     needs_poke = False
@@ -176,7 +176,7 @@ class SimulatedTransport:
         self._free_at_ns: dict[int, int] = {}
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
-        """Send `data` behind what is on its way to `target` already."""
+        """Send `data` over the link to `target`, after the writes that the link still transmits."""
         memory, now_ns = self._all[target], self._clock.now_ns()
         begin = memory.slots.note(self._rank) if index is None else memory.slots.message(self._rank, index)
         free_at_ns = max(now_ns, self._free_at_ns.get(target, 0)) + round(1e9 * data.size / self._links.bytes_per_s)
@@ -186,21 +186,21 @@ class SimulatedTransport:
         self._clock.notify(target, due_ns)
 
     def poll(self) -> None:
-        """See what has arrived by now."""
+        """Apply the writes that have arrived by now."""
         self._mine.arrive(self._clock.now_ns())
 
     def pause(self, idle_s: float) -> None:
-        """Wait until something arrives, but not for ever: the rank may have other things to look after."""
+        """Wait until something arrives, for `PAUSE_NS` at most, because the rank may have other work."""
         until_ns = self._clock.now_ns() + PAUSE_NS
         coming_ns = self._mine.coming[0][0] if self._mine.coming else until_ns
         self._clock.await_mail(self._rank, min(until_ns, coming_ns))
 
     def settle(self) -> None:
-        """Wait for all ranks, and let everything arrive."""
+        """Wait for all ranks, then apply all writes that are still on their way."""
         self._meet(None)
         self._mine.arrive(math.inf)
         self._free_at_ns.clear()
         self._meet(None)
 
     def free(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the memory belongs to this process."""

@@ -1,4 +1,4 @@
-"""Where the threads of the loopback meet: who of them may run, and what they have for each other."""
+"""The scheduler of the loopback: it decides which threads run, and passes messages between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpicomp.exchange.mailbox.slots import Slots
 from mpicomp.exchange.watchdog import Waiting
 
 Sender = tuple[int, int]
-"""The number of an exchange, in the order in which every rank makes them, and a source rank."""
+"""The number of an exchange, which ranks make in the same order, and a source rank."""
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Message:
 
 @dataclass
 class RankThread:
-    """What the scheduler knows of one rank."""
+    """What the scheduler knows about one rank."""
 
     rank: int
     woken: threading.Condition
@@ -56,7 +56,7 @@ class Collective:
 
 
 class PendingGather:
-    """Numbers that the ranks give one by one, without waiting for each other."""
+    """A non-blocking all-gather: the numbers given so far."""
 
     def __init__(self, size: int) -> None:
         self.values: list[list[float]] = [[] for _ in range(size)]
@@ -66,11 +66,11 @@ class PendingGather:
 
 
 class Scheduler:
-    """Where the threads meet, and who of them may run.
+    """Decides which threads run, and passes messages and collective values between them.
 
-    One lock guards everything; each rank sleeps on a condition of its own. No more ranks run at a time than there are
-    cores, and a rank that must wait hands its core to the next one that is ready: hundreds of threads that all want
-    Python's interpreter lock would mostly wake each other.
+    One lock guards everything; each rank sleeps on its own condition variable. At most as many ranks run at a time as
+    there are cores. A rank that must wait passes its core to the next rank that is ready, because hundreds of threads
+    that compete for Python's interpreter lock would mostly wake each other.
     """
 
     def __init__(self, size: int, cores: int, delays: Delays | None = None) -> None:
@@ -99,7 +99,7 @@ class Scheduler:
             self._fail(error, rank)
 
     def enter(self, rank: int) -> None:
-        """Wait for a core to begin on."""
+        """Wait for a core before the rank begins."""
         with self._lock:
             self._await_core(self._threads[rank])
             self._check_alive()
@@ -123,7 +123,7 @@ class Scheduler:
                         self._wake(thread)
 
     def take(self, rank: int, senders: Sequence[Sender]) -> list[Message]:
-        """Return the next message from each of `senders`, when all are there."""
+        """Wait for the next message from each of `senders` and return them."""
         with self._lock:
             thread = self._threads[rank]
             thread.missing = {sender for sender in senders if not thread.inbox[sender]}
@@ -134,14 +134,14 @@ class Scheduler:
             return [thread.inbox[sender].popleft() for sender in senders]
 
     def is_there(self, rank: int, senders: Sequence[Sender]) -> bool:
-        """Return whether `take` would return at once."""
+        """Return whether `take` would return without waiting."""
         with self._lock:
             self._check_alive()
             inbox = self._threads[rank].inbox
             return all(inbox[sender] for sender in senders)
 
     def release(self, messages: Iterable[Message]) -> None:
-        """Give back messages that a rank has read."""
+        """Return the buffers of messages that a rank has read to their pools."""
         with self._lock:
             for message in messages:
                 message.readers -= 1
@@ -149,7 +149,7 @@ class Scheduler:
                     message.pool.append(message.wire)
 
     def gather(self, rank: int, value: T, operation: str) -> list[T]:
-        """Return the values of all ranks, when all have called this; `operation` is what it is for, for people."""
+        """Wait until all ranks have called this and return their values; error messages name `operation`."""
         with self._lock:
             self._check_alive()
             current = self._collective
@@ -184,7 +184,7 @@ class Scheduler:
             return number not in self._gathers or not self._gathers[number].missing
 
     def collect(self, rank: int, number: int) -> list[list[float]]:
-        """Return the parts of gather `number`, when all are there; once for each rank."""
+        """Wait for all parts of gather `number` and return them; to be called once on each rank."""
         with self._lock:
             pending = self._gathers[number]
             if pending.missing:
@@ -209,7 +209,7 @@ class Scheduler:
         return time.perf_counter()
 
     def sleep(self, rank: int, seconds: float) -> None:
-        """Leave the core to others for `seconds`."""
+        """Sleep for `seconds`; other ranks may use the core."""
         with self._lock:
             thread = self._threads[rank]
             thread.may_run = False
@@ -221,13 +221,13 @@ class Scheduler:
             self._check_alive()
 
     def make_transport(self, rank: int, slots: Slots) -> LoopbackTransport | SimulatedTransport:
-        """Return the memory of a mailbox."""
+        """Return a transport over the memory of a mailbox."""
         return LoopbackTransport(
             rank, slots, self.delays, lambda: self.pause(rank), lambda value: self.gather(rank, value, "mailbox")
         )
 
     def pause(self, rank: int) -> None:
-        """Let another rank run if one is ready: at the end of the queue, each gets its turn."""
+        """Let another rank run if one is ready; this rank goes to the end of the queue, so each gets its turn."""
         with self._lock:
             self._check_alive()
             if self._ready:
@@ -240,10 +240,10 @@ class Scheduler:
                 self._check_alive()
 
     def _notify_all(self) -> None:
-        """Note that something has happened that ranks may be looking for: here they look by themselves."""
+        """Do nothing: ranks poll here. In simulated time, this wakes those that wait for an event."""
 
     def _snapshot(self, missing: set[T]) -> list[T]:
-        """Return what is missing, which changes under the lock; for threads that do not hold it."""
+        """Return a copy of the missing items; for threads that do not hold the lock."""
         with self._lock:
             return list(missing)
 

@@ -1,4 +1,4 @@
-"""The scheduler of a loopback whose time is simulated."""
+"""The scheduler of the loopback with simulated time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class SimulatedScheduler(Scheduler):
-    """A scheduler whose time goes on only when every rank sleeps or waits: to the next moment at which one has work.
+    """A scheduler with simulated time, which advances only when every rank sleeps or waits, to the next event.
 
-    One rank runs at a time, and ranks that wake at the same moment do so in their order; so a run can be repeated
-    exactly, on any machine, and goes on from a checkpoint as if it had not been interrupted. Computing takes no time by
-    itself: ranks `sleep` for as long as it is to take.
+    One rank runs at a time, and ranks that wake at the same moment run in rank order. So events have the same order in
+    every run, on any machine, and a run that continues from a checkpoint is identical to one that was not interrupted.
+    Computing itself takes no simulated time: a rank calls `sleep` for as long as its computation is to take.
     """
 
     def __init__(self, size: int, links: Links) -> None:
@@ -33,30 +33,30 @@ class SimulatedScheduler(Scheduler):
         return self._now_ns / 1e9
 
     def now_ns(self) -> int:
-        """Return the simulated time: whole nanoseconds, so that a run that goes on from a checkpoint adds up alike."""
+        """Return the simulated time in whole nanoseconds, so that sums are exact, also in a run that was continued."""
         return self._now_ns
 
     def sleep(self, rank: int, seconds: float) -> None:
-        """Wake up after `seconds` of simulated time."""
+        """Sleep for `seconds` of simulated time."""
         self._nap(rank, self._now_ns + round(1e9 * seconds), is_awaiting_mail=False)
 
     def gather(self, rank: int, value: T, operation: str) -> list[T]:
-        """Return the values of all ranks, which then go on in their order, whoever came last."""
+        """Return the values of all ranks; the ranks continue in rank order, in whatever order they arrived."""
         values = super().gather(rank, value, operation)
         self.sleep(rank, 0.0)
         return values
 
     def await_mail(self, rank: int, until_ns: int) -> None:
-        """Wake up at that time, or when something arrives before."""
+        """Sleep until `until_ns`, or until something arrives at `rank`."""
         self._nap(rank, until_ns, is_awaiting_mail=True)
 
     def notify(self, rank: int, at_ns: int) -> None:
-        """Note that something will arrive at `rank` at that time."""
+        """Note that something will arrive at `rank` at `at_ns`."""
         with self._lock:
             self._notify(self._threads[rank], at_ns)
 
     def make_transport(self, rank: int, slots: Slots) -> SimulatedTransport:
-        """Return the memory of a mailbox."""
+        """Return a transport over the memory of a mailbox."""
         return SimulatedTransport(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
 
     def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:

@@ -60,14 +60,14 @@ class LoopbackWorld:
         return self._scheduler.gather(self.rank, value, "broadcast")[0]
 
     def broadcast_(self, x: Tensor, root: int = 0) -> None:
-        """Overwrite `x` by that of rank `root`."""
+        """Overwrite `x` with the `x` of rank `root`."""
         theirs = self._scheduler.gather(self.rank, x, "broadcast_")[root]
         if self.rank != root:
             x.copy_(theirs)
         self.barrier()
 
     def start_gather(self, values: Sequence[float]) -> LoopbackGather:
-        """Begin to collect the `values` of all ranks."""
+        """Begin to gather the `values` of all ranks."""
         self._gathers += 1
         return LoopbackGather(self._scheduler, self.rank, self._gathers, values)
 
@@ -102,7 +102,7 @@ class LoopbackWorld:
 
 
 class LoopbackGather:
-    """Numbers of all ranks under way to all ranks."""
+    """A non-blocking all-gather between threads."""
 
     def __init__(self, scheduler: Scheduler, rank: int, number: int, values: Sequence[float]) -> None:
         self._scheduler = scheduler
@@ -112,7 +112,7 @@ class LoopbackGather:
         scheduler.give(rank, number, [float(value) for value in values])
 
     def test(self) -> bool:
-        """Return whether all ranks have given theirs."""
+        """Return whether the numbers of all ranks are here."""
         return self._rows is not None or self._scheduler.is_given(self._number)
 
     def wait(self) -> list[list[float]]:
@@ -123,7 +123,7 @@ class LoopbackGather:
 
 
 class LoopbackCounter:
-    """A number that all ranks take from, each value once."""
+    """A shared counter that gives each value to one rank only."""
 
     def __init__(self, scheduler: Scheduler, number: int, start: int) -> None:
         self._scheduler = scheduler
@@ -132,12 +132,12 @@ class LoopbackCounter:
         self._next: int | None = None
 
     def prefetch(self) -> None:
-        """Take the next value, unless that has been done."""
+        """Take the next value, unless it was taken already."""
         if self._next is None:
             self._next = self._scheduler.count(self._number, self._start)
 
     def test(self) -> bool:
-        """Say yes."""
+        """Return True: the next value is available at once."""
         self.prefetch()
         return True
 
@@ -149,7 +149,7 @@ class LoopbackCounter:
         return value
 
     def free(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the counter has no memory of its own."""
 
 
 def run(
@@ -167,17 +167,17 @@ def run(
 
     Args:
         size: the number of ranks.
-        function: what each does.
-        args: what it gets beside its world.
+        function: called on each rank.
+        args: further arguments after its world.
         device: of the tensors.
-        cores: how many ranks may run at a time; as many as there are cores if None, and the same run again with one.
+        cores: how many ranks may run at a time; None for the number of cores. With one, runs are repeatable.
         delays: of the mailbox's messages.
-        simulated: simulate the time, with such links between the ranks; one rank runs at a time, and a run is the same
-            each time. Mailboxes only: other messages take no time.
+        simulated: the links of a simulated network; time is then simulated, one rank runs at a time, and runs are
+            repeatable. Only messages of mailboxes take simulated time.
 
     Raises:
-        ExchangeError: the ranks wait for each other for ever.
-        Exception: what the first rank to fail has raised; it carries a note with the rank. The others are stopped.
+        ExchangeError: all ranks wait for each other (deadlock).
+        Exception: the exception of the first rank that fails, with a note that names the rank. The others are stopped.
 
     """
     if size < 1:

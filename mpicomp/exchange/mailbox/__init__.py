@@ -1,1 +1,1 @@
-"""One-sided messages: slots in a window or messages between hosts, chosen by a trial."""
+"""Mailboxes: one-sided messages through a window, or two-sided messages between hosts, chosen by a trial."""

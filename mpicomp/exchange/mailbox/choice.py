@@ -1,19 +1,20 @@
-"""Which transport a mailbox gets: tried on the ranks at hand, not assumed.
+"""Which transport a mailbox gets. A short trial on the ranks of the run decides.
 
 ========================================  ===========================================================
-a put arrives while its target is busy    the mailbox
+a put arrives while its target is busy    the transport of the mailbox
 ========================================  ===========================================================
 on a machine and between machines         a window for all (one machine; or hardware that writes remotely)
 on a machine only                         a window on each machine, messages between them
 nowhere                                   messages for all
 ========================================  ===========================================================
 
-What happens to a message whose target computes for 200 ms, put 20 ms after it began: ms until it lies in the target's
-memory, for 22 KB and 1.1 MB (``scripts/bench_mailbox --progress``, medians of 5; 2 ranks on 2 cores that other programs
-used too, so that a few ms mean nothing; hosts: `link_lab` at 1 Gbit/s, which needs 8.7 ms for 1.1 MB).
+The table shows how many ms pass until a message lies in its target's memory, for 22 KB and 1.1 MB. The target computes
+for 200 ms, and the message is put 20 ms after it began (``scripts/bench_mailbox --progress``, medians of 5; 2 ranks on
+2 cores that other programs used too, so differences of a few ms mean nothing; hosts: `link_lab` at 1 Gbit/s, which
+needs 8.7 ms for 1.1 MB).
 
 ========================================  =============  =============  =============  =============
-the way                                   MPICH, local   Open MPI       MPICH, hosts   Open MPI
+transport                                 MPICH, local   Open MPI       MPICH, hosts   Open MPI
 ========================================  =============  =============  =============  =============
 window                                    1.9, 6.6       1.2, 3.6       refused        refused
 raw Put and Flush, which block the sender 2.9, 2.2       17, 16         180, 180       180, 181
@@ -22,9 +23,9 @@ messages, poked every 2 ms                2.7, 6.1       8.0, 12        7.3, 20 
 messages, progress thread                 2.9, 5.1       2.9, 4.7       10, 22         3.4, 13
 ========================================  =============  =============  =============  =============
 
-No way keeps the sender: a put returns within 2.5 ms in all cells but the raw Put's. A message that nobody moves is late
-by no more than its way once its target looks: 2 ms for 22 KB, 10 ms for 1.1 MB. So pokes and threads are for those who
-read in the middle of a computation, or send messages for which the link needs long.
+A put returns within 2.5 ms in all cells except those of the raw Put. A message that did not move during the computation
+arrives soon after the target polls: within 2 ms for 22 KB and 10 ms for 1.1 MB. So pokes and progress threads help only
+if ranks read in the middle of a computation, or if a link needs long for a message.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ Progress = Literal["auto", "poke", "thread"]
 
 @dataclass(frozen=True)
 class Reach:
-    """Where a put arrives while its target does nothing.
+    """Whether puts arrive while their target makes no MPI call.
 
     Attributes:
-        near: between ranks of one machine.
-        far: between machines; None if there is only one.
+        near: whether they do between ranks of one machine.
+        far: whether they do between machines; None if there is only one machine.
 
     """
 
@@ -64,7 +65,7 @@ class Reach:
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether it does between all ranks."""
+        """Whether puts arrive without help of the target between all ranks."""
         return self.near and self.far is not False
 
 
@@ -94,7 +95,7 @@ def make_mailbox(
     """Return the mailbox over the edges of `topology` (collective on all ranks).
 
     Raises:
-        ConfigError: `transport` is "window" where puts wait for their target, or a thread is asked for in vain.
+        ConfigError: `transport` is "window" but puts wait for their target, or MPI does not support a progress thread.
 
     """
     slots_at = partial(slots_of, topology, nbytes=nbytes, depth=depth)
@@ -125,7 +126,7 @@ def make_mailbox(
 def visible_processes(world: Communicator) -> dict[int, Process]:
     """Return the processes that this rank can see, by rank (collective on all ranks).
 
-    In containers, processes of one machine may not see each other.
+    In containers, processes of one machine may be invisible to each other.
     """
     processes = world.all_gather((world.host, Process.own()))
     return {

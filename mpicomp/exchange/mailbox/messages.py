@@ -1,10 +1,10 @@
 """Transports over two-sided messages: for hosts without hardware that writes into another host's memory.
 
-A write is an `Isend` whose tag names the slot; the receiver's `poll` matches it and receives straight into that slot.
+A write is an `Isend` whose tag names the slot. The receiver's `poll` matches it and receives directly into that slot.
 Messages below the library's eager limit (64 KiB over TCP with both libraries) leave the sender without the receiver's
-help, and wait in its socket until it looks. Longer ones move while both ends poll: see `progress`.
+help, and wait in the receiver's socket until it polls. Longer ones move only while both ends poll: see `progress`.
 
-Neighbors on the same machine are written to through a window, where that is passive.
+For neighbors on the same machine a window is used if it is passive (see `mpicomp.exchange.mailbox.window`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _NOTE_TAG = 0
 
 
 class MessageTransport:
-    """The memory of a `Mailbox`, written by two-sided messages, and by the window `near` to the ranks that are in it.
+    """The memory of a `Mailbox`, written by two-sided messages, and for the ranks in `near` through that window.
 
-    Takes the communicators over, and frees them.
+    Owns the communicators, and frees them.
     """
 
     needs_poke = True
@@ -53,7 +53,7 @@ class MessageTransport:
         self._received = np.zeros(comm.size, dtype=np.int64)
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
-        """Send `data`; a note replaces the last one if that has not left yet."""
+        """Send `data`; a note replaces an earlier one that has not been sent yet."""
         if self._near is not None and target in self._near.places:
             self._near.write(target, index, data)
         elif index is None:
@@ -63,7 +63,7 @@ class MessageTransport:
             self._sends.append(self._send(data, target, 1 + index))
 
     def poll(self) -> None:
-        """Receive what has come, and let go of what has left."""
+        """Receive the messages that have arrived, and release the buffers of those sent."""
         try:
             while (message := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status := MPI.Status())) is not None:
                 self._accept(message, status)
@@ -77,17 +77,17 @@ class MessageTransport:
             self._near.poll()
 
     def pause(self, idle_s: float) -> None:
-        """Leave the core to others for a moment."""
+        """Yield the core for a moment."""
         rest(idle_s, is_polite=self._is_polite)
 
     def settle(self) -> None:
-        """Wait until all that was sent has been received, by all ranks (collective on all ranks)."""
+        """Wait until all ranks have received all that was sent (collective on all ranks)."""
         self._poll_until(lambda: not self._next_notes and not self._sends)
         counts = np.empty_like(self._sent)
         exchange = self._comm.Ialltoall(self._sent, counts)
         self._poll_until(exchange.Test)
         self._poll_until(lambda: np.array_equal(counts, self._received) and not self._receives)
-        # Others may still need this rank to poll: what has left it need not have left the library.
+        # Others may still need this rank to poll: a completed send may still lie in the MPI library.
         self._poll_until(self._comm.Ibarrier().Test)
         if self._near is not None:
             self._near.settle()

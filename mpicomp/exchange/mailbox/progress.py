@@ -1,7 +1,7 @@
 """A thread that pokes a mailbox while its rank computes, so that long messages between hosts move meanwhile.
 
-It enters MPI while the rank may be inside MPI too, so the library must provide the thread level MULTIPLE. Without it
-the rank pokes by itself, between the layers of its model, say.
+The thread may call MPI at the same time as the rank, so the library must provide the thread level MULTIPLE. Without
+the thread, the rank pokes by itself, for example between the layers of its model.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mpi.library import MPI
 
 INTERVAL_S = 1e-3
-"""Time from poke to poke: at 0.1 ms a rank that computes loses up to a quarter of its core, at 1 ms a few percent."""
+"""Seconds between pokes: at 0.1 ms a computing rank loses up to a quarter of its core, at 1 ms a few percent."""
 
 
 def is_possible() -> bool:
-    """Return whether two threads may be in MPI at a time."""
+    """Return whether two threads may call MPI at the same time."""
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 def check_thread_level() -> None:
-    """Raise `ConfigError` unless two threads may be in MPI at a time."""
+    """Raise `ConfigError` unless two threads may call MPI at the same time."""
     if not is_possible():
         raise ConfigError(
             "progress = 'thread' needs an MPI that provides the thread level 'multiple', and this one was started "
@@ -32,7 +32,7 @@ def check_thread_level() -> None:
 
 
 class ProgressThread:
-    """Pokes `mailbox` until `stop`, or until the program ends: MPI must not end while a thread is in it."""
+    """Pokes `mailbox` until `stop`, or until the program ends, because MPI must not end while a thread uses it."""
 
     def __init__(self, mailbox: SlotMailbox) -> None:
         self._mailbox = mailbox

@@ -1,14 +1,14 @@
-"""The mailbox: neighbors write into each other's memory, and nobody waits for anybody.
+"""The mailbox: neighbors write into each other's memory, and neither sending nor receiving waits for the other side.
 
 Every rank has a piece of memory that its neighbors write into: `depth` slots for the messages of each source, and one
-note from each neighbor. Every slot and every note has a single writer. How the bytes get there is the business of the
-`SlotTransport` (`window`, `messages`, the loopback's); they may arrive late, in pieces and in any order.
+note from each neighbor. Every slot and every note has a single writer. A `SlotTransport` (`window`, `messages`, the
+loopback's) carries the bytes. They may arrive late, in pieces and in any order.
 
-A message carries its number (1, 2, ... on each edge), its sender's step, its length and a CRC-32 of all of it; number
-i lies in slot ``(i - 1) % depth``. The reader takes number i when the slot shows i *and* the CRC is right, so a message
-that has arrived in part is one that has not arrived yet. It copies the message out and writes a note to the sender: how
-far it has read, and what it is doing. The sender never overwrites what has not been read: `put` says who had no room.
-So messages are neither torn, nor lost, nor reordered, and a sender is at most `depth` messages ahead.
+A message holds its number (1, 2, ... on each edge), its sender's step, its length and a CRC-32 of all of it. Message i
+lies in slot ``(i - 1) % depth``. The reader takes message i when the slot shows i *and* the CRC is right; until then
+the message counts as not yet arrived. It copies the message and writes a note to the sender: the number of the last
+message read, and its own step. The sender overwrites only messages that were read; `put` returns the targets that had
+room. So messages are neither torn, nor lost, nor reordered, and a sender is at most `depth` messages ahead.
 
 On the wire a message is 32 bytes longer than its payload; a note is 32 bytes, and counts as traffic too.
 """
@@ -42,31 +42,31 @@ NOTE = 32
 """Bytes of a note: messages read, step, count of notes with the lowest bit for done, and CRC, as int64."""
 
 DAMAGED_S = 10.0
-"""How long a message may show its number, but not its CRC, and not change, until it is damaged rather than on its way.
+"""Seconds of an unchanged bad CRC before a message counts as corrupt.
 
-Long messages may stop on their way while this rank computes: of the time between two looks, `LOOK_S` counts at most.
+A long message may make no progress while this rank computes, so at most `LOOK_S` of the time between two checks counts.
 """
 
 LOOK_S = 1.0
 
 SUSPECT_S = 0.5
-"""After how long a silence a neighbor's process is looked for."""
+"""Seconds of silence after which this rank checks whether a neighbor's process still runs."""
 
 _CRC_WORDS = struct.Struct("=3q")
 
 _LINE = 64
-"""Slots begin at cache lines, so that two writers never share one."""
+"""Slots begin at cache lines, so that no two writers share one."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where things lie in the memory of one rank.
+    """The layout of the memory of one rank.
 
     Attributes:
-        depth: messages that a source may be ahead.
-        nbytes: the longest payload.
-        neighbors: whose notes there are, ascending.
-        sources: whose messages there are, ascending.
+        depth: how many messages a source may be ahead.
+        nbytes: bytes of the longest payload.
+        neighbors: the ranks that write notes, ascending.
+        sources: the ranks that write messages, ascending.
 
     """
 
@@ -95,7 +95,7 @@ class Slots:
 
 
 def slots_of(topology: Topology, rank: int, nbytes: int, depth: int) -> Slots:
-    """Return the memory that `rank` needs for the edges of `topology`."""
+    """Return the layout of the memory that `rank` needs for the edges of `topology`."""
     sources, targets = topology.sources(rank), topology.targets(rank)
     return Slots(depth, nbytes, tuple(sorted({*sources, *targets})), tuple(sources))
 
@@ -104,10 +104,10 @@ class SlotTransport(Protocol):
     """Memory that the neighbors write into. Making one, `settle` and `free` are collective on all ranks.
 
     Attributes:
-        memory: this rank's, uint8, zero at first; `slots_of` says what lies where.
-        how: the way the bytes take, for people.
+        memory: of this rank, uint8, zero at first; `slots_of` gives its layout.
+        how: the name of the transport, for reports.
         needs_poke: whether bytes move only while their target calls `poll`.
-        beat_s: how often `poke` writes notes though nothing has happened: the sign of life.
+        beat_s: seconds after which `poke` writes notes even if nothing has happened, as a sign of life.
 
     """
 
@@ -123,27 +123,27 @@ class SlotTransport(Protocol):
         """
 
     def poll(self) -> None:
-        """Move what can be moved, without waiting; afterwards `memory` shows what has arrived."""
+        """Make progress without waiting; afterwards `memory` holds everything that has arrived."""
 
     def pause(self, idle_s: float) -> None:
-        """Leave the core to others for a moment; nothing was sent or received for `idle_s` seconds."""
+        """Yield the core for a moment; nothing was sent or received for `idle_s` seconds."""
 
     def settle(self) -> None:
-        """Wait until everything that any rank has written is in the memory it was written to."""
+        """Wait until all writes of all ranks have arrived."""
 
     def free(self) -> None:
-        """Give the memory back, after `settle`."""
+        """Free the memory, after `settle`."""
 
 
 class Stoppable(Protocol):
     """The thread that pokes a mailbox."""
 
     def stop(self) -> None:
-        """End it, and wait for it."""
+        """End the thread, and wait for its end."""
 
 
 class _Inbox:
-    """What a rank knows of a source."""
+    """What a rank knows about a source."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -153,7 +153,7 @@ class _Inbox:
 
 
 class _Outbox:
-    """What a rank knows of a target."""
+    """What a rank knows about a target."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -161,7 +161,7 @@ class _Outbox:
 
 
 class _Known:
-    """What a rank knows of a neighbor from its notes."""
+    """What a rank knows about a neighbor from its notes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -175,7 +175,7 @@ class SlotMailbox:
     """The `Mailbox` over a `SlotTransport`.
 
     Attributes:
-        processes: those of the ranks on this machine, as far as this rank can see them.
+        processes: the processes of ranks on this machine, as far as this rank can see them.
 
     """
 
@@ -215,17 +215,17 @@ class SlotMailbox:
 
     @property
     def how(self) -> str:
-        """The way the bytes take, for people: "window", "messages", ..."""
+        """The name of the transport, for reports: "window", "messages", ..."""
         return self.transport.how + (", progress thread" if self.progress else "")
 
     @property
     def needs_poke(self) -> bool:
-        """Whether messages move faster if a rank that computes for long pokes now and then."""
+        """Whether messages move faster if a rank calls `poke` during a long computation."""
         return self.transport.needs_poke and self.progress is None
 
     @timed("exchange")
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
-        """Send `payload` to those of `targets` that have room, and return them."""
+        """Send `payload` to the `targets` that have room, and return these."""
         if not targets:
             return []
         packed = self._staging.pack(payload, layout)
@@ -249,14 +249,14 @@ class SlotMailbox:
         return taken
 
     def room(self, target: int) -> int:
-        """Return how many messages `target` would take now."""
+        """Return how many messages to `target` there is room for."""
         with self._lock:
             self._look()
             return self._room(target)
 
     @timed("exchange")
     def receive(self, layout: Layout | Mapping[int, Layout], up_to: float = math.inf) -> dict[int, list[Mail]]:
-        """Return what has arrived since the last call: by source rank, ascending, each in the order it was sent."""
+        """Return the messages that have arrived since the last call, by source rank, ascending, in order of sending."""
         arrived = {}
         with self._lock:
             self._look()
@@ -279,7 +279,7 @@ class SlotMailbox:
             self.transport.poll()
 
     def peers(self) -> dict[int, Peer]:
-        """Return what is known of each neighbor."""
+        """Return what is known about each neighbor."""
         with self._lock:
             self._look()
             now = time.monotonic()
@@ -289,24 +289,24 @@ class SlotMailbox:
             }
 
     def poke(self) -> None:
-        """Let messages pass; for the middle of a long computation, where they need it."""
+        """Make progress on messages; for the middle of a long computation."""
         with self._lock:
             self._look()
             if time.monotonic() - self._told > self.transport.beat_s:
                 self._tell(*self._known)
 
     def pause(self) -> None:
-        """Leave the core to others for a moment; in every loop that waits for mail."""
+        """Yield the core for a moment; to be called in every loop that waits for messages."""
         self.poke()
         self.transport.pause(time.monotonic() - self._news)
 
     def settle(self) -> None:
-        """Wait until everything that was put has arrived, and can be received (collective on all ranks)."""
+        """Wait until every message that was put can be received (collective on all ranks)."""
         with self._lock:
             self.transport.settle()
 
     def free(self) -> None:
-        """Give the memory back; what was not received is lost (collective on all ranks)."""
+        """Free the memory; messages not yet received are lost (collective on all ranks)."""
         if self.progress:
             self.progress.stop()
         with self._lock:
@@ -318,7 +318,7 @@ class SlotMailbox:
         return self._depth - (outbox.sent - outbox.read_there)
 
     def _look(self) -> None:
-        """Read the notes."""
+        """Read the notes of all neighbors."""
         if self.failure:
             raise self.failure
         self.transport.poll()
@@ -326,7 +326,7 @@ class SlotMailbox:
             begin = self._slots.note(writer)
             read, step, state, crc = self.transport.memory[begin : begin + NOTE].copy().view(np.int64).tolist()
             count, is_done = divmod(state, 2)
-            # A torn note is read again at the next look; until then the last one holds.
+            # A torn note is read again next time; until then the last one holds.
             if count <= known.count or crc != _note_crc(read, step, state):
                 continue
             known.count, known.step, known.is_done, known.heard = count, step, bool(is_done), time.monotonic()

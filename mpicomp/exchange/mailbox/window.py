@@ -1,10 +1,10 @@
 """Transports in an MPI window: a write is a `Put` into the neighbor's memory. The only place with `MPI.Win`.
 
-The window is allocated by MPI in host memory, and locked for all once, for as long as it lives. On one machine such
-memory is shared, and MPICH 5.0.2 and Open MPI 5.0.11 both write it at once, whatever its owner is doing. Between hosts
-neither moves a byte before the owner enters MPI, unless the hardware does, and a flush waits for that: messages are
-better then. Memory that the caller allocates (`Win.Create`) is no better on one machine. `is_passive` tries which it
-is, rather than trusting this.
+MPI allocates the window in host memory. It is locked for all ranks once, for its whole life. On one machine such memory
+is shared, and MPICH 5.0.2 and Open MPI 5.0.11 both write to it at once, whatever its owner is doing: the window is
+*passive*. Between hosts neither moves a byte before the owner calls MPI, unless the hardware does, and a flush waits
+for that; then messages are better. Memory that the caller allocates (`Win.Create`) is no better on one machine.
+`is_passive` tests a window instead of relying on this.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mpicomp.exchange.mpi.wait import poll, rest
 from mpicomp.exchange.staging import Bytes
 
 PATIENCE_S = 0.3
-"""How long a put may take to show up while its target does nothing, for the window to count as passive."""
+"""Seconds within which a put must arrive while its target makes no MPI call, for the window to count as passive."""
 
 
 class WindowTransport:
-    """The memory of a `Mailbox` in an MPI window over `comm`, for the neighbors that are in `comm`; it is passive.
+    """The memory of a `Mailbox` in a passive MPI window over `comm`, for the neighbors that are in `comm`.
 
-    Takes the communicator over, and frees it.
+    Owns the communicator, and frees it.
 
     Attributes:
-        places: the rank in `comm` of each rank of the world that is in it.
+        places: for each rank of the world that is in `comm`, its rank there.
 
     """
 
@@ -69,11 +69,11 @@ class WindowTransport:
             raise _failure(error, target) from error
 
     def poll(self) -> None:
-        """Make what others put here visible."""
+        """Synchronize memory, so that puts of other ranks become visible."""
         self._win.Sync()
 
     def pause(self, idle_s: float) -> None:
-        """Leave the core to others for a moment."""
+        """Yield the core for a moment."""
         rest(idle_s, is_polite=self._is_polite)
 
     def settle(self) -> None:
@@ -91,9 +91,9 @@ class WindowTransport:
 
 
 class WindowCounter:
-    """A number in the memory of rank 0 of `comm` that all ranks take from, each value once.
+    """A shared counter in the memory of rank 0 of `comm`, which gives each value to one rank only.
 
-    Takes the communicator over, and frees it. Between hosts rank 0 must enter MPI now and then, so `prefetch` early.
+    Owns the communicator, and frees it. Between hosts, rank 0 must call MPI now and then, so `prefetch` early.
     """
 
     def __init__(self, comm: MPI.Intracomm, start: int) -> None:
@@ -108,7 +108,7 @@ class WindowCounter:
         self._request: MPI.Request | None = None
 
     def prefetch(self) -> None:
-        """Begin to take the next value, unless that has been done."""
+        """Begin to take the next value, unless it was begun already."""
         if self._request is None:
             try:
                 self._request = self._win.Rget_accumulate(self._one, self._value, 0, op=MPI.SUM)
@@ -130,7 +130,7 @@ class WindowCounter:
         return int(self._value[0])
 
     def free(self) -> None:
-        """Give the memory back (collective on the ranks of the communicator)."""
+        """Free the memory (collective on the ranks of the communicator)."""
         if self._request is not None:
             poll(self._request.Test)
         self._win.Flush_all()
@@ -158,9 +158,9 @@ def allocate(comm: MPI.Intracomm, nbytes: int) -> MPI.Win:
 
 
 def is_passive(comm: MPI.Intracomm) -> bool:
-    """Return whether a put arrives while its target does nothing (collective on the ranks of `comm`).
+    """Return whether a put arrives while its target makes no MPI call (collective on the ranks of `comm`).
 
-    Even ranks put while odd ones look at their memory without entering MPI; then the other way round.
+    Even ranks put while odd ones watch their memory without calling MPI; then the other way round.
     """
     win = allocate(comm, 8)
     memory = _memory(win)[:8].view(np.int64)

@@ -1,6 +1,6 @@
 """The MPI library: importing this module starts MPI.
 
-Raises `ExchangeError` on import where there is no MPI, or the process was started by the launcher of another one.
+Raises `ExchangeError` on import if there is no MPI, or if the launcher of another MPI started the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpicomp.exchange.launcher import check_after_start, check_before_start, fam
 
 
 def _expected_family() -> str:
-    """Return the file name of the extension module that mpi4py will load; its wheels name the MPI in it."""
+    """Return the file name of the extension module that mpi4py will load; in its wheels it names the MPI."""
     try:
         spec = importlib.util.find_spec("mpi4py.MPI")
     except (ImportError, RuntimeError, OSError):
@@ -27,17 +27,17 @@ def _expected_family() -> str:
 
 check_before_start(family(_expected_family()), os.environ)
 
-# Open MPI 5.0.11's UCX component for windows complains on machines without RDMA hardware that it cannot be used;
-# false alarm, and nothing that it could be used for (github.com/open-mpi/ompi/issues/14086).
+# On machines without RDMA hardware, Open MPI 5.0.11's UCX component for windows warns that it cannot be used. The
+# warning is a false alarm: there is nothing that it could be used for (github.com/open-mpi/ompi/issues/14086).
 if not Path("/sys/class/infiniband").exists():
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
-# One thread of ours talks to MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
+# One thread of this package calls MPI, though not always the main one. Some UCX builds refuse the default, MULTIPLE.
 # The environment variable MPI4PY_RC_THREAD_LEVEL overrules this.
 mpi4py.rc.thread_level = "serialized"
 try:
     with warnings.catch_warnings():
-        # "suspicious MPI execution environment": check_after_start says it better, and as an error.
+        # "suspicious MPI execution environment": check_after_start raises a clearer error instead.
         warnings.simplefilter("ignore", RuntimeWarning)
         from mpi4py import MPI
 except (ImportError, RuntimeError) as error:

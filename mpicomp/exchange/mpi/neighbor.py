@@ -1,9 +1,9 @@
 """The neighbor exchange over MPI: one packed message to every target, one from every source.
 
-The communicator is a Cartesian one for grids and a distributed graph for any other topology: it documents and checks
-the neighborhood. The messages themselves are Irecv and Isend, one for each distinct neighbor: Open MPI 5.0.11's
+The communicator is Cartesian for grids and a distributed graph for other topologies. It documents and checks the
+neighborhood. The messages themselves use Irecv and Isend, one for each distinct neighbor: Open MPI 5.0.11's
 non-blocking neighbor all-to-all delivers wrong data on periodic dimensions of 1 and 2, and no neighbor collective was
-faster than this.
+faster.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class NeighborExchange:
     """The `Exchange` between MPI ranks. Making one and `free` are collective on all ranks.
 
     Attributes:
-        comm: the communicator that knows the neighborhood.
-        is_polite: whether another rank needs this core.
+        comm: the communicator of the neighborhood.
+        is_polite: whether this rank sleeps while it waits, because another rank needs its core.
 
     Raises:
         ExchangeError: the ranks were given different graphs.
@@ -83,7 +83,7 @@ class NeighborExchange:
         self.bytes_sent += all_reduce_nbytes(x, self.size)
 
     def free(self) -> None:
-        """Give the communicator back to MPI, which has some two thousand of them (collective on all ranks)."""
+        """Free the communicator, because MPI has only about two thousand (collective on all ranks)."""
         self.comm.Free()
 
     def _finish(self, statuses: list[MPI.Status], layout: Layout, sources: list[int]) -> dict[int, Payload]:
@@ -96,7 +96,7 @@ class NeighborExchange:
 
 
 class _NeighborPending:
-    """An exchange under way."""
+    """A pending exchange over MPI."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _NeighborPending:
 
     @timed("exchange", is_event=False)
     def test(self) -> bool:
-        """Return whether all messages are there, and move on what is under way."""
+        """Return whether all messages have arrived, without waiting; makes progress."""
         if not self._is_complete and test_all(self._requests, self._statuses):
             self._complete()
         return self._is_complete
@@ -133,14 +133,14 @@ class _NeighborPending:
         return self._exchange._finish(self._statuses, self._layout, self._sources)
 
     def _complete(self) -> None:
-        """Note that nothing is under way behind other work any more."""
+        """Note that the messages have arrived, which ends the hidden time of this exchange."""
         self._is_complete = True
         if self._underway:
             self._underway.arrived()
 
 
 def _reducible(x: Tensor) -> Tensor:
-    """Return `x` as a flat host vector of a type that MPI can add: itself where possible, else a copy."""
+    """Return `x` as a flat host vector of a type that MPI can add; a copy only if necessary."""
     flat = x.detach().view(-1)
     dtype = flat.dtype if flat.dtype in (torch.float32, torch.float64) else torch.float32
     return flat.to("cpu", dtype)

@@ -1,21 +1,21 @@
-"""The ranks of one machine that live on when others have died: how they learn of it, agree, and become a world.
+"""How the surviving ranks of one machine continue after others have died: detection, agreement, a new world.
 
-Every rank looks at the processes of all others. On one machine that is an oracle: who is seen dead is dead, and is seen
-dead by everybody sooner or later. A collective operation on the old communicator can never complete any more, so
-nothing waits on one without looking; what waits raises RankLost, and on each survivor the run unwinds to the place
-where it regroups:
+Every rank watches the processes of all others. On one machine this is reliable: a process that is seen dead is dead,
+and every rank sees it soon. Collective operations on the old communicator can no longer complete. So each wait also
+checks the processes and raises RankLost, and the run on each survivor returns to the place where it regroups:
 
-    agree       each survivor tells its dead to all others, message by message, until all of them name the same
+    agree       each survivor sends the others the list of dead ranks that it has seen, until all lists are equal
     regroup     MPI_Comm_create_group, which is collective on the members of the new group only; with ULFM
                 MPI_Comm_shrink, because Open MPI then refuses the former
-    rebuild     mailboxes and counters are made anew; the old ones can never be freed, nor MPI be finalized
+    rebuild     mailboxes and counters are made anew; the old ones cannot be freed, and MPI cannot be finalized
 
-To regroup and rebuild takes calls that block, for 4 to 40 ms (4 ranks on 2 cores). A rank that dies meanwhile ends the
-run: a thread looks.
+Regrouping and rebuilding use calls that block, for 4 to 40 ms (4 ranks on 2 cores). If another rank dies meanwhile, the
+run ends: a thread watches for this.
 
-The launcher must let the survivors live. Open MPI 5.0.11 does with ``mpiexec --with-ft ulfm``; without it, it kills all
-ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell that outlives
-its rank keeps the death from the launcher. All three ways were tried, with rank 0, another rank, or two ranks in turn.
+The launcher must not end the survivors. Open MPI 5.0.11 does not with ``mpiexec --with-ft ulfm``. Without this option
+it ends all ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell
+that outlives its rank hides the death from the launcher. All three ways were tried, with rank 0, another rank, and two
+ranks one after the other.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from mpicomp.exchange.process import Process
 from mpicomp.exchange.watchdog import Waiting
 
 LOOK_S = 0.2
-"""How often a rank that waits looks whether the others live."""
+"""Seconds between two checks of a waiting rank whether the others are alive."""
 
 NOTICE_S = 5.0
-"""How long MPI may know of a death, or the machine, before the other one does."""
+"""Seconds that may pass between the moments at which MPI and the operating system notice a death."""
 
 _ULFM = "OMPI_MCA_mpi_ft_enable"
-"""What ``mpiexec --with-ft ulfm`` sets."""
+"""The environment variable that ``mpiexec --with-ft ulfm`` sets."""
 
 _TAG = 1
-"""Of the messages in which ranks agree; a communicator of a world has no others from rank to rank."""
+"""The tag of the messages in which ranks agree; the world's communicator carries no other point-to-point messages."""
 
 
 class Survivors:
@@ -54,8 +54,8 @@ class Survivors:
 
     Args:
         world: the ranks.
-        names: of each rank, for people.
-        processes: of each rank.
+        names: the name of each rank, for messages.
+        processes: the process of each rank.
 
     """
 
@@ -64,7 +64,7 @@ class Survivors:
         self._world = world
         self._names = list(names)
         self._processes = list(processes)
-        # MPI may yet write into the buffers of operations that were given up.
+        # Keep the buffers of abandoned operations: MPI may still write into them.
         self._given_up: list[MPI.Request] = []
 
     def look(self) -> None:
@@ -93,7 +93,7 @@ class Survivors:
 
     @contextmanager
     def regrouped(self) -> Iterator[list[int]]:
-        """Make the world that of the survivors, and watch over the block; collective on the survivors."""
+        """Make the world one of the survivors, and end the run if another rank dies in the block; see the base."""
         dead = self._agree()
         alive = [rank for rank in range(self._world.size) if rank not in dead]
         self._names = [self._names[rank] for rank in alive]
@@ -115,14 +115,14 @@ class Survivors:
         return {rank for rank, process in enumerate(self._processes) if rank != me and not process.is_alive()}
 
     def _explain(self) -> None:
-        """Raise RankLost if a rank turns out to have died: with ULFM, MPI may be the first to know."""
+        """Raise RankLost if a rank has died; with ULFM, MPI may notice it first."""
         deadline = time.monotonic() + NOTICE_S
         while time.monotonic() < deadline:
             self.look()
             time.sleep(LOOK_S / 10)
 
     def _agree(self) -> set[int]:
-        """Return the dead that all survivors know of."""
+        """Return the dead ranks, after all survivors have agreed on them."""
         dead = self._dead()
         while True:
             votes = self._vote(dead)
@@ -132,7 +132,7 @@ class Survivors:
             dead |= seen
 
     def _vote(self, dead: set[int]) -> list[set[int]]:
-        """Tell `dead` to all others that live, and return what they have told."""
+        """Send `dead` to all living ranks, and return their lists."""
         world = self._world
         others = [rank for rank in range(world.size) if rank != world.rank and rank not in dead]
         mine = np.zeros(world.size, dtype=np.uint8)
@@ -183,7 +183,7 @@ class Survivors:
 
 
 def _is_complete(request: MPI.Request) -> bool:
-    """Return whether a message has come; one from the dead, which ULFM lets fail, never does."""
+    """Return whether a message has arrived; False for one from a dead rank, which fails under ULFM."""
     try:
         return bool(request.Test())
     except MPI.Exception:

@@ -1,8 +1,8 @@
-"""Waiting for MPI without burning a core that another rank needs.
+"""Waiting for MPI without occupying a core that another rank needs.
 
-MPI libraries wait by polling at full speed: right when every rank has a core of its own, ruinous when ranks outnumber
-cores. MPICH 5.0.2 then halves the speed of the rank that shares the core with a waiting one; a `Testall` now and
-then, with a sleep in between, costs it a few percent.
+MPI libraries wait by polling at full speed. That is right when every rank has a core of its own, and slow when ranks
+outnumber cores: with MPICH 5.0.2, a waiting rank then halves the speed of the rank that shares its core. A `Testall`
+now and then, with a sleep in between, costs that rank only a few percent.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.watchdog import Waiting
 
 SPIN_S = 50e-6
-"""How long to poll at full speed: most messages between ranks that run at the same time arrive within it."""
+"""Seconds of polling at full speed: most messages between ranks that run at the same time arrive within this time."""
 
 SLEEP_MIN_S = 50e-6
 SLEEP_MAX_S = 500e-6
 
 EAGER_S = 1e-3
-"""How long after the last message a rank with a core of its own looks for the next one without a sleep."""
+"""Seconds after the last message for which a rank with a core of its own polls without sleeping."""
 
 PATIENCE_S = 1.0
-"""After how long a rank begins to look which of its messages are there; that slows long ones down."""
+"""Seconds after which a rank begins to check which of its messages have arrived; checking slows long messages down."""
 
 
 def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
-    """Wait until `is_done` returns true, and return whether it has done so within `limit_s`, about.
+    """Wait until `is_done` returns true, for about `limit_s` at most; return whether it did.
 
-    Asks in a tight loop for `SPIN_S`, then with longer and longer sleeps.
+    Polls in a tight loop for `SPIN_S`, then with longer and longer sleeps.
     """
     begin = time.perf_counter()
     while time.perf_counter() < begin + SPIN_S:
@@ -50,8 +50,8 @@ def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
 def spin(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
     """Wait as `poll` does, but without a sleep: for a rank with a core of its own.
 
-    It yields, because the core may be shared without its knowing: beside other programs, MPI's own waiting took 4 to
-    16 ms a message where this took 20 us to 1 ms (Open MPI 5.0.11; MPICH 5.0.2, whose Waitall alone yields).
+    It yields, because other programs may use the core, too. With other programs running, MPI's own waiting took 4 to
+    16 ms a message and this function 20 us to 1 ms (Open MPI 5.0.11; MPICH 5.0.2, which yields in Waitall only).
     """
     begin = time.perf_counter()
     while not is_done():
@@ -62,18 +62,18 @@ def spin(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
 
 
 def rest(idle_s: float, *, is_polite: bool) -> None:
-    """Leave the core to others for a moment: the longer, the longer nothing has happened.
+    """Yield the core or sleep for a moment; longer if nothing has happened for longer.
 
     Args:
-        idle_s: for how long nothing has happened, in seconds.
+        idle_s: seconds since something happened last.
         is_polite: whether another rank needs this core.
 
     """
     if idle_s < EAGER_S and not is_polite:
-        # To spin took Open MPI 5.0.11 4 ms a message between hosts that share two cores, and to yield 0.25 to 0.4 ms.
+        # With Open MPI 5.0.11 between hosts that share two cores, spinning took 4 ms a message, yielding 0.25 to 0.4.
         os.sched_yield()
     else:
-        # Beside other programs, yields of 1 ms and more were seen; a sleep takes at least 60 us.
+        # With other programs running, yields took 1 ms and more at times; a sleep takes at least 60 us.
         time.sleep(min(idle_s / 32, SLEEP_MAX_S))
 
 
@@ -85,13 +85,13 @@ def wait_all(
     operation: str = "message",
     peers: Sequence[int] | None = None,
 ) -> None:
-    """Wait for all `requests`, and note for the watchdog what for.
+    """Wait for all `requests`, and tell the watchdog what this rank waits for.
 
     Args:
-        requests: those that are complete already do no harm.
-        statuses: overwritten by those of the requests, if given.
+        requests: some may be complete already.
+        statuses: overwritten with the statuses of the requests, if given.
         is_polite: whether another rank needs this core.
-        operation: what it is, for people.
+        operation: its name in messages.
         peers: the rank at the other end of each request; None where all ranks take part.
 
     Raises:
@@ -111,7 +111,7 @@ def wait_all(
 
 
 def test_all(requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
-    """Return whether all `requests` are complete, without waiting; `statuses` are theirs if so.
+    """Return whether all `requests` are complete, without waiting; if so, `statuses` are overwritten.
 
     Raises:
         ExchangeError: the transport failed, or a message was longer than its receive buffer.
@@ -124,7 +124,7 @@ def test_all(requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
 
 
 def _advance(pending: list[MPI.Request], found: list[MPI.Status], missing: set[int]) -> bool:
-    """Take note of the requests that are complete by now, and return whether that was the last."""
+    """Note which requests are complete by now, and return whether all are."""
     statuses = [MPI.Status() for _ in pending]
     try:
         done = MPI.Request.Testsome(pending, statuses)

@@ -23,10 +23,10 @@ from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, devic
 from mpicomp.topology.base import Schedule, Topology
 
 _OUTPUT_S = 0.2
-"""What a launcher gets to pass on the last lines of a rank before it is told to kill all of them."""
+"""Seconds in which the launcher can print the last lines of a rank before it kills all ranks."""
 
 LEAVE_S = 5.0
-"""How long a rank that leaves waits for the others, which a launcher may kill as soon as one has left."""
+"""Seconds that an exiting rank waits for the others, which a launcher may kill as soon as one has exited."""
 
 
 class MpiWorld(Communicator):
@@ -73,14 +73,14 @@ class MpiWorld(Communicator):
     ) -> SlotMailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
 
-        `transport` and `progress` say how the bytes travel, and whether a thread moves them on; "auto" tries what the
-        ranks at hand need.
+        `transport` chooses how the bytes travel, `progress` whether a thread makes progress; "auto" tries out what
+        these ranks need.
         """
         check_schedule(topology, self.size)
         return make_mailbox(self, topology, nbytes, depth, self.device, self.reach(), transport, progress)
 
     def reach(self) -> Reach:
-        """Return where a put arrives while its target does nothing; tried once, and then collective on all ranks."""
+        """Return whether puts arrive while their target makes no MPI call. The first call, a trial, is collective."""
         if self._reach is None:
             self._reach = try_reach(self)
         return self._reach
@@ -90,7 +90,7 @@ class MpiWorld(Communicator):
         return WindowCounter(self.comm.Dup(), start)
 
     def failure_detector(self, names: Sequence[str]) -> Survivors | None:
-        """Look after the processes of all ranks from now on; None unless all are on this machine, and can be seen."""
+        """Return a detector that watches the processes of all ranks; None unless all are visible on this machine."""
         processes = visible_processes(self)
         is_seen = all(self.all_gather(len(processes) == self.size))
         self._survivors = Survivors(self, names, [processes[rank] for rank in range(self.size)]) if is_seen else None
@@ -98,7 +98,7 @@ class MpiWorld(Communicator):
 
     @property
     def has_lost_ranks(self) -> bool:
-        """Whether this is a world of survivors, which `leave` because MPI_Finalize would wait for the dead."""
+        """Whether ranks have died. The survivors then `leave`, because MPI_Finalize would wait for the dead."""
         return self._survivors is not None and self._survivors.has_lost_ranks
 
     def now(self) -> float:
@@ -110,7 +110,7 @@ class MpiWorld(Communicator):
         time.sleep(seconds)
 
     def leave(self, exit_code: int) -> NoReturn:
-        """End this process without MPI_Finalize; collective on all ranks, of which none is waited for for long."""
+        """End this process without MPI_Finalize; collective on all ranks, with a time limit on the wait."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._survivors = None  # ranks that have left have not died
@@ -120,7 +120,7 @@ class MpiWorld(Communicator):
     def abort(self, exit_code: int) -> NoReturn:
         """End all ranks at once; the launcher ends with `exit_code`.
 
-        MPICH 5.0.2's mpiexec now and then ends with 9 instead: the code of a rank that it has killed.
+        MPICH 5.0.2's mpiexec sometimes exits with 9 instead, the code of a rank that it has killed.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -129,10 +129,10 @@ class MpiWorld(Communicator):
         os._exit(exit_code)
 
     def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
-        """Wait for the `request` of a collective operation, politely where ranks outnumber cores.
+        """Wait for the `request` of a collective operation; sleep meanwhile if ranks outnumber cores.
 
         Raises:
-            RankLost: a rank has died, if there is a `failure_detector`.
+            RankLost: a rank has died, and there is a `failure_detector`.
 
         """
         if self._survivors is not None:

@@ -1,16 +1,20 @@
-"""The sum that a server would form, over the links of a star or of a ring alone. No MPI here.
+"""The sum that a server would form, over the links of a star or of a ring only. No MPI here.
 
     star    every rank sends its message to the hub, which adds them up and sends the sum to all
-    ring    the messages are relayed ``size - 1`` times, and every rank repeats the hub's arithmetic: no sum travels
+    ring    every message is relayed ``size - 1`` times; every rank adds up all messages, as the hub does
     ring, messages of a common support (identity, block)      a ring all-reduce of their values
 
-Messages are added up by ascending rank, so that all ranks hold the same bits, and a star the same as a relay. A ring
-all-reduce adds up each of its ``size`` pieces in another order: all ranks hold the same bits again, but they agree with
-those of a star to rounding only.
+Messages are added up by ascending rank. So all ranks hold the same bits, and a star gives the same bits as a relay. A
+ring all-reduce adds up each of its ``size`` pieces in another order. All ranks again hold the same bits, but these
+agree with those of a star only up to rounding.
 
-Bytes sent, where m is a message: star: a worker m, the hub ``size - 1`` sums of which only what is not zero travels
-(values alone for a common support); relay: ``(size - 1) m`` a rank; all-reduce: ``2 (size - 1) / size`` of the values.
-Memory: a hub or a rank of a ring holds all ``size`` messages until it has added them up.
+Bytes sent, for messages of m bytes:
+
+    star          a worker sends m, the hub ``size - 1`` sums, without zeros (values only for a common support)
+    relay         each rank sends ``(size - 1) m``
+    all-reduce    each rank sends ``2 (size - 1) / size`` of the values
+
+Memory: a hub, or a rank of a ring, holds all ``size`` messages until it has added them up.
 """
 
 from __future__ import annotations
@@ -36,30 +40,30 @@ Plan = TypeVar("Plan", Star, Ring)
 
 
 class PendingAverage(Protocol):
-    """A weighted sum under way.
+    """A pending weighted sum.
 
-    It takes several exchanges, one after the other. Each begins when the last one is seen to be complete: by `test`,
-    or else not before `wait`.
+    It takes several exchanges, one after the other. The next one begins when `test` or `wait` finds that the last one
+    is complete.
     """
 
     def test(self) -> bool:
-        """Move on what is under way, and return whether all messages are there: `wait` then adds up, at most."""
+        """Make progress, and return whether all messages have arrived; if so, `wait` does not wait for any."""
 
     def wait(self, out: Tensor) -> None:
-        """Overwrite `out` (n,) by the sum, on every rank."""
+        """Overwrite `out` (n,) with the sum, on every rank."""
 
     def wait_on_servers(self, out: Tensor) -> None:
-        """Overwrite `out` (n,) by the sum where `Aggregator.is_server`; elsewhere its content is lost."""
+        """Overwrite `out` (n,) with the sum where `Aggregator.is_server`; elsewhere its content is lost."""
 
 
 class Aggregator:
-    """Sums over all ranks, by messages between neighbors. Every method is collective on all ranks.
+    """Sums over all ranks, by messages between neighbors. All methods are collective on all ranks.
 
     Args:
         exchange: over a star or a ring.
 
     Raises:
-        TopologyError: another graph.
+        TopologyError: the graph is neither.
 
     """
 
@@ -69,7 +73,7 @@ class Aggregator:
 
     @property
     def is_server(self) -> bool:
-        """Whether this rank does what a server would: the hub of a star, every rank of a ring."""
+        """Whether this rank acts as a server: the hub of a star, or any rank of a ring."""
         return isinstance(self._plan, Ring) or self._exchange.rank == self._plan.hub
 
     def start(
@@ -78,10 +82,10 @@ class Aggregator:
         """Begin to form ``sum_i weights[i] Q(x_i)``.
 
         Args:
-            payload: the message of this rank, made by `compressor`; not to be changed until the sum is there.
+            payload: the message of this rank, made by `compressor`; must not change until the sum is complete.
             compressor: reads the messages of all ranks.
             spec: of the vectors.
-            weights: by rank; ``1 / size`` each, if there are none.
+            weights: by rank; ``1 / size`` for each by default.
 
         """
         size = self._exchange.size
@@ -99,18 +103,18 @@ class Aggregator:
         out: Tensor,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Overwrite `out` (n,) by ``sum_i weights[i] Q(x_i)`` on every rank; see `start`."""
+        """Overwrite `out` (n,) with ``sum_i weights[i] Q(x_i)`` on every rank; see `start`."""
         self.start(payload, compressor, spec, weights).wait(out)
 
     def mean_(self, x: Tensor, weights: Sequence[float] | None = None) -> None:
-        """Overwrite `x` (n,) by the mean over all ranks, uncompressed."""
+        """Overwrite `x` (n,) with the mean over all ranks, uncompressed."""
         spec = Spec.flat(x.numel(), x.dtype)
         self.average_(Identity().compress(x.clone(), spec, None), Identity(), spec, x, weights)
 
     def answer(self, payload: Payload, layout: Layout) -> Payload:
-        """Return the `payload` of the servers, which all of them have made alike; that of other ranks is ignored.
+        """Return the servers' `payload`, which is equal on all servers, on every rank; that of others is ignored.
 
-        What is returned is to be read only, and valid until the next exchange.
+        The result is read-only, and valid until the next exchange.
         """
         if isinstance(self._plan, Ring):
             return payload
@@ -130,7 +134,7 @@ def plan(schedule: Schedule) -> Star | Ring:
 
 
 class _Average(Generic[Plan]):
-    """What a sum under way over a star or a ring is made of."""
+    """The common part of the pending sums below."""
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class _Average(Generic[Plan]):
 
 
 class _StarAverage(_Average[Star]):
-    """Up, and down."""
+    """A sum over a star: messages go to the hub, and the hub sends the sum to all."""
 
     def _begin(self) -> None:
         self._is_hub = self._exchange.rank == self._plan.hub
@@ -166,7 +170,7 @@ class _StarAverage(_Average[Star]):
             _add_up_(out, {**received, self._plan.hub: self._own}, self._compressor, self._spec, self._weights)
 
     def test(self) -> bool:
-        """Turn round at the hub, once all messages are there."""
+        """Make progress; the hub begins to answer once all messages have arrived."""
         if self._answer is None:
             if not self._pending.test():
                 return False
@@ -189,7 +193,7 @@ class _StarAverage(_Average[Star]):
             out.copy_(sum_)
 
     def _turn(self, sum_: Tensor) -> tuple[Payload, Tensor]:
-        """Wait for what goes to the hub, add it up there, and begin to answer; `sum_` (n,) is room for a sparse sum."""
+        """Wait for the messages to the hub, add them up there, and begin to answer; `sum_` (n,) holds a sparse sum."""
         layout, answer = _SUM.layout(self._spec), self._own
         if self._compressor.has_common_support:
             layout, received = self._compressor.layout(self._spec), self._pending.wait()
@@ -208,7 +212,7 @@ class _StarAverage(_Average[Star]):
 
 
 class _RingRelay(_Average[Ring]):
-    """Every message goes round, and every rank adds up all of them."""
+    """A sum over a ring: every message is relayed to all ranks, and every rank adds up all messages."""
 
     def _begin(self) -> None:
         self._place = self._plan.order.index(self._exchange.rank)
@@ -216,7 +220,7 @@ class _RingRelay(_Average[Ring]):
         self._pending = self._pass_on(self._own)
 
     def test(self) -> bool:
-        """Relay what is there."""
+        """Relay the messages that have arrived; return whether all have."""
         while self._is_relaying:
             if not self._pending.test():
                 return False
@@ -224,7 +228,7 @@ class _RingRelay(_Average[Ring]):
         return True
 
     def wait(self, out: Tensor) -> None:
-        """Relay, and add up."""
+        """Relay the remaining messages, and add up all of them."""
         while self._is_relaying:
             self._relay()
         _add_up_(out, self._messages, self._compressor, self._spec, self._weights)
@@ -236,7 +240,7 @@ class _RingRelay(_Average[Ring]):
         return len(self._messages) < self._exchange.size
 
     def _relay(self) -> None:
-        """Wait for a message, and pass it on unless it has been everywhere."""
+        """Wait for a message, and pass it on unless all ranks have had it."""
         (received,) = self._pending.wait().values()
         message = {name: tensor.clone() for name, tensor in received.items()}
         self._messages[self._plan.order[self._place - len(self._messages)]] = message
@@ -248,7 +252,7 @@ class _RingRelay(_Average[Ring]):
 
 
 class _RingAllReduce(_Average[Ring]):
-    """A ring all-reduce of the values: each of `size` pieces goes round to be added up, and again to be known."""
+    """A ring all-reduce of the values: each of `size` pieces goes round once to be summed, then to be distributed."""
 
     def _begin(self) -> None:
         own, size, rank = self._compressor.summable(self._own), self._exchange.size, self._exchange.rank
@@ -261,7 +265,7 @@ class _RingAllReduce(_Average[Ring]):
         self._pending = self._pass_on(self._place)
 
     def test(self) -> bool:
-        """Add up and collect what is there."""
+        """Process the pieces that have arrived; return whether all have."""
         while self._is_passing_on:
             if not self._pending.test():
                 return False
@@ -269,7 +273,7 @@ class _RingAllReduce(_Average[Ring]):
         return True
 
     def wait(self, out: Tensor) -> None:
-        """Add up, collect, and add the whole to `out`."""
+        """Process the remaining pieces, and overwrite `out` with the sum."""
         while self._is_passing_on:
             self._hop()
         total = self._sums.view(-1)[: self._compressor.summable(self._own).numel()]
@@ -283,7 +287,7 @@ class _RingAllReduce(_Average[Ring]):
         return self._hops < 2 * self._exchange.size - 2
 
     def _hop(self) -> None:
-        """Wait for a piece, add to it or keep it, and pass it on unless it has been everywhere."""
+        """Wait for a piece, add to it or keep it, and pass it on unless all ranks have had it."""
         (received,) = self._pending.wait().values()
         self._hops += 1
         place = (self._place - self._hops) % self._exchange.size
@@ -301,7 +305,7 @@ class _RingAllReduce(_Average[Ring]):
 def _add_up_(
     out: Tensor, messages: dict[int, Payload], compressor: Compressor, spec: Spec, weights: list[float]
 ) -> None:
-    """``out = sum_i weights[i] Q(x_i)``, by ascending rank."""
+    """Compute ``out = sum_i weights[i] Q(x_i)``, by ascending rank."""
     out.zero_()
     for rank, message in sorted(messages.items()):
         compressor.accumulate(message, spec, out, weights[rank])

@@ -109,7 +109,7 @@ def quantize(x: Array, unit: float, bits: int, low: Any, high: Any, packed: Arra
 
 @compiled
 def add_quantized(out: Array, packed: Array, bits: int, scale: float) -> None:
-    """``out += scale * levels`` with their signs."""
+    """Compute ``out += scale * levels``, with their signs."""
     n, groups, step = len(out), len(packed) // (bits + 1), out.dtype.type(scale)
     levels, signs = np.zeros(LANES, np.uint8), np.zeros(LANES, np.uint8)
     rest = np.zeros(LANES, out.dtype)
@@ -162,7 +162,7 @@ def round_to_grid(x: Array, unit: float, middles: Array, bits: int, packed: Arra
 
 @compiled
 def add_gridded(out: Array, packed: Array, table: Array, bits: int, scale: float) -> None:
-    """``out += scale * table[code]``."""
+    """Compute ``out += scale * table[code]``."""
     n, groups, step = len(out), len(packed) // bits, out.dtype.type(scale)
     codes, rest = np.zeros(LANES, np.uint8), np.zeros(LANES, out.dtype)
     for start in range(0, n, LANES):
@@ -183,7 +183,7 @@ def add_gridded(out: Array, packed: Array, table: Array, bits: int, scale: float
 
 @compiled
 def pack_signs(x: Array, packed: Array) -> None:
-    """Write ``x >= 0``, a bit an entry."""
+    """Write ``x >= 0``, one bit for each entry."""
     whole = len(x) - len(x) % LANES
     for start in range(0, whole, LANES):
         write_word(packed, start // 8, nonnegative(x, start))

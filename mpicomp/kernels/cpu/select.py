@@ -7,7 +7,7 @@
 
 Magnitudes are compared by the bits of the floats without the sign, as integers, which is the same order; a NaN comes
 above infinity. With fewer than k candidates, or far too many, t is found by histograms over the whole vector instead,
-and one more pass collects: never wrong, only slower.
+and one more pass collects; this is slower, but the result is the same.
 
 Every function here takes the vector as ``x``, or as ``x - y`` without forming it; `y` of None leaves it out.
 """
@@ -25,7 +25,7 @@ from mpicomp.kernels.cpu.compiled import LANES, at_least, compiled, difference_a
 Array = npt.NDArray[Any]
 
 _SAMPLED_FROM = 2**12
-"""Entries from which on a sample pays."""
+"""The length of a vector from which on sampling is faster."""
 
 _LEAST_SAMPLE, _LARGEST_SAMPLE, _ONE_IN = 2**10, 2**16, 128
 """A sample is one entry in so many, within the bounds."""
@@ -174,7 +174,7 @@ def _emit(x: Array, y: Array | None, places: Array | None, t: Any, ties: int, va
 def _kth_largest(x: Array, y: Array | None, k: int) -> Any:
     """Return the k-th largest magnitude, how many are larger, and the largest.
 
-    By histograms of ever fewer leading bits of ever fewer entries: those in the bin where the k-th lies.
+    Each round makes a histogram of further bits, of the entries in the bin that holds the k-th largest.
     """
     low = largest = magnitude(_entry(x, y, 0))
     for i in range(len(x)):

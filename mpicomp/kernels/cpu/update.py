@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @compiled
 def scatter_add(out: Array, indices: Array, values: Array, weight: float) -> bool:
-    """``out[indices] += weight * values`` for unsigned indices; False, and nothing done, if one is beyond `out`."""
+    """Compute ``out[indices] += weight * values`` for unsigned indices; if one is out of range, only return False."""
     last = indices.dtype.type(0)
     for i in range(len(indices)):
         last = max(last, indices[i])
@@ -31,7 +31,7 @@ def scatter_add(out: Array, indices: Array, values: Array, weight: float) -> boo
 
 @compiled
 def mix(x: Array, s: Array, x_hat: Array, gamma: float) -> None:
-    """``x += gamma (s - x_hat)``."""
+    """Compute ``x += gamma (s - x_hat)``."""
     step = x.dtype.type(gamma)
     for i in range(len(x)):
         x[i] = fused(s[i] - x_hat[i], step, x[i])
@@ -49,7 +49,7 @@ def adaptive_mix(
     epsilon: float,
     clip: float,
 ) -> None:
-    """The AdaGossip mix; the order of the roundings is that of `reference.adaptive_mix_`."""
+    """Compute the mixing of AdaGossip, with the order of rounding of `reference.adaptive_mix_`."""
     real = x.dtype.type
     one, keep, add, wide = real(1), real(beta), real(1 - beta), real(correction)
     least, largest, size = real(epsilon), real(clip), real(gamma)

@@ -1,1 +1,1 @@
-"""A run whose ranks do not wait for each other."""
+"""Runs with asynchronous algorithms."""

@@ -1,4 +1,4 @@
-"""The batches that a rank takes where ranks do not wait for each other."""
+"""The batches that a rank takes in an asynchronous run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from mpicomp.run.setup import Setup
 
 
 class Batches:
-    """The batches that a rank takes, by number: from one pile for all ranks, or its own.
+    """The numbers of the batches that a rank takes, from a queue that all ranks share or from its own.
 
     Args:
-        setup: what to train on.
+        setup: the assignment of samples, and the number of steps.
         world: the ranks; making this is collective on them.
-        is_trainer: whether this rank takes any.
-        start: the number after the last one that was taken, of the pile or of this rank.
-        held: one that this rank has taken, and not begun.
+        is_trainer: whether this rank takes batches.
+        start: the first number that is still free in the queue.
+        held: a batch that this rank has taken before, but not begun; None if there is none.
 
     Attributes:
-        held: the one that it has taken, and not begun.
-        next: the number after the last one that it has taken.
+        held: the batch that this rank has taken, but not begun; None if there is none.
+        next: the number after that of the last batch taken.
 
     """
 
@@ -31,7 +31,7 @@ class Batches:
 
     @property
     def is_over(self) -> bool:
-        """Whether this rank knows that there is no batch left for it."""
+        """Whether there is no batch left for this rank, as far as it knows."""
         return not self._is_trainer or (self.held is not None and self.held >= self._total)
 
     def is_ready(self) -> bool:
@@ -46,7 +46,7 @@ class Batches:
         return not self.is_over and self.held is not None
 
     def take(self) -> int:
-        """Return the number of the batch that is ready, and begin to get the next one."""
+        """Return the number of the batch that is ready, and begin to take the next one."""
         assert self.held is not None
         number, self.held = self.held, None
         if self._counter is not None:
@@ -54,11 +54,11 @@ class Batches:
         return number
 
     def hold(self) -> None:
-        """Wait for the batch that is on its way, so that it can be stored."""
+        """Wait until this rank holds a batch, so that a checkpoint can store its number."""
         while self._is_trainer and self.held is None:
             self.is_ready()
 
     def free(self) -> None:
-        """Give the counter back (collective on all ranks)."""
+        """Free the shared counter (collective on all ranks)."""
         if self._counter is not None:
             self._counter.free()

@@ -1,14 +1,15 @@
 """A run without common steps: every rank computes, sends and receives at its own pace.
 
-What the ranks must know of each other travels in the *pulse*: a `Report` of every rank is gathered again and again, and
-nobody waits for them. All ranks see the same reports, so all decide alike: to evaluate, to store a checkpoint, to stop,
-or to end because all batches are used up. Only for these they come together.
+Ranks exchange their status in the *pulse*: a non-blocking all-gather of a `Report` from every rank, repeated all the
+time. All ranks see the same reports, so they take the same decisions: to evaluate, to store a checkpoint, to stop, or
+to end because all batches are used up. Only for these do they wait for each other.
 
-Batches come from one pile (``algorithm.share = "by_speed"``: whoever is free takes the next, and each sample is used
-once an epoch) or each rank has its own (``"equal"``). A rank without batches goes on to serve the others.
+With ``algorithm.share = "by_speed"``, batches come from one queue: a free rank takes the next one, and each sample is
+used once an epoch. With ``"equal"``, each rank has batches of its own. A rank without batches continues to serve the
+others.
 
-With ``run.on_peer_loss = "continue"`` ranks may die: whatever a rank is at then, `RankLost` takes it to the one place
-where the survivors regroup (see `mpicomp.exchange.mpi.survivors`).
+With ``run.on_peer_loss = "continue"`` ranks may die. Then `RankLost` is raised in whatever the survivors are doing, and
+takes them to the one place where they regroup (see `mpicomp.exchange.mpi.survivors`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def train_asynchronously(run: RunContext) -> Result | None:
 
 
 class _Training:
-    """One rank of an asynchronous run; making one starts, or goes on from the checkpoint (collective on all ranks)."""
+    """One rank of an asynchronous run. Making one starts it or restores a checkpoint (collective on all ranks)."""
 
     def __init__(self, run: RunContext, membership: ElasticMembership) -> None:
         config, world, setup = run.config, run.world, run.setup
@@ -98,7 +99,7 @@ class _Training:
         self._meter.skip()
 
     def go_on(self) -> Result | None:
-        """Train until all batches are used up, or somebody asks to stop."""
+        """Train until all batches are used up, or the run is asked to stop."""
         while True:
             reports = self._new_reports()
             if reports is not None:
@@ -112,7 +113,7 @@ class _Training:
             self._work()
 
     def regroup(self) -> None:
-        """Go on without the ranks that have died; collective on the others."""
+        """Continue without the ranks that have died; collective on the others."""
         assert self._failure_detector is not None
         run, membership, members = self._run, self._membership, self._run.watchdog.members
         self._given_up.append(self._pulse)
@@ -146,7 +147,7 @@ class _Training:
         run.watchdog.moved()
 
     def _begin(self, start: int, held: int | None) -> None:
-        """Begin to take batches, to store checkpoints, and to pulse; collective on all ranks."""
+        """Begin to take batches, to store checkpoints, and to gather reports; collective on all ranks."""
         world = self._run.world
         self._batches = Batches(self._run.setup, world, self._is_trainer, start, held)
         self._last_reports = self._gathered_reports()
@@ -156,7 +157,7 @@ class _Training:
         self._pulse = Pulse(world)
 
     def _look_out(self) -> None:
-        """Look after all ranks, where they can go on without one; collective on all ranks."""
+        """Start to watch for ranks that die, if the run can continue without them; collective on all ranks."""
         run = self._run
         if self._replica.mailbox.how == "window":
             self._failure_detector = run.world.failure_detector([str(member) for member in run.watchdog.members])
@@ -167,7 +168,7 @@ class _Training:
             )
 
     def _new_reports(self) -> list[Report] | None:
-        """Return the reports of all ranks, if there are new ones."""
+        """Return the reports of all ranks if new ones are complete, else None."""
         rows = self._pulse.beat(lambda: self._report().numbers())
         if rows is None:
             return None
@@ -176,7 +177,7 @@ class _Training:
         return reports
 
     def _work(self) -> None:
-        """Compute a gradient, or serve; pause if there is nothing to do."""
+        """Compute a gradient or serve other ranks; pause if there is nothing to do."""
         run, replica, algorithm, meter = self._run, self._replica, self._algorithm, self._meter
         self._look_at_peers()
         for group in run.setup.optimizer.param_groups:
@@ -202,7 +203,7 @@ class _Training:
         meter.wait()
 
     def _decide(self, reports: list[Report], agreed: Status) -> None:
-        """Do what all ranks do now: evaluate, record, store a checkpoint."""
+        """Take the decisions that all ranks take alike: evaluate, record, store a checkpoint."""
         step = self._step(reports)
         self._checkpoints.publish_if_written(agreed)
         if not self._evaluate_if_due(reports) and step - self._logged >= self._run.config.run.log_every:
@@ -211,14 +212,14 @@ class _Training:
             self._save()
 
     def _stop(self, reason: Reason) -> None:
-        """Store the last checkpoint of a run that is asked to stop."""
+        """Store the last checkpoint of a run that was asked to stop."""
         step = self._save_last()
         self._free()
         setup = self._run.setup
         self._run.stop(step, setup.steps * setup.assignment.size // setup.trainers, reason)
 
     def _end(self) -> Result:
-        """Take in what is under way, and finish the run."""
+        """Receive the remaining messages, and finish the run."""
         self._replica.drain()
         self._meter.work()
         record = self._record(self._gathered_reports(), with_accuracy=True)
@@ -237,7 +238,7 @@ class _Training:
         return setup.loss(inputs, targets)
 
     def _own_epoch(self) -> float:
-        """Return how far the run is, as this rank sees it."""
+        """Return the epoch of the run as far as this rank knows."""
         if not self._is_trainer:
             return self._algorithm.updates(self._replica.state) / self._gradients_per_epoch
         number, setup = self._batches.held, self._run.setup
@@ -248,11 +249,11 @@ class _Training:
         return self._run.setup.assignment.per_epoch * self._run.setup.assignment.size
 
     def _step(self, reports: list[Report]) -> int:
-        """Return the steps of a rank on average."""
+        """Return the mean number of steps per rank."""
         return self._done(reports) // self._run.setup.trainers
 
     def _done(self, reports: list[Report]) -> int:
-        """Return the batches that are done, and those that the dead had taken."""
+        """Return the number of batches done, including those that dead ranks had taken."""
         return sum(report.gradients for report in reports) + self._membership.taken
 
     @property
@@ -261,17 +262,17 @@ class _Training:
 
     @property
     def _taken(self) -> int:
-        """The batches that this rank has taken."""
+        """The number of batches that this rank has taken."""
         return self._meter.steps + (self._batches.held is not None)
 
     def _due_evaluations(self, reports: list[Report]) -> int:
-        """Return how many evaluations are due by now, without the one at the end."""
+        """Return how many evaluations are due by now, without the last one."""
         done, whole = self._done(reports), self._run.setup.steps * self._run.setup.assignment.size
         epochs = min(done, whole - 1) / self._gradients_per_epoch
         return int(epochs / self._run.config.run.evaluate_every_epochs)
 
     def _evaluate_if_due(self, reports: list[Report]) -> bool:
-        """Evaluate if it is time to, and return whether it was; collective on all ranks then."""
+        """Evaluate if it is due, and return whether it was; if so, collective on all ranks."""
         due = self._due_evaluations(reports)
         is_due = due > self._evaluations
         if is_due:
@@ -290,11 +291,11 @@ class _Training:
         )
 
     def _gathered_reports(self) -> list[Report]:
-        """Return the reports of all ranks as they are now; collective on all ranks."""
+        """Return the present reports of all ranks; collective on all ranks."""
         return [Report.read(row) for row in self._run.world.all_gather(self._report().numbers())]
 
     def _record(self, reports: list[Report], with_accuracy: bool) -> Record:
-        """Write and show a record; with accuracy it is collective on all ranks."""
+        """Write and show a record; collective on all ranks if it has an accuracy."""
         world, replica, before = self._run.world, self._replica, self._last_reports
         self._last_reports, self._logged = reports, self._step(reports)
         score, distance = None, None
@@ -341,7 +342,7 @@ class _Training:
         return step
 
     def _leaves(self) -> Mapping[str, Leaf]:
-        """Return what a checkpoint keeps of this rank; collective on all ranks."""
+        """Return the state of this rank for a checkpoint; collective on all ranks."""
         taken_by_all = sum(self._run.world.all_gather(self._taken)) + self._membership.taken
         return {
             **self._run.leaves(self._replica, self._meter),

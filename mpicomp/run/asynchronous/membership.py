@@ -1,4 +1,4 @@
-"""The ranks that a run was started with, and which of them are left; stored with its checkpoints."""
+"""The ranks with which a run was started, and those that are left; stored in its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _PATH = "data/crew"
 
 @dataclass
 class ElasticMembership:
-    """The ranks of a run.
+    """The ranks of a run that may lose ranks.
 
     Attributes:
-        size: how many it was started with.
-        left: the numbers that the ranks of today had then.
-        lost: who has died, in words.
-        taken: how many batches these had taken from the pile.
+        size: the number of ranks at the start.
+        left: for each remaining rank, its number at the start.
+        lost: the names of the ranks that have died.
+        taken: the number of batches that these had taken from the queue.
 
     """
 
@@ -35,7 +35,7 @@ class ElasticMembership:
 
     @classmethod
     def of(cls, world: World, checkpoint: Checkpoint | None) -> ElasticMembership:
-        """Return that of a run that starts, or goes on from `checkpoint`; collective on all ranks."""
+        """Return the membership at the start of a run, or that in `checkpoint`; collective on all ranks."""
         membership = cls(world.size, list(range(world.size)))
         if checkpoint and checkpoint.manifest.size == world.size:
             with together(world):
@@ -45,14 +45,14 @@ class ElasticMembership:
         return membership
 
     def leaves(self) -> dict[str, Leaf]:
-        """Return what a checkpoint must have of it."""
+        """Return the leaves for a checkpoint."""
         return {_PATH: json.dumps(vars(self))}
 
     def lose(self, dead: Sequence[int], names: Sequence[str]) -> None:
-        """Do without the ranks that are `dead`, by today's numbers."""
+        """Remove the ranks `dead`, given by their present numbers, and add their `names` to `lost`."""
         self.left = [then for rank, then in enumerate(self.left) if rank not in dead]
         self.lost += names
 
     def graph(self, schedule: Schedule) -> Topology:
-        """Return what is left of `schedule`, the graph that the run was started with."""
+        """Return the graph of the remaining ranks, made from the `schedule` of the start."""
         return induced(schedule.union, self.left)

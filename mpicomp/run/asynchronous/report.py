@@ -1,4 +1,4 @@
-"""What a rank tells all others while they train, and the record that rank 0 makes of it."""
+"""What a rank reports to all others during training, and the means for the record of rank 0."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mpicomp.replica.record import PARTS
 from mpicomp.run.stopping import Status
 
 ASYNCHRONOUS_PARTS = (*PARTS, "wait")
-"""Where a rank's seconds go if it waits for nobody but when it has nothing to do."""
+"""The parts of a rank's seconds; ``wait`` is the time in which it has nothing to do."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells all others in a pulse; totals since the start.
+    """What a rank reports to all others in a pulse; totals since the start.
 
     Attributes:
-        gradients: how many it has computed.
+        gradients: the number of gradients computed.
         loss: the sum over its batches.
-        bytes_sent: in training messages.
+        bytes_sent: bytes of training messages.
         is_done: 1 if it has no batch left.
-        status: what it asks for.
+        status: whether it asks to stop or to store a checkpoint.
         seconds: by part, in the order of `ASYNCHRONOUS_PARTS`.
 
     """
@@ -36,20 +36,20 @@ class Report:
     seconds: tuple[float, ...]
 
     def numbers(self) -> list[float]:
-        """Return the fields, one behind the other."""
+        """Return the fields as a flat tuple of numbers."""
         counts = (self.gradients, self.loss, self.bytes_sent, self.is_done)
         return [*counts, *dataclasses.astuple(self.status), *self.seconds]
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> Report:
-        """Take apart what `numbers` gave."""
+        """Return the report that `numbers` has flattened."""
         gradients, loss, sent, is_done, stop, save, writing, *seconds = numbers
         status = Status(int(stop), int(save), int(writing))
         return cls(int(gradients), loss, int(sent), int(is_done), status, tuple(seconds))
 
 
 def mean_loss(reports: Sequence[Report], before: Sequence[Report]) -> float:
-    """Return the mean loss of the batches that all ranks have done since `before`."""
+    """Return the mean loss over the batches of all ranks since the reports `before`."""
     computed = sum(report.gradients for report in reports) - sum(report.gradients for report in before)
     return (sum(report.loss for report in reports) - sum(report.loss for report in before)) / max(computed, 1)
 

@@ -120,7 +120,7 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
     ("path", "overrides", "message"),
     [
         (HUB, ["slow.ranks=[0]", "slow.factor=2.0"], "slow.ranks: rank 0 is a hub"),
-        (HUB, ["data.partition=dirichlet"], "algorithm.share = 'by_speed' lets all ranks take batches from one pile"),
+        (HUB, ["data.partition=dirichlet"], "algorithm.share = 'by_speed' lets all ranks take batches from one queue"),
         (HUB, ["topology.kind=ring"], "needs an edge between hub 0 and worker 2"),
         (GOSSIP, ["topology.kind=one_peer_exponential"], "changes from step to step"),
         (GOSSIP, ["downlink.kind=sign"], "has no use for the section \\[downlink\\]"),
@@ -132,7 +132,7 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (
             HUB,
             ["compression.allocation=dagc"],
-            "with algorithm.share = 'by_speed' all ranks take batches from one pile",
+            "with algorithm.share = 'by_speed' all ranks take batches from one queue",
         ),
         (
             HUB,
