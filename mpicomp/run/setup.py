@@ -142,7 +142,7 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
     is_pile = setup.assignment.size == 1 < setup.trainers
     length = f"{steps} batches" if is_pile else f"{steps} steps"
-    each = f"samples, from one pile for {setup.trainers} ranks" if is_pile else "samples a rank"
+    each = f"samples, from one queue for {setup.trainers} ranks" if is_pile else "samples a rank"
     return [
         f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
         f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",

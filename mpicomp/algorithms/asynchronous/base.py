@@ -28,7 +28,7 @@ from mpicomp.topology.spectral import is_connected
 S = TypeVar("S")
 
 Share = Literal["by_speed", "equal"]
-"""Who computes how many gradients: all take batches from one pile, or each as many, from samples of its own."""
+"""Who computes how many gradients: all take batches from one queue, or each as many, from samples of its own."""
 
 Attempt = Generator[None, None, bool]
 """An attempt at a step that hands over to its caller for the gradient (see `AsynchronousAlgorithm.phases`)."""

@@ -203,7 +203,8 @@ def test_messages_behind_the_callers_own_passes_are_hidden():
 
     for seconds in loopback.run(2, serve):
         assert seconds["other"] == 10
-        assert seconds["exchange_hidden"] in (0, 4, 8)  # a message may be there before anybody looks
+        # the mean over two ranks: on each a message may be there before anybody looks
+        assert seconds["exchange_hidden"] in (0, 2, 4, 6, 8)
         assert seconds["exchange"] == 0
 
 
