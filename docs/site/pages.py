@@ -642,7 +642,8 @@ def _docstring(text: str) -> str:
     out = []
     for i, part in enumerate(parts):
         if i % 2 and part.strip():
-            out.append("```text\n" + textwrap.dedent(part).strip("\n") + "\n```")
+            language = "python" if "mpicomp.distribute(" in part else "text"
+            out.append(f"```{language}\n" + textwrap.dedent(part).strip("\n") + "\n```")
         elif part.strip():
             out.append(_prose(part.strip("\n")))
     return "\n\n".join(out)
