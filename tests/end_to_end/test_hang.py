@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import MPIEXEC, run_command, wait_until
+from support.runs import MPIEXEC, is_code, run_command, wait_until
 
 ROOT = Path(__file__).parents[2]
 MPIEXECS = [MPIEXEC, *(path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path != MPIEXEC)]
@@ -77,11 +77,6 @@ def has_ended(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-def is_code(code, expected):
-    """Compare exit codes; MPICH 5.0.2's mpiexec sometimes gives that of a rank that it has killed itself."""
-    return code in (expected, 9)
 
 
 @pytest.mark.parametrize("is_polite", [True, False], ids=["polls", "blocks"])

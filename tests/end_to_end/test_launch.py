@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import MPIEXEC, OPEN_MPI_HERE, run_command
+from support.runs import MPIEXEC, OPEN_MPI_HERE, is_code, run_command
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path.parent != MPIEXEC.parent]
@@ -35,11 +35,6 @@ def run(*command, environ=None, timeout=60):
 
 def run_ranks(code, ranks=3, timeout=60):
     return run(MPIEXEC, "-n", ranks, sys.executable, "-c", START + code, timeout=timeout)
-
-
-def is_code(code, expected):
-    """Compare exit codes; MPICH 5.0.2's mpiexec sometimes gives that of a rank it has killed for MPI_Abort's sake."""
-    return code in (expected, 9)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from support.runs import assert_same_checkpoint, run_program
+from support.runs import assert_same_checkpoint, is_code, run_program
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from mpicomp.checkpoint.export import mean_model
@@ -107,14 +107,14 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
 
 def test_training_sets_of_unequal_length_are_refused(tmp_path):
     done = train(tmp_path, "--uneven")
-    assert done.returncode == ConfigError.exit_code
+    assert is_code(done.returncode, ConfigError.exit_code), done.stdout
     assert "unequal length ([10, 15, 20] batches by rank)" in done.stdout
     assert "Traceback" not in done.stdout
 
 
 def test_a_started_torch_distributed_is_refused(tmp_path):
     done = train(tmp_path, "--use-cpu", MASTER_ADDR="localhost", MASTER_PORT="29517")
-    assert done.returncode == ConfigError.exit_code
+    assert is_code(done.returncode, ConfigError.exit_code), done.stdout
     assert "torch.distributed has been started" in done.stdout
     assert "hidden_launcher()" in done.stdout
 
