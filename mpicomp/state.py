@@ -8,6 +8,7 @@ does not fit is an error that names the path.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,14 @@ OWN = {"resize": "own"}
 """A field that is particular to a rank: new ranks keep the value from `init`."""
 
 Leaf = Tensor | int | float | str | bool
+
+TORCH_GENERATOR = threading.Lock()
+"""Hold it around any use of the state of torch's default generator by ranks that are threads of one process.
+
+``torch.get_rng_state`` holds the generator's own mutex while it makes a tensor. If Python collects garbage just then,
+another thread may run, and if it wants the same mutex, it waits with Python's interpreter lock in its hands: a
+deadlock.
+"""
 
 
 def flatten(state: Any) -> dict[str, Leaf]:

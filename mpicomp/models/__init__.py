@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from mpicomp.models.lstm import lstm
 from mpicomp.models.resnet import resnet20
 from mpicomp.models.vgg import vgg11
 from mpicomp.plugins import make
+from mpicomp.state import TORCH_GENERATOR
 
 __all__ = ["MODELS", "Problem", "build"]
 
@@ -29,9 +29,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lstm": lstm,
     "gpt": gpt,
 }
-
-# Initialization draws from torch's global generator, which the ranks of one process share.
-_BUILDING = threading.Lock()
 
 
 def build(
@@ -62,7 +59,8 @@ def build(
 
     """
     problem = Problem(tuple(input_shape), classes, task, data_kind)
-    with _BUILDING, torch.random.fork_rng(devices=[]):
+    # The ranks of one process share the generator that initialization draws from.
+    with TORCH_GENERATOR, torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the generators of all GPUs too.
         torch.default_generator.manual_seed(seed)
         model: nn.Module = make("model.kind", kind, MODELS, nn.Module, problem, **params)

@@ -31,7 +31,7 @@ from mpicomp.compression.random import mix64
 from mpicomp.errors import CheckpointError
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.model_checks import named_parameters, plain_name
-from mpicomp.state import Leaf, flatten, restore_
+from mpicomp.state import TORCH_GENERATOR, Leaf, flatten, restore_
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
@@ -133,6 +133,8 @@ def random_leaves(device: torch.device) -> dict[str, Leaf]:
     """Return the states of the random generators of Python, NumPy (the global one) and torch (CPU, and `device`)."""
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
+    with TORCH_GENERATOR:
+        torch_state = torch.get_rng_state()
     leaves: dict[str, Leaf] = {
         "random/python": torch.tensor(words, dtype=torch.int64),
         "random/python_version": version,
@@ -141,7 +143,7 @@ def random_leaves(device: torch.device) -> dict[str, Leaf]:
         "random/numpy_position": int(numpy["state"]["pos"]),
         "random/numpy_has_gauss": int(numpy["has_gauss"]),
         "random/numpy_gauss": float(numpy["gauss"]),
-        "random/torch_cpu": torch.get_rng_state(),
+        "random/torch_cpu": torch_state,
     }
     if device.type == "cuda":
         leaves["random/torch_cuda"] = torch.cuda.get_rng_state(device)
@@ -167,7 +169,8 @@ def load_random(device: torch.device, stored: Mapping[str, Leaf]) -> None:
             "gauss": stored["random/numpy_gauss"],
         }
     )
-    torch.set_rng_state(cpu)
+    with TORCH_GENERATOR:
+        torch.set_rng_state(cpu)
     if device.type == "cuda" and isinstance(cuda, Tensor):
         torch.cuda.set_rng_state(cuda, device)
 
@@ -177,7 +180,8 @@ def seed_random(*key: int) -> None:
     seed = mix64(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
+    with TORCH_GENERATOR:
+        torch.manual_seed(seed % 2**63)
 
 
 def _others(local: FlatModel) -> Iterator[tuple[str, Tensor]]:

@@ -32,6 +32,7 @@ from mpicomp.algorithms import EFSGD, GMC, SSGD, Choco, EfficientAdam
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
 from mpicomp.replica.distribute import distribute
+from mpicomp.state import TORCH_GENERATOR
 from mpicomp.topology import ring
 
 STEPS = 4
@@ -1249,7 +1250,7 @@ def weight_norm_after_distribute(world, algorithm):
 @in_all_forms(torch_too=False, origin="pytorch/pytorch#62293")
 def spectral_norm_before_distribute(form):
     model = small()
-    with torch.random.fork_rng():
+    with TORCH_GENERATOR, torch.random.fork_rng():
         torch.manual_seed(0)
         nn.utils.parametrizations.spectral_norm(model[0])
     form.begin(model, SGD(model.parameters(), lr=0.1))

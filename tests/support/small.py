@@ -6,13 +6,14 @@ from torch import nn
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
+from mpicomp.state import TORCH_GENERATOR
 from mpicomp.topology import ring
 
 CENTERS = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 
 
 def network(seed=0) -> nn.Module:
-    with torch.random.fork_rng():
+    with TORCH_GENERATOR, torch.random.fork_rng():
         generator = torch.Generator().manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         for p in model.parameters():
