@@ -19,6 +19,7 @@ Memory: a hub, or a rank of a ring, holds all ``size`` messages until it has add
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -133,7 +134,7 @@ def plan(schedule: Schedule) -> Star | Ring:
     return found
 
 
-class _Average(Generic[Plan]):
+class _Average(ABC, Generic[Plan]):
     """The common part of the pending sums below."""
 
     def __init__(
@@ -150,9 +151,9 @@ class _Average(Generic[Plan]):
         self._compressor, self._spec, self._weights = compressor, spec, weights
         self._begin()
 
+    @abstractmethod
     def _begin(self) -> None:
         """Start the first exchange."""
-        raise NotImplementedError
 
 
 class _StarAverage(_Average[Star]):
