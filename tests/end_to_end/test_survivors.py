@@ -102,7 +102,7 @@ class Run:
 
     def exit_codes(self, count):
         """The exit codes of the ranks, where a shell has noted them."""
-        wait_until(lambda: len(list(self.codes.glob("code.*"))) == count, "all ranks have left", 20)
+        wait_until(lambda: len(list(self.codes.glob("code.*"))) == count, "all ranks have left")
         return sorted(int(path.read_text()) for path in self.codes.glob("code.*"))
 
 
@@ -118,7 +118,7 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
         if WAYS[way][2]:
             assert run.exit_codes(4) == [0, 0, 137, 137]
         else:
-            assert run.process.wait(20) == 0, run.output
+            assert run.process.wait(60) == 0, run.output
         assert f"rank 1 on {HOST} (PID" in run.output and "died; the other 3 ranks go on, numbered anew" in run.output
     result = run.result()
     assert result["ranks"] == len(result["gradients"]) == len(result["test_accuracy_local"]) == 2
@@ -132,7 +132,8 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     # of rank 0, which may die between the two files, and of the rank that took its place
     last_of_the_dead = [record["step"] for record in records(run.folder) if len(record["gradients"]) == 3][-1]
     shown = [event.step for event in events.Scalars("loss")]
-    assert sorted({*shown, last_of_the_dead}) == steps and len(shown) >= len(steps) - 1
+    # The last record may have the step of the one before it: a step is the batches done by the ranks of the start.
+    assert sorted({*shown, last_of_the_dead}) == sorted(set(steps)) and len(shown) >= len(steps) - 1
     assert steps[-1] in range(BATCHES // 4, BATCHES // 4 + 2)  # with the batches that the dead had taken
 
     again = tmp_path / "again"
@@ -150,6 +151,6 @@ def test_a_graph_that_falls_apart_ends_the_run(tmp_path):
     with Run(way, tmp_path, *RUN, "--set", "topology.kind=star", "--run-dir", tmp_path / "run") as run:
         wait_until(partial(run.has_reached, 5), "training")
         run.kill(0)
-        run.process.wait(20)
+        run.process.wait(60)
     assert f"rank 0 on {HOST}" in run.output and "leaves a graph that is not connected" in run.output
     assert not (run.folder / "result.json").exists()
