@@ -178,9 +178,13 @@ class DataSection(Section):
 
     partition: str = "iid"
 
+    validation: NonNegativeInt = 0
+    """How many training samples are held out and evaluated in place of the test samples, to choose settings by."""
+
     def load(self) -> data.Dataset:
         """Read the data set; raise DataError if it is missing or damaged."""
-        return data.load(self.kind, Path(self.path) if self.path else None, **self.arguments())
+        dataset = data.load(self.kind, Path(self.path) if self.path else None, **self.arguments())
+        return dataset.with_validation(self.validation) if self.validation else dataset
 
     def split(self, labels: npt.NDArray[np.int64], ranks: int, seed: int) -> list[Indices]:
         """Return the training samples of each rank, given the class (n,) of every sample."""

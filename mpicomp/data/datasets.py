@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +79,7 @@ class Dataset:
         std: see `mean`.
         scale: see `mean`; 1/255 for bytes.
         augment: whether training images are cropped and flipped at random (He et al. 2016, arXiv 1512.03385, 4.2).
+        evaluated_on: what `test` holds: ``"validation"`` after `with_validation`.
 
     """
 
@@ -91,6 +92,7 @@ class Dataset:
     std: tuple[float, ...] = (1.0,)
     scale: float = 1.0
     augment: bool = False
+    evaluated_on: Literal["test", "validation"] = "test"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -104,6 +106,26 @@ class Dataset:
         if self.task == "regression":
             return np.zeros(len(self.train), dtype=np.int64)
         return self.train.labels.numpy()
+
+    def with_validation(self, count: int) -> Dataset:
+        """Return this data set with about `count` training samples taken out of `train`, as `test`.
+
+        The choice depends on nothing but the data set and `count`. It takes the same fraction of every class, rounded.
+
+        Raises:
+            ConfigError: there are too few training samples.
+
+        """
+        if not 0 < count < len(self.train):
+            raise ConfigError(
+                f"data.validation = {count}: must be less than the {len(self.train)} training samples of "
+                f"data.kind = {self.kind!r}"
+            )
+        kept, held_out = (
+            Samples(self.train.inputs[chosen], self.train.labels[chosen])
+            for chosen in _split(self.train_labels, count / len(self.train), seed=0)
+        )
+        return replace(self, train=kept, test=held_out, evaluated_on="validation")
 
     def samples(self, split: Split) -> Samples:
         """Return the samples of `split`, ``"train"`` or ``"test"``."""

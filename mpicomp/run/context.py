@@ -142,6 +142,7 @@ class RunContext:
             delays=last.delays,
             lost=self.lost,
             test_loss=last.test_loss,
+            evaluated_on=self.setup.dataset.evaluated_on,
         )
         with replica.averaged() as model:
             if folder := self.written_folder:

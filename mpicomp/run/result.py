@@ -37,6 +37,7 @@ class Result:
         delays: as in `Record`.
         lost: the ranks that have died; all other fields are of the remaining ranks, which have new numbers.
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
+        evaluated_on: ``"test"``, or ``"validation"``: all accuracies and the test loss are of held-out training samples.
 
     """
 
@@ -57,6 +58,7 @@ class Result:
     delays: dict[str, list[int]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     test_loss: float | None = None
+    evaluated_on: str = "test"
 
     @property
     def all_reduce_nbytes(self) -> int:
@@ -92,14 +94,14 @@ def summary(result: Result, folder: Path) -> list[str]:
 
 
 def _quality(result: Result) -> list[str]:
-    model = ""
+    model, split = "", result.evaluated_on.capitalize()
     if result.ranks > 1:
         model = " of the hub's model" if 0 in result.gradients else " of the averaged model"
     if result.test_accuracy is not None:
         local = [accuracy for accuracy in result.test_accuracy_local if accuracy is not None]
         own = f" ({min(local):.2%} to {max(local):.2%} of the ranks' own)" if local and model else ""
-        return [f"Test accuracy: {result.test_accuracy:.2%}{model}{own}."]
-    return [f"Test loss: {result.test_loss:.4g}{model}."] if result.test_loss is not None else []
+        return [f"{split} accuracy: {result.test_accuracy:.2%}{model}{own}."]
+    return [f"{split} loss: {result.test_loss:.4g}{model}."] if result.test_loss is not None else []
 
 
 def _traffic(result: Result) -> str:

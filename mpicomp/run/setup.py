@@ -148,6 +148,7 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
         f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
         f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",
+        *([f"Evaluated on {len(setup.dataset.test):,} training samples held out."] if config.data.validation else []),
         *([f"{config.compression.allocation}: {allocated}"] if allocated else []),
         *resumed,
     ]

@@ -1,0 +1,153 @@
+"""The definition of a study, `study.toml`, and the configurations of its runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomllib
+from search import Axis, Values
+
+Sections = dict[str, Any]
+
+TUNING_SEED = 100
+"""The seed of all runs that choose settings; the table has others."""
+
+
+class StudyError(Exception):
+    """A study that cannot be run; the message names file and key."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method or a setting: a part of the configuration, a title, and for a method what is searched for."""
+
+    name: str
+    title: str
+    sections: Sections
+    axes: tuple[Axis, ...] = ()
+    ranks: int | None = None
+    settings: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `study.toml` says.
+
+    Attributes:
+        folder: of the study.
+        title: of its table.
+        ranks: how many ranks train.
+        simulate: whether time is simulated, for asynchronous methods; a hub comes on top of the ranks.
+        epochs: of a run of the table.
+        short_epochs: of a run of the search.
+        points: the budget of the search, in runs, of each method in each setting.
+        finalists: how many of the best points of the search are run at full length.
+        seeds: of the table.
+        validation: how many training samples are held out to choose settings by.
+        decide_by: ``"accuracy"``, ``"loss"``, or ``"time to N %"``: the epochs until the mean accuracy of three
+            evaluations has come to N %.
+        reference: the method with which the others are compared.
+        check: the method and setting of the short run that CI repeats.
+        settings: the columns: data, ratio, graph.
+        methods: the rows.
+
+    """
+
+    folder: Path
+    title: str
+    ranks: int
+    simulate: bool
+    epochs: int
+    short_epochs: int
+    points: int
+    finalists: int
+    seeds: tuple[int, ...]
+    validation: int
+    decide_by: str
+    reference: str
+    check: tuple[str, str]
+    common: Sections
+    settings: tuple[Method, ...]
+    methods: tuple[Method, ...]
+
+    def cells(self) -> Iterator[tuple[Method, Method]]:
+        """Yield every setting with every method that is run in it."""
+        for setting in self.settings:
+            for method in self.methods:
+                if method.settings is None or setting.name in method.settings:
+                    yield setting, method
+
+    def config(self, setting: Method, method: Method, values: Values, **training: Any) -> Sections:
+        """Return the configuration of a run, without seed and length but for `training`."""
+        config = copy.deepcopy(self.common)
+        for part in (setting.sections, method.sections):
+            merge_(config, part)
+        for key, value in values.items():
+            section, name = key.split(".")
+            config.setdefault(section, {})[name] = value
+        config.setdefault("training", {}).update(training)
+        return config
+
+    def size(self, setting: Method, method: Method) -> int:
+        """Return how many ranks are started."""
+        ranks = method.ranks or setting.ranks or self.ranks
+        kind = self.config(setting, method, {}).get("topology", {}).get("kind")
+        return ranks + (self.simulate and kind == "star" and ranks > 1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Study:
+        """Read `folder`/study.toml; raise StudyError, naming the key, if something is wrong with it."""
+        path = folder / "study.toml"
+        try:
+            table = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise StudyError(f"{path}: {error}") from error
+        known: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
+        known |= {"finalists": 2, "common": {}, "reference": ""}
+        try:
+            settings = tuple(_method(path, "settings", *pair) for pair in table.pop("settings").items())
+            methods = tuple(_method(path, "methods", *pair) for pair in table.pop("methods").items())
+            check = tuple(table.pop("check"))
+            values = known | table | {"seeds": tuple(table.get("seeds", known["seeds"]))}
+            study = cls(folder=folder, settings=settings, methods=methods, check=check, **values)
+        except (KeyError, TypeError) as error:
+            raise StudyError(f"{path}: a key is missing or unknown: {error}") from error
+        names = {setting.name for setting in settings}
+        for method in methods:
+            if unknown := sorted(set(method.settings or ()) - names):
+                raise StudyError(f"{path}: methods.{method.name}.settings names {unknown[0]!r}, which is no setting")
+        if study.check not in {(s.name, m.name) for s, m in study.cells()}:
+            raise StudyError(f"{path}: check = {list(check)} must be a setting and a method of it")
+        return study
+
+
+def _method(path: Path, key: str, name: str, table: Sections) -> Method:
+    axes = []
+    for axis, given in table.pop("search", {}).items():
+        if set(given) != {"start", "factor"} or not given["start"] > 0 or not given["factor"] > 1:
+            raise StudyError(f"{path}: {key}.{name}.search.{axis!r} needs start > 0 and factor > 1")
+        axes.append(Axis(axis, float(given["start"]), float(given["factor"])))
+    title, ranks, chosen = table.pop("title", name), table.pop("ranks", None), table.pop("settings", None)
+    if wrong := [entry for entry, value in table.items() if not isinstance(value, dict)]:
+        raise StudyError(f"{path}: {key}.{name}.{wrong[0]} is no section of a configuration")
+    return Method(name, title, table, tuple(axes), ranks, None if chosen is None else tuple(chosen))
+
+
+def merge_(into: Sections, part: Mapping[str, Any]) -> None:
+    """Put the keys of `part` into `into`, section by section; another ``kind`` drops the keys of the one before."""
+    for section, keys in part.items():
+        before = into.get(section, {})
+        if "kind" in keys and before.get("kind") not in (None, keys["kind"]):
+            before = {}
+        into[section] = before | copy.deepcopy(keys)
+
+
+def digest(config: Sections) -> str:
+    """Return what identifies a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]

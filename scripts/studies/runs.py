@@ -1,0 +1,136 @@
+"""The runs of a study: each started once, its outcome stored in `runs.jsonl` of the study's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tomli_w
+from definition import Sections, Study, StudyError, digest
+
+DIVERGED = 5
+"""The exit code of a run whose loss is not a number."""
+
+Outcome = dict[str, Any]
+
+
+class OutOfTime(Exception):
+    """No time is left to begin another run."""
+
+
+@dataclass
+class Runs:
+    """The outcomes of a study, and the time that is left for more.
+
+    Attributes:
+        study: whose they are.
+        deadline: of `time.monotonic`; no run begins after it.
+
+    """
+
+    study: Study
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path = self.study.folder / "runs.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._known: dict[str, Outcome] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                outcome = json.loads(line)
+                self._known[outcome["config"]] = outcome
+            except (ValueError, KeyError) as error:
+                raise StudyError(f"{self._path}, line {number}: no outcome of a run: {error}") from error
+
+    def outcome(self, config: Sections, size: int, **labels: Any) -> Outcome:
+        """Return the outcome of a run, which is started unless it is known; raise OutOfTime if there is no time.
+
+        Args:
+            config: complete, with its seed.
+            size: how many ranks are started.
+            labels: stored beside the outcome, for people.
+
+        """
+        key = digest({**config, "ranks": size})
+        if (known := self._known.get(key)) is not None:
+            return known
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        outcome = {"config": key, **labels, "ranks": size, **train(config, size, self.study.simulate)}
+        with self._lock:
+            self._known[key] = outcome
+            with self._path.open("a") as file:
+                file.write(json.dumps(outcome) + "\n")
+        return outcome
+
+
+def train(config: Sections, size: int, simulate: bool) -> Outcome:
+    """Train, and return what came out; raise StudyError if the run failed otherwise than by diverging."""
+    with tempfile.TemporaryDirectory(prefix="study-") as temporary:
+        folder = Path(temporary)
+        (folder / "config.toml").write_text(tomli_w.dumps(config))
+        how = "--simulate" if simulate and size > 1 else "--loopback"
+        command = [
+            sys.executable,
+            "-m",
+            "mpicomp",
+            "train",
+            folder / "config.toml",
+            how,
+            size,
+            "--run-dir",
+            folder / "run",
+        ]
+        started = time.monotonic()
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # several runs at a time, each with threads for its ranks
+        )
+        if done.returncode == DIVERGED:
+            return {"diverged": True}
+        if done.returncode:
+            raise StudyError(f"{' '.join(map(str, command))}\n{tomli_w.dumps(config)}\n{done.stdout}{done.stderr}")
+        result = json.loads((folder / "run" / "result.json").read_text())
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {"diverged": False, "wall_s": round(time.monotonic() - started, 1)} | summary(result, records)
+
+
+def summary(result: dict[str, Any], records: list[dict[str, Any]]) -> Outcome:
+    """Return what a study stores of a run: the last figures, and the curve over its evaluations."""
+    own = [accuracy for accuracy in result["test_accuracy_local"] if accuracy is not None]
+    curve = [
+        [
+            round(r["epoch"], 3),
+            r["step"],
+            r["bytes_sent"] // result["ranks"],
+            r["test_accuracy"],
+            _rounded(r["test_loss"]),
+        ]
+        for r in records
+        if r["test_loss"] is not None
+    ]
+    return {
+        "accuracy": result["test_accuracy"],
+        "own_accuracy": round(fmean(own), 5) if own else None,
+        "loss": _rounded(result["test_loss"]),
+        "steps": result["steps"],
+        "bytes_per_rank": round(fmean(result["bytes_sent"])),
+        "consensus_distance": _rounded(result["consensus_distance"]),
+        "curve": curve,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
