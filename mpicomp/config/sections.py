@@ -473,7 +473,8 @@ class SimulationSection(Section):
     """The mean time of a gradient, in seconds; the section ``[slow]`` makes it longer."""
 
     spread: Spread = "fixed"
-    """The distribution of the time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
+    """The distribution of the time: ``"fixed"``, or with this mean ``"jitter"`` (within 5 %), ``"uniform"`` (from zero
+    to twice the mean) or ``"exponential"``."""
 
     latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Seconds from the end of sending a message to its arrival."""

@@ -12,8 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-Spread = Literal["fixed", "uniform", "exponential"]
-"""The distribution of a time with a given mean: constant, uniform between zero and twice the mean, or exponential."""
+Spread = Literal["fixed", "jitter", "uniform", "exponential"]
+"""The distribution of a time with a given mean: constant, uniform within 5 % of the mean, uniform between zero and
+twice the mean, or exponential."""
+
+JITTER = 0.05
 
 
 SLICE_S = 2e-3
@@ -79,4 +82,7 @@ def _draw(spread: Spread, random: np.random.Generator) -> float:
     """Return a random number >= 0 with mean 1, from the distribution `spread`."""
     if spread == "fixed":
         return 1.0
-    return float(random.exponential() if spread == "exponential" else random.uniform(0.0, 2.0))
+    if spread == "exponential":
+        return float(random.exponential())
+    width = JITTER if spread == "jitter" else 1.0
+    return float(random.uniform(1 - width, 1 + width))

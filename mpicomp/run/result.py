@@ -37,7 +37,7 @@ class Result:
         delays: as in `Record`.
         lost: the ranks that have died; all other fields are of the remaining ranks, which have new numbers.
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
-        evaluated_on: ``"test"``, or ``"validation"``: all accuracies and the test loss are of held-out training samples.
+        evaluated_on: ``"test"``, or ``"validation"``: accuracies and loss are of held-out training samples.
 
     """
 

@@ -108,14 +108,13 @@ class Study:
             table = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StudyError(f"{path}: {error}") from error
-        known: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
-        known |= {"finalists": 2, "common": {}, "reference": ""}
+        values: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
+        values |= {"finalists": 2, "common": {}, "reference": "", **table}
         try:
-            settings = tuple(_method(path, "settings", *pair) for pair in table.pop("settings").items())
-            methods = tuple(_method(path, "methods", *pair) for pair in table.pop("methods").items())
-            check = tuple(table.pop("check"))
-            values = known | table | {"seeds": tuple(table.get("seeds", known["seeds"]))}
-            study = cls(folder=folder, settings=settings, methods=methods, check=check, **values)
+            settings = tuple(_method(path, "settings", *pair) for pair in values.pop("settings").items())
+            methods = tuple(_method(path, "methods", *pair) for pair in values.pop("methods").items())
+            check, seeds = tuple(values.pop("check")), tuple(values.pop("seeds"))
+            study = cls(folder=folder, settings=settings, methods=methods, check=check, seeds=seeds, **values)
         except (KeyError, TypeError) as error:
             raise StudyError(f"{path}: a key is missing or unknown: {error}") from error
         names = {setting.name for setting in settings}

@@ -227,14 +227,21 @@ class DelayCompensation:
         """Return the mean square (n,) for gradients such as `like` (n,), if one is needed."""
         return torch.zeros_like(like) if self.adaptive else None
 
-    def correct_(self, gradient: Tensor, moved: Tensor, mean_square: Tensor | None) -> None:
-        """Correct `gradient` (n,) in place for a model that has moved by `moved` (n,), which is overwritten."""
+    def correct_(self, gradient: Tensor, moved: Tensor, mean_square: Tensor | None) -> Tensor:
+        """Correct `gradient` (n,) in place for a model that has moved by `moved` (n,), which is overwritten.
+
+        Returns:
+            The length of the correction over that of the gradient as it came, a scalar on the same device.
+
+        """
         if mean_square is not None:
             mean_square.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
         moved.mul_(gradient).mul_(gradient)
         if mean_square is not None:
             moved.div_((mean_square + self.epsilon).sqrt_())
-        strength = self.lambda0
+        length, correction, strength = gradient.norm(), moved.norm(), self.lambda0
         if self.is_limited:
-            strength = min(strength, float(gradient.norm() / moved.norm().clamp_min(1e-30)))
+            strength = min(strength, float(length / correction.clamp_min(1e-30)))
         gradient.add_(moved, alpha=strength)
+        ratio: Tensor = strength * correction / length.clamp_min(1e-30)
+        return ratio

@@ -3,20 +3,21 @@
     worker m:   g = grad F_m(w_m);  send g;  w_m = the answer
     hub:        on a gradient g of worker m, which was computed at the model b_m:
                   constant (DC-ASGD-c):  lambda_t = lambda0
-                  adaptive (DC-ASGD-a):  MeanSquare = decay MeanSquare + (1 - decay) g g
+                  adaptive (DC-ASGD-a):  MeanSquare = decay MeanSquare + (1 - decay) g g        or MeanSquare_m
                                          lambda_t = lambda0 / sqrt(MeanSquare + epsilon)
                   w = w - lr u(g + lambda_t g g (w - b_m))              elementwise
                   send w to m;  b_m = w
 
 w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the hub keeps; F_m the loss of the batch of
-worker m; MeanSquare (n,) is over the gradients of all workers; lr the learning rate; u() the direction that the hub's
-optimizer makes of the corrected gradient. lambda0, decay and epsilon are parameters.
+worker m; lr the learning rate; u() the direction that the hub's optimizer makes of the corrected gradient. MeanSquare
+(n,) is over the gradients of all workers, as in the paper; with ``mean_square = "worker"`` each worker has one, as in
+the authors' server. lambda0, decay and epsilon are parameters.
 
 The exchange is that of `mpicomp.algorithms.asynchronous.hub`. lambda0 = 0 is ASGD. A gradient that came through a
 lossy compressor is corrected as it arrives.
 
 Wire: as ASGD, a gradient up and a model down for each gradient, compressed on request. Memory: at the hubs, one model
-for each worker, and one mean square for the adaptive variant.
+for each worker, and for the adaptive variant one mean square, or one for each worker.
 
 Zheng et al. 2017, arXiv 1609.08326, Algorithms 1 and 2; defaults as in the authors' code.
 
@@ -30,6 +31,9 @@ In a script (``train`` is the loop of a worker, which ends by ``gossip.finish()`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
 from mpicomp.algorithms.asynchronous.hub import HubAlgorithm
@@ -44,6 +48,7 @@ class DCASGD(HubAlgorithm):
         lambda0: strength of the correction, >= 0; None is the published one, 2 (a) or 0.04 (c).
         decay: of the mean square, in [0, 1).
         epsilon: added below the root, > 0.
+        mean_square: over the gradients of all workers, ``"shared"``, or one for each ``"worker"``.
 
     """
 
@@ -51,6 +56,7 @@ class DCASGD(HubAlgorithm):
     lambda0: float | None = None
     decay: float = 0.95
     epsilon: float = 1e-7
+    mean_square: Literal["shared", "worker"] = "shared"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,3 +68,7 @@ class DCASGD(HubAlgorithm):
         published = 2.0 if self.adaptive else 0.04
         lambda0 = published if self.lambda0 is None else self.lambda0
         return DelayCompensation(lambda0, self.adaptive, self.decay, self.epsilon)
+
+    def _mean_square(self, model: Tensor, workers: int) -> Tensor | None:
+        shared = super()._mean_square(model, workers)
+        return shared if shared is None or self.mean_square == "shared" else shared.repeat(workers, 1)

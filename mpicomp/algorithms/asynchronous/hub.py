@@ -50,12 +50,13 @@ class HubState:
 
     Attributes:
         backups: (m,) for each worker: its model.
-        mean_square: (m,) of the gradients, for methods that need it.
+        mean_square: (m,) of the gradients of all workers, or (workers, m) of those of each, for methods that need it.
         compressors: of the answers to each worker.
         updates: how many gradients have been applied.
         answered: for each worker, how many had been applied when it was answered.
         delays: (workers, DELAYS) int64, how often a gradient was how many updates late.
         scratch: (m,) room for a difference.
+        correction: of the last gradient, the length of the correction over that of the gradient; a scalar.
         waiting: gradients that have been received and not yet applied, in that order; none between two checkpoints.
 
     """
@@ -67,6 +68,7 @@ class HubState:
     answered: list[int]
     delays: Tensor
     scratch: Tensor = field(metadata=SCRATCH)
+    correction: Tensor | None = field(default=None, metadata=SCRATCH)
     waiting: list[tuple[int, Mail]] = field(default_factory=list, metadata=SCRATCH)
 
 
@@ -158,7 +160,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         workers = mailbox.size - self.hubs
         return HubState(
             backups=[model.clone() for _ in range(workers)],
-            mean_square=None if self.compensation is None else self.compensation.init(model),
+            mean_square=self._mean_square(model, workers),
             compressors=[self.downlink.init(part_of(local.spec, part), device, worker) for worker in range(workers)],
             updates=0,
             answered=[0] * workers,
@@ -206,7 +208,9 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         self._uplink.accumulate(mail.payload, spec, gradient)
         torch.sub(model, backup, out=state.scratch)  # w - b_m: what the model has moved by since
         if self.compensation is not None:
-            self.compensation.correct_(gradient, state.scratch, state.mean_square)
+            square = state.mean_square
+            of_worker = square[worker] if square is not None and square.ndim == 2 else square
+            state.correction = self.compensation.correct_(gradient, state.scratch, of_worker)
         local.update(part)
         state.updates += 1
         state.answered[worker] = state.updates
@@ -227,6 +231,16 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         if isinstance(state, WorkerState):
             return {}
         return {self.hubs + worker: row for worker, row in enumerate(state.delays.tolist())}
+
+    def diagnostics(self, local: Local, state: HubState | WorkerState) -> dict[str, float]:
+        """Return on a hub that corrects ``correction``: of the last gradient, its length over that of the gradient."""
+        if isinstance(state, WorkerState) or state.correction is None:
+            return {}
+        return {"correction": float(state.correction)}
+
+    def _mean_square(self, model: Tensor, workers: int) -> Tensor | None:
+        """Return what a hub keeps of squares of gradients at the start."""
+        return None if self.compensation is None else self.compensation.init(model)
 
     def _take_answers(self, local: Local, state: WorkerState, mailbox: Mailbox) -> bool:
         owners = dict(self.owners(mailbox.size, local.spec))

@@ -309,7 +309,8 @@ class _Training:
             for rank, histograms in enumerate(world.all_gather(own)):
                 delays.update({f"{rank}<{source}": _trimmed(counts) for source, counts in histograms.items()})
             rows = world.all_gather(self._algorithm.diagnostics(replica.local, replica.state))
-            diagnostics = {key: fmean(row[key] for row in rows) for key in rows[0]}
+            # Hubs, which come first, have numbers that their workers have not.
+            diagnostics = {key: fmean(row[key] for row in rows if key in row) for key in rows[0]}
             self._meter.skip()
             self._run.watchdog.moved()
         record = Record(

@@ -23,6 +23,7 @@ KEPT = 6
 UNEQUAL = [1.0, 1.0, 1.3, 2.0, 4.0, 1.0]
 CONSTANT = DCASGD(adaptive=False, lambda0=0.3)
 ADAPTIVE = DCASGD(lambda0=0.5)
+BY_WORKER = DCASGD(lambda0=0.5, mean_square="worker")
 
 
 def star_of(algorithm, workers=4):
@@ -36,7 +37,8 @@ def transcription(algorithm, part, order):
     models = {m: w.copy() for m in order}  # what each worker holds
     backups = {m: w.copy() for m in order}  # what the hub knows that it holds
     residuals = {m: np.zeros(len(d)) for m in order}
-    mean_square = np.zeros(len(d))
+    by_worker = isinstance(algorithm, DCASGD) and algorithm.mean_square == "worker"
+    mean_squares = {m if by_worker else 0: np.zeros(len(d)) for m in order}
     kept = None if isinstance(algorithm.compressor, Identity) else round(algorithm.compressor.ratio * len(d))
     for m in order:
         g = d * (models[m] - c[m])
@@ -47,7 +49,8 @@ def transcription(algorithm, part, order):
         if isinstance(algorithm, DCASGD):
             lambda_t = algorithm.lambda0
             if algorithm.adaptive:
-                mean_square = 0.95 * mean_square + 0.05 * g * g
+                place = m if by_worker else 0
+                mean_squares[place] = mean_square = 0.95 * mean_squares[place] + 0.05 * g * g
                 lambda_t = algorithm.lambda0 / np.sqrt(mean_square + 1e-7)
             g = g + lambda_t * g * g * (w - backups[m])
         w = w - LR * g
@@ -58,7 +61,7 @@ def transcription(algorithm, part, order):
 
 @pytest.mark.parametrize("hubs", [1, 2])
 @pytest.mark.parametrize("compressor", [Identity(), TopK(ratio=0.5)], ids=["dense", "topk"])
-@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE], ids=["asgd", "dc_c", "dc_a"])
+@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE, BY_WORKER], ids=["asgd", "dc_c", "dc_a", "by_worker"])
 def test_hubs_apply_the_published_update(method, compressor, hubs):
     algorithm = dataclasses.replace(method, compressor=compressor, downlink=compressor, hubs=hubs)
     trained = train_asynchronously(algorithm, star_of(algorithm), 12, UNEQUAL)
@@ -115,10 +118,12 @@ def test_the_correction_is_the_equation():
     g, moved, ms = random.normal(size=7), random.normal(size=7), random.uniform(size=7)
     compensation = DelayCompensation(lambda0=2.0, adaptive=True, decay=0.95, epsilon=1e-7)
     gradient, mean_square = torch.tensor(g), torch.tensor(ms)
-    compensation.correct_(gradient, torch.tensor(moved), mean_square)
+    ratio = compensation.correct_(gradient, torch.tensor(moved), mean_square)
     new = 0.95 * ms + 0.05 * g * g
+    correction = 2 / np.sqrt(new + 1e-7) * g * g * moved
+    np.testing.assert_allclose(ratio, np.linalg.norm(correction) / np.linalg.norm(g), rtol=1e-14)
     np.testing.assert_allclose(mean_square, new, rtol=1e-15)
-    np.testing.assert_allclose(gradient, g + 2 / np.sqrt(new + 1e-7) * g * g * moved, rtol=1e-14)
+    np.testing.assert_allclose(gradient, g + correction, rtol=1e-14)
 
 
 @pytest.mark.parametrize("compressor", [Identity(), TopK(ratio=KEPT / DIM)], ids=["dense", "topk"])

@@ -47,6 +47,24 @@ def test_digits_are_split_by_class_and_normalized():
     assert torch.equal(load("digits").train.labels, digits.train.labels)
 
 
+def test_validation_samples_are_taken_out_of_training_by_class():
+    whole = load("digits")
+    split = whole.with_validation(300)
+    assert split.evaluated_on == "validation" and whole.evaluated_on == "test"
+    assert len(split.train) + len(split.test) == len(whole.train) and abs(len(split.test) - 300) < 10
+    counts = [torch.bincount(samples.labels, minlength=10) / len(samples) for samples in (split.train, split.test)]
+    torch.testing.assert_close(*counts, rtol=0.05, atol=0)
+    rows = {tuple(image.flatten().tolist()) for image in split.train.inputs}
+    assert not rows & {tuple(image.flatten().tolist()) for image in split.test.inputs}
+    assert torch.equal(whole.with_validation(300).test.inputs, split.test.inputs)
+
+
+@pytest.mark.parametrize("count", [1440, -1])
+def test_validation_leaves_samples_for_training(count):
+    with pytest.raises(ConfigError, match=rf"data.validation = {count}: must be less than the \d+ training samples"):
+        load("digits").with_validation(count)
+
+
 def test_batches_follow_the_indices():
     digits = load("digits")
     chosen = np.array([7, 3, 3, 100])

@@ -23,7 +23,7 @@ def test_factor_and_seconds_add_up():
     assert slept(GradientDelay(factor=4.0, seconds=0.5), 0.2) == pytest.approx([1.1])
 
 
-@pytest.mark.parametrize("spread", ["exponential", "uniform"])
+@pytest.mark.parametrize("spread", ["exponential", "uniform", "jitter"])
 def test_a_random_time_has_that_mean_and_can_be_repeated(spread):
     first, second = (slept(GradientDelay(seconds=0.5, spread=spread, seed=3, rank=1), *[0.0] * 4000) for _ in range(2))
     assert sum(first) / len(first) == pytest.approx(0.5, rel=0.1)

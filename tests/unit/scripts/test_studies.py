@@ -1,0 +1,196 @@
+"""The search for settings, and the definition of a study."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "scripts" / "studies"))
+
+import runs as study_runs  # noqa: E402
+import tables  # noqa: E402
+from definition import Study, StudyError  # noqa: E402
+from runs import OutOfTime, Runs  # noqa: E402
+from search import Axis, search  # noqa: E402
+from tune import Cell, first_at  # noqa: E402
+
+LR = Axis("optimizer.lr", 0.1, 2)
+GAMMA = Axis("algorithm.gamma", 0.5, 2)
+STUDY = """
+title = "Two methods"
+ranks = 4
+epochs = 4
+short_epochs = 1
+points = 5
+seeds = [0, 1]
+validation = 100
+reference = "one"
+check = ["plain", "one"]
+[common.data]
+kind = "digits"
+[common.compression]
+kind = "topk"
+ratio = 0.1
+[settings.plain]
+title = "Plain"
+[settings.other]
+title = "Other"
+data = { partition = "dirichlet", alpha = 0.1 }
+[methods.one]
+algorithm = { kind = "choco" }
+search."algorithm.gamma" = { start = 0.2, factor = 2 }
+[methods.two]
+settings = ["plain"]
+algorithm = { kind = "dpsgd" }
+compression = { kind = "identity" }
+search."optimizer.lr" = { start = 0.1, factor = 2 }
+"""
+
+
+def bowl(optimum):
+    """Return a score with its best value at `optimum`, and the list of the points that were run."""
+    seen = []
+
+    def score(values):
+        seen.append(values)
+        return -sum(math.log(values[key] / best) ** 2 for key, best in optimum.items())
+
+    return score, seen
+
+
+@pytest.fixture
+def study(tmp_path):
+    (tmp_path / "study.toml").write_text(STUDY)
+    return Study.read(tmp_path)
+
+
+def test_the_search_follows_an_optimum_that_lies_far_from_the_start():
+    score, seen = bowl({"optimizer.lr": 1.6, "algorithm.gamma": 0.0625})
+    points, is_inside = search((LR, GAMMA), 25, score)
+    assert points[0] == {"optimizer.lr": 1.6, "algorithm.gamma": 0.0625}
+    assert is_inside
+    assert len(seen) == len(points) == 25
+    assert len({tuple(point.values()) for point in seen}) == 25
+
+
+def test_the_search_halves_its_steps_when_the_neighbors_are_worse():
+    score, _ = bowl({"optimizer.lr": 0.141})
+    points, is_inside = search((LR,), 6, score)
+    assert points[0] == {"optimizer.lr": 0.141} and is_inside
+
+
+def test_an_optimum_at_the_edge_is_said_to_be_there():
+    score, _ = bowl({"optimizer.lr": 100.0})
+    points, is_inside = search((LR,), 4, score)
+    assert points[0] == {"optimizer.lr": 0.8} and not is_inside
+
+
+def test_points_that_diverge_are_the_worst():
+    points, is_inside = search((LR,), 3, lambda values: -math.inf if values["optimizer.lr"] > 0.1 else 0.5)
+    assert points[-1] == {"optimizer.lr": 0.2} and points[0] == {"optimizer.lr": 0.1} and is_inside
+
+
+def test_without_axes_there_is_one_run():
+    assert search((), 9, lambda values: 1.0) == ([{}], True)
+
+
+def test_a_configuration_is_made_of_all_parts(study):
+    cells = {(setting.name, method.name): (setting, method) for setting, method in study.cells()}
+    assert list(cells) == [("plain", "one"), ("plain", "two"), ("other", "one")]
+    config = study.config(*cells["other", "one"], {"algorithm.gamma": 0.4}, epochs=4)
+    assert config["data"] == {"kind": "digits", "partition": "dirichlet", "alpha": 0.1}
+    assert config["algorithm"] == {"kind": "choco", "gamma": 0.4} and config["training"] == {"epochs": 4}
+    assert config["compression"] == {"kind": "topk", "ratio": 0.1}
+    assert study.config(*cells["plain", "two"], {})["compression"] == {"kind": "identity"}  # top-k's ratio is gone
+    assert "partition" not in study.common["data"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("points = 5", "", "points"),
+        ("points = 5", "pints = 5", "pints"),
+        ('settings = ["plain"]', 'settings = ["plane"]', "methods.two.settings names 'plane'"),
+        ('check = ["plain", "one"]', 'check = ["other", "two"]', "check"),
+        ("{ start = 0.2, factor = 2 }", "{ start = 0.2, factor = 1 }", "methods.one.search.'algorithm.gamma'"),
+        ('title = "Plain"', 'titel = "Plain"', "settings.plain.titel"),
+        ("ranks = 4", "ranks = ", "study.toml"),
+    ],
+)
+def test_a_wrong_definition_names_the_key(tmp_path, old, new, message):
+    assert old in STUDY
+    (tmp_path / "study.toml").write_text(STUDY.replace(old, new))
+    with pytest.raises(StudyError, match=message):
+        Study.read(tmp_path)
+
+
+def outcome(accuracy, epochs=4):
+    curve = [[epoch, 10 * epoch, 1000 * epoch, accuracy, 1.0] for epoch in range(1, epochs + 1)]
+    figures = {"diverged": False, "accuracy": accuracy, "own_accuracy": accuracy, "loss": 1.0, "steps": 10 * epochs}
+    return figures | {"bytes_per_rank": 1000 * epochs, "consensus_distance": 0.0, "curve": curve}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that were trained; gamma 0.4 is best in short runs and diverges in long ones."""
+    configs = []
+
+    def train(config, size, simulate):
+        configs.append(config)
+        gamma, epochs = config["algorithm"].get("gamma", 0.2), config["training"]["epochs"]
+        if gamma > 0.4 or (gamma == 0.4 and epochs > 4):
+            return {"diverged": True}
+        return outcome(0.5 + gamma + 0.01 * config["run"]["seed"] / 100, epochs)
+
+    monkeypatch.setattr(study_runs, "train", train)
+    return configs
+
+
+def test_a_setting_that_diverges_at_twice_the_length_is_not_chosen(study, trained):
+    setting, method = next(study.cells())
+    cell = Cell(Runs(study, math.inf), setting, method)
+    choice = cell.choose()
+    assert choice.values["algorithm.gamma"] == pytest.approx(0.283) and choice.is_inside
+    assert [values["algorithm.gamma"] for values in choice.refused] == [0.4]
+    assert all(config["data"]["validation"] == 100 and config["run"]["seed"] == 100 for config in trained)
+    chosen = len(trained)
+    outcomes = cell.final(choice)
+    assert all("validation" not in config["data"] for config in trained[chosen:])
+    assert [config["run"]["seed"] for config in trained[chosen:]] == [0, 1]
+    lines = tables.table(study, setting, [(cell, choice, outcomes)])
+    assert lines[0].startswith("| method | chosen | test accuracy (%) |")
+    assert "| gamma 0.283 | 78.30 ± " in lines[2]
+
+
+def test_what_is_stored_is_not_run_again(study, trained):
+    setting, method = next(study.cells())
+    first = Cell(Runs(study, math.inf), setting, method).choose()
+    count = len(trained)
+    assert len((study.folder / "runs.jsonl").read_text().splitlines()) == count
+    again = Cell(Runs(study, -math.inf), setting, method).choose()
+    assert again == first and len(trained) == count
+    with pytest.raises(OutOfTime):
+        Cell(Runs(study, time.monotonic() - 1), setting, method).final(first)
+
+
+def test_a_damaged_line_is_named(study):
+    (study.folder / "runs.jsonl").write_text(json.dumps({"config": "a"}) + "\n{\n")
+    with pytest.raises(StudyError, match=r"runs.jsonl, line 2"):
+        Runs(study, 0)
+
+
+def test_targets_are_reached_by_the_mean_of_three_evaluations():
+    curve = [[epoch, 0, 0, accuracy, 1.0] for epoch, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.7, 0.8])]
+    assert first_at(curve, 0.6)[0] == 3  # not 1, where one evaluation is above
+    assert first_at(curve, 0.95) is None
+
+
+def test_differences_are_paired_by_seed(study):
+    reference, others = [outcome(0.8), outcome(0.6)], [outcome(0.81), outcome(0.61)]
+    assert tables.difference(study, others, reference) == "+1.00 ± 0.00"
+    assert tables.difference(study, [{"diverged": True}, outcome(0.61)], reference) == "-"
+    assert tables.summary(study, [{"diverged": True}, outcome(0.61)])[0] == "61.00 (1 of 2 diverged)"
