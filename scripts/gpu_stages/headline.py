@@ -113,11 +113,9 @@ def gossip(stage: Stage, config: str, ranks: int, seed: int) -> Mapping[str, Any
 def delayed(stage: Stage, config: str, workers: int) -> Mapping[str, Any]:
     """Train a configuration of the study of delays on CIFAR-10, in simulated time."""
     folder = stage.folder / f"{config}-{workers}workers-seed0"
-    words = ["-m", "mpicomp", "train", f"configs/studies/delay/{config}.toml", "--run-dir", folder, "--resume", "auto"]
-    more = ["data.kind=cifar10", "data.augment=true", "model.kind=resnet20", "run.seed=0", "checkpoint.every_minutes=2"]
-    more += ["checkpoint.stop_before_end_s=20", f"training.epochs={1 if stage.tiny else 160}"]
+    more = ["training.epochs=1"] if stage.tiny else []
     size = ["--loopback", workers] if config == "ssgd" else ["--simulate", workers + 1]  # the hub comes on top
-    launch(stage, [*words, *sets_of(stage, *more), *size])
+    launch(stage, [*train_words(stage, config, folder, 0, *more), *size])
     return outcome(folder)
 
 

@@ -11,7 +11,7 @@ from mpicomp.exchange.loopback import run
 from mpicomp.run.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.toml"))
+FILES = sorted(path for path in CONFIGS.rglob("*.toml") if path.name != "study.toml")
 METHODS = sorted((CONFIGS / "methods").glob("*.toml"))
 
 

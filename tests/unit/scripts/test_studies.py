@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
+
+from mpicomp.config.config import RunConfig
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "studies"))
@@ -18,6 +21,7 @@ from runs import OutOfTime, Runs  # noqa: E402
 from search import Axis, search  # noqa: E402
 from tune import Cell, first_at  # noqa: E402
 
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*/study.toml"))
 LR = Axis("optimizer.lr", 0.1, 2)
 GAMMA = Axis("algorithm.gamma", 0.5, 2)
 STUDY = """
@@ -107,6 +111,16 @@ def test_a_configuration_is_made_of_all_parts(study):
     assert config["compression"] == {"kind": "topk", "ratio": 0.1}
     assert study.config(*cells["plain", "two"], {})["compression"] == {"kind": "identity"}  # top-k's ratio is gone
     assert "partition" not in study.common["data"]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_the_configurations_of_all_studies_are_sound(path, tmp_path):
+    study = Study.read(path.parent)
+    for setting, method in study.cells():
+        cell = Cell(Runs(study, 0), setting, method)
+        config = cell.config({axis.key: axis.start for axis in method.axes}, 0, epochs=1)
+        (tmp_path / "config.toml").write_text(tomli_w.dumps(config))
+        RunConfig.load(tmp_path / "config.toml").check(study.size(setting, method))
 
 
 @pytest.mark.parametrize(
