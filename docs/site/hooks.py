@@ -19,7 +19,7 @@ import pages as site
 
 GUIDES = ["tutorial.md", "training_script.md", "transformers.md", "lightning.md"]
 """The first pages after the start, in this order; further ones in ``docs/`` follow, and those of ``docs/how_to``."""
-LAST = ["studies.md", "troubleshooting.md"]
+LAST = ["troubleshooting.md"]
 
 Nav = list[Any]
 
@@ -54,7 +54,7 @@ def _nav(found: set[str]) -> Nav:
         {"Guides": [*there(*GUIDES), *further, *folder("how_to"), *there("troubleshooting.md")]},
         {"Methods": ["methods/index.md", *(f"methods/{kind}.md" for kind in site.ALGORITHMS)]},
         {"Compressors": ["compressors/index.md", *(f"compressors/{kind}.md" for kind in site.COMPRESSORS)]},
-        {"Measured": there("studies.md", "benchmarks.md")},
+        {"Measured": [*folder("studies"), *there("benchmarks.md")]},
         {
             "Reference": [
                 {"Command line": folder("cli")},

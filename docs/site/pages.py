@@ -200,7 +200,7 @@ def measured(title: str, class_name: str, page: str) -> Iterator[str]:
         if not path.is_file() or METHODS in path.parents:
             continue
         origin = path.relative_to(ROOT).as_posix()
-        for heading, is_under_revision, lines in _tables(path.read_text(encoding="utf-8")):
+        for heading, lines in _tables(path.read_text(encoding="utf-8")):
             header, rule, *rows = lines
             found = [row for row in rows if starts.match(_cells(row)[0]) and re.search(r"\d", row)]
             if any(starts.match(cell) for cell in _cells(header)[1:]):
@@ -210,19 +210,16 @@ def measured(title: str, class_name: str, page: str) -> Iterator[str]:
             seen.add(key)
             first = rows[:1] if rows[0] not in found else []
             anchor = "#" + slug(heading) if heading else ""
-            link = f"From [{heading or origin}]({_relative(site_path(origin), page)}{anchor})"
-            link += (
-                ", whose conclusions are **under revision** for the reasons given there:" if is_under_revision else ":"
-            )
+            link = f"From [{heading or origin}]({_relative(site_path(origin), page)}{anchor}):"
             yield "\n".join([link, "", relink("\n".join([header, rule, *first, *found]), origin, page)])
 
 
-def _tables(text: str) -> Iterator[tuple[str, bool, list[str]]]:
-    """Yield each table of a Markdown text, with the heading above it and whether its conclusions are under revision."""
+def _tables(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each table of a Markdown text, with the heading above it."""
     for section in re.split(r"^(?=#)", "\n".join(_without_fences(text)), flags=re.MULTILINE):
         heading = section.split("\n", 1)[0].lstrip("# ").strip() if section.startswith("#") else ""
         for table in re.findall(r"(?:^\|.*\n?){3,}", section, flags=re.MULTILINE):
-            yield heading, "**under revision" in section.lower(), table.splitlines()
+            yield heading, table.splitlines()
 
 
 # The command line
