@@ -222,7 +222,9 @@ class TestIdentities:
         assert np.array_equal(on_a_star.x, on_a_ring.x)
         assert (on_a_star.x == on_a_star.x[0]).all()
 
-    @pytest.mark.parametrize("compressor", [RandomBlock(0.25), Identity()], ids=lambda c: type(c).__name__)
+    @pytest.mark.parametrize(
+        "compressor", [RandomBlock(0.25), PerTensor(RandomBlock(0.25)), Identity()], ids=lambda c: type(c).__name__
+    )
     def test_an_all_reduce_round_the_ring_agrees_to_rounding(self, compressor):
         on_a_star, on_a_ring = (train(GMC(compressor), graph, 30) for graph in (star(5), ring(5)))
         close(on_a_star.x, on_a_ring.x, 1e-11)
@@ -299,6 +301,10 @@ class TestTraffic:
         # Two and a half pieces of the block, padded to 2: 2 (n - 1) pieces a rank, which know nothing of the offset.
         assert train(GMC(RandomBlock(0.25)), ring(3), self.STEPS).bytes_sent == [self.STEPS * 2 * 2 * block // 3] * 3
         assert train(GMC(RandomBlock(0.25)), ring(5), self.STEPS).bytes_sent == [self.STEPS * 2 * 4 * 2 * 8] * 5
+
+    def test_ring_all_reduce_of_a_block_of_each_tensor(self):
+        compressor = PerTensor(RandomBlock(0.25))  # 3 entries of each of two tensors: as many as in one block
+        assert train(GMC(compressor), ring(3), self.STEPS).bytes_sent == [self.STEPS * 2 * 2 * DIM // 4 * 8 // 3] * 3
 
     def test_star_of_a_block(self):
         block = 4 + 4 + DIM // 4 * 8  # its offset, its count, its values
