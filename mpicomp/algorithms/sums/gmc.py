@@ -124,7 +124,7 @@ class GMC(GradientSum[GMCState]):
         yield delayed.test if delayed else None
         x.copy_(previous)
         feedback.add_(local.g, state.feedback)  # p_k, in the place of e_k
-        self.update_with_delayed_sum(delayed, local)
+        self.update_with_delayed_sum(delayed, local, state)
         if self.overlap:
             self._add_momentum_(local, state)  # of x_{t+1} - x_t
         q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k

@@ -23,6 +23,7 @@ KEPT = 6
 UNEQUAL = [1.0, 1.0, 1.3, 2.0, 4.0, 1.0]
 CONSTANT = DCASGD(adaptive=False, lambda0=0.3)
 ADAPTIVE = DCASGD(lambda0=0.5)
+EACH = DCASGD(lambda0=0.5, mean_square="worker")
 
 
 def star_of(algorithm, workers=4):
@@ -36,7 +37,7 @@ def transcription(algorithm, part, order):
     models = {m: w.copy() for m in order}  # what each worker holds
     backups = {m: w.copy() for m in order}  # what the hub knows that it holds
     residuals = {m: np.zeros(len(d)) for m in order}
-    mean_square = np.zeros(len(d))
+    mean_square = {m: np.zeros(len(d)) for m in order}
     kept = None if isinstance(algorithm.compressor, Identity) else round(algorithm.compressor.ratio * len(d))
     for m in order:
         g = d * (models[m] - c[m])
@@ -47,8 +48,9 @@ def transcription(algorithm, part, order):
         if isinstance(algorithm, DCASGD):
             lambda_t = algorithm.lambda0
             if algorithm.adaptive:
-                mean_square = 0.95 * mean_square + 0.05 * g * g
-                lambda_t = algorithm.lambda0 / np.sqrt(mean_square + 1e-7)
+                whose = m if algorithm.mean_square == "worker" else order[0]
+                mean_square[whose] = 0.95 * mean_square[whose] + 0.05 * g * g
+                lambda_t = algorithm.lambda0 / np.sqrt(mean_square[whose] + 1e-7)
             g = g + lambda_t * g * g * (w - backups[m])
         w = w - LR * g
         answer = w if kept is None else backups[m] + top_k((w - backups[m])[None], kept)[0]
@@ -58,7 +60,7 @@ def transcription(algorithm, part, order):
 
 @pytest.mark.parametrize("hubs", [1, 2])
 @pytest.mark.parametrize("compressor", [Identity(), TopK(ratio=0.5)], ids=["dense", "topk"])
-@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE], ids=["asgd", "dc_c", "dc_a"])
+@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE, EACH], ids=["asgd", "dc_c", "dc_a", "each"])
 def test_hubs_apply_the_published_update(method, compressor, hubs):
     algorithm = dataclasses.replace(method, compressor=compressor, downlink=compressor, hubs=hubs)
     trained = train_asynchronously(algorithm, star_of(algorithm), 12, UNEQUAL)
@@ -88,7 +90,7 @@ def test_without_strength_dc_asgd_is_asgd(adaptive):
     np.testing.assert_array_equal(plain.x, corrected.x)
 
 
-@pytest.mark.parametrize("algorithm", [ASGD(), CONSTANT, ADAPTIVE, DCASGD(hubs=3)])
+@pytest.mark.parametrize("algorithm", [ASGD(), CONSTANT, ADAPTIVE, EACH, DCASGD(hubs=3)])
 def test_one_worker_is_sgd(algorithm):
     trained = train_asynchronously(algorithm, star_of(algorithm, 1), 30, UNEQUAL)
     x = torch.zeros(DIM, dtype=torch.float64)
@@ -231,6 +233,7 @@ def test_unusable_graphs_are_refused(make, graph, message):
     ("make", "message"),
     [
         (lambda: DCASGD(lambda0=-1.0), "algorithm.lambda0 = -1.0 must be"),
+        (lambda: DCASGD(mean_square="hub"), "algorithm.mean_square = 'hub' must be one of 'common', 'worker'"),
         (lambda: DCASGD(decay=1.0), "algorithm.decay = 1.0 must be"),
         (lambda: DCASGD(epsilon=0.0), "algorithm.epsilon = 0.0 must be"),
         (lambda: ASGD(hubs=0), "algorithm.hubs = 0 must be"),
