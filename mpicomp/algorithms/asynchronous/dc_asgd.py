@@ -12,8 +12,8 @@ w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the
 worker m; MeanSquare (n,) is over the gradients of all workers; lr the learning rate; u() the direction that the hub's
 optimizer makes of the corrected gradient. lambda0, decay and epsilon are parameters.
 
-The paper's listing has one MeanSquare. The authors' server (Multiverso) keeps one for each worker, of its gradients, and
-so does ``mean_square = "worker"``; with M workers, each is updated M times less often.
+The paper's listing has one MeanSquare. The authors' server (Multiverso) keeps one for each worker, of its gradients;
+so does ``mean_square = "worker"``. With M workers, each is then updated M times less often.
 
 The exchange is that of `mpicomp.algorithms.asynchronous.hub`. lambda0 = 0 is ASGD. A gradient that came through a
 lossy compressor is corrected as it arrives.
@@ -32,7 +32,7 @@ In a script (``train`` is the loop of a worker, which ends by ``gossip.finish()`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
@@ -59,7 +59,7 @@ class DCASGD(HubAlgorithm):
     lambda0: float | None = None
     decay: float = 0.95
     epsilon: float = 1e-7
-    mean_square: MeanSquare = "common"
+    mean_square: MeanSquare = field(default="common", repr=False)  # checkpoints from before do not name it
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,9 +13,10 @@ from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train, 
 from mpicomp.algorithms import ASGD, DCASGD, Choco, DCGossip
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
 from mpicomp.compression import Identity, TopK
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import CheckpointError, ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.state import flatten, restore_
 from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, induced, ring, star
 
 LR = 0.1
@@ -70,6 +71,16 @@ def test_hubs_apply_the_published_update(method, compressor, hubs):
         assert sorted(order) == sorted([*range(hubs, hubs + 4)] * 12)
         assert order[:8] != sorted(order[:8])  # workers of unequal speed do overtake each other
         np.testing.assert_allclose(trained.x[hub][part], transcription(algorithm, part, order), rtol=0, atol=1e-12)
+
+
+def test_checkpoints_tell_the_mean_squares_apart_by_their_shape():
+    """And those from before the choice, whose algorithm does not name it, are read."""
+    assert repr(EACH) == repr(ADAPTIVE)
+    one, each = (train_asynchronously(method, star_of(method), 1, UNEQUAL).states[0] for method in (ADAPTIVE, EACH))
+    with pytest.raises(
+        CheckpointError, match=r"'mean_square' does not fit: torch.float64 \(24,\) instead of .* \(4, 24\)"
+    ):
+        restore_(each, flatten(one))
 
 
 def test_shards_over_slow_links_hold_what_one_hub_would_send():
