@@ -50,7 +50,7 @@ class HubState:
 
     Attributes:
         backups: (m,) for each worker: its model.
-        mean_square: (m,) of the gradients, for methods that need it; (workers, m) of those of each worker.
+        mean_square: (m,) of the gradients, for methods that need it.
         compressors: of the answers to each worker.
         updates: how many gradients have been applied.
         answered: for each worker, how many had been applied when it was answered.
@@ -119,11 +119,6 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         """How a hub corrects a gradient for what its model has moved by since; None if it does not."""
         return None
 
-    @property
-    def keeps_mean_square_of_each_worker(self) -> bool:
-        """Whether a mean square, if one is needed, is of the gradients of one worker, or of all of them."""
-        return False
-
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless there is an edge between every hub and every worker."""
         topology = require_connected(self.name, schedule)
@@ -161,10 +156,9 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         part = self.owners(mailbox.size, local.spec)[mailbox.rank][1]
         model = local.x[part]
         workers = mailbox.size - self.hubs
-        like = model.new_empty((workers, len(model))) if self.keeps_mean_square_of_each_worker else model
         return HubState(
             backups=[model.clone() for _ in range(workers)],
-            mean_square=None if self.compensation is None else self.compensation.init(like),
+            mean_square=None if self.compensation is None else self.compensation.init(model),
             compressors=[self.downlink.init(part_of(local.spec, part), device, worker) for worker in range(workers)],
             updates=0,
             answered=[0] * workers,
@@ -212,10 +206,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         self._uplink.accumulate(mail.payload, spec, gradient)
         torch.sub(model, backup, out=state.scratch)  # w - b_m: what the model has moved by since
         if self.compensation is not None:
-            mean_square = state.mean_square
-            if mean_square is not None and self.keeps_mean_square_of_each_worker:
-                mean_square = mean_square[worker]
-            self.compensation.correct_(gradient, state.scratch, mean_square)
+            self.compensation.correct_(gradient, state.scratch, state.mean_square)
         local.update(part)
         state.updates += 1
         state.answered[worker] = state.updates

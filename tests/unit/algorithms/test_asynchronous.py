@@ -13,10 +13,9 @@ from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train, 
 from mpicomp.algorithms import ASGD, DCASGD, Choco, DCGossip
 from mpicomp.algorithms.asynchronous.base import DelayCompensation
 from mpicomp.compression import Identity, TopK
-from mpicomp.errors import CheckpointError, ConfigError, TopologyError
+from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
-from mpicomp.state import flatten, restore_
 from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, induced, ring, star
 
 LR = 0.1
@@ -24,7 +23,6 @@ KEPT = 6
 UNEQUAL = [1.0, 1.0, 1.3, 2.0, 4.0, 1.0]
 CONSTANT = DCASGD(adaptive=False, lambda0=0.3)
 ADAPTIVE = DCASGD(lambda0=0.5)
-EACH = DCASGD(lambda0=0.5, mean_square="worker")
 
 
 def star_of(algorithm, workers=4):
@@ -38,7 +36,7 @@ def transcription(algorithm, part, order):
     models = {m: w.copy() for m in order}  # what each worker holds
     backups = {m: w.copy() for m in order}  # what the hub knows that it holds
     residuals = {m: np.zeros(len(d)) for m in order}
-    mean_square = {m: np.zeros(len(d)) for m in order}
+    mean_square = np.zeros(len(d))
     kept = None if isinstance(algorithm.compressor, Identity) else round(algorithm.compressor.ratio * len(d))
     for m in order:
         g = d * (models[m] - c[m])
@@ -49,9 +47,8 @@ def transcription(algorithm, part, order):
         if isinstance(algorithm, DCASGD):
             lambda_t = algorithm.lambda0
             if algorithm.adaptive:
-                whose = m if algorithm.mean_square == "worker" else order[0]
-                mean_square[whose] = 0.95 * mean_square[whose] + 0.05 * g * g
-                lambda_t = algorithm.lambda0 / np.sqrt(mean_square[whose] + 1e-7)
+                mean_square = 0.95 * mean_square + 0.05 * g * g
+                lambda_t = algorithm.lambda0 / np.sqrt(mean_square + 1e-7)
             g = g + lambda_t * g * g * (w - backups[m])
         w = w - LR * g
         answer = w if kept is None else backups[m] + top_k((w - backups[m])[None], kept)[0]
@@ -61,7 +58,7 @@ def transcription(algorithm, part, order):
 
 @pytest.mark.parametrize("hubs", [1, 2])
 @pytest.mark.parametrize("compressor", [Identity(), TopK(ratio=0.5)], ids=["dense", "topk"])
-@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE, EACH], ids=["asgd", "dc_c", "dc_a", "each"])
+@pytest.mark.parametrize("method", [ASGD(), CONSTANT, ADAPTIVE], ids=["asgd", "dc_c", "dc_a"])
 def test_hubs_apply_the_published_update(method, compressor, hubs):
     algorithm = dataclasses.replace(method, compressor=compressor, downlink=compressor, hubs=hubs)
     trained = train_asynchronously(algorithm, star_of(algorithm), 12, UNEQUAL)
@@ -71,16 +68,6 @@ def test_hubs_apply_the_published_update(method, compressor, hubs):
         assert sorted(order) == sorted([*range(hubs, hubs + 4)] * 12)
         assert order[:8] != sorted(order[:8])  # workers of unequal speed do overtake each other
         np.testing.assert_allclose(trained.x[hub][part], transcription(algorithm, part, order), rtol=0, atol=1e-12)
-
-
-def test_checkpoints_tell_the_mean_squares_apart_by_their_shape():
-    """And those from before the choice, whose algorithm does not name it, are read."""
-    assert repr(EACH) == repr(ADAPTIVE)
-    one, each = (train_asynchronously(method, star_of(method), 1, UNEQUAL).states[0] for method in (ADAPTIVE, EACH))
-    with pytest.raises(
-        CheckpointError, match=r"'mean_square' does not fit: torch.float64 \(24,\) instead of .* \(4, 24\)"
-    ):
-        restore_(each, flatten(one))
 
 
 def test_shards_over_slow_links_hold_what_one_hub_would_send():
@@ -101,7 +88,7 @@ def test_without_strength_dc_asgd_is_asgd(adaptive):
     np.testing.assert_array_equal(plain.x, corrected.x)
 
 
-@pytest.mark.parametrize("algorithm", [ASGD(), CONSTANT, ADAPTIVE, EACH, DCASGD(hubs=3)])
+@pytest.mark.parametrize("algorithm", [ASGD(), CONSTANT, ADAPTIVE, DCASGD(hubs=3)])
 def test_one_worker_is_sgd(algorithm):
     trained = train_asynchronously(algorithm, star_of(algorithm, 1), 30, UNEQUAL)
     x = torch.zeros(DIM, dtype=torch.float64)
@@ -244,7 +231,6 @@ def test_unusable_graphs_are_refused(make, graph, message):
     ("make", "message"),
     [
         (lambda: DCASGD(lambda0=-1.0), "algorithm.lambda0 = -1.0 must be"),
-        (lambda: DCASGD(mean_square="hub"), "algorithm.mean_square = 'hub' must be one of 'common', 'worker'"),
         (lambda: DCASGD(decay=1.0), "algorithm.decay = 1.0 must be"),
         (lambda: DCASGD(epsilon=0.0), "algorithm.epsilon = 0.0 must be"),
         (lambda: ASGD(hubs=0), "algorithm.hubs = 0 must be"),
