@@ -256,7 +256,7 @@ class CompressionSection(CompressorSection):
     """``[compression]``: what is sent."""
 
     allocation: Rule = "uniform"
-    """The rule that sets the ratio or threshold of each rank by its number of samples: ``"dagc"`` or ``"waterfill"``.
+    """The rule that sets the ratio or threshold of each rank by its number of samples: ``"dagc"``.
     The value of the section is then the mean. The gamma of a gossip method must suit the smallest ratio."""
 
     def try_out(self, others: Mapping[str, Section]) -> None:

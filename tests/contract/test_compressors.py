@@ -50,6 +50,7 @@ CASES = {
             "topk": TopK,
             "topk_int8": lambda ratio: TopK(ratio, values="int8"),
             "per_tensor": lambda ratio: PerTensor(TopK(ratio)),
+            "block_per_tensor": lambda ratio: PerTensor(RandomBlock(ratio), dense_1d=True),
             "randk": RandomK,
             "block": RandomBlock,
             "threshold": HardThreshold,
@@ -205,15 +206,80 @@ def test_error_feedback_telescopes(inner):
 
 
 @pytest.mark.parametrize(
-    "compressor", [c for c in CASES.values() if not isinstance(c, PerTensor | ErrorFeedback | ByRank)], ids=str
+    "compressor",
+    [c for c in CASES.values() if not isinstance(c, PerTensor | ErrorFeedback | ByRank | RandomBlock)],
+    ids=str,
 )
 def test_per_tensor_is_one_by_one(compressor):
+    """But for blocks, which begin elsewhere in each tensor."""
     spec, x = spec_of(100), vector(100)
     whole, state = PerTensor(compressor), PerTensor(compressor).init(spec, CPU, 4)
-    parts = copy.deepcopy(state.parts)
+    parts = copy.deepcopy(state.parts) if state else [None] * 3
     y = whole.decompress(whole.compress(x, spec, state), spec)
     for part, piece, values, inner in zip(spec.parts, spec.split(y), spec.split(x), parts, strict=True):
         assert torch.equal(piece, compressor.decompress(compressor.compress(values, part, inner), part))
+
+
+def hashed(*key):
+    """The generator that all ranks share, splitmix64, written independently of the package."""
+    mask = 2**64 - 1
+    state = len(key)
+    for word in key:
+        state = ((state ^ word) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state
+
+
+@pytest.mark.parametrize("dense_1d", [False, True])
+@pytest.mark.parametrize("n", [1, 9, 100, 1000])
+def test_a_block_of_each_tensor_begins_anywhere_and_wraps_around(n, dense_1d):
+    """The rule of the authors' code for DEF: ratio n entries of every tensor from a random start, modulo n."""
+    compressor, spec, x = PerTensor(RandomBlock(0.3, seed=5), dense_1d), spec_of(n), vector(n)
+    states = [compressor.init(spec, CPU, rank) for rank in range(2)]
+    wrapped = set()
+    for step in range(20):
+        expected, sent, begin = np.zeros(n, np.float32), [], 0
+        for i, part in enumerate(spec.parts):
+            size, length = part.numel, min(part.numel, max(1, int(0.3 * part.numel + 1e-9)))
+            start = 0
+            if dense_1d and len(part.shapes[0]) == 1:
+                length = size
+            elif length < size:
+                start = hashed(hashed(5, step) >> 1, i) % size
+                wrapped.add(start + length > size)
+            places = begin + (start + np.arange(length)) % size if size else np.arange(0)
+            expected[places] = x.numpy()[places]
+            sent += x.numpy()[places].tolist()
+            begin += size
+        for state in states:
+            payload = compressor.compress(x, spec, state)
+            assert payload["values"].tolist() == sent
+            assert np.array_equal(compressor.decompress(payload, spec).numpy(), expected)
+    assert wrapped == ({True, False} if n > 9 else wrapped)
+
+
+@every
+def test_sums_of_messages_of_common_support_are_messages_of_the_sum(compressor):
+    """What a star and the all-reduce of a ring do with the values alone."""
+    if not compressor.has_common_support:
+        return
+    spec, vectors = spec_of(300, torch.float64), [vector(300, torch.float64, rank) for rank in range(3)]
+    states = [compressor.init(spec, CPU, rank) for rank in range(3)]
+    for _ in range(3):
+        payloads = [compressor.compress(x, spec, state) for x, state in zip(vectors, states, strict=True)]
+        total = sum(w * compressor.summable(p) for w, p in zip((0.5, 0.3, 0.2), payloads, strict=True))
+        found = [compressor.decompress(compressor.with_sum(p, total), spec) for p in payloads]
+        expected = sum(w * compressor.decompress(p, spec) for w, p in zip((0.5, 0.3, 0.2), payloads, strict=True))
+        for each in found:
+            torch.testing.assert_close(each, expected)
+
+
+def test_blocks_of_each_tensor_have_a_common_support():
+    assert CASES["block_per_tensor"].has_common_support and CASES["block"].has_common_support
+    assert not CASES["topk_per_tensor"].has_common_support
+    assert not CASES["by_rank_block_per_tensor"].has_common_support  # of other lengths
 
 
 @pytest.mark.parametrize("compressor", [TopK(0.5), CASES["threshold"]], ids=["topk", "threshold"])
@@ -281,7 +347,7 @@ def test_vectors_longer_than_a_block(compressor):
     assert float((x * y).sum()) > 0  # it points the same way, in every block
     inner = compressor.compressors[0] if isinstance(compressor, ByRank) else compressor
     for start, stop in ((0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, n)):
-        if not isinstance(inner, RandomBlock):
+        if not isinstance(getattr(inner, "inner", inner), RandomBlock):
             assert float((x[start:stop] * y[start:stop]).sum()) > 0
 
 

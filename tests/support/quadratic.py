@@ -33,7 +33,7 @@ def centers(size: int) -> np.ndarray:
 
 @dataclass
 class Quadratic:
-    """The model of one rank, with heavy-ball momentum as its optimizer."""
+    """The model of one rank, with heavy-ball momentum and weight decay as its optimizer."""
 
     x: Tensor
     center: Tensor
@@ -61,7 +61,7 @@ class Quadratic:
     def update(self, part: slice | None = None) -> None:
         if part == slice(0, 0):
             return
-        self.m.mul_(self.momentum).add_(self.g)
+        self.m.mul_(self.momentum).add_(self.g).add_(self.x, alpha=self.weight_decay)
         self.x.sub_(self.m, alpha=self.lr)
 
 
@@ -79,22 +79,26 @@ def train(
     schedule: Schedule,
     steps: int,
     *,
-    lr: float = 0.1,
+    lr: float | Sequence[float] = 0.1,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     start: np.ndarray | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Trained:
-    """Run `algorithm` over the loopback from `start` (size, DIM), by default zero on all ranks."""
+    """Run `algorithm` over the loopback from `start` (size, DIM), by default zero on all ranks.
+
+    `lr` is the learning rate, or those of all steps.
+    """
+    rates = [lr] * steps if isinstance(lr, int | float) else lr
 
     def serve(world: World):
         c = centers(world.size)[world.rank]
         x = np.zeros(DIM) if start is None else start[world.rank]
         tensors = torch.as_tensor(x.copy(), dtype=dtype), torch.as_tensor(c, dtype=dtype)
-        local = Quadratic(*tensors, lr, momentum, weight_decay)
+        local = Quadratic(*tensors, *rates[:1], momentum=momentum, weight_decay=weight_decay)
         exchange = world.exchange(schedule)
         state = algorithm.init(local, exchange)
-        for _ in range(steps):
+        for local.lr in rates:
             algorithm.step(local, state, exchange)
         return local.x.numpy(), state, exchange.bytes_sent
 

@@ -1,7 +1,8 @@
 """What the methods that add up the compressed gradients of all ranks share.
 
 All ranks hold the same model: each adds the same weighted sum, formed over a star or a ring (`exchange.aggregate`).
-Batch-norm statistics are each rank's own. Weight decay is best left to the optimizer, which adds the same on all ranks.
+Batch-norm statistics are each rank's own. Weight decay is the optimizer's, which adds the same on all ranks; it is not
+compressed. DGC and EF-SGD with momentum give it that momentum (`add_decay_momentum_`).
 
 EF-SGD, GMC and DGC form a message from the next gradient and what is left of the last ones, and the model moves by the
 sum of the messages. In step k:
@@ -115,6 +116,28 @@ class GradientSumState(Protocol):
     steps: int
 
 
+def decay_momentum(local: Local, momentum: float) -> Tensor | None:
+    """Return a momentum of the weight decay of zero, (n,); None if there is no momentum or no weight decay."""
+    decays = momentum and any(group.get("weight_decay", 0.0) for _, group in local.groups)
+    return torch.zeros_like(local.x) if decays else None
+
+
+def add_decay_momentum_(local: Local, b: Tensor, momentum: float, nesterov: bool = False) -> None:
+    """Give weight decay a momentum, ahead of the optimizer, which adds ``weight_decay x`` to ``local.g`` by itself.
+
+    ``b = momentum b + weight_decay x``, and ``g = g + b``, or with Nesterov's ``g = g + weight_decay x + momentum b``.
+    Ranks hold equal models, so b is the same on all.
+    """
+    for part, group in local.groups:
+        decay = group.get("weight_decay", 0.0)
+        mine = b[part].mul_(momentum)
+        if nesterov:
+            local.g[part].add_(mine.add_(local.x[part], alpha=decay), alpha=momentum)
+        else:
+            local.g[part].add_(mine)
+            mine.add_(local.x[part], alpha=decay)
+
+
 G = TypeVar("G", bound=GradientSumState)
 
 
@@ -153,17 +176,21 @@ class GradientSum(AggregatedAlgorithm[G]):
         q = self.compressor_at(last).layout(local.spec).unpack(state.delayed)
         return self._start_sum(q, last, local, exchange)
 
-    def update_with_delayed_sum(self, delayed: PendingAverage | None, local: Local) -> None:
+    def update(self, local: Local, state: G) -> None:
+        """Take the optimizer's step with the sum in ``local.g``."""
+        local.update()
+
+    def update_with_delayed_sum(self, delayed: PendingAverage | None, local: Local, state: G) -> None:
         """``x_{k+1} = x_k - lr_k u(Q_{k-1})``, which overwrites ``local.g``; nothing if there is no `delayed` sum."""
         if delayed is not None:
             delayed.wait(local.g)
-            local.update()
+            self.update(local, state)
 
     def sum_and_update(self, q: Payload, local: Local, state: G, exchange: Exchange) -> None:
         """``Q_k = sum_i w_i q_k;  x_{k+1} = x_k - lr_k u(Q_k)``; with overlap, keep `q` for the next step instead."""
         if state.delayed is None:
             self._start_sum(q, state.steps, local, exchange).wait(local.g)
-            local.update()
+            self.update(local, state)
         else:
             self.compressor_at(state.steps).layout(local.spec).pack(q, state.delayed)
         state.steps += 1

@@ -5,11 +5,14 @@
                                                            (Nesterov: u_k = mu (u_k + g_k); v_k = v_k + u_k + g_k)
     q_k = C(v_k)
     v_k = v_k - q_k;  u_k = 0 where q_k is not             momentum factor masking
-    x = x - lr sum_k w_k q_k                               by the optimizer, on all ranks alike
+    b = mu b + lambda x                                    weight decay, with a momentum of its own
+    x = x - lr (sum_k w_k q_k + b)                         by the optimizer, on all ranks alike
+                                                           (Nesterov: lambda x + mu b in the place of b)
 
 x is the model (n,), the same on all ranks; F_k the loss of the batch of rank k; u_k (n,) its momentum and mu the
 parameter ``momentum``; v_k (n,) what it has accumulated and not sent; C the compressor and q_k what is sent; w_k what
-rank k counts in the sum; lr the learning rate.
+rank k counts in the sum; lr the learning rate and lambda the weight decay, both of the optimizer; b (n,) is the same on
+all ranks.
 
 ``clip = "norm"`` scales the gradient to a norm of at most ``clip_norm / sqrt(size)`` (the paper's); ``"rms"`` clamps
 its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more number exchanged a step). While the run
@@ -21,10 +24,12 @@ warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``wa
 gradients alone, stay as they are. ``clip = "rms"`` does not go with it: its sum would have to overtake the messages.
 
 The paper compresses tensor by tensor and sends tensors of one dimension whole (``compression.per_tensor`` and
-``compression.dense_1d``); those keep their momentum unmasked. Weight decay belongs to the optimizer, so that it is not
-compressed. Where every entry is sent and masked, this is plain SGD; with ``masking = false``, SGD with momentum.
+``compression.dense_1d``); those keep their momentum unmasked. Weight decay is neither compressed nor masked, as in the
+authors' optimizer. Where every entry is sent and masked, this is plain SGD, but for b; with ``masking = false``, SGD
+with momentum, as torch's with weight decay.
 
-Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``u``, ``v`` and one scratch vector. Lin et al. 2018,
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``u``, ``v`` and one scratch vector, and ``b`` with
+weight decay. Lin et al. 2018,
 arXiv 1712.01887; checked against the authors' code.
 
 In a script:
@@ -44,7 +49,13 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases, require_positive
-from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.base import (
+    GradientSum,
+    add_decay_momentum_,
+    decay_momentum,
+    require_momentum,
+    require_no_momentum,
+)
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
 from mpicomp.compression.ratio import check_ratio
@@ -66,6 +77,7 @@ class DGCState:
         u: (n,) the momentum of the own gradients.
         v: (n,) what has been accumulated and not been sent.
         scratch: (n,) room for the own message.
+        decay: (n,) the momentum b of the weight decay; None if the optimizer had none at the start.
         compressor: state of the compressor.
         delayed: (nbytes,) uint8, the message of the last step; None without overlap.
         steps: messages formed.
@@ -75,6 +87,7 @@ class DGCState:
     u: Tensor
     v: Tensor = field(metadata=ERROR_MEMORY)
     scratch: Tensor = field(metadata=SCRATCH)
+    decay: Tensor | None
     compressor: State
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
@@ -134,7 +147,8 @@ class DGC(GradientSum[DGCState]):
         x = local.x
         compressor = self.compressor.init(local.spec, x.device, exchange.rank)
         delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
-        return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), compressor, delayed)
+        decay = decay_momentum(local, self.momentum)
+        return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), decay, compressor, delayed)
 
     def phases(self, local: Local, state: DGCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
@@ -149,7 +163,7 @@ class DGC(GradientSum[DGCState]):
         else:
             u.mul_(self.momentum).add_(g)
             v.add_(u)
-        self.update_with_delayed_sum(delayed, local)
+        self.update_with_delayed_sum(delayed, local, state)
         q = apart_from(v, compressor.compress(v, spec, state.compressor))
         own.zero_()
         compressor.accumulate(q, spec, own)
@@ -158,6 +172,12 @@ class DGC(GradientSum[DGCState]):
             for part in _masked(self.compressor, spec):
                 u[part].masked_fill_(own[part] != 0, 0.0)
         self.sum_and_update(q, local, state, exchange)
+
+    def update(self, local: Local, state: DGCState) -> None:
+        """Take the optimizer's step with the sum in ``local.g`` and the momentum of the weight decay."""
+        if state.decay is not None:
+            add_decay_momentum_(local, state.decay, self.momentum, self.nesterov)
+        local.update()
 
     def compressor_at(self, step: int) -> Compressor:
         """Return the compressor of a step: the one given, with the ratio of the stage."""

@@ -30,7 +30,13 @@ torch's SGD does: the rate of the step that a message will make is not known whe
 
 Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
 detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
-lambda = 0.3 is DEF's remembered default. Treat ``detachment`` as unverified.
+lambda = 0.3 is that of the scripts of DEF's authors. Treat ``detachment`` as unverified.
+
+The model that is evaluated and stored is x_t, which all ranks hold, with ``detachment`` too. DEF's code
+(``anxuthu/DEF``) evaluates ``x_t - lr sum_k w_k e_k`` with equal w_k instead, the model once all that was left out has
+been sent, and goes on from x_t. Here checkpoint, export and evaluation are of one model, and none takes a dense sum of
+errors; so figures of GMC+ may differ from those of that code. That code also multiplies e by the rate of its step, as
+EF-SGD here does, which makes a difference where the rate decays.
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``.
 
@@ -124,7 +130,7 @@ class GMC(GradientSum[GMCState]):
         yield delayed.test if delayed else None
         x.copy_(previous)
         feedback.add_(local.g, state.feedback)  # p_k, in the place of e_k
-        self.update_with_delayed_sum(delayed, local)
+        self.update_with_delayed_sum(delayed, local, state)
         if self.overlap:
             self._add_momentum_(local, state)  # of x_{t+1} - x_t
         q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k

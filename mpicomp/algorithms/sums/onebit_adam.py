@@ -18,7 +18,8 @@ frozen it is one of the momentum. A sign cannot say zero, and would be divided b
 before the freeze, so that ``m = v = 0``: such entries are sent as zero, and never move again. So freeze late enough
 that every parameter that matters has had a gradient; the reference code's default is 100,000 steps. Signs also give
 rare entries, of small v, as much momentum as all others of their tensor: in short runs an ``epsilon`` near the usual
-size of a gradient holds them back, without which some diverged.
+size of a gradient holds them back. The study of images has ``epsilon = 1e-3`` for that reason, that of text 1e-4: with
+the default of 1e-8, which is for a warm-up that is long enough to know v, some runs diverged.
 
 Differences from the reference code (DeepSpeed): any compressor (its sign is scaled by the root mean square, ours by the
 mean magnitude), tensor by tensor on request; a server for the whole vector instead of one for each piece of it; moments

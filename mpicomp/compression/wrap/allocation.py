@@ -8,19 +8,23 @@ compressed less. Lu et al., INFOCOM 2023 and arXiv 2311.07324. The rules are tho
 That code sorts the volumes; here any order will do. Everything is computed in float64 from the volumes alone, so every
 rank finds the same result.
 
-What is doubtful. The paper's text was not at hand. Every number that the authors' code compares equals
+What they are near to. The error of a compressor that keeps a fraction delta_i of the entries grows as the ratio falls,
 
-    Phi(delta) = (sum_i p_i / sqrt(delta_i)) / sqrt(min_i delta_i)
+    Psi(delta) = sum_i p_i / sqrt(delta_i)
 
-at the ratios it would give, so Phi is likely the bound that the code is meant to minimize. It does not minimize it.
-With volumes spaced evenly on a log scale over ten ranks, the last two equal, and ratios that sum to one, Phi is
+and of two rules with one budget the one of smaller Psi was the faster in simulations of the published rounds. The
+smallest Psi is that of ``delta_i ~ p_i^(2/3)``, which is DAGC-R but for one rank (and, inverted, DAGC-A). With volumes
+spaced evenly on a log scale over ten ranks, the last two equal, and ratios that sum to one, Psi is
 
-    largest / smallest     dagc_ratios     uniform     waterfill_ratios
-    10                     13.63           10.00       9.96
-    100                    19.31           10.00       9.50
+    largest / smallest     uniform     dagc_ratios     smallest
+    10                     3.162       2.901           2.877
+    100                    3.162       2.389           2.374
 
-Either the bound has further terms, or the enumeration is a heuristic. `dagc_ratios` gives the numbers of the code;
-nothing here is claimed to be optimal. `waterfill_ratios` minimizes Phi, and is an experiment of this package.
+With few ranks that one may matter: for volumes 27, 1, 1, `dagc_ratios` gives all the same (1.732; 1.258 is possible).
+
+The paper's text was not at hand. Every number by which the authors' code chooses that rank equals
+``Psi(delta) / sqrt(min_i delta_i)``. This does not predict which rule is faster: it prefers uniform ratios (10.00, and
+13.63 and 19.31 for `dagc_ratios` in the table), and decides nothing here but that rank.
 
 At least one entry is kept (of each tensor, with `PerTensor`), however small the ratio, so a small model may exceed its
 budget. The smallest ratio decides the gamma of CHOCO-SGD; see `mpicomp.compression.wrap.by_rank`.
@@ -30,18 +34,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
-
-import numpy as np
-import numpy.typing as npt
 
 from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, with_strength
 from mpicomp.errors import ConfigError
 
-Rule = Literal["uniform", "dagc", "waterfill"]
+Rule = Literal["uniform", "dagc"]
 """The rule by which the budget is shared out; ``"uniform"`` gives all ranks the same."""
 
 SHOWN = 4
@@ -109,68 +110,16 @@ def dagc_thresholds(volumes: Sequence[float], mean_threshold: float) -> tuple[fl
     return tuple(mean_threshold * (mean / each) for each in a)
 
 
-def waterfill_ratios(volumes: Sequence[float], mean_ratio: float) -> tuple[float, ...]:
-    """Return the ratios, in the order of `volumes`, that minimize the inferred bound; not from a paper.
-
-        minimize (sum_i p_i / sqrt(delta_i)) / sqrt(t)   so that  mean delta = mean_ratio,  t <= delta_i <= 1
-        solution: delta_i = c p_i^(2/3), cut to [t, 1]
-
-    The problem is convex in (delta, t). For a floor t the budget gives c; the best floor is where the derivative
-
-        sum_(i at the floor) (c^(-3/2) - p_i t^(-3/2)) / 2  -  (sum_i p_i / sqrt(delta_i)) / (2 t)
-
-    of the sum times sqrt(t) changes its sign, found by bisection. Excess above 1 goes to the other ranks.
-
-    Raises:
-        ConfigError: a rank without samples, or a `mean_ratio` outside (0, 1].
-
-    """
-    check_ratio(mean_ratio)
-    p = np.array(_shares(volumes))
-    a = p ** (2 / 3)
-    low, high = 0.0, mean_ratio
-    while low < (floor := (low + high) / 2) < high:
-        scale, ratios = _filled(a, mean_ratio, floor)
-        slopes = (scale**-1.5 - p * floor**-1.5)[ratios == floor]
-        if slopes.sum() < (p / np.sqrt(ratios)).sum() / floor:
-            low = floor
-        else:
-            high = floor
-    return tuple(_filled(a, mean_ratio, high)[1].tolist())
-
-
-def _filled(a: npt.NDArray[np.float64], mean: float, floor: float) -> tuple[float, npt.NDArray[np.float64]]:
-    """Return c and the ratios ``c a`` cut to [floor, 1], with c such that their mean is `mean`."""
-    corners = np.sort(np.concatenate([floor / a, 1 / a]))
-    means = np.clip(np.outer(corners, a), floor, 1.0).mean(axis=1)
-    scale = float(np.interp(mean, means, corners))
-    return scale, np.clip(scale * a, floor, 1.0)
-
-
-RATIOS: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]] = {
-    "dagc": dagc_ratios,
-    "waterfill": waterfill_ratios,
-}
-THRESHOLDS = {"dagc": dagc_thresholds}
-"""The functions of each `Rule`: above for compressors with a ratio, here for those with a threshold."""
-
-
 def check_rule(compressor: Compressor, rule: str) -> None:
     """Raise ConfigError if `compressor` has no ratio or threshold that `rule` can allocate."""
     if rule not in get_args(Rule):
         raise ConfigError(f"compression.allocation = {rule!r} must be one of {', '.join(map(repr, get_args(Rule)))}")
     if rule == "uniform":
         return
-    strength = strength_of(compressor)
-    if strength is None:
+    if strength_of(compressor) is None:
         raise ConfigError(
             f"compression.allocation = {rule!r} gives each rank a ratio or a threshold of its own, and this compressor "
             "has neither: use compression.kind = 'topk' or 'threshold', or compression.allocation = 'uniform'"
-        )
-    if strength[0] == "threshold" and rule not in THRESHOLDS:
-        raise ConfigError(
-            f"compression.allocation = {rule!r} gives ratios, and this compressor has a threshold: use "
-            "compression.allocation = 'dagc' (DAGC-A), or compression.kind = 'topk'"
         )
 
 
@@ -190,7 +139,7 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
     Args:
         compressor: its ratio is the mean of all ranks, its threshold the harmonic mean.
         volumes: the number of samples of each rank.
-        rule: ``"dagc"``, ``"waterfill"``, or ``"uniform"``, which returns `compressor` itself.
+        rule: ``"dagc"``, or ``"uniform"``, which returns `compressor` itself.
 
     Raises:
         ConfigError: the compressor has no ratio or threshold that `rule` can allocate, or a rank has no samples.
@@ -204,7 +153,7 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
     strength = strength_of(compressor)
     assert strength is not None
     name, mean = strength
-    values = (RATIOS if name == "ratio" else THRESHOLDS)[rule](volumes, mean)
+    values = (dagc_ratios if name == "ratio" else dagc_thresholds)(volumes, mean)
     return ByRank(tuple(with_strength(compressor, value) for value in values))
 
 

@@ -2,7 +2,8 @@
 
 The papers compress layer by layer, so that a layer with small entries is not left out, and a scale fits its layer.
 Bytes: those of the inner compressor, tensor by tensor; at least one entry of each for the sparse ones. Top-k has one
-message for all tensors (`per_tensor_topk`).
+message for all tensors (`per_tensor_topk`), and so has the random block, whose values can be added up
+(`per_tensor_block`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from mpicomp.compression.base import Compressor, Wrapper
+from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import LONGEST, Layout, Payload, Spec
 from mpicomp.compression.random import mix64
 from mpicomp.compression.topk import TopK
+from mpicomp.compression.wrap.per_tensor_block import PerTensorBlock
 from mpicomp.compression.wrap.per_tensor_topk import PerTensorTopK
 from mpicomp.errors import DivergenceError
 from mpicomp.state import State
@@ -52,20 +55,24 @@ class PerTensor(Wrapper):
 
     @property
     def has_common_support(self) -> bool:
-        """False: what could be added up lies in several fields, one for each tensor."""
-        return False
+        """Whether the values of all tensors are one vector of common support, as those of the random block are."""
+        return isinstance(self.inner, RandomBlock)
 
-    def _at_once(self, spec: Spec) -> PerTensorTopK | None:
+    def _at_once(self, spec: Spec) -> Compressor | None:
         """Return the version that compresses all tensors at once, or None if the inner compressor has none."""
         if isinstance(self.inner, TopK) and spec.numel <= LONGEST:
             return PerTensorTopK(self.inner, self.dense_1d)
+        if isinstance(self.inner, RandomBlock):
+            return PerTensorBlock(self.inner, self.dense_1d)
         return None
 
     def _of(self, part: Spec) -> Compressor:
         return Identity() if self.exempts(part) else self.inner
 
-    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> PerTensorState:
-        """Return the inner compressor's initial states, one for each tensor."""
+    def init(self, spec: Spec, device: torch.device, stream: int = 0) -> State:
+        """Return the inner compressor's initial states, one for each tensor, or one for all."""
+        if at_once := self._at_once(spec):
+            return at_once.init(spec, device, stream)
         states = [self._of(part).init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)]
         return PerTensorState(states)
 
@@ -76,10 +83,10 @@ class PerTensor(Wrapper):
         return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
 
     @timed("compress")
-    def compress(self, x: Tensor, spec: Spec, state: PerTensorState) -> Payload:
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Compress each tensor; a DivergenceError names a tensor with a NaN."""
         if at_once := self._at_once(spec):
-            return at_once.compress(x, None, spec)
+            return at_once.compress(x, spec, state)
 
         def compress(values: Tensor, part: Spec, inner: State) -> Payload:
             return self._of(part).compress(values, part, inner)
@@ -87,12 +94,10 @@ class PerTensor(Wrapper):
         return self._each(compress, spec, state, spec.split(x))
 
     @timed("compress")
-    def compress_difference_(
-        self, x: Tensor, x_hat: Tensor, spec: Spec, state: PerTensorState, scratch: Tensor
-    ) -> Payload:
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
         """Compress the difference of each tensor; a DivergenceError names a tensor with a NaN."""
         if at_once := self._at_once(spec):
-            return at_once.compress_difference_(x, x_hat, spec)
+            return at_once.compress_difference_(x, x_hat, spec, state, scratch)
 
         def compress(vectors: tuple[Tensor, Tensor, Tensor], part: Spec, inner: State) -> Payload:
             values, public, room = vectors

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import index_field, scatter_add_, write_indices
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.ratio import kept
 from mpicomp.compression.topk import TopK
 from mpicomp.compression.values import read_values, value_fields, write_values
 from mpicomp.errors import DivergenceError
+from mpicomp.state import State
 from mpicomp.timing import traced
 
 _top_k_of_parts = traced("select")(kernels.top_k_of_parts)
@@ -56,7 +58,7 @@ def _plan(ratio: float, dense_1d: bool, spec: Spec) -> _Plan:
 
 
 @dataclass(frozen=True)
-class PerTensorTopK:
+class PerTensorTopK(Compressor):
     """The operations of `PerTensor`, which has no state here.
 
     Attributes:
@@ -78,11 +80,11 @@ class PerTensorTopK:
         dense = sum(part.stop - part.start for part in plan.dense)
         return Layout((*values, plan.indices, *([Field("dense", spec.dtype, dense)] if plan.dense else [])))
 
-    def compress(self, x: Tensor, y: Tensor | None, spec: Spec) -> Payload:
-        """Return the message for `x` (n,), or for ``x - y``; DivergenceError names a tensor with a NaN."""
-        return self._message(x, y, *self._select(x, y, spec), spec)
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """Return the message for `x` (n,); DivergenceError names a tensor with a NaN."""
+        return self._message(x, None, *self._select(x, None, spec), spec)
 
-    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec) -> Payload:
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
         """Return the message for ``x - x_hat``, and add it to `x_hat`."""
         values, indices = self._select(x, x_hat, spec)
         payload = self._message(x, x_hat, values, indices, spec)
@@ -91,7 +93,7 @@ class PerTensorTopK:
         self._add_dense(payload, plan, x_hat, 1.0)
         return payload
 
-    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float) -> None:
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``, and add the uncompressed tensors."""
         plan = self._plan(spec)
         scatter_add_(out, payload["indices"], read_values(payload, out.dtype, plan.counts), weight)

@@ -7,9 +7,10 @@ from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DGC, EFSGD, GMC, SGD, Choco
 from mpicomp.compression import ByRank, ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import CheckpointError, ConfigError, TopologyError
 from mpicomp.exchange import loopback
-from mpicomp.state import flatten
+from mpicomp.replica.flat import FlatModel
+from mpicomp.state import flatten, restore_
 from mpicomp.topology import OnePeerExponential, chain, complete, ring, star, torus
 
 LR = 0.1
@@ -45,6 +46,52 @@ class TestTranscriptions:
         trained = train(EFSGD(TOP, momentum=mu), graph, 30)
         close(trained.x, everywhere(x, n))
         close(np.stack([state.feedback.residual for state in trained.states]), e)
+
+    @pytest.mark.parametrize("mu", [0.0, 0.9])
+    def test_ef_sgd_whose_rate_changes(self, graph, mu):
+        """The listing of the papers: the error is of what moves the model, lr u."""
+        n, rates = graph.size, [0.0, 0.05, *(0.1 / (1 + 0.2 * t) for t in range(28))]
+        x, e, u = np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for lr in rates:
+            u = mu * u + gradients(everywhere(x, n))
+            p = e + lr * u
+            q = top_k(p, KEPT)
+            e = p - q
+            x = x - q.mean(axis=0)
+        trained = train(EFSGD(TOP, momentum=mu), graph, 30, lr=rates)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([rates[-1] * state.feedback.residual.numpy() for state in trained.states]), e)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_ef_sgd_with_weight_decay(self, graph, overlap):
+        n = graph.size
+        x, b, last, e, u = np.zeros(DIM), np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for step in range(30):
+            u = 0.6 * u + gradients(everywhere(x, n))
+            q = top_k(e + u, KEPT)
+            e = e + u - q
+            arrived, last = (last, q.mean(axis=0)) if overlap else (q.mean(axis=0), last)
+            if step or not overlap:
+                b = 0.6 * b + 0.1 * x
+                x = x - LR * (arrived + b)
+        trained = train(EFSGD(TOP, momentum=0.6, overlap=overlap), graph, 30, weight_decay=0.1)
+        close(trained.x, everywhere(x, n))
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_dgc_with_weight_decay(self, graph, nesterov):
+        """The authors' optimizer: weight decay has a momentum of its own, beside the sum, and no mask."""
+        n = graph.size
+        x, b, u, v = np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for _ in range(30):
+            g = gradients(everywhere(x, n))
+            u = 0.9 * (u + g) if nesterov else 0.9 * u + g
+            v = v + u + (g if nesterov else 0)
+            q = top_k(v, KEPT)
+            v, u = v - q, np.where(q != 0, 0, u)
+            b = 0.9 * b + 0.1 * x
+            x = x - LR * (q.mean(axis=0) + (0.1 * x + 0.9 * b if nesterov else b))
+        trained = train(DGC(TOP, momentum=0.9, nesterov=nesterov), graph, 30, weight_decay=0.1)
+        close(trained.x, everywhere(x, n))
 
     @pytest.mark.parametrize("detachment", [0.0, 0.3])
     def test_gmc(self, graph, detachment):
@@ -202,6 +249,47 @@ class TestIdentities:
             x = x - LR * m
         close(train(DGC(TopK(ratio=1.0), masking=False), ring(5), 25).x, everywhere(x, 5))
 
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_without_compression_momentum_and_weight_decay_are_those_of_torch(self, nesterov):
+        x = torch.zeros(DIM, dtype=torch.float64)
+        optimizer = torch.optim.SGD([x], lr=LR, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+        for _ in range(25):
+            x.grad = torch.from_numpy(gradients(everywhere(x.numpy(), 5)).mean(axis=0))
+            optimizer.step()
+        methods = [DGC(TopK(1.0), masking=False, nesterov=nesterov), *([] if nesterov else [EFSGD(momentum=0.9)])]
+        for method in methods:
+            close(train(method, ring(5), 25, weight_decay=0.1).x, everywhere(x.numpy(), 5))
+
+    @pytest.mark.parametrize("ratio", [0.25, 1.0])
+    def test_each_group_of_parameters_changes_its_own_rate(self, ratio):
+        """One rank, two groups: an error memory of what moves the model, by the papers' listing for each tensor."""
+
+        def serve(world):
+            a, b = (torch.nn.Parameter(torch.zeros(8, dtype=torch.float64)) for _ in range(2))
+            model = torch.nn.ParameterList([a, b])
+            optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}])
+            local, exchange, method = (
+                FlatModel(model, optimizer),
+                world.exchange(ring(1)),
+                EFSGD(PerTensor(TopK(ratio))),
+            )
+            state = method.init(local, exchange)
+            for lr_a, lr_b, g in steps:
+                optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr_a, lr_b
+                local.gradient = lambda meanwhile=None, g=g: local.g.copy_(torch.from_numpy(g))
+                with torch.no_grad():
+                    method.step(local, state, exchange)
+            return local.x.numpy()
+
+        random = np.random.default_rng(3)
+        steps = [(0.1 / (1 + t), 0.2 / (1 + t * t), random.normal(size=16)) for t in range(6)]
+        x, e = np.zeros((2, 8)), np.zeros((2, 8))
+        for lr_a, lr_b, g in steps:
+            p = e + np.array([[lr_a], [lr_b]]) * g.reshape(2, 8)
+            q = top_k(p, round(8 * ratio))
+            x, e = x - q, p - q
+        close(loopback.run(1, serve)[0], x.ravel())
+
     @pytest.mark.parametrize("around", [lambda inner: inner, lambda inner: ByRank((inner,) * 5)], ids=["", "by_rank"])
     def test_dgc_sends_tensors_of_one_dimension_whole_and_does_not_mask_them(self, around):
         x, m = np.zeros(DIM), np.zeros(DIM)
@@ -222,7 +310,9 @@ class TestIdentities:
         assert np.array_equal(on_a_star.x, on_a_ring.x)
         assert (on_a_star.x == on_a_star.x[0]).all()
 
-    @pytest.mark.parametrize("compressor", [RandomBlock(0.25), Identity()], ids=lambda c: type(c).__name__)
+    @pytest.mark.parametrize(
+        "compressor", [RandomBlock(0.25), PerTensor(RandomBlock(0.25)), Identity()], ids=lambda c: type(c).__name__
+    )
     def test_an_all_reduce_round_the_ring_agrees_to_rounding(self, compressor):
         on_a_star, on_a_ring = (train(GMC(compressor), graph, 30) for graph in (star(5), ring(5)))
         close(on_a_star.x, on_a_ring.x, 1e-11)
@@ -300,6 +390,10 @@ class TestTraffic:
         assert train(GMC(RandomBlock(0.25)), ring(3), self.STEPS).bytes_sent == [self.STEPS * 2 * 2 * block // 3] * 3
         assert train(GMC(RandomBlock(0.25)), ring(5), self.STEPS).bytes_sent == [self.STEPS * 2 * 4 * 2 * 8] * 5
 
+    def test_ring_all_reduce_of_a_block_of_each_tensor(self):
+        compressor = PerTensor(RandomBlock(0.25))  # 3 entries of each of two tensors: as many as in one block
+        assert train(GMC(compressor), ring(3), self.STEPS).bytes_sent == [self.STEPS * 2 * 2 * DIM // 4 * 8 // 3] * 3
+
     def test_star_of_a_block(self):
         block = 4 + 4 + DIM // 4 * 8  # its offset, its count, its values
         hub, *workers = train(GMC(RandomBlock(0.25)), star(5), self.STEPS).bytes_sent
@@ -308,14 +402,36 @@ class TestTraffic:
 
 
 @pytest.mark.parametrize(
-    ("method", "vectors"),
-    [(EFSGD(TOP), 1), (EFSGD(TOP, momentum=0.9), 2), (GMC(TOP), 2), (DGC(TOP), 3)],
+    ("method", "decay", "vectors"),
+    [
+        *((EFSGD(TOP), 0, 1), (EFSGD(TOP, momentum=0.9), 0, 2), (GMC(TOP), 0, 2), (DGC(TOP), 0, 3)),
+        *((EFSGD(TOP), 0.1, 1), (EFSGD(TOP, momentum=0.9), 0.1, 3), (GMC(TOP), 0.1, 2), (DGC(TOP), 0.1, 4)),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_memory(method, vectors):
-    (state, *_) = train(method, ring(5), 1).states
+def test_memory(method, decay, vectors):
+    (state, *_) = train(method, ring(5), 1, weight_decay=decay).states
     held = [*flatten(state).values(), getattr(state, "scratch", None)]
     assert [len(leaf) for leaf in held if isinstance(leaf, torch.Tensor)] == [DIM] * vectors
+
+
+def test_a_state_from_before_the_rates_is_refused():
+    (state,) = train(EFSGD(TOP), ring(1), 2).states
+    old = {path: leaf for path, leaf in flatten(state).items() if not path.startswith("rates/")}
+    with pytest.raises(CheckpointError, match=r"missing \['rates/0', 'rates/1'\]"):
+        restore_(train(EFSGD(TOP), ring(1), 1).states[0], old)
+
+
+def test_other_groups_than_at_the_start_are_refused():
+    def serve(world):
+        local = Quadratic(torch.zeros(DIM, dtype=torch.float64), torch.zeros(DIM, dtype=torch.float64))
+        exchange, method = world.exchange(ring(1)), EFSGD(TOP)
+        state = method.init(local, exchange)
+        state.rates.append(0.1)
+        with pytest.raises(ConfigError, match="groups are now 2 parts of the model, and were 3"):
+            method.step(local, state, exchange)
+
+    loopback.run(1, serve)
 
 
 def test_overlap_keeps_a_message():

@@ -4,21 +4,25 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpicomp.compression import QSGD, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
-from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
+from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary
 from mpicomp.errors import ConfigError
 
-RATIO_RULES = [dagc_ratios, waterfill_ratios]
 volume_lists = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
 
 
-def bound(volumes, ratios):
-    """Phi, the bound that is inferred from the authors' code."""
-    p, d = np.array(volumes) / np.sum(volumes), np.array(ratios)
-    return (p / np.sqrt(d)).sum() / math.sqrt(d.min())
+def psi(volumes, ratios):
+    """The criterion ``sum_i p_i / sqrt(delta_i)``."""
+    return (np.array(volumes) / np.sum(volumes) / np.sqrt(ratios)).sum()
+
+
+def two_thirds(volumes):
+    """The ratios of the smallest psi, which sum to one."""
+    a = np.array(volumes) ** (2 / 3)
+    return a / a.sum()
 
 
 def log_spaced(skew):
@@ -43,34 +47,42 @@ def test_dagc_thresholds_by_hand():
     assert dagc_thresholds([8, 1, 1], 0.3) == pytest.approx([0.15, 0.6, 0.6], rel=1e-12)
 
 
-@pytest.mark.parametrize(("skew", "dagc", "waterfill"), [(10, 13.63, 9.96), (100, 19.31, 9.50)])
-def test_the_inferred_bound_is_not_what_dagc_minimizes(skew, dagc, waterfill):
+@pytest.mark.parametrize(("skew", "dagc", "smallest"), [(10, 2.901, 2.877), (100, 2.389, 2.374)])
+def test_the_criterion_of_the_rules(skew, dagc, smallest):
+    """The table of the module, and that the criterion prefers DAGC to uniform ratios where the authors' does not."""
     volumes = log_spaced(skew)
-    found = [
-        bound(volumes, ratios) for ratios in (dagc_ratios(volumes, 0.1), [0.1] * 10, waterfill_ratios(volumes, 0.1))
-    ]
-    assert found == pytest.approx([dagc, 10.0, waterfill], abs=0.005)
+    rules = dagc_ratios(volumes, 0.1), [0.1] * 10, two_thirds(volumes)
+    assert [psi(volumes, ratios) for ratios in rules] == pytest.approx([dagc, 10**0.5, smallest], abs=5e-4)
+    authors = [psi(volumes, ratios) / math.sqrt(min(ratios)) for ratios in rules[:2]]
+    assert authors == pytest.approx([{10: 13.63, 100: 19.31}[skew], 10.0], abs=0.005)
 
 
-@pytest.mark.parametrize("rule", RATIO_RULES)
+@given(volumes=st.lists(st.integers(1, 10**6), min_size=2, max_size=8), seed=st.integers(0, 2**32))
+def test_no_ratios_of_that_sum_have_a_smaller_criterion_than_the_power_two_thirds(volumes, seed):
+    best, n = two_thirds(volumes), len(volumes)
+    others = [np.full(n, 1 / n), *np.random.default_rng(seed).dirichlet(np.ones(n), 5)]
+    for other in [*others, *(0.9 * best + 0.1 * other for other in others)]:
+        assert psi(volumes, best) <= psi(volumes, np.maximum(other, 1e-12)) * (1 + 1e-9)
+
+
 @given(volumes=volume_lists, mean=st.floats(0.001, 1.0))
-def test_the_budget_is_met_or_what_is_above_one_is_cut(rule, volumes, mean):
-    ratios = rule(volumes, mean)
+def test_the_budget_is_met_or_what_is_above_one_is_cut(volumes, mean):
+    ratios = dagc_ratios(volumes, mean)
     assert len(ratios) == len(volumes)
     assert all(0 < ratio <= 1 for ratio in ratios)
-    if rule is waterfill_ratios or max(ratios) < 1:
+    if max(ratios) < 1:
         assert math.fsum(ratios) == pytest.approx(len(volumes) * mean, rel=1e-9)
     else:
         assert math.fsum(ratios) <= len(volumes) * mean * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@pytest.mark.parametrize("rule", [dagc_ratios, dagc_thresholds])
 @given(n=st.integers(1, 70), volume=st.integers(1, 10**6), mean=st.floats(0.001, 1.0))
 def test_equal_volumes_get_the_mean(rule, n, volume, mean):
     assert rule([volume] * n, mean) == pytest.approx([mean] * n, rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@pytest.mark.parametrize("rule", [dagc_ratios, dagc_thresholds])
 @given(volumes=st.lists(st.integers(1, 10**6), min_size=1, max_size=9, unique=True), data=st.data())
 def test_the_order_of_ranks_does_not_matter(rule, volumes, data):
     order = data.draw(st.permutations(range(len(volumes))))
@@ -97,39 +109,10 @@ def test_thresholds_have_the_harmonic_mean_and_follow_the_power(volumes, mean):
     assert products == pytest.approx([products[0]] * len(products), rel=1e-9)
 
 
-@given(
-    volumes=st.lists(st.integers(1, 10**6), min_size=2, max_size=8),
-    mean=st.floats(0.01, 0.9),
-    seed=st.integers(0, 2**32),
-)
-def test_no_other_ratios_of_that_budget_have_a_smaller_bound(volumes, mean, seed):
-    best = np.array(waterfill_ratios(volumes, mean))
-    reached = bound(volumes, best)
-    n = len(volumes)
-    random = np.random.default_rng(seed)
-    others = [np.full(n, mean), np.array(dagc_ratios(volumes, mean))]
-    others += [np.clip(random.dirichlet(np.ones(n)) * n * mean, 1e-6, 1.0) for _ in range(5)]
-    others += [best + 0.1 * (other - best) for other in others]
-    steps = np.eye(n)[:, None] - np.eye(n)[None]  # from one rank to another
-    others += [best + 0.01 * best.min() * step for step in steps.reshape(-1, n)]
-    for other in others:
-        if other.max() <= 1 and other.sum() <= n * mean * (1 + 1e-12):
-            assert reached <= bound(volumes, other) * (1 + 1e-9)
-
-
-@given(volumes=volume_lists, mean=st.floats(0.01, 0.9))
-def test_more_samples_never_get_a_smaller_filled_ratio(volumes, mean):
-    assume(len(volumes) > 1)
-    ratios = [ratio for _, ratio in sorted(zip(volumes, waterfill_ratios(volumes, mean), strict=True))]
-    assert (np.diff(ratios) >= -1e-12).all()
-
-
-def test_what_is_above_one_goes_to_the_others_or_to_nobody():
+def test_what_is_above_one_goes_to_nobody():
     volumes = [64, 27, 8, 1]
     assert dagc_ratios(volumes, 0.6)[0] == 1.0
     assert sum(dagc_ratios(volumes, 0.6)) < 4 * 0.6 - 0.1
-    filled = waterfill_ratios([1000, 1, 1], 0.8)
-    assert filled == pytest.approx([1.0, 0.7, 0.7])
 
 
 def test_a_share_below_one_entry_is_one_entry():
@@ -141,7 +124,7 @@ def test_a_share_below_one_entry_is_one_entry():
     assert large.layout(Spec.flat(100)) == TopK(0.001).layout(Spec.flat(100))
 
 
-@pytest.mark.parametrize("rule", [*RATIO_RULES, dagc_thresholds])
+@pytest.mark.parametrize("rule", [dagc_ratios, dagc_thresholds])
 @pytest.mark.parametrize(
     ("volumes", "message"),
     [
@@ -156,11 +139,10 @@ def test_ranks_without_samples_are_named(rule, volumes, message):
         rule(volumes, 0.1)
 
 
-@pytest.mark.parametrize("rule", RATIO_RULES)
 @pytest.mark.parametrize("mean", [0, -1, 1.01, math.nan])
-def test_a_budget_that_no_ratio_meets_is_refused(rule, mean):
+def test_a_budget_that_no_ratio_meets_is_refused(mean):
     with pytest.raises(ConfigError, match=r"compression.ratio = .* must be in \(0, 1\]"):
-        rule([1, 2], mean)
+        dagc_ratios([1, 2], mean)
 
 
 @pytest.mark.parametrize("mean", [0, -1, math.inf, math.nan])
@@ -176,7 +158,6 @@ def test_error_feedback_stays_outside_and_per_tensor_goes_inside():
     assert made == ErrorFeedback(ByRank(inner))
     thresholds = dagc_thresholds([8, 1], 0.2)
     assert allocate(HardThreshold(0.2), [8, 1]) == ByRank(tuple(map(HardThreshold, thresholds)))
-    assert allocate(TopK(0.1), [27, 8, 1], "waterfill") != allocate(TopK(0.1), [27, 8, 1])
 
 
 def test_uniform_leaves_a_compressor_as_it_is():
@@ -192,13 +173,8 @@ def test_uniform_leaves_a_compressor_as_it_is():
             "dagc",
             "allocation = 'dagc' gives each rank a ratio or a threshold of its own, and this compressor has",
         ),
-        (PerTensor(Identity()), "waterfill", "has neither: use compression.kind = 'topk'"),
-        (
-            HardThreshold(0.1),
-            "waterfill",
-            "gives ratios, and this compressor has a threshold: use compression.allocation",
-        ),
-        (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc', 'waterfill'"),
+        (PerTensor(Identity()), "dagc", "has neither: use compression.kind = 'topk'"),
+        (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc'$"),
         (allocate(TopK(0.1), [1, 2]), "dagc", "has neither"),
     ],
 )

@@ -38,18 +38,13 @@ def refusal(load, *overrides):
 
 
 TOPK = ("algorithm.kind=choco", "algorithm.gamma=0.1", "compression.kind=topk", "compression.ratio=0.1")
-THRESHOLD = (*TOPK[:2], "compression.kind=threshold", "compression.threshold=0.1")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("compression.allocation=dagc",), "compression.allocation = 'dagc' gives each rank a ratio or a threshold"),
-        ((*TOPK, "compression.allocation=dacg"), "compression.allocation = 'dacg' must be 'uniform', 'dagc' or"),
-        (
-            (*THRESHOLD, "compression.allocation=waterfill"),
-            "'waterfill' gives ratios, and this compressor has a threshold: use compression.allocation = 'dagc'",
-        ),
+        ((*TOPK, "compression.allocation=dacg"), "compression.allocation = 'dacg' must be 'uniform' or 'dagc'"),
         (
             (*TOPK, "downlink.allocation=dagc"),
             "downlink.allocation is unknown. Did you mean 'compression.allocation'?",
@@ -61,8 +56,8 @@ def test_an_allocation_that_has_no_sense_is_refused(load, overrides, message):
 
 
 def test_an_allocation_survives_its_file(load):
-    config = load(*TOPK, "compression.allocation=waterfill")
-    assert config.compression.allocation == "waterfill"
+    config = load(*TOPK, "compression.allocation=dagc")
+    assert config.compression.allocation == "dagc"
     assert RunConfig.from_toml(config.to_toml()) == config
     assert load().compression.allocation == "uniform"
 

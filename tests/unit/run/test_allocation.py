@@ -10,7 +10,7 @@ from mpicomp.algorithms import EFSGD, Choco, LocalSGD
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.compression import ByRank, HardThreshold, PerTensor, TopK
-from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, waterfill_ratios
+from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds
 from mpicomp.config.config import RunConfig
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
@@ -53,7 +53,6 @@ def volumes_of(config, size):
     ("overrides", "make"),
     [
         ([], lambda v: map(TopK, dagc_ratios(v, 0.05))),
-        (["compression.allocation=waterfill"], lambda v: map(TopK, waterfill_ratios(v, 0.05))),
         (
             ["compression.per_tensor=true", "compression.dense_1d=true"],
             lambda v: (PerTensor(TopK(ratio), dense_1d=True) for ratio in dagc_ratios(v, 0.05)),
