@@ -1,8 +1,8 @@
 """MoTEF and BEER: gradient tracking with compression, for ranks whose data differ.
 
-Every rank keeps an estimate of the mean gradient over all ranks, and gossips it as CHOCO-SGD does the model. So its step
-vanishes at the optimum of all ranks, not at its own, and a constant learning rate leads there; D-PSGD and CHOCO-SGD stay a
-distance away that grows with the learning rate and with how much the data differ.
+Every rank keeps an estimate of the mean gradient over all ranks, and gossips it as CHOCO-SGD does the model. So its
+step vanishes at the optimum of all ranks, not at its own, and a constant learning rate leads there; D-PSGD and
+CHOCO-SGD stay a distance away that grows with the learning rate and with how much the data differ.
 
     g_i = grad F_i(x_i)
     m_i' = (1 - lambda) m_i + lambda g_i                     (at first m_i' = v_i = g_i)
@@ -12,17 +12,19 @@ distance away that grows with the learning rate and with how much the data diffe
     xhat_i = xhat_i + q_i;  s_i = s_i + sum_j W_ij q_j
     vhat_i = vhat_i + p_i;  r_i = r_i + sum_j W_ij p_j       (j = i included)
 
-x_i is the model (n,) of rank i and F_i the loss of its batch; m_i a moving average of its gradients and lambda the weight of
-the new one; v_i the estimate of the mean gradient; lr the learning rate; u() the direction that the optimizer makes of v_i;
-C the compressor, q_i and p_i what is sent; xhat_i and vhat_i the public copies of model and estimate; W_ij the weight of rank
-j in the average of rank i; s_i and r_i the weighted sums of the public copies; gamma the consensus step.
+x_i is the model (n,) of rank i and F_i the loss of its batch; m_i a moving average of its gradients and lambda the
+weight of the new one; v_i the estimate of the mean gradient; lr the learning rate; u() the direction that the
+optimizer makes of v_i; C the compressor, q_i and p_i what is sent; xhat_i and vhat_i the public copies of model and
+estimate; W_ij the weight of rank j in the average of rank i; s_i and r_i the weighted sums of the public copies; gamma
+the consensus step.
 
-The mean of v over the ranks is the mean of m in every step, and the mean of x moves by the mean of the steps. lambda = 1 is BEER.
-Without compression and with gamma = 1 this is gradient tracking.
+The mean of v over the ranks is the mean of m in every step, and the mean of x moves by the mean of the steps. lambda =
+1 is BEER. Without compression and with gamma = 1 this is gradient tracking.
 
-Wire: one message with two compressed vectors, the same to every neighbor: twice CHOCO-SGD's bytes. Memory: m, v, two public
-copies, two sums and two scratch vectors. Needs symmetric doubly stochastic weights on a fixed connected graph and a contractive
-C. The public copies of v start at 0. Huang et al. 2024, arXiv 2405.20114; Zhao et al. 2022, arXiv 2201.13320 (BEER).
+Wire: one message with two compressed vectors, the same to every neighbor: twice CHOCO-SGD's bytes. Memory: m, v, two
+public copies, two sums and two scratch vectors. Needs symmetric doubly stochastic weights on a fixed connected graph
+and a contractive C. The public copies of v start at 0. Huang et al. 2024, arXiv 2405.20114; Zhao et al. 2022, arXiv
+2201.13320 (BEER).
 
 In a script:
 
