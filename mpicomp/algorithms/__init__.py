@@ -11,6 +11,7 @@ from mpicomp.algorithms.gossip.choco import Choco
 from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
+from mpicomp.algorithms.gossip.motef import MoTEF
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
@@ -28,6 +29,7 @@ ALGORITHMS: dict[str, type] = {
     "choco": Choco,
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
+    "motef": MoTEF,
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
@@ -65,6 +67,7 @@ __all__ = [
     "Gossip",
     "Local",
     "LocalSGD",
+    "MoTEF",
     "OneBitAdam",
     "PowerSGD",
 ]

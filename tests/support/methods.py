@@ -15,6 +15,7 @@ from mpicomp.algorithms import (
     DeepSqueeze,
     EfficientAdam,
     LocalSGD,
+    MoTEF,
     OneBitAdam,
     PowerSGD,
 )
@@ -74,6 +75,8 @@ DETERMINISTIC = {
     "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),
     "adagossip_overlapped": AdaGossip(0.01, TOP, quasi_global_momentum=0.9, overlap=True),
     "deep_squeeze": DeepSqueeze(0.05, TOP),
+    "motef": MoTEF(0.2, TOP),
+    "beer": MoTEF(0.1, COMPRESSORS["randk_private"], gradient_weight=1.0),
     "ef_sgd": EFSGD(TOP),
     "ef_sgd_momentum": EFSGD(TOP, momentum=0.9),
     "ef_sgd_block": EFSGD(COMPRESSORS["block"]),

@@ -1,7 +1,7 @@
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DPSGD, EFSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.algorithms import DPSGD, EFSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, exponential, ring, star
@@ -41,7 +41,7 @@ def test_dpsgd_refuses_lossy_messages():
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze])
+@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, MoTEF])
 def test_gamma_must_be_positive(method, gamma):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = .* must be a finite number > 0"):
         method(gamma=gamma)
@@ -61,7 +61,13 @@ def test_adagossip_checks_its_numbers(wrong, message):
         AdaGossip(gamma=0.1, **wrong)
 
 
-@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze])
+@pytest.mark.parametrize("weight", [0.0, 1.1, float("nan")])
+def test_motef_checks_its_weight(weight):
+    with pytest.raises(ConfigError, match=r"algorithm.gradient_weight = .* must be in \(0, 1\]"):
+        MoTEF(gamma=0.1, gradient_weight=weight)
+
+
+@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, MoTEF])
 def test_methods_with_an_error_memory_take_no_second_one(method):
     with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DPSGD, SGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD
+from mpicomp.algorithms import DPSGD, SGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.topology import OnePeerExponential, chain, complete, hypercube, ring, star, torus
 
@@ -106,6 +106,23 @@ class TestTranscriptions:
             x = y + 0.05 * (graph.mixing @ q - q)
         close(train(DeepSqueeze(0.05, TOP), graph, 30).x, x)
 
+    @pytest.mark.parametrize("weight", [0.9, 1.0])
+    def test_motef(self, graph, weight):
+        x, hat, v_hat = (np.zeros((graph.size, DIM)) for _ in range(3))
+        m = v = gradients(x)
+        for step in range(30):
+            if step:
+                new = (1 - weight) * m + weight * gradients(x)
+                v = v + 0.2 * (graph.mixing @ v_hat - v_hat) + new - m
+                m = new
+            x = x + 0.2 * (graph.mixing @ hat - hat) - LR * v
+            hat = hat + top_k(x - hat, KEPT)
+            v_hat = v_hat + top_k(v - v_hat, KEPT)
+        trained = train(MoTEF(0.2, TOP, weight), graph, 30)
+        close(trained.x, x)
+        close(np.stack([state.v for state in trained.states]), v)
+        close(v.mean(axis=0), m.mean(axis=0))
+
     def test_local_sgd(self, graph):
         x = np.zeros((graph.size, DIM))
         for step in range(1, 18):
@@ -148,6 +165,10 @@ class TestIdentities:
 
     def test_adagossip_with_identity_and_huge_gamma_is_dpsgd(self):
         close(train(AdaGossip(gamma=1e30), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
+
+    def test_motef_on_one_rank_steps_along_the_moving_average(self):
+        """With lambda 1 and one rank the estimate is the gradient itself, but for rounding."""
+        close(train(MoTEF(0.2, TOP, 1.0), ring(1), 15).x, train(SGD(), ring(1), 15).x, 1e-14)
 
     def test_local_sgd_of_period_one_is_dpsgd(self):
         assert np.array_equal(train(LocalSGD(1), ring(5), 9).x, train(DPSGD(), ring(5), 9).x)
@@ -231,6 +252,14 @@ class TestConvergence:
         assert distance[1] < 0.7 * distance[0]
         assert distance[1] < 2.5
 
+    @pytest.mark.parametrize("weight", [0.9, 1.0])
+    def test_gradient_tracking_reaches_the_optimum_of_all_with_a_constant_rate(self, weight):
+        compressor, optimum = TopK(ratio=0.1), centers(6).mean(axis=0)
+        tracking = train(MoTEF(0.2, compressor, weight), ring(6), 900, lr=0.05)
+        assert np.abs(tracking.x - optimum).max() < 1e-6
+        for method in (Choco(0.2, compressor), DPSGD()):
+            assert np.abs(train(method, ring(6), 400, lr=0.05).x - optimum).max() > 1e-2
+
     def test_consensus_of_choco_is_linear(self):
         start = spread(8)
         errors = []
@@ -264,7 +293,13 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("method", "vectors"),
-        [(DPSGD(), 0), (Choco(0.1, TOP), 3), (AdaGossip(0.1, TOP), 4), (DeepSqueeze(0.05, TOP), 1)],
+        [
+            (DPSGD(), 0),
+            (Choco(0.1, TOP), 3),
+            (AdaGossip(0.1, TOP), 4),
+            (DeepSqueeze(0.05, TOP), 1),
+            (MoTEF(0.1, TOP), 8),
+        ],
         ids=lambda value: getattr(value, "name", value),
     )
     @pytest.mark.parametrize("graph", [ring(5), complete(5)], ids=lambda g: g.name)
