@@ -16,10 +16,9 @@ import os
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from xml.etree.ElementTree import ParseError
 
-import networkx as nx
 import numpy as np
 
 from mpicomp.errors import TopologyError, unknown_name
@@ -27,6 +26,9 @@ from mpicomp.topology.arguments import require_bool, require_size
 from mpicomp.topology.base import TOLERANCE, Topology
 from mpicomp.topology.spectral import check
 from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
+
+if TYPE_CHECKING:  # imported where a graph is read: its import takes a tenth of that of all others
+    import networkx as nx
 
 Graph: TypeAlias = "nx.Graph[Any]"
 
@@ -86,6 +88,8 @@ def from_file(size: int, *, path: str | os.PathLike[str], weights: str = "metrop
 
 
 def _read(path: Path) -> Graph:
+    import networkx as nx
+
     if path.suffix not in READERS:
         raise TopologyError(
             f"topology.path = {str(path)!r}: the suffix {path.suffix!r} is unknown. Known: {', '.join(READERS)}"
@@ -99,6 +103,8 @@ def _read(path: Path) -> Graph:
 
 
 def _read_edge_list(path: Path) -> Graph:
+    import networkx as nx
+
     graph: Graph = nx.Graph()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         match line.partition("#")[0].replace(",", " ").split():
@@ -113,7 +119,21 @@ def _read_edge_list(path: Path) -> Graph:
     return graph
 
 
+def _read_graphml(path: Path) -> Graph:
+    import networkx as nx
+
+    return nx.read_graphml(path)
+
+
+def _read_gml(path: Path) -> Graph:
+    import networkx as nx
+
+    return nx.read_gml(path)
+
+
 def _read_node_link(path: Path) -> Graph:
+    import networkx as nx
+
     # networkx itself reads either "links" or "edges", depending on its version.
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -130,8 +150,8 @@ READERS: dict[str, Callable[[Path], Graph]] = {
     ".edges": _read_edge_list,
     ".edgelist": _read_edge_list,
     ".csv": _read_edge_list,
-    ".graphml": nx.read_graphml,
-    ".gml": nx.read_gml,
+    ".graphml": _read_graphml,
+    ".gml": _read_gml,
     ".json": _read_node_link,
 }
 """Every format by its suffix."""
@@ -164,6 +184,8 @@ def _adjacency(graph: Graph, nodes: list[Any]) -> np.ndarray:
 
 def _given_weights(graph: Graph, nodes: list[Any], name: str) -> np.ndarray:
     """Return the (size, size) matrix of the edges' weights, what is left of each row on the diagonal."""
+    import networkx as nx
+
     if graph.is_multigraph():
         raise TopologyError(
             f"topology.weights = 'given': graph {name!r} has parallel edges, whose weights are ambiguous"

@@ -19,15 +19,17 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 
 from mpicomp.errors import TopologyError
 from mpicomp.topology.arguments import require_integer, require_size
 from mpicomp.topology.base import Topology
 from mpicomp.topology.weights import mixing_matrix
+
+if TYPE_CHECKING:  # imported where a random graph is drawn: its import takes a tenth of that of all others
+    import networkx as nx
 
 DRAWS = 100
 """How often a random graph is drawn anew until it is connected."""
@@ -147,6 +149,8 @@ def random_regular(
         TopologyError: no connected graph has this degree at this size, or none was drawn.
 
     """
+    import networkx as nx
+
     size = require_size("random_regular", size)
     degree = require_integer("topology.degree", degree, 0)
     _check_degree(size, degree)
@@ -171,6 +175,8 @@ def erdos_renyi(
             probability is far below ``ln(size) / size``.
 
     """
+    import networkx as nx
+
     size = require_size("erdos_renyi", size)
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 < probability <= 1:
         raise TopologyError(f"topology.probability = {probability!r} must be a number above 0 and at most 1")
@@ -241,6 +247,8 @@ def _random(
     lazy: bool,
 ) -> Topology:
     """Draw graphs from one generator until one is connected."""
+    import networkx as nx
+
     generator = random.Random(require_integer("topology.seed", seed, 0))
     for _ in range(DRAWS):
         graph = draw(generator)

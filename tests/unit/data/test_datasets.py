@@ -3,6 +3,7 @@
 Tests of real files read the folder ``MPICOMP_DATA`` and fail if it is set but lacks a file.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from mpicomp.data import datasets as data
 from mpicomp.data.datasets import crop_and_flip, load
@@ -63,6 +65,23 @@ def test_validation_samples_are_taken_out_of_training_by_class():
 def test_validation_leaves_samples_for_training(count):
     with pytest.raises(ConfigError, match=rf"data.validation = {count}: must be less than the \d+ training samples"):
         load("digits").with_validation(count)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    digits = load("digits")
+    for split, count in ((digits.train, 1438), (digits.test, 359)):
+        assert split.inputs.dtype == torch.uint8 and split.labels.dtype == torch.int64
+        rows = np.column_stack([split.inputs.flatten(1).numpy(), split.labels.numpy()])
+        theirs = {tuple(row): number for number, row in enumerate(np.column_stack([images, labels]).astype(int))}
+        order = [theirs[tuple(row)] for row in rows.astype(int)]
+        assert len(order) == count and order == sorted(order)
+
+
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install scikit-learn"):
+        load("digits")
 
 
 def test_batches_follow_the_indices():
