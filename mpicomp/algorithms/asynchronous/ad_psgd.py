@@ -4,7 +4,7 @@
                       g = grad F_i(x_i)                        meanwhile the answer comes
                       x_i = the answer;  x_i = x_i - lr u(g)
     passive rank j:   y_j = x_j
-                      g = grad F_j(x_j), and on each x_i that comes meanwhile:  y_j = (x_i + y_j) / 2;  answer i with y_j
+                      g = grad F_j(x_j), and on each x_i that comes meanwhile:  y_j = (x_i + y_j) / 2;  send y_j to i
                       x_j = y_j;  x_j = x_j - lr u(g)
                       between two gradients the same, on x_j itself
 
@@ -13,8 +13,8 @@ gradient is computed at the one before; lr the learning rate; u(g) the direction
 
 The graph is bipartite: ranks of its larger side are active, the others are passive, and every edge joins an active rank
 and a passive one. So no two ranks wait for each other. An active rank does not change x_i before the answer is there,
-so each average is atomic: both ranks continue from the same mean, and the mean over all ranks moves by gradients alone,
-at the learning rate. It is 1/n of the sum of the ranks' directions, whatever their speeds; this is what DC-gossip lacks.
+so each average is atomic: both ranks continue from the same mean. The mean over all n ranks moves by 1/n of each rank's
+local step, and by nothing else, whatever the speeds.
 
 A passive rank answers between the layers of its passes, as a thread of its own would; on a GPU not during the backward
 pass. An active rank whose gradient is done before the answer is there waits for it. The neighbor depends on (seed,

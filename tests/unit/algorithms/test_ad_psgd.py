@@ -100,7 +100,7 @@ def average_alone(world, graph, steps, by_meanwhile):
 @pytest.mark.parametrize("by_meanwhile", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_mean_is_preserved_however_late_writes_are(seed, by_meanwhile):
-    graph, steps = ring(4), 300
+    graph, steps = ring(4), 200
     delays = Delays(seed, turns=15)
     outcomes = run(4, average_alone, graph, steps, by_meanwhile, delays=delays, cores=1)
     befores, models = zip(*outcomes, strict=True)
@@ -113,7 +113,7 @@ def test_the_mean_is_preserved_however_late_writes_are(seed, by_meanwhile):
     [
         (ring(5), "topology.kind = 'ring' with 5 ranks has a cycle of odd length.*'ring' with an even number"),
         (complete(4), "has a cycle of odd length"),
-        (exponential(8), "has a cycle of odd length|has a directed edge"),
+        (exponential(8), "'exponential' has a directed edge"),
     ],
 )
 def test_graphs_on_which_ranks_could_wait_in_a_circle_are_refused(graph, message):
