@@ -1,5 +1,6 @@
 """WHEN: one method per file; no MPI, no model."""
 
+from mpicomp.algorithms.asynchronous.ad_psgd import ADPSGD
 from mpicomp.algorithms.asynchronous.asgd import ASGD
 from mpicomp.algorithms.asynchronous.base import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.asynchronous.dc_asgd import DCASGD
@@ -39,6 +40,7 @@ ALGORITHMS: dict[str, type] = {
     "asgd": ASGD,
     "dc_asgd": DCASGD,
     "dc_gossip": DCGossip,
+    "ad_psgd": ADPSGD,
 }
 """The values of ``algorithm.kind``."""
 
@@ -46,6 +48,7 @@ GOSSIP: dict[str, type] = {kind: algorithm for kind, algorithm in ALGORITHMS.ite
 """The values of ``algorithm.inner``."""
 
 __all__ = [
+    "ADPSGD",
     "ALGORITHMS",
     "ASGD",
     "DCASGD",

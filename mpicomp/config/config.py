@@ -166,17 +166,17 @@ class RunConfig:
             self._check_asynchronous(algorithm, size)
             self._check_allocation(algorithm, size)
         if self.run.on_peer_loss == "continue":
-            self._check_survivable(algorithm)
+            self._check_survivable(algorithm, size)
         return schedule, algorithm
 
-    def _check_survivable(self, algorithm: AnyAlgorithm) -> None:
+    def _check_survivable(self, algorithm: AnyAlgorithm, size: int) -> None:
         """Raise ConfigError if the ranks cannot continue when one of them dies."""
         if not isinstance(algorithm, RegroupingAlgorithm):
-            why = (
-                "the part of the model that a hub holds is gone with it"
-                if isinstance(algorithm, AsynchronousAlgorithm)
-                else "its ranks wait for the messages of all of their neighbors in every step"
-            )
+            why = "its ranks wait for the messages of all of their neighbors in every step"
+            if isinstance(algorithm, AsynchronousAlgorithm):
+                why = "a rank may have asked the dead one for an average, and waits for its answer"
+                if len(algorithm.trainers(size)) < size:
+                    why = "the part of the model that a hub holds is gone with it"
             raise ConfigError(
                 f"run.on_peer_loss = 'continue' does not go with algorithm.kind = {self.algorithm.kind!r}: {why}. Take "
                 "algorithm.kind = 'dc_gossip', or 'stop' and --resume"

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm, Attempt
-from mpicomp.algorithms.base import Phases
+from mpicomp.algorithms.base import Meanwhile, Phases
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, has_failed
@@ -258,12 +258,13 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         self._is_open = True
         self._beat()
         self._look_at_peers()
-        attempt = self._attempt()
-        if next(attempt, True):
+        attempt, meanwhile = self._attempted()
+        if attempt is None:
             with self._waiting_for_neighbors():
-                while next(attempt := self._attempt(), True):
+                while attempt is None:
                     self._pause()
-        yield None
+                    attempt, meanwhile = self._attempted()
+        yield meanwhile
         if self.local.skips_update and self._owners:
             attempt.close()
             return
@@ -276,6 +277,13 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
 
     def _attempt(self) -> Attempt:
         return self.algorithm.phases(self.local, self.state, self.mailbox)
+
+    def _attempted(self) -> tuple[Attempt | None, Meanwhile]:
+        """Return an attempt that has come to its gradient, with what serves others meanwhile; None if none could."""
+        attempt = self._attempt()
+        for meanwhile in attempt:
+            return attempt, meanwhile
+        return None, None
 
     @contextmanager
     def _waiting_for_neighbors(self) -> Iterator[None]:
@@ -297,7 +305,9 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         """Receive and process messages, on a hub one gradient; return whether there were any."""
         with self.naming_divergence():
             if not self.is_hub:
-                return self.algorithm.drain(self.local, self.state, self.mailbox)
+                has_moved = self.algorithm.drain(self.local, self.state, self.mailbox)
+                self.local.show_parameters()  # a neighbor may have averaged with this rank
+                return has_moved
             has_moved = self.algorithm.serve(self.local, self.state, self.mailbox)
         if has_moved:
             self.local.end_step()

@@ -184,6 +184,7 @@ class FlatModel:
             return
         if self.clip_sum is not None:
             self.clip_sum(self.g)
+        self.show_parameters()  # an algorithm may have mixed `x` since the gradient, and the step is made on parameters
         self._show_gradients(part or slice(0, self.spec.numel))
         self._is_updating = True
         try:

@@ -13,6 +13,7 @@ SLOW = {  # all that train, so that there is time to stop them; a hub cannot be 
     "dc_asgd": ["--set", "slow.ranks=[1,2]", "--set", "slow.seconds=[0.03,0.06]"],
     "dc_gossip": ["--set", "slow.ranks=[0,1,2]", "--set", "slow.seconds=[0.03,0.03,0.06]"],
 }
+SLOW["ad_psgd"] = [*SLOW["dc_gossip"], "--set", "topology.kind=chain"]  # a ring of 3 ranks is not bipartite
 
 
 def gradients(folder):
@@ -21,7 +22,7 @@ def gradients(folder):
     return sum(json.loads(lines[-1])["gradients"]) if lines else 0
 
 
-@pytest.mark.parametrize("method", ["dc_asgd", "dc_gossip"])
+@pytest.mark.parametrize("method", ["dc_asgd", "dc_gossip", "ad_psgd"])
 def test_a_run_that_is_stopped_takes_every_batch_once(tmp_path, method):
     folder = tmp_path / "run"
     run = start("train", f"configs/methods/{method}.toml", *RUN, *SLOW[method], "--run-dir", folder, ranks=3)

@@ -5,14 +5,15 @@ import torch
 from support import small
 from torch import nn
 
-from mpicomp.algorithms import DCASGD, DCGossip
+from mpicomp.algorithms import ADPSGD, DCASGD, DCGossip
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError
-from mpicomp.topology import ring, star
+from mpicomp.topology import chain, ring, star
 
 METHODS = {
     "gossip": (DCGossip(0.3, TopK(ratio=0.3)), ring),
     "gossip_bounded": (DCGossip(0.3, TopK(ratio=0.3), max_staleness=2), ring),
+    "ad_psgd": (ADPSGD(), chain),
     "dc_asgd": (DCASGD(TopK(ratio=0.3)), star),
 }
 

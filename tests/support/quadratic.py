@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpicomp.algorithms import Algorithm, AsynchronousAlgorithm
 from mpicomp.compression import Spec
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Mailbox, World
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.mailbox import Links
 from mpicomp.topology import Schedule, Topology
@@ -131,10 +131,11 @@ def train_asynchronously(
     lr: float = 0.1,
     common: bool = False,
     links: Links | None = None,
+    jitter: float = 0.5,
 ) -> Asynchronous:
     """Run `algorithm`: rank i computes `gradients` gradients, and each takes it ``paces[i]`` times a random time.
 
-    With `common`, all ranks have the same optimum.
+    With `common`, all ranks have the same optimum. Times differ from their mean by up to `jitter` of it.
     """
 
     def serve(world: World):
@@ -145,11 +146,16 @@ def train_asynchronously(
         times = np.random.default_rng(world.rank)
         compute, computed, order = local.gradient, 0, []
 
-        def gradient():
+        def gradient(meanwhile=None):
             nonlocal computed
             computed += 1
             found = compute().clone()
-            world.sleep(paces[world.rank] * times.uniform(0.5, 1.5))
+            slices = 50 if meanwhile else 1
+            seconds = paces[world.rank] * times.uniform(1 - jitter, 1 + jitter)
+            for _ in range(slices):
+                world.sleep(seconds / slices)
+                if meanwhile:
+                    meanwhile()
             return local.g.copy_(found)
 
         local.gradient = gradient
@@ -168,6 +174,7 @@ def train_asynchronously(
         while trains and getattr(state, "is_computed", False):
             if not algorithm.step(local, state, mailbox):
                 mailbox.pause()
+        serve_until_done(algorithm, local, state, mailbox)
         for _ in range(2):
             mailbox.settle()
             algorithm.drain(local, state, mailbox)
@@ -176,6 +183,13 @@ def train_asynchronously(
     outcomes = run(topology.size, serve, simulated=links or Links())
     xs, states, served = zip(*outcomes, strict=True)
     return Asynchronous(np.stack(xs), list(states), list(served))
+
+
+def serve_until_done(algorithm: AsynchronousAlgorithm, local: Quadratic, state, mailbox: Mailbox) -> None:
+    """Serve the neighbors until all of them have announced that they are done."""
+    while not all(peer.is_done for peer in mailbox.peers().values()):
+        if not algorithm.serve(local, state, mailbox):
+            mailbox.pause()
 
 
 def top_k(v: np.ndarray, k: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm, Local, Meanwhile
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, TopologyError
@@ -30,7 +30,7 @@ S = TypeVar("S")
 Share = Literal["by_speed", "equal"]
 """Who computes how many gradients: all take batches from one queue, or each as many, from samples of its own."""
 
-Attempt = Generator[None, None, bool]
+Attempt = Generator[Meanwhile, None, bool]
 """An attempt at a step that hands over to its caller for the gradient (see `AsynchronousAlgorithm.phases`)."""
 
 DELAYS = 65
@@ -94,9 +94,10 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
     def phases(self, local: Local, state: S, mailbox: Mailbox) -> Attempt:
         """Go on with a step as far as it goes without waiting; return whether this rank could go on.
 
-        Yields at most once, where the caller is to compute the gradient at ``local.x`` into ``local.g``. Before that,
-        ``local.g`` may hold gradients of the caller's and must not be touched. To close the attempt there is to go
-        without a gradient; messages that have been sent stay valid.
+        Yields at most once, where the caller is to compute the gradient at ``local.x`` into ``local.g``; what it yields
+        serves others meanwhile, and is None if there is nothing to do. Before that, ``local.g`` may hold gradients of
+        the caller's and must not be touched. To close the attempt there is to go without a gradient; messages that have
+        been sent stay valid.
         """
 
     def step(self, local: Local, state: S, mailbox: Mailbox) -> bool:
@@ -107,10 +108,10 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         attempt = self.phases(local, state, mailbox)
         while True:
             try:
-                next(attempt)
+                meanwhile = next(attempt)
             except StopIteration as end:
                 return bool(end.value)
-            local.gradient()
+            local.gradient(meanwhile)
 
     def is_unfinished(self, state: S) -> bool:
         """Return whether a step has its gradient, and another attempt is to finish it."""

@@ -23,6 +23,12 @@ public copies of CHOCO-SGD. Increments are never lost, because the mailbox refus
 has no room for stays in ``x_i - xhat_i``; a step without a message does not mix, because it would move ``x_i`` by an
 old difference once more.
 
+The mean over ranks is not preserved, because a rank mixes the newer copies of its neighbors with its own older one. The
+mean moves at another rate than the learning rate times the mean gradient. On a ring of 4, with a constant gradient and
+lambda0 = 0: with gamma = 1 at 1.50 times this rate if all ranks are equally fast, 0.98 with one four times slower, 0.50
+with one ten times slower; with gamma = 0.5 at 1.20, 0.84 and 0.47. With ``max_staleness = 0`` it is preserved. AD-PSGD
+preserves it at any speeds.
+
 ``max_staleness`` bounds how many steps a rank may be ahead of what it knows of each neighbor; with 0 it waits for all
 of them in every step, and (lambda0 = 0) does what CHOCO-SGD does in its overlapped order, but for the order of sums.
 
@@ -169,7 +175,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
             state.has_sent = self._send(local, state, mailbox)
             if not state.has_sent and self.max_staleness is not None:
                 return False
-            yield
+            yield None
             state.is_computed = True
         self.serve(local, state, mailbox)
         if self._late(state, mailbox):

@@ -175,7 +175,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
             self.serve(local, state, mailbox)
         if not all(state.is_answered) or not all(mailbox.room(hub) for hub in range(self.hubs)):
             return False
-        yield
+        yield None
         for hub, part in self.owners(mailbox.size, local.spec):
             spec = part_of(local.spec, part)
             payload = self._uplink.compress(local.g[part], spec, state.compressors[hub])

@@ -183,7 +183,7 @@ def test_survivors_start_their_public_copies_anew(bound):
 
     def train_until(world, rank, mailbox, end):
         local, state = locals_[rank], states[rank]
-        local.gradient = lambda: (world.sleep([1.0, 1.1, 1.3, 2.0][rank]), type(local).gradient(local))[1]
+        local.gradient = lambda _: (world.sleep([1.0, 1.1, 1.3, 2.0][rank]), type(local).gradient(local))[1]
         while world.now() < end:
             if not algorithm.step(local, state, mailbox):
                 mailbox.pause()

@@ -8,7 +8,7 @@ import pytest
 from support import quadratic
 from support.simulated_gpu import on_simulated_gpu, simulate_staging
 
-from mpicomp.algorithms import ALGORITHMS, ASGD, DCASGD, AsynchronousAlgorithm, DCGossip
+from mpicomp.algorithms import ADPSGD, ALGORITHMS, ASGD, DCASGD, AsynchronousAlgorithm, DCGossip
 from mpicomp.compression import TopK
 from mpicomp.exchange.loopback import run
 from mpicomp.topology import complete_bipartite, ring
@@ -20,6 +20,7 @@ METHODS = {
     "dc_asgd_topk": DCASGD(compressor=TopK(0.5)),
     "dc_gossip": DCGossip(0.5),
     "dc_gossip_topk": DCGossip(0.3, compressor=TopK(0.5)),
+    "ad_psgd": ADPSGD(),
 }
 
 assert {type(method) for method in METHODS.values()} == {
@@ -30,7 +31,8 @@ assert {type(method) for method in METHODS.values()} == {
 @pytest.mark.parametrize("name", METHODS)
 def test_same_bits_and_no_races(name, monkeypatch):
     method = METHODS[name]
-    topology = ring(5) if isinstance(method, DCGossip) else complete_bipartite(method.hubs + 4, method.hubs)
+    hubs = getattr(method, "hubs", 0)
+    topology = complete_bipartite(hubs + 4, hubs) if hubs else ring(6)
     paces = np.linspace(1, 3, topology.size)
     expected = quadratic.train_asynchronously(method, topology, 20, paces)
     gpus = []

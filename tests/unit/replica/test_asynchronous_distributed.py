@@ -5,7 +5,7 @@ import torch
 from support import small
 from torch import nn
 
-from mpicomp.algorithms import ASGD, DCASGD, Choco, DCGossip
+from mpicomp.algorithms import ADPSGD, ASGD, DCASGD, Choco, DCGossip
 from mpicomp.compression import TopK, UniformGrid
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.loopback import run
@@ -26,6 +26,7 @@ METHODS = {
     "gossip": (DCGossip(0.3, TOP), ring),
     "gossip_bounded": (DCGossip(0.3, TOP, max_staleness=1), chain),
     "gossip_in_step": (DCGossip(0.3, TOP, max_staleness=0, lambda0=0.0), ring),
+    "ad_psgd": (ADPSGD(), ring),
     "asgd": (ASGD(), star),
     "dc_asgd": (DCASGD(TOP, downlink=UniformGrid(bits=4)), star),
     "dc_asgd_two_hubs": (DCASGD(TOP, hubs=2), two_hubs),

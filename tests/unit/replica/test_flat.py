@@ -2,8 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from mpicomp.algorithms import ADPSGD, DPSGD
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.loopback import run
+from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.flat import FlatModel
+from mpicomp.topology import ring
 
 
 def tied():
@@ -217,3 +222,29 @@ def test_values_loaded_into_parameters_of_another_type_count():
     model.load_state_dict({name: torch.full_like(p, 3.0) for name, p in model.state_dict().items()})
     local.check()
     assert local.x.eq(3).all()
+
+
+def average_of_two_types(world, algorithm):
+    """Train two ranks whose gradients are 0 and 1 for 8 steps; return the values of both types."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False).bfloat16())
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    gossip = distribute(model, optimizer, algorithm, ring(2), world=world)
+
+    def loss():
+        world.sleep(1.0)
+        return sum(parameter.float().sum() for parameter in model.parameters()) * float(world.rank)
+
+    for _ in range(8):
+        gossip.step(loss)
+    if isinstance(algorithm, ADPSGD):
+        gossip.finish()
+    return [parameter.detach().float() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD(order="combine_then_adapt"), ADPSGD()])
+def test_models_that_are_averaged_before_the_update_are_averaged_in_every_type(algorithm):
+    for rank, (wide, narrow) in enumerate(run(2, average_of_two_types, algorithm, simulated=Links(0.01))):
+        assert torch.equal(wide, narrow)
+        assert torch.equal(wide, torch.full_like(wide, (-3.5, -4.5)[rank]))

@@ -23,6 +23,7 @@ from mpicomp.run.setup import Setup
 from mpicomp.state import restore_
 
 HUB, GOSSIP = "configs/methods/dc_asgd.toml", "configs/methods/dc_gossip.toml"
+PAIRS = "configs/methods/ad_psgd.toml"
 SHORT = ["training.epochs=2", "schedule.warmup=0"]
 UNEQUAL = ["slow.ranks=[3]", "slow.factor=4.0", "simulation.spread=exponential"]
 
@@ -51,7 +52,7 @@ def simulate(path, size, *overrides, folder=None):
     return results[0]
 
 
-@pytest.mark.parametrize("path", [HUB, GOSSIP])
+@pytest.mark.parametrize("path", [HUB, GOSSIP, PAIRS])
 def test_every_batch_of_the_pile_is_taken_once(batches, path):
     result = simulate(path, 4, *UNEQUAL)
     per_epoch = 1437 // 16
@@ -60,7 +61,7 @@ def test_every_batch_of_the_pile_is_taken_once(batches, path):
     assert result.gradients[3] < result.gradients[2] / 2
 
 
-@pytest.mark.parametrize(("path", "trainers"), [(HUB, 3), (GOSSIP, 4)])
+@pytest.mark.parametrize(("path", "trainers"), [(HUB, 3), (GOSSIP, 4), (PAIRS, 4)])
 def test_equal_shares_are_taken_by_each_rank(batches, path, trainers):
     result = simulate(path, 4, "algorithm.share=equal", "data.partition=dirichlet", "data.alpha=1.0", *UNEQUAL)
     assert set(Counter(batches).values()) == {1}
@@ -79,7 +80,7 @@ def test_one_worker_trains_as_sgd_does(tmp_path):
     assert torch.equal(worker["model/parameters"], sgd["model/parameters"])
 
 
-@pytest.mark.parametrize("path", [HUB, GOSSIP])
+@pytest.mark.parametrize("path", [HUB, GOSSIP, PAIRS])
 def test_a_slow_rank_holds_nobody_up(path):
     """Throughput with one of four trainers four times slower, against synchronous training in the same time."""
     size = 5 if path == HUB else 4
@@ -90,7 +91,7 @@ def test_a_slow_rank_holds_nobody_up(path):
     assert rates[0] >= 2.5 * rates[1]
 
 
-@pytest.mark.parametrize("path", [HUB, GOSSIP])
+@pytest.mark.parametrize("path", [HUB, GOSSIP, PAIRS])
 def test_a_run_that_goes_on_is_the_run_that_did_not_stop(path, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = ["training.steps=30", "checkpoint.every_steps=10", "checkpoint.keep_last=0", "run.log_every=1", *UNEQUAL]
@@ -144,6 +145,8 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
             ["compression.allocation=dagc"],
             "set algorithm.share = 'equal', or compression.allocation = 'uniform'",
         ),
+        (PAIRS, ["compression.kind=topk", "compression.ratio=0.1"], "AD-PSGD sends the model itself"),
+        (PAIRS, ["run.on_peer_loss=continue"], "does not go with algorithm.kind = 'ad_psgd'"),
         (GOSSIP, ["simulation.gradient_s=0.0"], "simulation.gradient_s = 0.0 must be greater than 0"),
     ],
 )

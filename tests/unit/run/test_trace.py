@@ -110,11 +110,11 @@ def test_a_run_that_stops_and_goes_on_has_a_timeline_of_each_start(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["--loopback", "--simulate"])
-@pytest.mark.parametrize("method", ["dc_gossip", "dc_asgd"])
+@pytest.mark.parametrize("method", ["dc_gossip", "dc_asgd", "ad_psgd"])
 def test_asynchronous_methods_too(tmp_path, how, method):
-    mpicomp(f"configs/methods/{method}.toml", *SHORT, how, 3, "--run-dir", tmp_path, "--trace", "--trace-steps", 5)
+    mpicomp(f"configs/methods/{method}.toml", *SHORT, how, 4, "--run-dir", tmp_path, "--trace", "--trace-steps", 5)
     found = events(tmp_path)
-    assert set(found) == {0, 1, 2}
+    assert set(found) == {0, 1, 2, 3}
     for number, rank in found.items():
         seconds(rank)
         assert all(event["name"] in NAMES[event["cat"]] for event in rank), {(e["cat"], e["name"]) for e in rank}
