@@ -11,7 +11,6 @@ continues. At most one checkpoint is written at a time.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import time
@@ -178,8 +177,7 @@ class Saver:
 
 def topology_name(schedule: Schedule) -> str:
     """Return the name of `schedule` and a digest of its weights, which is the same on every machine."""
-    weights = np.round(schedule.union.mixing, 12).tobytes()
-    return f"{schedule.name} {hashlib.sha256(weights).hexdigest()[:12]}"
+    return f"{schedule.name} {schedule.union.weights_digest[:12]}"
 
 
 @lru_cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +146,10 @@ def _weights(graph: Topology) -> Table:
     """Return a table of the mixing matrix; of the frequency of each weight if the matrix is large."""
     if graph.size > MATRIX_RANKS:
         table = Table("Weight", "Entries", title="Mixing matrix, distinct weights", title_justify="left")
-        values, counts = np.unique(graph.mixing.round(10), return_counts=True)
-        for value, count in islice(zip(values, counts, strict=True), LIST_RANKS):
+        values, counts = np.unique(graph.matrix.values.round(10), return_counts=True)
+        zeros = graph.size**2 - len(graph.matrix.values)
+        rows = [(0.0, zeros)] * (zeros > 0) + [*zip(values, counts, strict=True)]
+        for value, count in rows[:LIST_RANKS]:
             table.add_row(f"{value:.4g}", str(count))
         return table
     table = Table("", *(str(rank) for rank in range(graph.size)), title="Mixing matrix", title_justify="left")
@@ -204,9 +205,10 @@ def _is_flat(graph: Topology) -> bool:
 
 
 def _draw_edges(axes: Axes, graph: Topology, positions: np.ndarray) -> None:
-    edges = graph.mixing != 0
-    for target, source in np.argwhere(edges):
-        both = bool(edges[source, target])
+    edges = [*zip(graph.matrix.rows.tolist(), graph.matrix.indices.tolist(), strict=True)]
+    known = set(edges)
+    for target, source in edges:
+        both = (source, target) in known
         if source == target or (both and source > target):
             continue
         # On a grid an edge that wraps around would lie on the edges between, so it is bent.

@@ -7,27 +7,32 @@ AdaGossip further need ``W`` symmetric (Koloskova et al. 2019, arXiv 1902.00340,
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mpicomp.errors import TopologyError
+from mpicomp.topology.sparse import SparseMatrix
 
 TOLERANCE = 1e-10
 """The allowed difference of a sum of weights from one."""
 
 
-# Equality is identity: comparing the fields would ask an array for its truth.
-@dataclass(frozen=True, eq=False)
 class Topology:
-    """A fixed graph: ``topology(step)`` is the graph itself, so it is a `Schedule` as well.
+    """A fixed graph: ``topology(step)`` is the graph itself, so it is a `Schedule` as well. It cannot be changed.
 
-    Attributes:
+    Memory and time of everything but `mixing` grow with the edges; a rank that asks for its own neighbors and weights
+    takes time by their number. Equality is identity.
+
+    Args:
         name: for messages and results, e.g. ``"ring"``.
-        mixing: (size, size) float64, non-negative; row i holds the weights with which rank i averages.
+        mixing: W, (size, size), dense or sparse, non-negative; row i holds the weights with which rank i averages.
         dims: extents of the Cartesian grid that this graph is, row-major over ranks; None for any other graph.
         periods: for each extent, whether that dimension wraps around.
 
@@ -37,32 +42,55 @@ class Topology:
 
     """
 
-    name: str
-    mixing: np.ndarray = field(repr=False)
-    dims: tuple[int, ...] | None = None
-    periods: tuple[bool, ...] | None = None
+    def __init__(
+        self,
+        name: str,
+        mixing: ArrayLike | SparseMatrix,
+        dims: tuple[int, ...] | None = None,
+        periods: tuple[bool, ...] | None = None,
+    ) -> None:
+        self.name = name
+        self.dims = dims
+        self.periods = periods
+        self._matrix = mixing if isinstance(mixing, SparseMatrix) else self._from_dense(mixing)
+        self._check_weights()
+        if dims is not None and (math.prod(dims) != self.size or len(dims) != len(periods or ())):
+            raise TopologyError(f"topology {name!r}: dims {dims}, periods {periods} are no grid of {self.size} ranks")
 
-    def __post_init__(self) -> None:
-        mixing = np.array(self.mixing, dtype=np.float64)
-        if mixing.ndim != 2 or mixing.shape[0] != mixing.shape[1] or mixing.shape[0] < 1:
-            raise TopologyError(f"topology {self.name!r}: the mixing matrix must be square, not {mixing.shape}")
-        if not np.isfinite(mixing).all() or (mixing < 0).any():
+    def _from_dense(self, mixing: ArrayLike) -> SparseMatrix:
+        dense = np.asarray(mixing, dtype=np.float64)
+        if dense.ndim != 2 or dense.shape[0] != dense.shape[1] or dense.shape[0] < 1:
+            raise TopologyError(f"topology {self.name!r}: the mixing matrix must be square, not {dense.shape}")
+        return SparseMatrix.from_dense(dense)
+
+    def _check_weights(self) -> None:
+        matrix = self._matrix
+        if not np.isfinite(matrix.values).all() or (matrix.values < 0).any():
             raise TopologyError(f"topology {self.name!r}: weights must be finite and non-negative")
-        off = np.abs(mixing.sum(axis=1) - 1)
-        if off.max() > TOLERANCE:
-            row = int(off.argmax())
-            raise TopologyError(f"topology {self.name!r}: row {row} sums to {mixing[row].sum():.6g} instead of 1")
-        if self.dims is not None and (math.prod(self.dims) != len(mixing) or len(self.dims) != len(self.periods or ())):
-            raise TopologyError(
-                f"topology {self.name!r}: dims {self.dims}, periods {self.periods} are no grid of {len(mixing)} ranks"
-            )
-        mixing.setflags(write=False)
-        object.__setattr__(self, "mixing", mixing)
+        sums = matrix.row_sums
+        row = int(np.abs(sums - 1).argmax())
+        if abs(sums[row] - 1) > TOLERANCE:
+            raise TopologyError(f"topology {self.name!r}: row {row} sums to {sums[row]:.6g} instead of 1")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.size} ranks)"
 
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return int(self.mixing.shape[0])
+        return self.matrix.size
+
+    @property
+    def matrix(self) -> SparseMatrix:
+        """W, with the edges and the diagonal only."""
+        return self._matrix
+
+    @cached_property
+    def mixing(self) -> np.ndarray:
+        """W, dense, (size, size) float64: for small graphs."""
+        dense = self.matrix.to_dense()
+        dense.setflags(write=False)
+        return dense
 
     def __call__(self, step: int) -> Topology:
         """Return this graph, for every step."""
@@ -75,33 +103,57 @@ class Topology:
 
     def weight(self, rank: int, source: int) -> float:
         """Return the weight that `rank` gives to what `source` sends (``W[rank, source]``)."""
-        return float(self.mixing[rank, source])
+        matrix = self.matrix
+        begin, end = int(matrix.indptr[rank]), int(matrix.indptr[rank + 1])
+        place = bisect_left(matrix.indices, source, begin, end)
+        return float(matrix.values[place]) if place < end and matrix.indices[place] == source else 0.0
 
     def sources(self, rank: int) -> list[int]:
         """Return the ranks that send to `rank`, ascending, without `rank`."""
-        return self._sources[rank]
+        return _others(self.matrix, rank)
 
     def targets(self, rank: int) -> list[int]:
         """Return the ranks to which `rank` sends, ascending, without `rank`."""
-        return self._targets[rank]
+        return _others(self.matrix.transposed, rank)
 
     @cached_property
-    def _sources(self) -> list[list[int]]:
-        return [[int(j) for j in np.flatnonzero(row) if j != i] for i, row in enumerate(self.mixing)]
-
-    @cached_property
-    def _targets(self) -> list[list[int]]:
-        return [[int(i) for i in np.flatnonzero(col) if i != j] for j, col in enumerate(self.mixing.T)]
-
-    @property
     def is_symmetric(self) -> bool:
         """Whether ``W == W.T``, which CHOCO-SGD and AdaGossip need."""
-        return bool(np.allclose(self.mixing, self.mixing.T, rtol=0, atol=TOLERANCE))
+        matrix = self.matrix
+        return bool((np.abs(matrix.difference(matrix.transposed).values) <= TOLERANCE).all())
 
-    @property
+    @cached_property
     def is_doubly_stochastic(self) -> bool:
         """Whether columns sum to one too, so that averaging preserves the mean over ranks."""
-        return bool(np.abs(self.mixing.sum(axis=0) - 1).max() <= TOLERANCE)
+        return bool(np.abs(self.matrix.column_sums - 1).max() <= TOLERANCE)
+
+    @cached_property
+    def is_connected(self) -> bool:
+        """Whether there is a path from every rank to every other."""
+        return bool(self.matrix.reached().all() and self.matrix.transposed.reached().all())
+
+    @cached_property
+    def edges_digest(self) -> str:
+        """A SHA-256 of who hears whom: ranks that build the same graph have the same one."""
+        matrix = self.matrix
+        return hashlib.sha256(matrix.indptr.tobytes() + matrix.indices.tobytes()).hexdigest()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """A SHA-256 of the dense matrix, rounded to 12 places: the same on every machine, and in every checkpoint."""
+        digest = hashlib.sha256()
+        for block in self._dense_blocks():
+            digest.update(np.round(block, 12).tobytes())
+        return digest.hexdigest()
+
+    def _dense_blocks(self) -> Iterator[np.ndarray]:
+        return self.matrix.dense_blocks()
+
+
+def _others(matrix: SparseMatrix, rank: int) -> list[int]:
+    """Return the columns of the entries of row `rank`, without the diagonal."""
+    columns: list[int] = matrix.indices[matrix.indptr[rank] : matrix.indptr[rank + 1]].tolist()
+    return [column for column in columns if column != rank]
 
 
 @runtime_checkable

@@ -24,6 +24,8 @@ import numpy as np
 from mpicomp.errors import TopologyError, unknown_name
 from mpicomp.topology.arguments import require_bool, require_size
 from mpicomp.topology.base import TOLERANCE, Topology
+from mpicomp.topology.shared import shared
+from mpicomp.topology.sparse import SparseMatrix
 from mpicomp.topology.spectral import check
 from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
 
@@ -81,10 +83,21 @@ def from_file(size: int, *, path: str | os.PathLike[str], weights: str = "metrop
     size = require_size("file", size)
     if not isinstance(path, (str, os.PathLike)):
         raise TopologyError(f"topology.path = {path!r} must be the path of a file")
-    graph = _read(Path(path))
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _from_file(size, path, (status.st_mtime_ns, status.st_size), weights, lazy)
+
+
+# A file that has changed is another one.
+@shared
+def _from_file(size: int, path: Path, version: tuple[int, int], weights: str, lazy: bool) -> Topology:
+    graph = _read(path)
     if len(graph) != size:
-        raise TopologyError(f"topology.path = {os.fspath(path)!r} has {len(graph)} nodes, but there are {size} ranks")
-    return from_graph(graph, weights=weights, lazy=lazy, name=Path(path).stem)
+        raise TopologyError(f"topology.path = {str(path)!r} has {len(graph)} nodes, but there are {size} ranks")
+    return from_graph(graph, weights=weights, lazy=lazy, name=path.stem)
 
 
 def _read(path: Path) -> Graph:
@@ -97,9 +110,13 @@ def _read(path: Path) -> Graph:
     try:
         return READERS[path.suffix](path)
     except OSError as error:
-        raise TopologyError(f"topology.path = {str(path)!r} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     except (nx.NetworkXException, ParseError, ValueError, KeyError, TypeError) as error:
         raise TopologyError(f"topology.path = {str(path)!r} is not a valid {path.suffix} graph: {error}") from error
+
+
+def _unreadable(path: Path, error: OSError) -> TopologyError:
+    return TopologyError(f"topology.path = {str(path)!r} cannot be read: {error.strerror or error}")
 
 
 def _read_edge_list(path: Path) -> Graph:
@@ -172,19 +189,17 @@ def _nodes_by_rank(graph: Graph, name: str) -> list[Any]:
     return [nodes[rank] for rank in range(len(nodes))]
 
 
-def _adjacency(graph: Graph, nodes: list[Any]) -> np.ndarray:
-    """Return the (size, size) bool matrix of who hears whom, without loops."""
+def _adjacency(graph: Graph, nodes: list[Any]) -> SparseMatrix:
+    """Return who hears whom, without loops."""
     ranks = {node: rank for rank, node in enumerate(nodes)}
-    adjacency = np.zeros((len(nodes), len(nodes)), dtype=bool)
-    for sender, receiver in graph.edges():
-        adjacency[ranks[receiver], ranks[sender]] = True
-    np.fill_diagonal(adjacency, False)
-    return adjacency if graph.is_directed() else adjacency | adjacency.T
+    ends = np.array([(ranks[receiver], ranks[sender]) for sender, receiver in graph.edges()]).reshape(-1, 2).astype(int)
+    if not graph.is_directed():
+        ends = np.concatenate([ends, ends[:, ::-1]])
+    return SparseMatrix.from_edges(len(nodes), ends[:, 0], ends[:, 1]).without_diagonal()
 
 
-def _given_weights(graph: Graph, nodes: list[Any], name: str) -> np.ndarray:
-    """Return the (size, size) matrix of the edges' weights, what is left of each row on the diagonal."""
-    import networkx as nx
+def _given_weights(graph: Graph, nodes: list[Any], name: str) -> SparseMatrix:
+    """Return the mixing matrix of the edges' weights, what is left of each row on the diagonal."""
 
     if graph.is_multigraph():
         raise TopologyError(
@@ -193,14 +208,21 @@ def _given_weights(graph: Graph, nodes: list[Any], name: str) -> np.ndarray:
     for u, v, data in graph.edges(data=True):
         if not isinstance(data.get("weight"), Real):
             raise TopologyError(f"topology.weights = 'given': edge {u} - {v} of graph {name!r} has no weight")
-    # networkx has the sender in the row, a mixing matrix has it in the column.
-    mixing = nx.to_numpy_array(graph, nodelist=nodes).T
-    rest = 1 - mixing.sum(axis=1)
-    without_loop = np.array([not graph.has_edge(node, node) for node in nodes])
+    ranks = {node: rank for rank, node in enumerate(nodes)}
+    weights = {(ranks[v], ranks[u]): float(data["weight"]) for u, v, data in graph.edges(data=True)}
+    if not graph.is_directed():
+        weights |= {(u, v): weight for (v, u), weight in weights.items()}
+    ends = np.array([*weights], dtype=int).reshape(-1, 2)
+    edges = SparseMatrix.from_edges(len(nodes), ends[:, 0], ends[:, 1])
+    values = [weights[place] for place in zip(edges.rows.tolist(), edges.indices.tolist(), strict=True)]
+    given = SparseMatrix(edges.indptr, edges.indices, np.array(values, dtype=float))
+    rest = 1 - given.row_sums
+    without_loop = np.ones(len(nodes), dtype=bool)
+    without_loop[edges.indices[edges.rows == edges.indices]] = False
     for rank in np.flatnonzero(without_loop & (rest < -TOLERANCE)):
         raise TopologyError(
             f"topology.weights = 'given': the weights of rank {rank} of graph {name!r} sum to {1 - rest[rank]:.6g}, "
             "more than 1"
         )
-    mixing[np.diag_indices_from(mixing)] += np.where(without_loop, np.maximum(rest, 0), 0)
-    return mixing
+    diagonal = given.diagonal() + np.where(without_loop, np.maximum(rest, 0), 0)
+    return given.without_diagonal().with_diagonal(diagonal).without_zeros()

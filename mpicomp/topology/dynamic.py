@@ -17,7 +17,10 @@ import numpy as np
 
 from mpicomp.topology.arguments import require_integer, require_size
 from mpicomp.topology.base import Topology
+from mpicomp.topology.implicit import Complete, Matching
+from mpicomp.topology.sparse import SparseMatrix
 from mpicomp.topology.static import complete, exponential, hops
+from mpicomp.topology.weights import uniform
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,27 @@ class OnePeerExponential:
     @property
     def period(self) -> int:
         """The number of steps after which the graphs repeat: ``ceil(log2 size)``, at least 1."""
-        return len(self._graphs)
+        return len(hops(self.size)) or 1
 
-    @property
+    @cached_property
     def union(self) -> Topology:
         """The static exponential graph, which has the edges of all steps."""
         return exponential(self.size)
 
     def __call__(self, step: int) -> Topology:
         """Return the graph of `step`."""
-        return self._graphs[step % self.period]
+        return _shifted(self.size, step % self.period)
 
-    @cached_property
-    def _graphs(self) -> list[Topology]:
-        # A single rank has no hop; a hop of 0 leaves it alone with weight one.
-        identity = np.eye(self.size)
-        return [Topology(self.name, (identity + np.roll(identity, hop, axis=0)) / 2) for hop in hops(self.size) or [0]]
+
+@lru_cache(maxsize=64)
+def _shifted(size: int, number: int) -> Topology:
+    """Return the graph of the step `number` of a period; the ranks of one process share it."""
+    # A single rank has no hop, and the loop that is left has weight one.
+    hop = (hops(size) or [0])[number]
+    ranks = np.arange(size)
+    return Topology(
+        OnePeerExponential.name, uniform(SparseMatrix.from_edges(size, ranks, (ranks - hop) % size).without_diagonal())
+    )
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,12 @@ class RandomMatching:
         require_size(self.name, self.size)
         require_integer("topology.seed", self.seed, 0)
 
-    @property
+    @cached_property
     def union(self) -> Topology:
         """The complete graph, because every pair may occur."""
         return complete(self.size)
 
-    @property
+    @cached_property
     def mean(self) -> Topology:
         """The expectation of the matrix of a step.
 
@@ -98,9 +106,7 @@ class RandomMatching:
             return complete(1)
         # All size * (size - 1) / 2 pairs are equally likely and size // 2 of them occur at once.
         pair = (self.size // 2) / (self.size * (self.size - 1) / 2)
-        mixing = np.full((self.size, self.size), pair / 2)
-        np.fill_diagonal(mixing, 1 - (self.size - 1) * pair / 2)
-        return Topology(self.name, mixing)
+        return Complete(self.name, pair / 2, np.full(self.size, 1 - (self.size - 1) * pair / 2))
 
     def __call__(self, step: int) -> Topology:
         """Return the graph of `step`."""
@@ -109,13 +115,5 @@ class RandomMatching:
 
 # The ranks of one process ask for the same step, or one beside it: more graphs would only hold memory.
 @lru_cache(maxsize=2)
-def _matching(size: int, seed: int, step: int) -> Topology:
-    # The raw stream of a counter-based generator does not change between versions of numpy, unlike `permutation`. The
-    # step is the second word of the counter because the first one advances as numbers are drawn.
-    draws = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(size)
-    order = np.argsort(draws, kind="stable")
-    left, right = order[: size // 2], order[size // 2 : 2 * (size // 2)]
-    mixing = np.eye(size)
-    for rows, columns in ((left, left), (left, right), (right, left), (right, right)):
-        mixing[rows, columns] = 0.5
-    return Topology(RandomMatching.name, mixing)
+def _matching(size: int, seed: int, step: int) -> Matching:
+    return Matching(RandomMatching.name, size, f"{seed} {step}".encode())

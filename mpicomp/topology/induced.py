@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpicomp.topology.base import Topology
+from mpicomp.topology.sparse import SparseMatrix
 from mpicomp.topology.weights import metropolis
 
 
@@ -19,6 +20,10 @@ def induced(topology: Topology, ranks: Sequence[int]) -> Topology:
         TopologyError: the graph is directed, and its degrees differ.
 
     """
-    edges = topology.mixing[np.ix_(ranks, ranks)] != 0
-    np.fill_diagonal(edges, False)
+    numbers = np.full(topology.size, -1)
+    numbers[list(ranks)] = np.arange(len(ranks))
+    matrix = topology.matrix.without_diagonal()
+    heard, told = numbers[matrix.rows], numbers[matrix.indices]
+    kept = (heard >= 0) & (told >= 0)
+    edges = SparseMatrix.from_edges(len(ranks), heard[kept], told[kept])
     return Topology(f"{topology.name}, {len(ranks)} of {topology.size} ranks", metropolis(edges))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from mpicomp.topology.base import Topology
+from mpicomp.topology.sparse import SparseMatrix
+from mpicomp.topology.weights import uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +67,14 @@ def _cycle(neighbors: list[list[int]]) -> list[int]:
     degree = min(len(neighbors) - 1, 2)
     if any(len(of) != degree for of in neighbors):
         return []
-    order = [0]
-    while onward := [rank for rank in neighbors[order[-1]] if rank not in order]:
+    order, seen = [0], {0}
+    while onward := [rank for rank in neighbors[order[-1]] if rank not in seen]:
         order.append(onward[0])
+        seen.add(onward[0])
     return order
 
 
 def _directed(name: str, size: int, edges: set[tuple[int, int]]) -> Topology:
     """Return the graph of `edges` (from, to); its weights have no meaning."""
-    mixing = np.eye(size)
-    for source, target in edges:
-        mixing[target, source] = 1
-    return Topology(name, mixing / mixing.sum(axis=1, keepdims=True))
+    sources, targets = zip(*edges, strict=True) if edges else ((), ())
+    return Topology(name, uniform(SparseMatrix.from_edges(size, [*targets], [*sources])))

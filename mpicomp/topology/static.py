@@ -19,14 +19,20 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from mpicomp.errors import TopologyError
 from mpicomp.topology.arguments import require_integer, require_size
 from mpicomp.topology.base import Topology
-from mpicomp.topology.weights import mixing_matrix
+from mpicomp.topology.implicit import Complete
+from mpicomp.topology.shared import shared
+from mpicomp.topology.sparse import SparseMatrix
+from mpicomp.topology.weights import complete_weights, mixing_matrix
+
+Edges: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""The ranks at the two ends of each edge."""
 
 if TYPE_CHECKING:  # imported where a random graph is drawn: its import takes a tenth of that of all others
     import networkx as nx
@@ -38,18 +44,21 @@ DYCK_CHORDS = (5, -5, 13, -13)
 """Vertex v of the Dyck graph is connected with ``v + DYCK_CHORDS[v mod 4]`` and with its neighbors on a cycle of 32."""
 
 
+@shared
 def ring(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the ring: rank i is connected with i - 1 and i + 1, modulo `size`."""
     size = require_size("ring", size)
     return _grid("ring", (size,), periodic=True, weights=weights, lazy=lazy)
 
 
+@shared
 def chain(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the chain: rank i is connected with i - 1 and i + 1; each end has one neighbor."""
     size = require_size("chain", size)
     return _grid("chain", (size,), periodic=False, weights=weights, lazy=lazy)
 
 
+@shared
 def torus(
     size: int,
     *,
@@ -78,6 +87,7 @@ def torus(
     return _grid("torus", shape, periodic=True, weights=weights, lazy=lazy)
 
 
+@shared
 def hypercube(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the hypercube: rank i is connected with ``i xor 2^k``; `size` must be a power of two."""
     size = require_size("hypercube", size)
@@ -91,6 +101,7 @@ def hypercube(size: int, *, weights: str = "metropolis", lazy: bool = False) -> 
     return _grid("hypercube", dims, periodic=False, weights=weights, lazy=lazy)
 
 
+@shared
 def exponential(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the static exponential graph: rank i sends to ``i + 2^k mod size``, ``2^k < size``. Directed.
 
@@ -98,24 +109,26 @@ def exponential(size: int, *, weights: str = "metropolis", lazy: bool = False) -
     """
     size = require_size("exponential", size)
     ranks = np.arange(size)
-    adjacency = np.zeros((size, size), dtype=bool)
-    for hop in hops(size):
-        adjacency[(ranks + hop) % size, ranks] = True
+    told = [(ranks + hop) % size for hop in hops(size)]
+    adjacency = _adjacency(size, np.concatenate([ranks[:0], *told]), np.tile(ranks, len(told)))
     return _topology("exponential", adjacency, weights, lazy)
 
 
+@shared
 def complete(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the complete graph: all ranks are connected, ``W = 1/size``."""
     size = require_size("complete", size)
-    return _topology("complete", ~np.eye(size, dtype=bool), weights, lazy)
+    return Complete("complete", *complete_weights(size, weights, lazy))
 
 
+@shared
 def star(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the star: rank 0 is the hub, and the only neighbor of all other ranks."""
     size = require_size("star", size)
     return _topology("star", _bipartite(size, 1), weights, lazy)
 
 
+@shared
 def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the complete bipartite graph of the first `hubs` ranks and the others; with one hub it is a star."""
     size, hubs = require_size("complete_bipartite", size), require_integer("topology.hubs", hubs, 1)
@@ -124,6 +137,7 @@ def complete_bipartite(size: int, hubs: int = 2, *, weights: str = "metropolis",
     return _topology("complete_bipartite", _bipartite(size, hubs), weights, lazy)
 
 
+@shared
 def dyck(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the Dyck graph: 32 ranks, three neighbors each, bipartite, girth 6, diameter 5.
 
@@ -133,13 +147,11 @@ def dyck(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topol
     if size != 32:
         raise TopologyError(f"topology.kind = 'dyck' exists with 32 ranks only, not {size}")
     ranks = np.arange(size)
-    adjacency = np.zeros((size, size), dtype=bool)
-    for offsets in (np.ones(size, dtype=int), np.resize(DYCK_CHORDS, size)):
-        others = (ranks + offsets) % size
-        adjacency[ranks, others] = adjacency[others, ranks] = True
-    return _topology("dyck", adjacency, weights, lazy)
+    others = np.concatenate([ranks + 1, ranks + np.resize(DYCK_CHORDS, size)]) % size
+    return _topology("dyck", _undirected(size, np.tile(ranks, 2), others), weights, lazy)
 
 
+@shared
 def random_regular(
     size: int, *, degree: int = 4, seed: int = 0, weights: str = "metropolis", lazy: bool = False
 ) -> Topology:
@@ -156,7 +168,7 @@ def random_regular(
     _check_degree(size, degree)
     return _random(
         "random_regular",
-        lambda generator: nx.random_regular_graph(degree, size, seed=generator),
+        lambda generator: _edges(nx.random_regular_graph(degree, size, seed=generator)),
         size=size,
         seed=seed,
         remedy=f"raise topology.degree = {degree}",
@@ -165,6 +177,7 @@ def random_regular(
     )
 
 
+@shared
 def erdos_renyi(
     size: int, *, probability: float = 0.5, seed: int = 0, weights: str = "metropolis", lazy: bool = False
 ) -> Topology:
@@ -175,14 +188,13 @@ def erdos_renyi(
             probability is far below ``ln(size) / size``.
 
     """
-    import networkx as nx
 
     size = require_size("erdos_renyi", size)
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 < probability <= 1:
         raise TopologyError(f"topology.probability = {probability!r} must be a number above 0 and at most 1")
     return _random(
         "erdos_renyi",
-        lambda generator: nx.gnp_random_graph(size, probability, seed=generator),
+        lambda generator: _random_pairs(size, probability, generator),
         size=size,
         seed=seed,
         remedy=f"raise topology.probability = {probability} above ln(size)/size = {math.log(size) / size:.3g}",
@@ -238,7 +250,7 @@ def _check_degree(size: int, degree: int) -> None:
 
 def _random(
     name: str,
-    draw: Callable[[random.Random], nx.Graph[Any]],
+    draw: Callable[[random.Random], Edges],
     *,
     size: int,
     seed: int,
@@ -247,13 +259,11 @@ def _random(
     lazy: bool,
 ) -> Topology:
     """Draw graphs from one generator until one is connected."""
-    import networkx as nx
 
     generator = random.Random(require_integer("topology.seed", seed, 0))
     for _ in range(DRAWS):
-        graph = draw(generator)
-        if nx.is_connected(graph):
-            adjacency = nx.to_numpy_array(graph, nodelist=range(size)).astype(bool)
+        adjacency = _undirected(size, *draw(generator))
+        if adjacency.reached().all():
             return _topology(name, adjacency, weights, lazy)
     raise TopologyError(
         f"topology.kind = {name!r}: none of {DRAWS} graphs of {size} ranks drawn from topology.seed = {seed} "
@@ -261,29 +271,59 @@ def _random(
     )
 
 
-def _bipartite(size: int, hubs: int) -> np.ndarray:
-    adjacency = np.zeros((size, size), dtype=bool)
-    adjacency[:hubs, hubs:] = adjacency[hubs:, :hubs] = True
-    return adjacency
+def _edges(graph: nx.Graph[Any]) -> Edges:
+    """Return the two ends of each edge of a graph over ranks."""
+    ends = np.array([*graph.edges], dtype=np.int64).reshape(-1, 2)
+    return ends[:, 0], ends[:, 1]
+
+
+def _random_pairs(size: int, probability: float, generator: random.Random) -> Edges:
+    """Return the two ends of each edge of a graph, drawn as networkx does, with the same numbers, but fast."""
+    if probability >= 1:
+        return np.triu_indices(size, 1)
+    # Both make floats of the same Mersenne twister in the same way, and the generator goes on where the draws end.
+    version, (*words, position), gauss = generator.getstate()
+    twister: Any = np.random.RandomState()
+    twister.set_state(("MT19937", np.array(words, dtype=np.uint32), position))
+    # Pairs (i, j), i < j, in lexicographic order.
+    found = [np.flatnonzero(twister.random_sample(size - 1 - i) < probability) + i + 1 for i in range(size)]
+    words, position = twister.get_state()[1:3]
+    generator.setstate((version, (*map(int, words), int(position)), gauss))
+    return np.repeat(np.arange(size), [len(others) for others in found]), np.concatenate(found)
+
+
+def _adjacency(size: int, heard: np.ndarray, told: np.ndarray) -> SparseMatrix:
+    """Return the graph in which the ranks `heard` hear the ranks `told`, each once and none itself."""
+    return SparseMatrix.from_edges(size, heard, told).without_diagonal()
+
+
+def _undirected(size: int, one: np.ndarray, other: np.ndarray) -> SparseMatrix:
+    """Return the graph with the edges between ranks `one` and `other`."""
+    return _adjacency(size, np.concatenate([one, other]), np.concatenate([other, one]))
+
+
+def _bipartite(size: int, hubs: int) -> SparseMatrix:
+    one, other = np.meshgrid(np.arange(hubs), np.arange(hubs, size))
+    return _undirected(size, one.ravel(), other.ravel())
 
 
 def _grid(name: str, dims: tuple[int, ...], *, periodic: bool, weights: str, lazy: bool) -> Topology:
     """Build the Cartesian grid with these extents, ranks in row-major order."""
     size = math.prod(dims)
     ranks = np.arange(size).reshape(dims)
-    adjacency = np.zeros((size, size), dtype=bool)
+    here, there = [], []
     for axis, extent in enumerate(dims):
         following = np.roll(ranks, -1, axis=axis)
         inner = slice(None) if periodic else slice(extent - 1)
-        here, there = (np.moveaxis(each, axis, 0)[inner].ravel() for each in (ranks, following))
-        adjacency[here, there] = adjacency[there, here] = True
-    np.fill_diagonal(adjacency, False)
+        here.append(np.moveaxis(ranks, axis, 0)[inner].ravel())
+        there.append(np.moveaxis(following, axis, 0)[inner].ravel())
+    adjacency = _undirected(size, np.concatenate(here), np.concatenate(there))
     return _topology(name, adjacency, weights, lazy, dims=dims, periods=(periodic,) * len(dims))
 
 
 def _topology(
     name: str,
-    adjacency: np.ndarray,
+    adjacency: SparseMatrix,
     weights: str,
     lazy: bool,
     dims: tuple[int, ...] | None = None,

@@ -19,13 +19,14 @@ import numpy as np
 
 from mpicomp.errors import TopologyError, unknown_name
 from mpicomp.topology.arguments import require_bool
+from mpicomp.topology.sparse import SparseMatrix
 
 
-def mixing_matrix(adjacency: np.ndarray, weights: str, lazy: bool) -> np.ndarray:
-    """Return the (size, size) float64 mixing matrix of a simple graph.
+def mixing_matrix(adjacency: SparseMatrix, weights: str, lazy: bool) -> SparseMatrix:
+    """Return the mixing matrix of a simple graph.
 
     Args:
-        adjacency: (size, size) bool, false on the diagonal; entry (i, j): rank i hears rank j.
+        adjacency: one where rank i hears rank j, (i, j); nothing on the diagonal.
         weights: a name of `WEIGHTS`.
         lazy: whether to return ``(I + W) / 2``.
 
@@ -34,38 +35,59 @@ def mixing_matrix(adjacency: np.ndarray, weights: str, lazy: bool) -> np.ndarray
         TopologyError: metropolis on a directed graph whose degrees differ, where it is not doubly stochastic.
 
     """
-    if weights not in WEIGHTS:
-        raise unknown_name("topology.weights", weights, WEIGHTS)
-    mixing = WEIGHTS[weights](adjacency)
+    mixing = rule(weights)(adjacency)
     return lazy_matrix(mixing) if require_bool("topology.lazy", lazy) else mixing
 
 
-def lazy_matrix(mixing: np.ndarray) -> np.ndarray:
+def complete_weights(size: int, weights: str, lazy: bool) -> tuple[float, np.ndarray]:
+    """Return the weights of the complete graph by `mixing_matrix`: for another rank, and of each rank for itself."""
+    own = np.full(size, 1 / size)
+    if rule(weights) is metropolis:
+        # As for any other graph, to the last bit, but without its square of entries.
+        for rank in range(size):
+            row = np.full(size, 1 / size)
+            row[rank] = 0
+            own[rank] = 1 - row.sum()
+    return (1 / size / 2, (1 + own) / 2) if require_bool("topology.lazy", lazy) else (1 / size, own)
+
+
+def rule(weights: str) -> Callable[[SparseMatrix], SparseMatrix]:
+    """Return the rule of this name.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
+    if weights not in WEIGHTS:
+        raise unknown_name("topology.weights", weights, WEIGHTS)
+    return WEIGHTS[weights]
+
+
+def lazy_matrix(mixing: SparseMatrix) -> SparseMatrix:
     """Return ``(I + W) / 2``."""
-    lazy: np.ndarray = (np.eye(len(mixing)) + mixing) / 2
-    return lazy
+    halves = SparseMatrix(mixing.indptr, mixing.indices, mixing.values / 2).without_diagonal()
+    return halves.with_diagonal((1 + mixing.diagonal()) / 2)
 
 
-def metropolis(adjacency: np.ndarray) -> np.ndarray:
+def metropolis(adjacency: SparseMatrix) -> SparseMatrix:
     """Return ``W[i, j] = 1 / (1 + max(deg_i, deg_j))`` on edges, the rest on the diagonal."""
-    degrees = adjacency.sum(axis=1)
-    regular = len({*degrees, *adjacency.sum(axis=0)}) == 1
-    if not regular and not np.array_equal(adjacency, adjacency.T):
+    degrees = adjacency.counts
+    is_regular = len({*degrees.tolist(), *adjacency.column_counts.tolist()}) == 1
+    if not is_regular and not adjacency.same_places(adjacency.transposed):
         raise TopologyError(
             "topology.weights = 'metropolis' is for undirected graphs, and for directed ones in which every rank has "
             "the same number of sources and targets; use 'uniform' for this graph"
         )
-    mixing: np.ndarray = adjacency / (1 + np.maximum.outer(degrees, degrees))
-    np.fill_diagonal(mixing, 1 - mixing.sum(axis=1))
-    return mixing
+    values = 1 / (1 + np.maximum(degrees[adjacency.rows], degrees[adjacency.indices]))
+    edges = SparseMatrix(adjacency.indptr, adjacency.indices, values)
+    return edges.with_diagonal(1 - edges.dense_row_sums)
 
 
-def uniform(adjacency: np.ndarray) -> np.ndarray:
+def uniform(adjacency: SparseMatrix) -> SparseMatrix:
     """Return ``W[i, j] = 1 / (1 + deg_i)`` on edges and on the diagonal."""
-    heard = adjacency | np.eye(len(adjacency), dtype=bool)
-    mixing: np.ndarray = heard / heard.sum(axis=1, keepdims=True)
-    return mixing
+    shares = 1 / (1 + adjacency.counts)
+    return SparseMatrix(adjacency.indptr, adjacency.indices, shares[adjacency.rows]).with_diagonal(shares)
 
 
-WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"metropolis": metropolis, "uniform": uniform}
+WEIGHTS: dict[str, Callable[[SparseMatrix], SparseMatrix]] = {"metropolis": metropolis, "uniform": uniform}
 """Every rule by its name in the configuration."""

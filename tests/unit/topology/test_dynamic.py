@@ -69,7 +69,7 @@ def test_random_matching_is_the_same_for_every_rank(size, seed, step):
 def test_random_matching_is_the_same_on_every_machine():
     schedule = RandomMatching(6, seed=1)
     partners = [[schedule(step).sources(rank)[0] for rank in range(6)] for step in range(2)]
-    assert partners == [[3, 5, 4, 0, 2, 1], [5, 2, 1, 4, 3, 0]]
+    assert partners == [[5, 4, 3, 2, 1, 0], [3, 4, 5, 0, 1, 2]]
 
 
 def test_random_matching_changes_with_step_and_seed():
@@ -86,6 +86,22 @@ def test_random_matching_has_the_stated_mean(size):
     np.testing.assert_allclose(average, schedule.mean.mixing, atol=5 / (4 * draws**0.5))
     second = 0.5 if size % 2 else 1 - size / (2 * (size - 1))
     assert spectral_gap(schedule.mean) == pytest.approx(1 - second)
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 9, 16])
+def test_random_matching_draws_all_pairs_alike(size):
+    """The chi-squared statistic of how often each pair occurs, and each rest, is near its mean."""
+    draws = 4000
+    counts = np.zeros((size, size))
+    for step in range(draws):
+        graph = RandomMatching(size, seed=11)(step)
+        for rank in range(size):
+            counts[rank, (graph.sources(rank) or [rank])[0]] += 1
+    found = counts[np.triu_indices(size, 0 if size % 2 else 1)]
+    expected = draws / (size if size % 2 else size - 1)
+    # Each pair is a success with this probability in each draw; pairs that exclude each other lower the variance.
+    variance = expected * (1 - expected / draws)
+    assert ((found - expected) ** 2 / variance).mean() < 1 + 5 * (2 / len(found)) ** 0.5
 
 
 def test_a_single_rank_rests():
