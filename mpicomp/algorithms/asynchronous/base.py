@@ -234,7 +234,9 @@ class DelayCompensation:
         moved.mul_(gradient).mul_(gradient)
         if mean_square is not None:
             moved.div_((mean_square + self.epsilon).sqrt_())
-        strength = self.lambda0
         if self.is_limited:
-            strength = min(strength, float(gradient.norm() / moved.norm().clamp_min(1e-30)))
-        gradient.add_(moved, alpha=strength)
+            lambda0 = torch.full((), self.lambda0, dtype=gradient.dtype, device=gradient.device)
+            limit = gradient.norm() / moved.norm().clamp_min(1e-30)
+            gradient.addcmul_(moved, torch.fmin(lambda0, limit))  # a number would have to be waited for on a GPU
+        else:
+            gradient.add_(moved, alpha=self.lambda0)

@@ -6,30 +6,17 @@ The synchronous ones are in ``tests/mpi/test_device_staging.py``: exchanges of t
 import numpy as np
 import pytest
 from support import quadratic
+from support.methods import ASYNCHRONOUS
 from support.simulated_gpu import on_simulated_gpu, simulate_staging
 
-from mpicomp.algorithms import ALGORITHMS, ASGD, DCASGD, AsynchronousAlgorithm, DCGossip
-from mpicomp.compression import TopK
+from mpicomp.algorithms import DCGossip
 from mpicomp.exchange.loopback import run
 from mpicomp.topology import complete_bipartite, ring
 
-METHODS = {
-    "asgd": ASGD(),
-    "asgd_topk": ASGD(compressor=TopK(0.5)),
-    "dc_asgd": DCASGD(lambda0=0.5),
-    "dc_asgd_topk": DCASGD(compressor=TopK(0.5)),
-    "dc_gossip": DCGossip(0.5),
-    "dc_gossip_topk": DCGossip(0.3, compressor=TopK(0.5)),
-}
 
-assert {type(method) for method in METHODS.values()} == {
-    kind for kind in ALGORITHMS.values() if issubclass(kind, AsynchronousAlgorithm)
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_same_bits_and_no_races(name, monkeypatch):
-    method = METHODS[name]
+    method = ASYNCHRONOUS[name]
     topology = ring(5) if isinstance(method, DCGossip) else complete_bipartite(method.hubs + 4, method.hubs)
     paces = np.linspace(1, 3, topology.size)
     expected = quadratic.train_asynchronously(method, topology, 20, paces)
