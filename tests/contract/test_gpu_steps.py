@@ -1,10 +1,15 @@
-"""A step of every method on tensors that say they are on a GPU: what it waits for and starts, and the same bits."""
+"""Training on tensors that say they are on a GPU: what it waits for and starts, and the bits of the CPU.
 
+A step of every method, with given gradients; and scripts with a backward pass, over `distribute`.
+"""
+
+import itertools
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 pytest.importorskip("numba")
@@ -14,14 +19,16 @@ if torch.cuda.is_available():
 from support import small
 from support.interpreter import like_a_gpu  # noqa: F401
 from support.methods import ASYNCHRONOUS, DETERMINISTIC
-from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_
+from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
-from mpicomp.algorithms import ALGORITHMS, SSGD, DCGossip, LocalSGD, OneBitAdam
+from mpicomp.algorithms import ALGORITHMS, SSGD, AsynchronousAlgorithm, DCGossip, LocalSGD, OneBitAdam
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.mailbox import Links
 from mpicomp.exchange.mailbox import slots
 from mpicomp.kernels import gpu
+from mpicomp.replica.clipping import Clip
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.flat import FlatModel
 from mpicomp.topology import ring, star
 
@@ -129,6 +136,27 @@ WAITS = {
 }
 """Where the host waits for the GPU, and for what."""
 
+STEPS = ("first step", "step", "micro-batches", "loop", "scaled", "skipped")
+
+CALLS = {
+    # of a script, on each rank: waits of `mpicomp.replica` and below it, beside those of the algorithm
+    **{step: {} for step in STEPS},
+    "averaged": {"replica/replica:Replica.average_": 3},  # the parameters, and two statistics of a batch norm
+    "metrics": {
+        "replica/replica:Replica.check_finite": 1,
+        "replica/meter:Meter.take": 1,
+        "replica/meter:sampled_consensus_distance": 2,
+    },
+    "save": {"checkpoint/writer:Writer._copy": 1},
+    "resume": {"replica/state:_overwrite_": 4, "replica/state:load_optimizer_": 6},  # a tensor each
+}
+
+COMPARED = {"replica/consistency:compared": 2}
+"""Every 50 steps, of methods whose ranks hold the same model."""
+
+OF_STATE = {"algorithms/gossip/choco:compression_error", "state:restore_"}
+"""Of the algorithm's state, in metrics and resume."""
+
 
 def flat_model(algorithm, device):
     model = small.network()
@@ -220,6 +248,9 @@ def steps_of(algorithm):
 @pytest.fixture
 def on_a_gpu(monkeypatch, like_a_gpu):  # noqa: F811
     monkeypatch.setattr(slots, "make_staging", make_staging)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     for module in (gpu, gpu.codes, gpu.quantizer, gpu.select, gpu.select_parts):
         monkeypatch.setattr(module, "launch", launch)
 
@@ -245,6 +276,78 @@ def test_a_step_on_a_gpu(name, on_a_gpu):
 
 def test_the_table_is_of_all_methods():
     assert MOST.keys() == METHODS.keys()
+
+
+def script(world, algorithm, device, folder):
+    """Train a model through `distribute`; return the parameters and, by call, what it waited for."""
+    model = small.network()
+    if device is not None:
+        move_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
+    gossip = distribute(model, optimizer, algorithm, ring, world=world, clip=Clip(norm=1.0, value=0.5))
+    waits, batches = {}, itertools.count()
+
+    def loss():
+        inputs, labels = (t if device is None else StandIn(t) for t in small.batch(next(batches), world.rank))
+        return nn.functional.cross_entropy(model(inputs), labels)
+
+    def do(name, call):
+        if device is not None:
+            device.reset()
+        found = call()
+        if device is not None:
+            waits[name] = dict(device.waits)
+        return found
+
+    def loop(scale=None):
+        (loss() if scale is None else loss() * scale).backward()
+        gossip.optimizer.grad_scale = scale  # as a GradScaler does
+        gossip.optimizer.step()
+        gossip.optimizer.zero_grad()
+
+    def evaluate():
+        with gossip.averaged() as averaged, torch.no_grad():
+            averaged(torch.ones(2, 6, device=world.device))
+
+    do("first step", lambda: gossip.step(loss))
+    do("step", lambda: gossip.step(loss))
+    do("micro-batches", lambda: gossip.step(loss, micro_batches=2))
+    do("loop", loop)
+    do("scaled", lambda: loop(torch.full((), 8.0, device=world.device)))
+    do("skipped", lambda: gossip.step_with_gradients(is_skipped=True))
+    do("averaged", evaluate)
+    do("metrics", gossip.metrics)
+    do("save", lambda: gossip.save(folder))
+    stored = gossip.local.x.clone()
+    gossip.step(loss)
+    do("resume", lambda: gossip.resume(folder))
+    assert (stored == gossip.local.x).all()
+    gossip.step(loss)
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        gossip.finish()
+    return gossip.local.x, waits
+
+
+def serve_script(world, algorithm, folder):
+    with Device() as device:
+        x, waits = script(StandInWorld(world), algorithm, device, folder)
+        return host(x), waits
+
+
+@pytest.mark.parametrize("name", ["ssgd", "dpsgd", "choco_overlapped", "dc_gossip"])
+def test_a_script_on_a_gpu(name, on_a_gpu, tmp_path):
+    """`distribute` itself mixes no devices and adds no wait to a step, and trains to the bits of the CPU."""
+    run = partial(loopback.run, 2, simulated=Links(0.01)) if name in ASYNCHRONOUS else partial(loopback.run, 2)
+    found = run(serve_script, METHODS[name], tmp_path / "gpu")
+    expected = run(script, METHODS[name], None, tmp_path / "cpu")
+    for (x, waits), (y, _) in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+        for call, found_waits in waits.items():
+            own = {where: count for where, count in found_waits.items() if where not in {*WAITS, *OF_STATE}}
+            is_compared = METHODS[name].ranks_stay_equal and call == "first step"
+            assert own == (COMPARED if is_compared else CALLS[call]), call
+            if call in STEPS:
+                assert sum(found_waits.values()) - sum(own.values()) <= MOST[name][0], call
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,11 @@ def move_(model):
             module._buffers[name] = None if buffer is None else StandIn(buffer)
 
 
+def synchronize(device):
+    """Wait, in the place of ``torch.cuda.synchronize``."""
+    _now.device.wait("synchronize")
+
+
 class Streams:
     """What `DeviceStaging` asks of ``torch.cuda``; a wait for an event is a wait of the host."""
 
