@@ -31,6 +31,9 @@ class Staging(Protocol):
     def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
         """Return the payloads in the first buffers given by `receive`, of which ``sizes[i]`` bytes were filled."""
 
+    def load(self, data: Bytes, layout: Layout) -> Payload:
+        """Return the payload packed in `data`, which nobody changes any more; it stays valid as long as it is held."""
+
 
 def make_staging(device: torch.device) -> Staging:
     """Return the staging buffers for payloads on `device`."""
@@ -77,6 +80,10 @@ class HostStaging:
         """Return views of the receive buffers."""
         return [layout.unpack(self._received.get(i, nbytes)) for i, nbytes in enumerate(sizes)]
 
+    def load(self, data: Bytes, layout: Layout) -> Payload:
+        """Return views of `data`."""
+        return layout.unpack(torch.from_numpy(data))
+
 
 class DeviceStaging:
     """Payloads on an accelerator, sent from and received in pinned host memory.
@@ -85,6 +92,7 @@ class DeviceStaging:
 
         pack      reads the payload after all earlier work of the current stream, and is done with it when it returns
         unpack    fills the payloads on the current stream, and later work of that stream sees them
+        load      as unpack
 
     Work on a payload in another stream is the caller's to order. If `other` writes what is sent, then
     ``current.wait_stream(other)`` before `pack`. If `other` reads what was received, then
@@ -138,6 +146,14 @@ class DeviceStaging:
             payloads.append(_like(layout.unpack(host), host, wire))
         self._is_received.record(self._streams.current_stream(self._device))
         return payloads
+
+    def load(self, data: Bytes, layout: Layout) -> Payload:
+        """Copy to new memory of the device on the current stream, without waiting for it."""
+        host = torch.empty(data.size, dtype=torch.uint8, pin_memory=True)  # torch gives it to others after the copy
+        _bytes(host)[:] = data
+        wire = torch.empty(data.size, dtype=torch.uint8, device=self._device)
+        wire.copy_(host, non_blocking=True)
+        return _like(layout.unpack(host), host, wire)
 
 
 def _like(views: Payload, host: Tensor, wire: Tensor) -> Payload:

@@ -1,9 +1,15 @@
-"""A step of every method on tensors that say they are on a GPU: what it waits for and starts, and the same bits."""
+"""Training on tensors that say they are on a GPU: what it waits for and starts, and the bits of the CPU.
 
+A step of every method, with given gradients; and scripts with a backward pass, over `distribute`.
+"""
+
+import itertools
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 pytest.importorskip("numba")
@@ -12,17 +18,24 @@ if torch.cuda.is_available():
 
 from support import small
 from support.interpreter import like_a_gpu  # noqa: F401
-from support.methods import DETERMINISTIC
-from support.stand_in import CUDA, Device, StandIn, host, launch
+from support.methods import ASYNCHRONOUS, DETERMINISTIC
+from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
-from mpicomp.algorithms import ALGORITHMS, SSGD, LocalSGD, OneBitAdam
+from mpicomp.algorithms import ALGORITHMS, SSGD, AsynchronousAlgorithm, DCGossip, LocalSGD, OneBitAdam
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.exchange import loopback
+from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.mailbox import slots
 from mpicomp.kernels import gpu
+from mpicomp.replica.clipping import Clip
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.flat import FlatModel
-from mpicomp.topology import ring
+from mpicomp.topology import ring, star
 
-METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), "ssgd": SSGD()}
+GRADIENTS = 3
+"""Of each rank that computes any, in an asynchronous run."""
+
+METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), "ssgd": SSGD(), **ASYNCHRONOUS}
 
 MOST = {
     # of a step on 2 ranks: waits for the GPU, launches of own kernels, operations of torch (19 are the optimizer's)
@@ -86,6 +99,15 @@ MOST = {
     "choco_float16": (1, 1, 30),
     "sgd": (0, 0, 19),
     "ssgd": (1, 0, 20),
+    # of a gradient on 3 ranks, of the rank with the most: over a ring, or a hub and 2 workers
+    "asgd": (1, 0, 25),
+    "asgd_topk": (4, 20, 31),
+    "dc_asgd": (1, 0, 33),
+    "dc_asgd_topk": (4, 20, 39),
+    "dc_asgd_downlink": (4, 3, 48),
+    "dc_gossip": (1, 0, 45),
+    "dc_gossip_topk": (6, 29, 71),
+    "dc_gossip_plain": (1, 0, 36),
 }
 
 SENT = "a message goes to the host"
@@ -96,6 +118,7 @@ WAITS = {
     "algorithms/gossip/dpsgd:DPSGD._start": SENT,
     "algorithms/gossip/motef:MoTEF._exchange": SENT,
     "algorithms/sums/ssgd:SSGD.phases": SENT,
+    "exchange/staging:DeviceStaging.pack": SENT,
     "exchange/sums/aggregate:_RingAllReduce._pass_on": SENT,
     "exchange/sums/aggregate:_RingRelay._pass_on": SENT,
     "algorithms/sums/dgc:DGC._clipped": "the norm of the gradient",
@@ -119,65 +142,106 @@ WAITS = {
 }
 """Where the host waits for the GPU, and for what."""
 
+STEPS = ("first step", "step", "micro-batches", "loop", "scaled", "skipped")
 
-class StagedExchange:
-    """An exchange of tensors on a GPU over one of the host, through pinned buffers: a wait for each message sent."""
+CALLS = {
+    # of a script, on each rank: waits of `mpicomp.replica` and below it, beside those of the algorithm
+    **{step: {} for step in STEPS},
+    "averaged": {"replica/replica:Replica.average_": 3},  # the parameters, and two statistics of a batch norm
+    "metrics": {
+        "replica/replica:Replica.check_finite": 1,
+        "replica/meter:Meter.take": 1,
+        "replica/meter:sampled_consensus_distance": 2,
+    },
+    "save": {"checkpoint/writer:Writer._copy": 1},
+    "resume": {"replica/state:_overwrite_": 4, "replica/state:load_optimizer_": 6},  # a tensor each
+}
 
-    def __init__(self, exchange):
-        self._exchange = exchange
-        self.rank, self.size, self.schedule = exchange.rank, exchange.size, exchange.schedule
+COMPARED = {"replica/consistency:compared": 2}
+"""Every 50 steps, of methods whose ranks hold the same model."""
 
-    @property
-    def bytes_sent(self):
-        return self._exchange.bytes_sent
+OF_STATE = {"algorithms/gossip/choco:compression_error", "state:restore_"}
+"""Of the algorithm's state, in metrics and resume."""
 
-    def start(self, payload, layout, topology):
-        wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
-        layout.pack(payload, wire)
-        self.pending = self._exchange.start(layout.unpack(wire.cpu()), layout, topology)
-        return self
 
-    def test(self):
-        return self.pending.test()
+def flat_model(algorithm, device):
+    model = small.network()
+    if device is not None:
+        move_(model)
+    has_own = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
+    momentum = 0.0 if has_own or isinstance(algorithm, TwoWayAdam) else 0.9
+    return FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, foreach=False))
 
-    def wait(self):
-        return {
-            source: {name: StandIn(tensor.clone()) for name, tensor in message.items()}
-            for source, message in self.pending.wait().items()
-        }
 
-    def mean_(self, x):
-        copy = x.cpu().clone()
-        self._exchange.mean_(copy)
-        x.copy_(copy, non_blocking=True)
+def gradient_of(local, world, number, device):
+    """Return a gradient that needs no backward pass."""
+    generator = torch.Generator().manual_seed(10 * number + world.rank)
+    gradient = torch.randn(local.spec.numel, generator=generator)
+    return gradient if device is None else StandIn(gradient)
+
+
+class Most:
+    """The largest counts of a step, of all but the first one, which makes tables."""
+
+    def __init__(self, device):
+        self.device, self.counts, self.steps = device, (Counter(), 0, 0), 0
+
+    def end_step(self):
+        if self.device is not None:
+            counts = self.device.waits, self.device.launches, self.device.operations
+            if self.steps:
+                self.counts = max(self.counts, counts, key=lambda counts: (counts[0].total(), *counts[1:]))
+            self.steps += 1
+            self.device.reset()
 
 
 def train(world, algorithm, device):
-    """Train with gradients that need no backward pass; return the parameters and the counts of the last step."""
-    model = small.network()
-    if device is not None:
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                module._parameters[name] = torch.nn.Parameter(StandIn(p.detach()))
-    has_own = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
-    momentum = 0.0 if has_own or isinstance(algorithm, TwoWayAdam) else 0.9
-    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, foreach=False))
+    """Return the parameters and the counts of a step."""
+    local = flat_model(algorithm, device)
     exchange = world.exchange(ring(world.size))
-    exchange = exchange if device is None else StagedExchange(exchange)
     state = algorithm.init(local, exchange)
-    most = Counter(), 0, 0
+    most = Most(device)
     for step in range(steps_of(algorithm)):
-        generator = torch.Generator().manual_seed(10 * step + world.rank)
-        gradient = torch.randn(local.spec.numel, generator=generator)
-        gradient = gradient if device is None else StandIn(gradient)
+        gradient = gradient_of(local, world, step, device)
         local.gradient = lambda meanwhile=None, gradient=gradient: local.g.copy_(gradient)
         if device is not None:
             device.reset()
         algorithm.step(local, state, exchange)
-        if device is not None and step:  # the first one makes tables
-            counts = device.waits, device.launches, device.operations
-            most = max(most, counts, key=lambda counts: (counts[0].total(), *counts[1:]))
-    return local.x, most
+        most.end_step()
+    return local.x, most.counts
+
+
+def train_asynchronously(world, algorithm, device):
+    """As `train`, each rank at its own pace; a hub's step is to apply a gradient and to answer."""
+    local = flat_model(algorithm, device)
+    topology = ring(world.size) if isinstance(algorithm, DCGossip) else star(world.size)
+    mailbox = world.mailbox(topology, algorithm.message_nbytes(local.spec, world.size), algorithm.depth)
+    state = algorithm.init(local, mailbox)
+    most = Most(device)
+    computed, steps = 0, 0
+
+    def gradient():
+        nonlocal computed
+        local.g.copy_(gradient_of(local, world, computed, device))
+        computed += 1
+        world.sleep(1 + 0.3 * world.rank)
+
+    local.gradient = gradient
+    trainers = algorithm.trainers(world.size)
+    trains = world.rank in trainers
+    if device is not None:
+        device.reset()
+    while computed < GRADIENTS or algorithm.is_unfinished(state) if trains else steps < GRADIENTS * len(trainers):
+        if (algorithm.step if trains else algorithm.serve)(local, state, mailbox):
+            steps += 1
+            most.end_step()
+        else:
+            mailbox.pause()
+    mailbox.announce(computed, is_done=True)
+    for _ in range(2):
+        mailbox.settle()
+        algorithm.drain(local, state, mailbox)
+    return local.x, most.counts
 
 
 def steps_of(algorithm):
@@ -189,21 +253,27 @@ def steps_of(algorithm):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, like_a_gpu):  # noqa: F811
+    monkeypatch.setattr(slots, "make_staging", make_staging)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     for module in (gpu, gpu.codes, gpu.quantizer, gpu.select, gpu.select_parts):
         monkeypatch.setattr(module, "launch", launch)
 
 
-def serve(world, algorithm):
+def serve(world, function, algorithm):
     with torch.no_grad(), Device() as device:
-        x, most = train(world, algorithm, device)
+        x, most = function(StandInWorld(world), algorithm, device)
         return host(x), most
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_a_gpu(name, on_a_gpu):
     """It mixes no devices, waits where it is known to and no more often, and trains to the bits of the CPU."""
-    found = loopback.run(2, serve, METHODS[name])
-    expected = loopback.run(2, train, METHODS[name], None)
+    is_asynchronous = name in ASYNCHRONOUS
+    function = train_asynchronously if is_asynchronous else train
+    run = partial(loopback.run, 3, simulated=Links(0.01)) if is_asynchronous else partial(loopback.run, 2)
+    found, expected = run(serve, function, METHODS[name]), run(function, METHODS[name], None)
     for (x, (waits, launches, operations)), (y, _) in zip(found, expected, strict=True):
         assert torch.equal(x, y)
         assert set(waits) <= set(WAITS)
@@ -212,6 +282,78 @@ def test_a_step_on_a_gpu(name, on_a_gpu):
 
 def test_the_table_is_of_all_methods():
     assert MOST.keys() == METHODS.keys()
+
+
+def script(world, algorithm, device, folder):
+    """Train a model through `distribute`; return the parameters and, by call, what it waited for."""
+    model = small.network()
+    if device is not None:
+        move_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
+    gossip = distribute(model, optimizer, algorithm, ring, world=world, clip=Clip(norm=1.0, value=0.5))
+    waits, batches = {}, itertools.count()
+
+    def loss():
+        inputs, labels = (t if device is None else StandIn(t) for t in small.batch(next(batches), world.rank))
+        return nn.functional.cross_entropy(model(inputs), labels)
+
+    def do(name, call):
+        if device is not None:
+            device.reset()
+        found = call()
+        if device is not None:
+            waits[name] = dict(device.waits)
+        return found
+
+    def loop(scale=None):
+        (loss() if scale is None else loss() * scale).backward()
+        gossip.optimizer.grad_scale = scale  # as a GradScaler does
+        gossip.optimizer.step()
+        gossip.optimizer.zero_grad()
+
+    def evaluate():
+        with gossip.averaged() as averaged, torch.no_grad():
+            averaged(torch.ones(2, 6, device=world.device))
+
+    do("first step", lambda: gossip.step(loss))
+    do("step", lambda: gossip.step(loss))
+    do("micro-batches", lambda: gossip.step(loss, micro_batches=2))
+    do("loop", loop)
+    do("scaled", lambda: loop(torch.full((), 8.0, device=world.device)))
+    do("skipped", lambda: gossip.step_with_gradients(is_skipped=True))
+    do("averaged", evaluate)
+    do("metrics", gossip.metrics)
+    do("save", lambda: gossip.save(folder))
+    stored = gossip.local.x.clone()
+    gossip.step(loss)
+    do("resume", lambda: gossip.resume(folder))
+    assert (stored == gossip.local.x).all()
+    gossip.step(loss)
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        gossip.finish()
+    return gossip.local.x, waits
+
+
+def serve_script(world, algorithm, folder):
+    with Device() as device:
+        x, waits = script(StandInWorld(world), algorithm, device, folder)
+        return host(x), waits
+
+
+@pytest.mark.parametrize("name", ["ssgd", "dpsgd", "choco_overlapped", "dc_gossip"])
+def test_a_script_on_a_gpu(name, on_a_gpu, tmp_path):
+    """`distribute` itself mixes no devices and adds no wait to a step, and trains to the bits of the CPU."""
+    run = partial(loopback.run, 2, simulated=Links(0.01)) if name in ASYNCHRONOUS else partial(loopback.run, 2)
+    found = run(serve_script, METHODS[name], tmp_path / "gpu")
+    expected = run(script, METHODS[name], None, tmp_path / "cpu")
+    for (x, waits), (y, _) in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+        for call, found_waits in waits.items():
+            own = {where: count for where, count in found_waits.items() if where not in {*WAITS, *OF_STATE}}
+            is_compared = METHODS[name].ranks_stay_equal and call == "first step"
+            assert own == (COMPARED if is_compared else CALLS[call]), call
+            if call in STEPS:
+                assert sum(found_waits.values()) - sum(own.values()) <= MOST[name][0], call
 
 
 @pytest.mark.parametrize(

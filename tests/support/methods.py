@@ -3,7 +3,10 @@
 from dataclasses import MISSING, fields
 
 from mpicomp.algorithms import (
+    ADPSGD,
     ALGORITHMS,
+    ASGD,
+    DCASGD,
     DGC,
     DPSGD,
     EFSGD,
@@ -11,7 +14,9 @@ from mpicomp.algorithms import (
     SSGD,
     AdaGossip,
     Algorithm,
+    AsynchronousAlgorithm,
     Choco,
+    DCGossip,
     DeepSqueeze,
     EfficientAdam,
     LocalSGD,
@@ -102,3 +107,19 @@ DETERMINISTIC = {
 
 SYNCHRONOUS = {kind for kind in ALGORITHMS.values() if issubclass(kind, Algorithm)}
 assert {type(method) for method in DETERMINISTIC.values()} | {SSGD, ALGORITHMS["sgd"]} == SYNCHRONOUS
+
+ASYNCHRONOUS = {
+    "asgd": ASGD(),
+    "asgd_topk": ASGD(compressor=TopK(0.5)),
+    "dc_asgd": DCASGD(lambda0=0.5),
+    "dc_asgd_topk": DCASGD(compressor=TopK(0.5)),
+    "dc_asgd_downlink": DCASGD(COMPRESSORS["uniform_grid"], COMPRESSORS["log_grid"], adaptive=False),
+    "dc_gossip": DCGossip(0.5),
+    "dc_gossip_topk": DCGossip(0.3, compressor=TopK(0.5)),
+    "ad_psgd": ADPSGD(),
+    "dc_gossip_plain": DCGossip(0.3, COMPRESSORS["float16"], lambda0=0.0, max_staleness=1),
+}
+
+assert {type(method) for method in ASYNCHRONOUS.values()} == {
+    kind for kind in ALGORITHMS.values() if issubclass(kind, AsynchronousAlgorithm)
+}

@@ -1,4 +1,4 @@
-"""Tensors in host memory that say they are on a GPU: a step runs as there, and what it asks of the GPU is counted.
+"""Tensors in host memory that say they are on a GPU: training runs as there, and what it asks of the GPU is counted.
 
 All values are real, so that a step that reads one goes on as it would; the kernels run in Triton's interpreter, and an
 operation on tensors of two devices is refused. FakeTensorMode has no values, and cannot index a tensor of a GPU where
@@ -6,18 +6,25 @@ torch is built without CUDA.
 
 The host waits for a GPU when it reads a value, when it copies to memory of its own, and when it copies from memory that
 is not pinned. Operations whose result has a length that only the device knows wait, too.
+
+To Python these tensors are on ``cuda:0``. To torch's C++ they are on the device ``meta``, or its autograd engine would
+ask for streams of a GPU, which a torch without CUDA does not have.
 """
 
 import sys
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mpicomp
+from mpicomp.exchange.mailbox.slots import SlotMailbox
+from mpicomp.exchange.staging import DeviceStaging, HostStaging
 from mpicomp.kernels import reference
 
 CUDA = torch.device("cuda", 0)
@@ -27,6 +34,12 @@ _LENGTHS = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "unique
 _VIEWS = {"view", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias", "as_strided", "expand"}
 _VIEWS |= {"t", "transpose", "permute", "unsqueeze", "squeeze", "empty", "new_empty", "empty_like", "unfold"}
 _VIEWS |= {"_unsafe_view", "empty_strided", "new_empty_strided", "_reshape_alias"}
+_PLACE = {
+    torch.Tensor.device.__get__: CUDA,
+    torch.Tensor.is_cuda.__get__: True,
+    torch.Tensor.is_cpu.__get__: False,
+    torch.Tensor.is_meta.__get__: False,
+}
 _now = threading.local()
 _interpreter = threading.Lock()
 
@@ -44,6 +57,8 @@ class StandIn(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if (seen := _PLACE.get(function)) is not None:
+                return seen
             name = function.__name__
             if name in _READS:
                 _now.device.wait(name)
@@ -62,7 +77,7 @@ class StandIn(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
-            return CUDA
+            return torch.device("meta")
         name = function.overloadpacket.__name__
         plain = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not isinstance(t, StandIn)]
         if any(t.dim() for t in plain):
@@ -112,6 +127,7 @@ class Device(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
         device = kwargs.get("device")
         name = getattr(function, "__name__", "")
         on_host = not any(isinstance(leaf, StandIn) for leaf in tree_leaves((args, kwargs)))
@@ -120,7 +136,7 @@ class Device(TorchFunctionMode):
             return StandIn(args[0].clone())
         if device is not None and torch.device(device).type == "cuda" and on_host:
             del kwargs["device"]
-            if name in ("tensor", "as_tensor"):
+            if name in ("tensor", "as_tensor", "to"):
                 self.wait(name)
             self.operations += name != "empty"
             return StandIn(function(*args, **kwargs))
@@ -181,3 +197,117 @@ def launch(kernel, programs, *args, **constants):
         _now.device.launches += 1
         with _interpreter, torch._C.DisableTorchFunctionSubclass():
             kernel[(programs,)](*_to_host(args), **constants)
+
+
+def move_(model):
+    """Move the parameters and buffers of a model to the stand-in, before its optimizer is made."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(StandIn(p.detach()))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else StandIn(buffer)
+
+
+def synchronize(device):
+    """Wait, in the place of ``torch.cuda.synchronize``."""
+    _now.device.wait("synchronize")
+
+
+class Streams:
+    """What `DeviceStaging` asks of ``torch.cuda``; a wait for an event is a wait of the host."""
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, stream):
+            pass
+
+    class Event:
+        def __init__(self, blocking=False):
+            self.is_recorded = False
+
+        def record(self, stream):
+            self.is_recorded = True
+
+        def synchronize(self):
+            if self.is_recorded:
+                _now.device.wait("synchronize")
+
+    @staticmethod
+    def current_stream(device):
+        return None
+
+    @staticmethod
+    def stream(stream):
+        return nullcontext()
+
+
+def make_staging(device):
+    """Return staging buffers, in the place of `staging.make_staging`."""
+    return DeviceStaging(device, Streams) if device == CUDA else HostStaging()
+
+
+class StagedExchange:
+    """An exchange of tensors on a GPU over one of the host, through pinned buffers: a wait for each message sent."""
+
+    def __init__(self, exchange):
+        self._exchange = exchange
+        self.rank, self.size, self.schedule = exchange.rank, exchange.size, exchange.schedule
+
+    @property
+    def bytes_sent(self):
+        return self._exchange.bytes_sent
+
+    @bytes_sent.setter
+    def bytes_sent(self, count):
+        self._exchange.bytes_sent = count
+
+    def start(self, payload, layout, topology):
+        wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
+        layout.pack(payload, wire)
+        self.pending = self._exchange.start(layout.unpack(wire.cpu()), layout, topology)
+        return self
+
+    def test(self):
+        return self.pending.test()
+
+    def wait(self):
+        return {
+            source: {name: StandIn(tensor.clone()) for name, tensor in message.items()}
+            for source, message in self.pending.wait().items()
+        }
+
+    def mean_(self, x):
+        _through_host_(self._exchange.mean_, x)
+
+
+class StandInWorld:
+    """A world of the loopback whose ranks train on stand-ins, and send from host memory as those of MPI do."""
+
+    device = CUDA
+
+    def __init__(self, world):
+        self._world = world
+
+    def __getattr__(self, name):
+        return getattr(self._world, name)
+
+    def exchange(self, schedule):
+        return StagedExchange(self._world.exchange(schedule))
+
+    def mailbox(self, topology, nbytes, depth=2):
+        transport = self._world.mailbox(topology, nbytes, depth).transport
+        return SlotMailbox(self.rank, CUDA, transport, topology, nbytes, depth)
+
+    def mean_(self, x):
+        _through_host_(self._world.mean_, x)
+
+    def broadcast_(self, x, root=0):
+        _through_host_(lambda host: self._world.broadcast_(host, root), x)
+
+
+def _through_host_(function, x):
+    copy = x.detach().cpu().clone()
+    function(copy)
+    x.detach().copy_(copy, non_blocking=True)

@@ -240,9 +240,11 @@ class DelayCompensation:
         moved.mul_(gradient).mul_(gradient)
         if mean_square is not None:
             moved.div_((mean_square + self.epsilon).sqrt_())
-        length, correction, strength = gradient.norm(), moved.norm(), self.lambda0
+        length, correction = gradient.norm(), moved.norm()
+        strength = torch.full((), self.lambda0, dtype=gradient.dtype, device=gradient.device)
         if self.is_limited:
-            strength = min(strength, float(length / correction.clamp_min(1e-30)))
-        gradient.add_(moved, alpha=strength)
-        ratio: Tensor = strength * correction / length.clamp_min(1e-30)
-        return ratio
+            strength = torch.fmin(strength, length / correction.clamp_min(1e-30))
+            gradient.addcmul_(moved, strength)  # a number would have to be waited for on a GPU
+        else:
+            gradient.add_(moved, alpha=self.lambda0)
+        return strength * correction / length.clamp_min(1e-30)

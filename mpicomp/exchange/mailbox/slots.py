@@ -198,7 +198,6 @@ class SlotMailbox:
         self.processes = dict(processes or {})
         self.progress: Stoppable | None = None
         self.failure: BaseException | None = None
-        self._device = device
         self._depth = depth
         self._slots = slots_of(topology, self.rank, nbytes, depth)
         self._staging = make_staging(device)
@@ -356,9 +355,9 @@ class SlotMailbox:
             if step > up_to:
                 return None
             inbox.read, inbox.torn_crc = number, None
-            payload = layout.unpack(torch.from_numpy(data))
+            payload = self._staging.load(data, layout)
             check_message(payload, layout, nbytes, source)
-            return Mail(number, step, {name: field.to(self._device) for name, field in payload.items()})
+            return Mail(number, step, payload)
         self.torn += 1
         now = time.monotonic()
         inbox.quiet_s = inbox.quiet_s + min(now - inbox.looked, LOOK_S) if found_crc == inbox.torn_crc else 0.0
