@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mpicomp.compression import QSGD, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
+from mpicomp.compression import QSGD, BlockTopK, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
 from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
 from mpicomp.errors import ConfigError
 
@@ -200,6 +200,7 @@ def test_uniform_leaves_a_compressor_as_it_is():
         ),
         (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc', 'waterfill'"),
         (allocate(TopK(0.1), [1, 2]), "dagc", "has neither"),
+        (PerTensor(BlockTopK(0.1)), "dagc", "reads messages of its own ratio only: use compression.kind = 'topk'"),
     ],
 )
 def test_what_a_rule_cannot_share_out_is_refused(compressor, rule, message):
