@@ -116,21 +116,19 @@ def _write_statistical(x: Tensor, counts: tuple[int, ...]) -> Payload:
     group, wide = _groups(counts, x.device), x.double()
     unit = wide.new_zeros(len(counts)).scatter_reduce_(0, group, wide.abs(), "amax")
     finite(float(unit.max()) if len(counts) else 0.0)
-    parts = wide / unit[group]
-    parts = torch.where(unit[group] > 0, parts, 0.0)
+    parts = wide / unit.masked_fill(unit == 0, 1.0)[group]
     number = _numbers(counts, x.device)
     center = _sums(parts, group, len(counts)) / number
     offset = parts - center[group]
     width = 6 / _BINS * sqrt(_sums(offset.square(), group, len(counts)) / number)
-    width = torch.where(width > 0, width, 1.0)
-    bins = (offset / width[group]).round_().add_(_BINS // 2).clamp_(0, _BINS - 1).long()
+    bins = (offset / width.masked_fill(width == 0, 1.0)[group]).round_().add_(_BINS // 2).clamp_(0, _BINS - 1).long()
     place = group * _BINS + bins
     members = torch.zeros(_BINS * len(counts), dtype=torch.int64, device=x.device)
     members.index_add_(0, place, torch.ones_like(place))
-    means = _sums(parts, place, len(members)) / members.clamp_min(1) * unit.repeat_interleave(_BINS)
+    means = (_sums(parts, place, len(members)) / members.clamp_min(1)).view(-1, _BINS) * unit[:, None]
     largest = torch.finfo(torch.float32).max
     packed = kernels.pack_codes(bins.to(torch.int16), _BITS)
-    return {"means": means.clamp_(-largest, largest).float(), "values": packed}
+    return {"means": means.clamp_(-largest, largest).float().flatten(), "values": packed}
 
 
 def _sums(x: Tensor, group: Tensor, groups: int) -> Tensor:

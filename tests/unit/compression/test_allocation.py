@@ -7,7 +7,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mpicomp.compression import QSGD, BlockTopK, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
+from mpicomp.compression import (
+    QSGD,
+    BlockTopK,
+    ByRank,
+    ErrorFeedback,
+    HardThreshold,
+    Identity,
+    PerTensor,
+    TopK,
+    allocate,
+)
 from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary, waterfill_ratios
 from mpicomp.errors import ConfigError
 
