@@ -1,9 +1,9 @@
 """How the values of a sparse message travel: as they are, or rounded to fewer bits.
 
 The rounding error is not lost: every rank, the sender included, adds the decoded values to its copies, so the error
-stays in the sender's error memory or public copy. Rounding to a type never makes ``|Q(x)_i - x_i|`` larger than ``|x_i|``, so a
-contractive compressor stays contractive. ``int8`` is ``round(127 v / max|v|)``; the scale ``max|v| / 127``, float32,
-travels in front.
+stays in the sender's error memory or public copy. Rounding to a type never makes ``|Q(x)_i - x_i|`` larger than
+``|x_i|``, so a contractive compressor stays contractive. ``int8`` is ``round(127 v / max|v|)``; the scale
+``max|v| / 127``, float32, travels in front.
 
 Messages with a fixed number of values may also send 2 bits for each (``statistical``, of SparseLoCo, arXiv 2508.15706),
 and in front four means for each tensor, float32:

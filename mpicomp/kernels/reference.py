@@ -111,7 +111,7 @@ def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> t
 
 
 def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tensor:
-    """Return the indices in the vector, int32 (total,), of the places that `pack_codes` has packed; see `BLOCK_COLUMNS`.
+    """Return the indices in the vector, int32 (total,), of places that `pack_codes` has packed; see `BLOCK_COLUMNS`.
 
     Raises:
         IndexError: a place is outside of its block, as of a damaged message.

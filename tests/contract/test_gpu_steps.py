@@ -72,7 +72,7 @@ MOST = {
     "choco_topk_int8": (5, 26, 62),
     "choco_topk_per_tensor": (5, 22, 44),
     "choco_topk_dense_1d": (5, 22, 62),
-    "choco_block_topk": (2, 9, 26),
+    "choco_block_topk": (2, 9, 28),
     "choco_block_topk_statistical": (3, 11, 150),
     "choco_sampled_topk": (8, 31, 57),
     "choco_randk_shared": (4, 8, 26),

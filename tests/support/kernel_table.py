@@ -141,7 +141,7 @@ def top_k_of_parts(version, device, dtype, sizes):
 
 
 def table_of_blocks(sizes, ratio, block=4096):
-    """Return the table of runs of `block` of vectors of `sizes`, then of chunks of a matrix (70, 130); see `Blocks`."""
+    """Return the table of runs of `block` of vectors of `sizes`, then of chunks of a matrix (70, 130)."""
     rows, start = [], 0
     for n in sizes:
         for at in range(0, n, block):

@@ -169,8 +169,8 @@ def check_rule(compressor: Compressor, rule: str) -> None:
         )
     if not compressor.reads_any_strength:
         raise ConfigError(
-            f"compression.allocation = {rule!r} gives each rank a ratio of its own, and this compressor reads messages of "
-            "its own ratio only: use compression.kind = 'topk', or compression.allocation = 'uniform'"
+            f"compression.allocation = {rule!r} gives each rank a ratio of its own, and this compressor reads "
+            "messages of its own ratio only: use compression.kind = 'topk', or compression.allocation = 'uniform'"
         )
     if strength[0] == "threshold" and rule not in THRESHOLDS:
         raise ConfigError(
