@@ -121,7 +121,8 @@ def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tenso
     start, width, stride, size = table[:, :4].repeat_interleave(table[:, 4], dim=0, output_size=total).T
     if bool((place >= size).any()):
         raise IndexError(DAMAGED)
-    return (start + place // width * stride + place % width).int()
+    indices: Tensor = start + place // width * stride + place % width
+    return indices.int()
 
 
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def _word(x: Array, y: Array | None, at: int, length: int, low: Any) -> Any:
 
 
 @compiled
-def _count(x: Array, y: Array | None, start: int, width: int, stride: int, size: int, low: int) -> int:
+def _count(x: Array, y: Array | None, start: int, width: int, stride: int, size: int, low: Any) -> int:
     """Return how many entries of a block reach `low`."""
     bits, count = np.uint64(low), 0
     for row in range(size // width):
@@ -67,7 +67,7 @@ def _count(x: Array, y: Array | None, start: int, width: int, stride: int, size:
 
 @compiled
 def _collect(
-    x: Array, y: Array | None, start: int, width: int, stride: int, size: int, low: int, at: Array, place: Array
+    x: Array, y: Array | None, start: int, width: int, stride: int, size: int, low: Any, at: Array, place: Array
 ) -> int:
     """Write where the entries that reach `low` lie in the vector, and in the block; return how many they are."""
     bits, count = np.uint64(low), 0
@@ -98,8 +98,8 @@ def _collect_with_ties(
     width: int,
     stride: int,
     size: int,
-    low: int,
-    ties: int,
+    low: Any,
+    ties: Any,
     at: Array,
     place: Array,
 ) -> int:
@@ -123,7 +123,7 @@ def _collect_with_ties(
 
 @compiled
 def _bound(
-    x: Array, y: Array | None, start: int, width: int, stride: int, size: int, k: int, most: int, guess: int, step: int
+    x: Array, y: Array | None, start: int, width: int, stride: int, size: int, k: int, most: int, guess: Any, step: Any
 ) -> Any:
     """Return a bound that `k` to `most` entries reach, and -1.
 
@@ -161,7 +161,7 @@ def _next(low: Any, high: Any, top: Any, step: Any) -> Any:
 
 
 @compiled
-def _reach(candidates: Array, count: int, low: int) -> int:
+def _reach(candidates: Array, count: int, low: Any) -> int:
     """Return how many of the first `count` candidates, which zeros follow, reach `low` > 0."""
     found = 0
     for start in range(0, count, LANES):
@@ -170,7 +170,7 @@ def _reach(candidates: Array, count: int, low: int) -> int:
 
 
 @compiled
-def _threshold(candidates: Array, count: int, k: int, low: int, step: int) -> Any:
+def _threshold(candidates: Array, count: int, k: int, low: Any, step: Any) -> Any:
     """Return t, and how many of the candidates equal to t are wanted besides the larger ones; all of them reach `low`.
 
     Where no two are equal, bisection may end before t is exact: then t lies just below the k-th largest.
@@ -194,7 +194,7 @@ def _threshold(candidates: Array, count: int, k: int, low: int, step: int) -> An
 
 @compiled
 def _write_with_ties(
-    candidates: Array, place: Array, count: int, t: int, ties: int, values: Array, places: Array
+    candidates: Array, place: Array, count: int, t: Any, ties: Any, values: Array, places: Array
 ) -> None:
     """Write the candidates above `t`, and the first `ties` equal to it."""
     out = 0
