@@ -2,6 +2,7 @@
 
 from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.block import RandomBlock
+from mpicomp.compression.block_topk import BlockTopK
 from mpicomp.compression.cast import Cast
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.log_grid import LogGrid
@@ -23,6 +24,7 @@ from mpicomp.compression.wrap.per_tensor import PerTensor
 COMPRESSORS: dict[str, type[Compressor]] = {
     "identity": Identity,
     "topk": TopK,
+    "block_topk": BlockTopK,
     "sampled_topk": SampledTopK,
     "randk": RandomK,
     "threshold": HardThreshold,
@@ -40,6 +42,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
 __all__ = [
     "COMPRESSORS",
     "QSGD",
+    "BlockTopK",
     "ByRank",
     "Cast",
     "Compressor",

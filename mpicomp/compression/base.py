@@ -68,6 +68,11 @@ class Compressor(ABC):
         """Whether the messages of all ranks hold the same entries in each step, so that `summable` can be added up."""
         return False
 
+    @property
+    def reads_any_strength(self) -> bool:
+        """Whether it reads messages that were made with another ratio or threshold."""
+        return True
+
     def summable(self, payload: Payload) -> Tensor:
         """Return the part of a message to add up over the ranks, (m,), if the support is common; the rest is equal."""
         return payload["values"]
@@ -154,6 +159,11 @@ class Wrapper(Compressor):
     def has_common_support(self) -> bool:
         """See `Compressor.has_common_support`; the inner compressor answers."""
         return self.inner.has_common_support
+
+    @property
+    def reads_any_strength(self) -> bool:
+        """See `Compressor.reads_any_strength`; the inner compressor answers."""
+        return self.inner.reads_any_strength
 
     def summable(self, payload: Payload) -> Tensor:
         """See `Compressor.summable`; the inner compressor answers."""

@@ -1,9 +1,19 @@
 """How the values of a sparse message travel: as they are, or rounded to fewer bits.
 
 The rounding error is not lost: every rank, the sender included, adds the decoded values to its copies, so the error
-stays in the sender's error memory or public copy. Rounding never makes ``|Q(x)_i - x_i|`` larger than ``|x_i|``, so a
-contractive compressor stays contractive. ``int8`` is ``round(127 v / max|v|)``; the scale ``max|v| / 127``, float32,
-travels in front.
+stays in the sender's error memory or public copy. Rounding to a type never makes ``|Q(x)_i - x_i|`` larger than
+``|x_i|``, so a contractive compressor stays contractive. ``int8`` is ``round(127 v / max|v|)``; the scale
+``max|v| / 127``, float32, travels in front.
+
+Messages with a fixed number of values may also send 2 bits for each (``statistical``, of SparseLoCo, arXiv 2508.15706),
+and in front four means for each tensor, float32:
+
+    s = mean(v);  w = 6/4 sqrt(mean((v - s)^2));  bin = clamp(round((v - s) / w) + 2, 0, 3)      halfway, the even one
+    a value is decoded as the mean of its bin
+
+No vector of four levels is nearer to v with these bins, so ``|Q(v) - v|^2 <= |v|^2``, though a single entry may move by
+more than its magnitude. At least one bin has a mean that is not 0, so Q contracts; it is biased. Sums are of integers,
+``round(2^32 v / max|v|)`` and its square, so that the order does not matter and all devices agree.
 """
 
 from __future__ import annotations
@@ -14,38 +24,67 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mpicomp import kernels
 from mpicomp.compression.message import Field, Payload
 from mpicomp.errors import ConfigError
+from mpicomp.kernels.reference import finite, packed_nbytes, sqrt, unpack_codes
 
 Values = Literal["full", "float32", "bfloat16", "float16", "int8"]
 """The types of values on the wire; ``"full"`` is the type of the model."""
 
+FixedValues = Literal["full", "float32", "bfloat16", "float16", "int8", "statistical"]
+"""`Values`, and ``"statistical"`` for messages with a fixed number of values."""
+
 _LEVELS = 127
+
+_BINS = 4
+_BITS = 2
+_ONE = 2.0**32  # a vector of at most 2**31 entries has sums below 2**63
 
 
 def check_values(values: str) -> None:
     """Raise ConfigError for an unknown type of values."""
-    if values not in get_args(Values):
-        raise ConfigError(f"compression.values = {values!r} must be one of {', '.join(map(repr, get_args(Values)))}")
+    _check(values, get_args(Values))
+
+
+def check_fixed_values(values: str) -> None:
+    """Raise ConfigError for an unknown type of a fixed number of values."""
+    _check(values, get_args(FixedValues))
+
+
+def _check(values: str, known: tuple[str, ...]) -> None:
+    if values not in known:
+        raise ConfigError(f"compression.values = {values!r} must be one of {', '.join(map(repr, known))}")
 
 
 def value_fields(
-    values: Values, dtype: torch.dtype, k: int, variable: bool = False, scales: int = 1
+    values: FixedValues, dtype: torch.dtype, k: int, variable: bool = False, scales: int = 1
 ) -> tuple[Field, ...]:
-    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (scales,) where it is needed."""
+    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (scales,) where it is needed.
+
+    Statistical values are packed, and have ``means`` (4 scales,), those of a tensor one after the other.
+    """
     if values == "full":
         return (Field("values", dtype, k, variable),)
+    if values == "statistical":
+        return Field("means", torch.float32, _BINS * scales), Field("values", torch.uint8, packed_nbytes(k, _BITS))
     sent = Field("values", getattr(torch, values), k, variable)
     return (Field("scale", torch.float32, scales), sent) if values == "int8" else (sent,)
 
 
-def write_values(x: Tensor, values: Values, counts: tuple[int, ...] = ()) -> Payload:
+def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -> Payload:
     """Return `x` (k,) rounded; values beyond the range of 16 bits saturate.
 
     `counts` gives the number of consecutive entries of each scale; without it there is one scale for all.
+
+    Raises:
+        DivergenceError: infinity among statistical values.
+
     """
     if values == "full":
         return {"values": x}
+    if values == "statistical":
+        return _write_statistical(x, counts)
     if values == "int8":
         wide = x.to(torch.float32) if x.dtype != torch.float64 else x
         if counts:
@@ -64,9 +103,38 @@ def write_values(x: Tensor, values: Values, counts: tuple[int, ...] = ()) -> Pay
 def read_values(payload: Payload, dtype: torch.dtype, counts: tuple[int, ...] = ()) -> Tensor:
     """Return the values (k,) of a message in `dtype`; `counts` is that of `write_values`."""
     values = payload["values"]
+    if "means" in payload:
+        bins = unpack_codes(values, _BITS, sum(counts)).long()
+        return payload["means"].to(dtype)[_groups(counts, values.device) * _BINS + bins]
     if "scale" in payload:
         return values.to(dtype).mul_(_each(payload["scale"].to(dtype), counts))
     return values.to(dtype)
+
+
+def _write_statistical(x: Tensor, counts: tuple[int, ...]) -> Payload:
+    """Return the bins of `x` (k,), packed, and their means."""
+    group, wide = _groups(counts, x.device), x.double()
+    unit = wide.new_zeros(len(counts)).scatter_reduce_(0, group, wide.abs(), "amax")
+    finite(float(unit.max()) if len(counts) else 0.0)
+    parts = wide / unit.masked_fill(unit == 0, 1.0)[group]
+    number = _numbers(counts, x.device)
+    center = _sums(parts, group, len(counts)) / number
+    offset = parts - center[group]
+    width = 6 / _BINS * sqrt(_sums(offset.square(), group, len(counts)) / number)
+    bins = (offset / width.masked_fill(width == 0, 1.0)[group]).round_().add_(_BINS // 2).clamp_(0, _BINS - 1).long()
+    place = group * _BINS + bins
+    members = torch.zeros(_BINS * len(counts), dtype=torch.int64, device=x.device)
+    members.index_add_(0, place, torch.ones_like(place))
+    means = (_sums(parts, place, len(members)) / members.clamp_min(1)).view(-1, _BINS) * unit[:, None]
+    largest = torch.finfo(torch.float32).max
+    packed = kernels.pack_codes(bins.to(torch.int16), _BITS)
+    return {"means": means.clamp_(-largest, largest).float().flatten(), "values": packed}
+
+
+def _sums(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Return the sums of the entries in [-4, 4] of each group, in float64."""
+    sums = torch.zeros(groups, dtype=torch.int64, device=x.device)
+    return sums.index_add_(0, group, (x * _ONE).round_().long()).double() / _ONE
 
 
 def _each(scale: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -78,3 +146,9 @@ def _each(scale: Tensor, counts: tuple[int, ...]) -> Tensor:
 def _groups(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the group number of each entry; the groups follow one another and have `counts` entries."""
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return how many entries the groups have, at least 1, as float64."""
+    return torch.tensor(counts, dtype=torch.float64).clamp_min(1).to(device)

@@ -48,7 +48,7 @@ def compiled(device: str = "cpu") -> ModuleType | None:
         return None
 
 
-_DTYPES = (torch.float32, torch.float64, torch.int32, torch.uint8)  # the last two are of indices and their codes
+_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int16, torch.uint8)  # the last three: indices, codes
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -79,6 +79,8 @@ def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
 top_k = _chosen(reference.top_k)
 top_k_of_difference = _chosen(reference.top_k_of_difference)
 top_k_of_parts = _chosen(reference.top_k_of_parts)
+top_k_of_blocks = _chosen(reference.top_k_of_blocks)
+block_indices = _chosen(reference.block_indices)
 above = _chosen(reference.above)
 scatter_add_ = _chosen(reference.scatter_add_)
 mix_ = _chosen(reference.mix_)
@@ -93,5 +95,6 @@ quantize = _chosen(reference.quantize)
 add_quantized_ = _chosen(reference.add_quantized_)
 round_to_grid = _chosen(reference.round_to_grid)
 add_gridded_ = _chosen(reference.add_gridded_)
+pack_codes = _chosen(reference.pack_codes)
 pack_signs = _chosen(reference.pack_signs)
 add_signs_ = _chosen(reference.add_signs_)

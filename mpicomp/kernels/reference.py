@@ -71,6 +71,60 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
     return torch.cat(values), torch.cat(indices)
 
 
+LARGEST_BLOCK = 2**12
+"""Entries of the largest block of `top_k_of_blocks`: 64 x 64, as of SparseLoCo and DeMo."""
+
+BLOCK_COLUMNS = ("start", "width", "stride", "size", "count", "first")
+"""What a table of blocks (blocks, 6) int64 says of each.
+
+Its first entry in the vector; entries in a row; from one row to the next; of all rows; how many are kept, at least one;
+and how many are kept of the blocks before. Entry ``place`` of a block has the index
+``start + place // width * stride + place % width``.
+"""
+
+
+def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return values (total,) and places (total,) int16 in its block of the largest entries of each block of `x` (n,).
+
+    With `y` (n,), of ``x - y``. `table` says what blocks there are (`BLOCK_COLUMNS`). Blocks follow one another, and
+    places ascend in each; ties go to the lowest place.
+
+    Raises:
+        DivergenceError: a NaN in a block.
+
+    """
+    values, places = x.new_empty(total), torch.empty(total, dtype=torch.int16, device=x.device)
+    if not len(table):
+        return values, places
+    kinds, kind_of = torch.unique(table[:, 1:5], dim=0, return_inverse=True)
+    for i, (width, stride, size, k) in enumerate(kinds.tolist()):
+        blocks = table[kind_of == i]
+        place = torch.arange(size, device=x.device)
+        at = blocks[:, :1] + place // width * stride + place % width
+        entries = x[at] if y is None else x[at] - y[at]
+        order = _magnitude(entries).sort(dim=1, descending=True, stable=True).indices
+        chosen = order[:, :k].sort(dim=1).values
+        out = blocks[:, 5:] + torch.arange(k, device=x.device)
+        values[out] = entries.gather(1, chosen)
+        places[out] = chosen.to(torch.int16)
+    return values, places
+
+
+def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tensor:
+    """Return the indices in the vector, int32 (total,), of places that `pack_codes` has packed; see `BLOCK_COLUMNS`.
+
+    Raises:
+        IndexError: a place is outside of its block, as of a damaged message.
+
+    """
+    place = unpack_codes(packed, bits, total).long()
+    start, width, stride, size = table[:, :4].repeat_interleave(table[:, 4], dim=0, output_size=total).T
+    if bool((place >= size).any()):
+        raise IndexError(DAMAGED)
+    indices: Tensor = start + place // width * stride + place % width
+    return indices.int()
+
+
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return values and indices, int32 and ascending, of the entries of `x` (n,) with ``|x_i| >= threshold``.
 

@@ -13,6 +13,7 @@ from support.methods import COMPRESSORS as CONFIGURED
 from mpicomp.compression import (
     COMPRESSORS,
     QSGD,
+    BlockTopK,
     ByRank,
     ErrorFeedback,
     HardThreshold,
@@ -39,6 +40,9 @@ CASES = {
     "topk_all": TopK(1.0),
     **{f"topk_{values}": TopK(0.1, values=values) for values in ("float32", "bfloat16", "float16", "int8")},
     "topk_int8_dense_1d": PerTensor(TopK(0.1, values="int8"), dense_1d=True),
+    "block_topk_3_percent": BlockTopK(0.03),
+    "block_topk_16_int8": BlockTopK(0.2, block=16, values="int8"),
+    "block_topk_all": BlockTopK(1.0, block=1000),
     "threshold_int8": HardThreshold(0.05, values="int8"),
     "ternary": LogGrid(k=0),
     "log_grid_30": LogGrid(k=30),

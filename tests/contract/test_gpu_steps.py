@@ -88,6 +88,8 @@ MOST = {
     "choco_topk_int8": (5, 26, 62),
     "choco_topk_per_tensor": (5, 22, 44),
     "choco_topk_dense_1d": (5, 22, 62),
+    "choco_block_topk": (2, 9, 28),
+    "choco_block_topk_statistical": (3, 11, 150),
     "choco_sampled_topk": (8, 31, 57),
     "choco_randk_shared": (4, 8, 26),
     "choco_randk_private": (4, 8, 26),
@@ -134,6 +136,8 @@ WAITS = {
     "compression/uniform_grid:UniformGrid.compress": "the largest magnitude, which may be a NaN",
     "compression/sampled_topk:SampledTopK._threshold": "the threshold",
     "compression/message:Layout.unpack": "counts in the message that was kept from the step before",
+    "compression/values:_write_statistical": "the largest magnitude, which may be infinite",
+    "kernels/gpu/blocks:top_k_of_blocks": "the number of NaNs",
     "kernels/gpu/indices:encode": "the length of the code",
     "kernels/gpu/indices:decode": "whether the code is damaged",
     "kernels/gpu/quantize:total": "the sum, which may be a NaN",
@@ -257,7 +261,7 @@ def on_a_gpu(monkeypatch, like_a_gpu):  # noqa: F811
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-    for module in (gpu, gpu.codes, gpu.quantizer, gpu.select, gpu.select_parts):
+    for module in (gpu, gpu.blocks, gpu.codes, gpu.quantizer, gpu.select, gpu.select_parts):
         monkeypatch.setattr(module, "launch", launch)
 
 

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import mangle_type
 
+from mpicomp.errors import DivergenceError
 from mpicomp.kernels import gpu
-from mpicomp.kernels.gpu import compiled, indices, quantizer, select, select_parts
+from mpicomp.kernels.gpu import blocks, compiled, indices, quantizer, select, select_parts
 
 CAPABILITIES = [80, 90, 100]
 COMPLETE = 90
@@ -43,6 +44,11 @@ def start(x):
     gpu.top_k(x, 3)
     gpu.top_k_of_difference(x, x, 3)
     gpu.top_k_of_parts(x, x, (1000, 2000), (3, 2000))
+    table = torch.tensor([[0, 64, 64, 640, 9, 0]])
+    with contextlib.suppress(DivergenceError):
+        gpu.top_k_of_blocks(x, x, table, 9)
+    packed = gpu.pack_codes(torch.zeros(9, dtype=torch.int16), 12)
+    gpu.block_indices(packed, table, 12, 9)
     for kind in (torch.int16, torch.int32):
         gpu.scatter_add_(x, indices.to(kind), x[:8])
     gpu.encode_indices(indices, 500)
@@ -64,7 +70,7 @@ def start_again(x):
     gpu.add_quantized_(x, gpu.quantize(x, 0.1, 4, 1), 4, 1.0)
 
 
-for module in (gpu, indices, quantizer, select, select_parts):
+for module in (gpu, blocks, indices, quantizer, select, select_parts):
     assert module.launch is compiled.launch
     module.launch = note
 start(torch.ones(3000))

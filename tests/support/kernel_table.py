@@ -5,6 +5,8 @@ function takes the version, the device of its tensors, a type and lengths; what 
 the CPU, and is the same bit for bit. `tests/unit/kernels/test_versions.py` has more on the same vectors, on the CPU.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,52 @@ def top_k_of_parts(version, device, dtype, sizes):
     x[n // 2] = torch.nan
     with pytest.raises(DivergenceError, match="NaN"):
         version.top_k_of_parts(x.to(device), None, sizes, counts)
+
+
+def table_of_blocks(sizes, ratio, block=4096):
+    """Return the table of runs of `block` of vectors of `sizes`, then of chunks of a matrix (70, 130)."""
+    rows, start = [], 0
+    for n in sizes:
+        for at in range(0, n, block):
+            size = min(block, n - at)
+            rows.append((start + at, size, 0, size))
+        start += n
+    for i, j in itertools.product(range(0, 70, 64), range(0, 130, 64)):
+        height, width = min(64, 70 - i), min(64, 130 - j)
+        rows.append((start + 130 * i + j, width, 130, height * width))
+    table = torch.tensor(rows, dtype=torch.int64)
+    counts = (table[:, 3] * ratio).long().clamp_min(1)
+    table = torch.column_stack([table, counts, counts.cumsum(0) - counts])
+    return start + 70 * 130, table, int(counts.sum())
+
+
+def sorted_top_of_blocks(x, table):
+    """Top-k of each block, by a stable sort of it."""
+    values, places, indices = [], [], []
+    for start, width, stride, size, k, _ in table.tolist():
+        at = start + (torch.arange(size // width)[:, None] * stride + torch.arange(width)).flatten()
+        largest, chosen = sorted_top(x[at], k)
+        values.append(largest)
+        places.append(chosen.to(torch.int16))
+        indices.append(at[chosen].int())
+    return torch.cat(values), torch.cat(places), torch.cat(indices)
+
+
+def top_k_of_blocks(version, device, dtype, sizes):
+    """Runs, and chunks of a matrix; the ratios in turn, and some of a difference."""
+    for turn, make in enumerate(AWKWARD.values()):
+        n, table, total = table_of_blocks([1, 7, max(sizes)], (0.03, 0.001, 0.5, 0.03, 1.0)[turn % 5])
+        x = make(vector(n, dtype, 3))
+        y = x.roll(1) if x.isfinite().all() and turn % 2 else None
+        values, places, indices = sorted_top_of_blocks(x if y is None else x - y, table)
+        there = [None if y is None else y.to(device), table.to(device), total]
+        assert_same(version.top_k_of_blocks(x.to(device), *there), (values, places))
+    packed = reference.pack_codes(places, 12)
+    assert_same(version.pack_codes(places.to(device), 12), packed)
+    assert_same(version.block_indices(packed.to(device), table.to(device), 12, total), indices)
+    x[n // 2] = -torch.nan
+    with pytest.raises(DivergenceError, match="NaN"):
+        version.top_k_of_blocks(x.to(device), *there)
 
 
 def nan_is_refused(version, device, dtype, sizes):
@@ -336,6 +384,7 @@ TABLE = [
     ties_go_to_the_lowest_index,
     top_k_of_a_difference,
     top_k_of_parts,
+    top_k_of_blocks,
     nan_is_refused,
     above,
     scatter_add,

@@ -27,6 +27,7 @@ from mpicomp.algorithms import (
 from mpicomp.compression import COMPRESSORS as KINDS
 from mpicomp.compression import (
     QSGD,
+    BlockTopK,
     Cast,
     ErrorFeedback,
     HardThreshold,
@@ -47,6 +48,8 @@ COMPRESSORS = {
     "topk_int8": TopK(ratio=0.2, values="int8"),
     "topk_per_tensor": PerTensor(TopK(ratio=0.2)),
     "topk_dense_1d": PerTensor(TopK(ratio=0.2), dense_1d=True),
+    "block_topk": BlockTopK(ratio=0.2),
+    "block_topk_statistical": BlockTopK(ratio=0.2, values="statistical"),
     "sampled_topk": SampledTopK(ratio=0.2),
     "randk_shared": RandomK(ratio=0.2),
     "randk_private": RandomK(ratio=0.2, shared=False),

@@ -121,6 +121,11 @@ def check_rule(compressor: Compressor, rule: str) -> None:
             f"compression.allocation = {rule!r} gives each rank a ratio or a threshold of its own, and this compressor "
             "has neither: use compression.kind = 'topk' or 'threshold', or compression.allocation = 'uniform'"
         )
+    if not compressor.reads_any_strength:
+        raise ConfigError(
+            f"compression.allocation = {rule!r} gives each rank a ratio of its own, and this compressor reads "
+            "messages of its own ratio only: use compression.kind = 'topk', or compression.allocation = 'uniform'"
+        )
 
 
 def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dagc") -> Compressor:

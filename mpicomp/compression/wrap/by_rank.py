@@ -71,6 +71,11 @@ class ByRank(Compressor):
                     f"ByRank: the compressor of rank {rank} is a {type(compressor).__name__}. Put ErrorFeedback around "
                     "ByRank, and no ByRank into another."
                 )
+            if not compressor.reads_any_strength and compressor != self.compressors[0]:
+                raise ConfigError(
+                    f"ByRank: {compressor} of rank {rank} cannot read messages of another ratio, and "
+                    f"{self.compressors[0]} of rank 0 has one: use TopK, or the same ratio on all ranks"
+                )
             if _without_strength(compressor) != first:
                 raise ConfigError(
                     f"ByRank: {compressor} of rank {rank} differs from {self.compressors[0]} of rank 0 in more than "

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mpicomp.errors import DivergenceError
+from mpicomp.kernels.cpu import blocks, select, update
 from mpicomp.kernels.cpu import indices as codes
 from mpicomp.kernels.cpu import quantize as quantizer
-from mpicomp.kernels.cpu import select, update
 from mpicomp.kernels.reference import DAMAGED, NAN, finite, index_code_nbytes, index_shift, packed_nbytes
 
 
@@ -62,6 +62,30 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
         places[chosen] += start
         start, done = start + size, done + k
     return values, indices
+
+
+def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """See `reference.top_k_of_blocks`; the difference is not formed."""
+    values, places = torch.empty(total + 1, dtype=x.dtype), torch.empty(total + 1, dtype=torch.int16)
+    other = None if y is None else _array(y, x)
+    if not blocks.top_k_of_blocks(_array(x), other, _array(table), values.numpy(), places.numpy()):
+        raise DivergenceError(NAN)
+    return values[:total], places[:total]
+
+
+def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tensor:
+    """See `reference.block_indices`."""
+    indices = torch.empty(total, dtype=torch.int32)
+    if not blocks.indices(_packed(packed, total, bits), _array(table), bits, indices.numpy()):
+        raise IndexError(DAMAGED)
+    return indices
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """See `reference.pack_codes`; for fewer than 16 bits."""
+    packed = torch.empty(packed_nbytes(len(codes), bits), dtype=torch.uint8)
+    blocks.pack(_array(codes.to(torch.int16)).view("u2"), bits, packed.numpy())
+    return packed
 
 
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpicomp.kernels.gpu import blocks, random, select, select_parts, update
 from mpicomp.kernels.gpu import indices as codes
 from mpicomp.kernels.gpu import quantize as quantizer
-from mpicomp.kernels.gpu import random, select, select_parts, update
 from mpicomp.kernels.gpu.compiled import BLOCK, launch, tiles
 from mpicomp.kernels.reference import feistel_half, feistel_keys, finite, packed_nbytes
 
@@ -48,6 +48,22 @@ def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """See `reference.top_k_of_parts`; as many launches for a hundred parts as for one."""
     return select_parts.top_k_of_parts(_plain(x), None if y is None else _plain(y, x), sizes, counts)
+
+
+def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """See `reference.top_k_of_blocks`; one launch."""
+    return blocks.top_k_of_blocks(_plain(x), None if y is None else _plain(y, x), _plain(table), total)
+
+
+def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tensor:
+    """See `reference.block_indices`; a place outside of its block becomes -1, which `scatter_add_` leaves out."""
+    _check(packed, total, bits)
+    return blocks.block_indices(_plain(packed), _plain(table), bits, total)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """See `reference.pack_codes`; for fewer than 16 bits."""
+    return blocks.pack_codes(_plain(codes.to(torch.int16)), bits)
 
 
 def above(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

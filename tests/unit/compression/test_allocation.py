@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpicomp.compression import QSGD, ByRank, ErrorFeedback, HardThreshold, Identity, PerTensor, TopK, allocate
+from mpicomp.compression import (
+    QSGD,
+    BlockTopK,
+    ByRank,
+    ErrorFeedback,
+    HardThreshold,
+    Identity,
+    PerTensor,
+    TopK,
+    allocate,
+)
 from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary
 from mpicomp.errors import ConfigError
 
@@ -176,6 +186,7 @@ def test_uniform_leaves_a_compressor_as_it_is():
         (PerTensor(Identity()), "dagc", "has neither: use compression.kind = 'topk'"),
         (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc'$"),
         (allocate(TopK(0.1), [1, 2]), "dagc", "has neither"),
+        (PerTensor(BlockTopK(0.1)), "dagc", "reads messages of its own ratio only: use compression.kind = 'topk'"),
     ],
 )
 def test_what_a_rule_cannot_share_out_is_refused(compressor, rule, message):

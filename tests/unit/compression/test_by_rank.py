@@ -7,6 +7,7 @@ from support import small
 from mpicomp.algorithms import Choco
 from mpicomp.compression import (
     QSGD,
+    BlockTopK,
     ByRank,
     ErrorFeedback,
     HardThreshold,
@@ -89,6 +90,7 @@ def test_blocks_of_different_length_cannot_be_added_up():
         ((ByRank((TopK(0.1),)),), "rank 0 is a ByRank"),
         ((TopK(0.1), TopK(0.2, values="int8")), "of rank 1 differs from .* of rank 0 in more than ratio or threshold"),
         ((TopK(0.1), RandomK(0.1)), "differs from"),
+        ((BlockTopK(0.1), BlockTopK(0.2)), "rank 1 cannot read messages of another ratio"),
         ((PerTensor(TopK(0.1)), TopK(0.1)), "differs from"),
         ((QSGD(bits=2), QSGD(bits=4)), "differs from"),
     ],

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support.kernel_table import chosen, vector
+from support.kernel_table import chosen, table_of_blocks, vector
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -91,12 +91,19 @@ def cases():
     middles, grid = [0.25, 0.5, 1.0], [0.0, 0.3, 0.7, 1.0]
     places = gpu.round_to_grid(x, 1.0, middles, 3)
     threshold = float(x.abs().sort().values[N - K])
+    _, table, _ = table_of_blocks([N], 0.01)
+    table, total = table[: -(-N // 4096)], int(table[: -(-N // 4096), 4].sum())
+    _, block_places = gpu.top_k_of_blocks(x, None, table, total)
+    packed_places = gpu.pack_codes(block_places, 12)
     vectors = 4 * N
     top = vectors + 8 * K
     return {
         "top_k": (partial(gpu.top_k, x, K), top),
         "top_k_of_difference": (partial(gpu.top_k_of_difference, x, y, K), top + vectors),
         "top_k_of_parts": (partial(gpu.top_k_of_parts, x, None, sizes, [s // 100 for s in sizes]), top),
+        "top_k_of_blocks": (partial(gpu.top_k_of_blocks, x, None, table, total), vectors + 6 * total + table.nbytes),
+        "pack_codes": (partial(gpu.pack_codes, block_places, 12), 2 * total + len(packed_places)),
+        "block_indices": (partial(gpu.block_indices, packed_places, table, 12, total), 4 * total + len(packed_places)),
         "above": (partial(gpu.above, x, threshold), top),
         "scatter_add_": (partial(gpu.scatter_add_, x, indices, values), 16 * K),
         "encode_indices": (partial(gpu.encode_indices, indices, N), 4 * K + len(code)),
@@ -120,6 +127,8 @@ MOST = {
     "top_k": 2.5,  # two passes, and a sample
     "top_k_of_difference": 2.5,
     "top_k_of_parts": 6.1,  # a pass for each 8 bits of the threshold, and two
+    "block_indices": 5.0,  # bits of a byte are read one by one, out of the cache
+    "pack_codes": 1.02,
     "above": 2.0,  # to count, and to write
     "encode_indices": 8.5,
     "decode_indices": 10.0,

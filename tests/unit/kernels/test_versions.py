@@ -5,7 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_table import AWKWARD, CHOICES, chosen, same, sorted_top, top_k_of_parts, vector
+from support.kernel_table import (
+    AWKWARD,
+    CHOICES,
+    chosen,
+    same,
+    sorted_top,
+    table_of_blocks,
+    top_k_of_blocks,
+    top_k_of_parts,
+    vector,
+)
 
 from mpicomp import kernels
 from mpicomp.errors import ConfigError, DivergenceError
@@ -54,6 +64,21 @@ def test_top_k_of_nothing(version):
 @both
 def test_top_k_of_parts(version, dtype):
     top_k_of_parts(version, "cpu", dtype, [*SIZES, 100_003])
+
+
+@every
+@both
+def test_top_k_of_blocks(version, dtype):
+    for n in (63, 64, 65, 4095, 4096, 4097, 100_003):
+        top_k_of_blocks(version, "cpu", dtype, [n])
+
+
+@pytest.mark.parametrize("version", [reference, cpu])
+def test_a_place_outside_of_its_block_is_refused(version):
+    _, table, total = table_of_blocks([70], 0.1)
+    packed = version.pack_codes(torch.full((total,), 70, dtype=torch.int16), 12)
+    with pytest.raises(IndexError, match="damaged"):
+        version.block_indices(packed, table, 12, total)
 
 
 @pytest.mark.parametrize("version", [reference, kernels])
