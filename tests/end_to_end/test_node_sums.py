@@ -38,37 +38,25 @@ os._exit(0)
 """
 
 
-def train(mpiexec, folder, *settings):
-    sets = [word for setting in [*SHORT, *settings] for word in ("--set", setting)]
+def test_a_run_ends_well_and_leaves_nothing(mpiexec, tmp_path):
+    sets = [word for setting in ["run.node_sums=gloo", *SHORT] for word in ("--set", setting)]
     python = [mpiexec.parent / "python", "-m", "mpicomp"]
-    return run_command(mpiexec, "-n", 2, *python, "train", SSGD, *sets, "--run-dir", folder, cwd=ROOT)
-
-
-def test_a_run_ends_as_with_mpi_and_leaves_nothing(mpiexec, tmp_path):
-    losses = []
-    for sums in ("gloo", "mpi"):
-        done = train(mpiexec, tmp_path / sums, f"run.node_sums={sums}")
-        assert done.returncode == 0, done.stdout
-        assert ("dense sums: gloo inside nodes, MPI between them" in done.stdout) == (sums == "gloo")
-        assert "warning" not in done.stdout.lower()
-        assert "error" not in done.stdout.lower()
-        assert ranks_of(tmp_path / sums) == []
-        records = (tmp_path / sums / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in records])
-    assert len(losses[0]) == 2
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_nccl_without_gpus_is_refused(mpiexec, tmp_path):
-    done = train(mpiexec, tmp_path / "run", "run.node_sums=nccl", "run.device=cpu")
-    assert done.returncode == 2, done.stdout
-    assert re.search("node_sums = 'nccl': .*node_sums=mpi", done.stdout), done.stdout
+    run = ["train", SSGD, *sets, "--run-dir", tmp_path / "run"]
+    done = run_command(mpiexec, "-n", 2, *python, *run, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "dense sums: gloo inside nodes, MPI between them" in done.stdout
+    assert "warning" not in done.stdout.lower()
+    assert ranks_of(tmp_path / "run") == []
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [6, 12]
+    assert records[1]["loss"] < records[0]["loss"]
+    assert records[1]["consensus_distance"] == 0
 
 
 def test_mates_of_a_killed_rank_get_an_error(mpiexec, tmp_path):
     library = mpiexec.parents[1].name.removeprefix(".venv-")
     line = [*KEEP_THE_OTHERS[library], "-n", 3, *OUTLIVE, mpiexec.parent / "python", "-c", CODE, tmp_path]
-    done = run_command(mpiexec, *line, cwd=ROOT, timeout=40)
+    done = run_command(mpiexec, *line, cwd=ROOT, timeout=120)
     told = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sorted(told) == ["0", "2"], done.stdout
     assert all(

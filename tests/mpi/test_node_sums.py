@@ -9,7 +9,7 @@ import torch.distributed
 from support import small
 
 from mpicomp.algorithms import SSGD
-from mpicomp.errors import ExchangeError
+from mpicomp.errors import ConfigError, ExchangeError
 from mpicomp.exchange.mpi import node as node_module
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.probe import attempt, try_sum
@@ -100,6 +100,12 @@ def test_the_exchange_uses_it_and_counts_the_same_bytes(world, gloo):
     assert world.node_group() is None
     ours.free()
     theirs.free()
+
+
+def test_what_the_ranks_cannot_have_is_refused_on_all_of_them(world):
+    with pytest.raises(ConfigError, match=r"node_sums = 'nccl': .*node_sums=mpi"):
+        MpiWorld.from_environment("cpu", node_sums="nccl")
+    world.barrier()
 
 
 def test_ssgd_agrees_with_mpi_to_rounding(world, gloo):
