@@ -37,6 +37,7 @@ class Report:
         software: versions by name.
         library: the MPI library; None if it could not be started.
         places: where each rank runs.
+        dense_sums: what adds up dense vectors: MPI, or another library inside nodes.
         trials: what was tried for real, by name.
         device_buffers: what came of handing memory of a GPU to MPI, by use; empty if that was not tried.
         job: the Slurm job around it; None outside of one.
@@ -49,6 +50,7 @@ class Report:
     software: dict[str, str] = field(default_factory=dict)
     library: Library | None = None
     places: list[Place] = field(default_factory=list)
+    dense_sums: str = ""
     trials: dict[str, Trial] = field(default_factory=dict)
     device_buffers: dict[str, str] = field(default_factory=dict)
     job: slurm.Job | None = None
@@ -67,6 +69,7 @@ def doctor(as_json: bool, timeout: float) -> None:
         try:
             from mpicomp.exchange.mpi import probe  # starts MPI
             from mpicomp.exchange.mpi.world import MpiWorld
+            from mpicomp.exchange.node_sums import describe
         except ExchangeError as error:
             _finish(Report([str(error)]), as_json)
     with _limited(timeout, "setting up the ranks"):
@@ -86,6 +89,9 @@ def doctor(as_json: bool, timeout: float) -> None:
     if world.size > 1:
         with _limited(timeout, "sending by mailbox"):
             trials["mailbox"] = probe.attempt(world, probe.try_mailbox)
+    if world.node_sums:
+        with _limited(timeout, "adding up inside nodes"):
+            trials["dense sum"] = probe.attempt(world, probe.try_sum)
     with _limited(timeout, "handing memory of a GPU to MPI"):
         tried = probe.try_device_buffers(world, 0.8 * timeout)
     with _limited(timeout, "asking Slurm"):
@@ -100,6 +106,7 @@ def doctor(as_json: bool, timeout: float) -> None:
             software=_versions(),
             library=library,
             places=places,
+            dense_sums=describe(world.node_sums),
             trials=trials,
             device_buffers=tried,
             job=job,
@@ -226,6 +233,7 @@ _REMEDIES = {
         "(OMPI_MCA_osc=rdma)"
     ),
     "mailbox": "Training with neighbor exchanges still works; asynchronous methods do not",
+    "dense sum": "Leave the sums of ssgd to MPI: run.node_sums=mpi, in a script node_sums='mpi'",
 }
 
 
@@ -285,6 +293,7 @@ def _facts(report: Report, library: Library) -> Table:
         "CUDA-aware": ", ".join(f"{who} {'yes' if yes else 'no'}" for who, yes in library.cuda_support.items())
         or "cannot be asked",
         "GPU buffers": f"{_tried(report, library)}; messages pass through host memory in any case",
+        "dense sums": report.dense_sums or None,
         "ranks": f"{len(places)} on {len({place.host for place in places})} host(s)",
         "Slurm": _job(report.job) if report.job else None,
         "srun speaks": ", ".join(report.srun_speaks) or None,

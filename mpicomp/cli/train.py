@@ -245,7 +245,7 @@ def _train_on_mpi(request: _Request) -> bool:
     with guard(everyone, debug=request.debug):
         config = _load_together(everyone, request)
         requests = StopRequests(config.run.stop_signal)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
+        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
         is_finished = _train_rank(world, config, request, requests)
         if world.has_lost_ranks:
             world.leave(0 if is_finished else EXIT_UNFINISHED)

@@ -63,6 +63,7 @@ FREE = {
     "data.path",
     "run.device",
     "run.allow_shared_gpu",
+    "run.node_sums",
     "run.stop_signal",
     "run.hang_timeout_s",
     "run.on_peer_loss",

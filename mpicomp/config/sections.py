@@ -38,6 +38,7 @@ from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.gradient_delay import GradientDelay, Spread
 from mpicomp.topology import TOPOLOGIES, make_topology
@@ -145,6 +146,11 @@ class RunSection(Section):
 
     allow_shared_gpu: bool = False
     """Whether several ranks may share a GPU."""
+
+    node_sums: NodeSums = "auto"
+    """What adds up dense vectors inside a node, before MPI does between nodes: ``"nccl"`` between GPUs, ``"gloo"`` on
+    the CPU, or ``"mpi"``. ``"auto"`` takes NCCL if every rank has a GPU of its own and a node has several ranks. For
+    ``ssgd``, whose rounding may differ then."""
 
     log_every: PositiveInt = 10
     """Steps from one record in ``metrics.jsonl`` to the next."""

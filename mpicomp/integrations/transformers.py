@@ -30,6 +30,7 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
@@ -48,7 +49,7 @@ class GossipTrainer(Trainer):
 
     Args:
         model, args, ...: as for `Trainer`; ``args.output_dir`` is a folder that all ranks share.
-        algorithm, topology, compressor, allow_shared_gpu, hang_timeout_s: as for `mpicomp.distribute`.
+        algorithm, topology, compressor, allow_shared_gpu, node_sums, hang_timeout_s: as for `mpicomp.distribute`.
 
     Attributes:
         world: the ranks.
@@ -71,6 +72,7 @@ class GossipTrainer(Trainer):
         topology: Any,
         compressor: Compressor | None = None,
         allow_shared_gpu: bool = False,
+        node_sums: NodeSums = "auto",
         hang_timeout_s: float = 600.0,
         **named: Any,
     ) -> None:
@@ -80,7 +82,8 @@ class GossipTrainer(Trainer):
         with together(world):
             refuse(args)
         how = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
-        self._how: dict[str, Any] = {**how, "allow_shared_gpu": allow_shared_gpu, "hang_timeout_s": hang_timeout_s}
+        where = {"allow_shared_gpu": allow_shared_gpu, "node_sums": node_sums, "hang_timeout_s": hang_timeout_s}
+        self._how: dict[str, Any] = how | where
         # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
         state = args.distributed_state
         state.process_index, state.local_process_index = world.rank, world.local_rank

@@ -34,6 +34,7 @@ from mpicomp.compression.wrap.by_rank import require_size
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook
+from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.exchange.placement import DeviceKind
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.asynchronous_distributed import AsynchronousDistributed
@@ -64,6 +65,7 @@ def distribute(
     buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
+    node_sums: NodeSums = "auto",
     hang_timeout_s: float = 600.0,
 ) -> Distributed: ...
 @overload
@@ -79,6 +81,7 @@ def distribute(
     buffers: Literal["averaged", "own"] = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
+    node_sums: NodeSums = "auto",
     hang_timeout_s: float = 600.0,
 ) -> AsynchronousDistributed: ...
 def distribute(
@@ -93,6 +96,7 @@ def distribute(
     buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
+    node_sums: NodeSums = "auto",
     hang_timeout_s: float = 600.0,
 ) -> Distributed:
     """Train `model` together with the other ranks of this MPI job; collective on all ranks.
@@ -117,6 +121,9 @@ def distribute(
         device: where to train: ``"cpu"``, ``"cuda"`` for the GPU of this rank, ``"auto"`` for a GPU if there is one;
             the model is moved there. By default it stays where it is.
         allow_shared_gpu: whether several ranks may use one GPU.
+        node_sums: what adds up dense vectors inside a node, before MPI does between nodes: ``"nccl"``, ``"gloo"`` on
+            the CPU, ``"mpi"``, or ``"auto"`` for NCCL if every rank has a GPU of its own and a node has several ranks.
+            For `SSGD`, and for `buffers` every so many steps. If you pass `world`, that of `world` holds.
         hang_timeout_s: how many seconds a rank may wait for others before the job ends with their names; 0 for no
             limit. It must be longer than the longest evaluation on a single rank. If you pass `world`, there is no
             limit.
@@ -134,7 +141,7 @@ def distribute(
     if world is None:
         from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
 
-        world = MpiWorld.from_environment(device or device_of(model), allow_shared_gpu)
+        world = MpiWorld.from_environment(device or device_of(model), allow_shared_gpu, node_sums)
         install_excepthook(world)
         watchdog = Watchdog(world, hang_timeout_s, "hang_timeout_s", only_waiting=True)
         watchdog.__enter__()  # for the rest of the program

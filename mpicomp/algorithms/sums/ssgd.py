@@ -8,7 +8,8 @@ x is the model (n,), the same on all N ranks; F_i the loss of the batch of rank 
 direction that the optimizer makes of g, with its momentum and weight decay.
 
 Wire: ``2 (N - 1) / N`` vectors sent a rank and step (ring all-reduce). MPI chooses the order of summation, so results
-agree with the loopback to rounding, not bit for bit. The graph is not used.
+agree with the loopback to rounding, not bit for bit; so does NCCL, which adds up inside nodes where each rank has a GPU
+(`mpicomp.exchange.node_sums`). The graph is not used.
 
 In a script:
 

@@ -107,7 +107,7 @@ def step(
     with guard(everyone, debug=is_debug(ctx)):
         with together(everyone):
             config = RunConfig.load(config_path, overrides)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu)
+        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
     result = measured(world, config, is_debug(ctx))
     if world.rank == 0:
         report = _report(world.device, config_path, overrides, blocks, length, "MPI", [result])

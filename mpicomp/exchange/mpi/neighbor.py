@@ -9,6 +9,7 @@ faster.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.wait import test_all, wait_all
 from mpicomp.exchange.staging import make_staging
 from mpicomp.timing import Underway, timed
@@ -26,6 +28,12 @@ from mpicomp.topology.base import Schedule, Topology
 
 class NeighborExchange:
     """The `Exchange` between MPI ranks. Making one and `free` are collective on all ranks.
+
+    Args:
+        world: the ranks.
+        schedule: the graph of each step.
+        device: of the payloads.
+        node_group: returns what adds up inside nodes, None for MPI alone; called on all ranks.
 
     Attributes:
         comm: the communicator of the neighborhood.
@@ -36,7 +44,13 @@ class NeighborExchange:
 
     """
 
-    def __init__(self, world: Communicator, schedule: Schedule, device: torch.device) -> None:
+    def __init__(
+        self,
+        world: Communicator,
+        schedule: Schedule,
+        device: torch.device,
+        node_group: Callable[[], NodeGroup | None],
+    ) -> None:
         self.rank = world.rank
         self.size = world.size
         self.schedule = schedule
@@ -47,6 +61,7 @@ class NeighborExchange:
             union.sources(self.rank), union.targets(self.rank), reorder=False
         )
         self.is_polite = world.is_polite
+        self._node_group = node_group
         self._staging = make_staging(device)
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
@@ -71,13 +86,17 @@ class NeighborExchange:
 
     @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
-        """Average `x` over all ranks, in place, by MPI's all-reduce: summed in x's precision and in MPI's order."""
-        host = _reducible(x)
-        request = self.comm.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
-        wait_all([request], is_polite=self.is_polite, operation="mean_")
-        host /= self.size
-        if host.data_ptr() != x.data_ptr():
-            x.detach().copy_(host.view_as(x))
+        """Average `x` over all ranks, in place, by an all-reduce, in x's precision and the library's order."""
+        mean = _summable(x)
+        if group := self._node_group():
+            group.mean_(mean)
+        else:
+            mean = mean.cpu()
+            request = self.comm.Iallreduce(MPI.IN_PLACE, mean.numpy(), op=MPI.SUM)
+            wait_all([request], is_polite=self.is_polite, operation="mean_")
+            mean /= self.size
+        if mean.data_ptr() != x.data_ptr():
+            x.detach().copy_(mean.view_as(x))
         self.bytes_sent += all_reduce_nbytes(x, self.size)
 
     def free(self) -> None:
@@ -137,11 +156,10 @@ class _NeighborPending:
             self._underway.arrived()
 
 
-def _reducible(x: Tensor) -> Tensor:
-    """Return `x` as a flat host vector of a type that MPI can add; a copy only if necessary."""
+def _summable(x: Tensor) -> Tensor:
+    """Return `x` as a flat vector of a type that MPI can add; a copy only if necessary."""
     flat = x.detach().view(-1)
-    dtype = flat.dtype if flat.dtype in (torch.float32, torch.float64) else torch.float32
-    return flat.to("cpu", dtype)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.to(torch.float32)
 
 
 def _check_same(world: Communicator, schedule: Schedule) -> None:

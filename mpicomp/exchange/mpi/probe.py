@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,12 +20,13 @@ import torch
 
 from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import Mail
+from mpicomp.exchange.base import Mail, all_reduce_nbytes
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.mailbox.window import allocate
 from mpicomp.exchange.mpi import device_buffers
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.exchange.node_sums import describe
 from mpicomp.topology import ring
 
 _LEVELS = {
@@ -230,6 +232,25 @@ def try_mailbox(world: MpiWorld) -> Trial:
     mailbox.free()
     trial = _slowest(world, Trial("" if all(outcomes) else "wrong bytes arrived in the mailbox", seconds * 1e6))
     return replace(trial, how=how)
+
+
+def try_sum(world: MpiWorld) -> Trial:
+    """Average whole numbers as `Exchange.mean_` does, and compare every one; collective on all ranks."""
+    exchange = world.exchange(ring(world.size))
+
+    def is_right(numel: int) -> bool:
+        x = _pattern(numel, world.rank).to(world.device, torch.float64)
+        exchange.mean_(x)
+        everyone = torch.stack([_pattern(numel, rank).double() for rank in range(world.size)])
+        return torch.equal(x.cpu(), everyone.sum(0) / world.size)
+
+    outcomes = [is_right(numel) for numel in (1, 65_537, LARGE // 8)]
+    small, large = torch.zeros(1, device=world.device), torch.zeros(LARGE // 4, device=world.device)
+    small_s, large_s = (_median_seconds(partial(exchange.mean_, x), 10) for x in (small, large))
+    exchange.free()
+    problem = "" if all(outcomes) else "a mean of whole numbers is wrong"
+    trial = Trial(problem, small_s * 1e6, all_reduce_nbytes(large, world.size) / large_s / 1e6)
+    return replace(_slowest(world, trial), how=describe(world.node_sums))
 
 
 def try_device_buffers(world: MpiWorld, timeout_s: float) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import check_schedule
 from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
@@ -17,8 +18,10 @@ from mpicomp.exchange.mailbox.window import WindowCounter
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
+from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.survivors import Survivors
 from mpicomp.exchange.mpi.wait import poll
+from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, device_of
 from mpicomp.topology.base import Schedule, Topology
 
@@ -34,10 +37,17 @@ class MpiWorld(Communicator):
 
     Attributes:
         gpu: the GPU of this rank; None on the CPU.
+        node_sums: what adds up dense vectors inside nodes, the same on all ranks; None for MPI alone.
 
     """
 
-    def __init__(self, comm: MPI.Intracomm, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        device: DeviceKind = "auto",
+        allow_shared_gpu: bool = False,
+        node_sums: NodeSums = "auto",
+    ) -> None:
         self._survivors: Survivors | None = None
         super().__init__(comm.Dup())
         self.gpu: Gpu | None = claim_gpu(self, device, allow_shared_gpu)
@@ -45,23 +55,53 @@ class MpiWorld(Communicator):
         self._reach: Reach | None = None
         self.is_simulated = False
         self.notices: tuple[str, ...] = (NO_GPU,) if device == "auto" and self.device.type == "cpu" else ()
+        self.node_sums: Backend | None = agree_on_node_sums(self, node_sums, self.gpu.uuid if self.gpu else None)
+        self._may_fall_back = node_sums == "auto"
+        self._node_group: NodeGroup | None = None
+        if self.node_sums:
+            self.notices += (f"dense sums: {describe(self.node_sums)}",)
 
     @classmethod
-    def from_environment(cls, device: DeviceKind = "auto", allow_shared_gpu: bool = False) -> MpiWorld:
+    def from_environment(
+        cls, device: DeviceKind = "auto", allow_shared_gpu: bool = False, node_sums: NodeSums = "auto"
+    ) -> MpiWorld:
         """Return the world of all ranks that the launcher has started; one rank without a launcher.
 
         Collective on all ranks. Sets torch's threads to this rank's share of the cores, and its CUDA device.
 
         Raises:
-            ConfigError: a GPU that is demanded but missing, full, too old, or shared without `allow_shared_gpu`.
+            ConfigError: a GPU that is demanded but missing, full, too old, or shared without `allow_shared_gpu`;
+                `node_sums` that these ranks cannot have.
 
         """
-        return cls(MPI.COMM_WORLD, device, allow_shared_gpu)
+        return cls(MPI.COMM_WORLD, device, allow_shared_gpu, node_sums)
 
     def exchange(self, schedule: Schedule) -> NeighborExchange:
         """Return the exchange over the edges of `schedule`."""
         check_schedule(schedule, self.size)
-        return NeighborExchange(self, schedule, self.device)
+        return NeighborExchange(self, schedule, self.device, self.node_group)
+
+    def node_group(self) -> NodeGroup | None:
+        """Return what adds up dense vectors inside nodes; None for MPI alone. Collective on all ranks.
+
+        It is made by the first call, because it takes memory of a GPU that most methods do not need. If that fails and
+        nobody has asked for it, MPI adds up alone, after a warning.
+
+        Raises:
+            ExchangeError: on every rank: what was asked for does not work.
+
+        """
+        if self.node_sums and not self._node_group:
+            node = MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank))
+            try:
+                self._node_group = NodeGroup(self, node, self.node_sums, self.device)
+            except ExchangeError as error:
+                if not self._may_fall_back:
+                    raise
+                self.node_sums = None
+                if self.rank == 0:
+                    print(f"mpicomp: warning: dense sums by MPI alone: {error}", file=sys.stderr, flush=True)
+        return self._node_group
 
     def mailbox(
         self,
