@@ -109,6 +109,7 @@ MOST = {
     "dc_asgd_downlink": (4, 3, 48),
     "dc_gossip": (1, 0, 45),
     "dc_gossip_topk": (6, 29, 71),
+    "ad_psgd": (99, 0, 99),
     "dc_gossip_plain": (1, 0, 36),
 }
 
@@ -224,7 +225,7 @@ def train_asynchronously(world, algorithm, device):
     most = Most(device)
     computed, steps = 0, 0
 
-    def gradient():
+    def gradient(meanwhile=None):
         nonlocal computed
         local.g.copy_(gradient_of(local, world, computed, device))
         computed += 1

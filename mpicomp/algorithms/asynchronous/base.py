@@ -247,4 +247,5 @@ class DelayCompensation:
             gradient.addcmul_(moved, strength)  # a number would have to be waited for on a GPU
         else:
             gradient.add_(moved, alpha=self.lambda0)
-        return strength * correction / length.clamp_min(1e-30)
+        ratio: Tensor = strength * correction / length.clamp_min(1e-30)
+        return ratio
