@@ -30,6 +30,7 @@ BOUNDS = {
     "_set_bits": (8192, 64),
     "_split": (8192, 96),
     "adaptive_mix": (0, 184),
+    "add_block": (0, 80),
     "add_gridded": (512, 80),
     "add_quantized": (512, 96),
     "add_signs": (512, 88),
