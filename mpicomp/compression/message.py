@@ -177,17 +177,17 @@ class Layout:
             offset = end
         return payload
 
-    def finish(self, wire: Tensor) -> int:
-        """Check a message that was packed on a device and has come to the host in `wire`; return the bytes used.
+    def check(self, wire: Tensor) -> None:
+        """Check a message that was packed on a device, and has come to the host in `wire`.
 
         Raises:
             DivergenceError: a NaN or an infinity among what was compressed.
 
         """
-        payload = self.unpack(wire)
-        for field in self.fields:
-            field.check(payload[field.name])
-        return self.nbytes_of(payload)
+        if any(field.must_be for field in self.fields):
+            payload = self.unpack(wire)
+            for field in self.fields:
+                field.check(payload[field.name])
 
     @staticmethod
     def concatenate(layouts: Sequence[Layout], names: Sequence[str] = ()) -> Layout:

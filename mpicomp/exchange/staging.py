@@ -126,7 +126,8 @@ class DeviceStaging:
             host.copy_(wire[:nbytes], non_blocking=True)
         self._is_sent.record(self._side)
         self._is_sent.synchronize()
-        return _bytes(host[: layout.finish(host)])
+        layout.check(host)
+        return _bytes(host)
 
     def receive(self, count: int, nbytes: int) -> list[Bytes]:
         """Return the pinned receive buffers, once the last messages in them have reached the device."""

@@ -118,7 +118,8 @@ class StagedExchange:
         wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
         nbytes = layout.pack(payload, wire)
         host = wire.cpu()[:nbytes]
-        self.pending = self._exchange.start(layout.unpack(host[: layout.finish(host)]), layout, topology)
+        layout.check(host)
+        self.pending = self._exchange.start(layout.unpack(host), layout, topology)
         return self
 
     def test(self):

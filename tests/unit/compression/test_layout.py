@@ -83,12 +83,12 @@ def test_a_message_from_a_device_is_checked_on_the_host(must_be, refused):
         for value in ("1", "nan", "inf"):
             scale = torch.ones(3)
             scale[place] = float(value)
-            used = layout.pack({"signs": torch.zeros(3, dtype=torch.uint8), "scale": scale}, wire)
+            layout.pack({"signs": torch.zeros(3, dtype=torch.uint8), "scale": scale}, wire)
             if value in refused:
                 with pytest.raises(DivergenceError, match=f"{name}: NaN"):
-                    layout.finish(wire)
+                    layout.check(wire)
             else:
-                assert layout.finish(wire) == used
+                layout.check(wire)
 
 
 def test_a_field_of_several_messages_knows_its_tensor():
@@ -97,4 +97,4 @@ def test_a_field_of_several_messages_knows_its_tensor():
     wire = torch.zeros(both.nbytes, dtype=torch.uint8)
     both.pack({"0.scale": torch.ones(1), "1.scale": torch.full((1,), torch.nan)}, wire)
     with pytest.raises(DivergenceError, match="bias: NaN or infinity"):
-        both.finish(wire)
+        both.check(wire)
