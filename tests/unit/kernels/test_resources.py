@@ -30,7 +30,7 @@ BOUNDS = {
     "_set_bits": (8192, 64),
     "_split": (8192, 96),
     "adaptive_mix": (0, 184),
-    "add_block": (4096, 80),
+    "add_block": (4096, 104),
     "add_gridded": (512, 80),
     "add_quantized": (512, 104),
     "add_signs": (512, 88),
