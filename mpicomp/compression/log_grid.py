@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec, number
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.errors import ConfigError
-from mpicomp.kernels.reference import finite, packed_nbytes
+from mpicomp.kernels.reference import packed_nbytes
 from mpicomp.state import State
 from mpicomp.timing import timed
 
@@ -45,20 +45,19 @@ class LogGrid(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, then the place on the grid."""
         nbytes = packed_nbytes(spec.numel, self._bits)
-        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
+        return Layout((Field("scale", torch.float32, 1, must_be="finite"), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round and pack; raise DivergenceError for NaN and infinity."""
-        largest = finite(float(x.abs().max()) if len(x) else 0.0)
-        scale = float(torch.tensor(largest, dtype=torch.float32))
+        scale = kernels.largest(x).to(torch.float32)
         # between 0 and 2**-k the middle is half of that, between two powers three quarters of the larger one
         middles = [2.0 ** -(self.k + 1), *(0.75 * 2.0**-i for i in reversed(range(self.k)))]
         codes = kernels.round_to_grid(x, scale, middles, self._bits)
-        return {"scale": number(scale, torch.float32, x.device), "codes": codes}
+        return {"scale": scale, "codes": codes}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out += weight * scale * value``."""
         grid = [0.0, *(2.0**-i for i in reversed(range(self.k + 1)))]
-        kernels.add_gridded_(out, payload["codes"], grid, self._bits, weight * float(payload["scale"]))
+        kernels.add_gridded_(out, payload["codes"], grid, self._bits, payload["scale"], weight)

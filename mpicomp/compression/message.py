@@ -12,10 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mpicomp.errors import DivergenceError
+from mpicomp.kernels.reference import NAN, NOT_FINITE
 from mpicomp.timing import traced
 
 LONGEST = 2**31
@@ -74,6 +77,9 @@ class Field:
         dtype: its element type.
         numel: the number of entries; the most that there can be if `variable`.
         variable: whether a message may hold fewer; its count then travels as 4 bytes ahead of it.
+        must_be: what the entries must be, and are unless the vector has a NaN, or an infinity. Compressors raise
+            DivergenceError; on a device, where they would have to wait, who sends the message does.
+        parts: names of tensors, and how many consecutive entries come from each, for that error.
 
     """
 
@@ -81,6 +87,21 @@ class Field:
     dtype: torch.dtype
     numel: int
     variable: bool = False
+    must_be: Literal["", "a number", "finite"] = ""
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def check(self, entries: Tensor) -> None:
+        """Raise DivergenceError unless `entries` are what they must be; names the tensor."""
+        if not self.must_be:
+            return
+        wrong = entries.isnan() if self.must_be == "a number" else ~entries.isfinite()
+        if bool(wrong.any()):
+            place, name = int(wrong.nonzero()[0]), ""
+            for part, count in self.parts:
+                if 0 <= place < count:
+                    name = f"{part}: "
+                place -= count
+            raise DivergenceError(name + (NAN if self.must_be == "a number" else NOT_FINITE))
 
 
 def _aligned(offset: int, alignment: int) -> int:
@@ -156,22 +177,38 @@ class Layout:
             offset = end
         return payload
 
+    def check(self, wire: Tensor) -> None:
+        """Check a message that was packed on a device, and has come to the host in `wire`.
+
+        Raises:
+            DivergenceError: a NaN or an infinity among what was compressed.
+
+        """
+        if any(field.must_be for field in self.fields):
+            payload = self.unpack(wire)
+            for field in self.fields:
+                field.check(payload[field.name])
+
     @staticmethod
-    def concatenate(layouts: Sequence[Layout]) -> Layout:
-        """Return one layout for several messages; the fields of message i are named ``"i.name"``."""
+    def concatenate(layouts: Sequence[Layout], names: Sequence[str] = ()) -> Layout:
+        """Return one layout for several messages; the fields of message i are named ``"i.name"``.
+
+        `names` are those of the tensors that the messages are of.
+        """
         return Layout(
             tuple(
-                Field(f"{i}.{field.name}", field.dtype, field.numel, field.variable)
+                Field(
+                    f"{i}.{field.name}",
+                    field.dtype,
+                    field.numel,
+                    field.variable,
+                    field.must_be,
+                    ((names[i], field.numel),) if names else field.parts,
+                )
                 for i, layout in enumerate(layouts)
                 for field in layout.fields
             )
         )
-
-
-def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `value` as a tensor (1,) of `dtype`; made on the device, as a copy from the host would wait for it."""
-    wide = torch.float64 if dtype.is_floating_point else dtype  # from which 1e300 becomes an infinity of float32
-    return torch.full((1,), value, dtype=wide, device=device).to(dtype)
 
 
 def index_dtype(numel: int) -> torch.dtype:

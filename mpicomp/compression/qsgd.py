@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec, number
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, next_seed
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import packed_nbytes
@@ -63,16 +63,15 @@ class QSGD(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, level in those above."""
         nbytes = packed_nbytes(spec.numel, self.bits + 1)
-        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
+        return Layout((Field("scale", torch.float32, 1, must_be="finite"), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
         """Round at random and pack; ``scale`` is c |x| / S. Raises DivergenceError for NaN and infinity."""
         seed = next_seed(self.seed, state)
-        unit = kernels.norm(x) / self._levels
-        shrink = 1 / (1 + self._variance(spec.numel)) if self.contractive else 1.0
-        scale = number(unit * shrink, torch.float32, x.device)
-        return {"scale": scale, "codes": kernels.quantize(x, unit, self.bits, seed)}
+        unit = kernels.norm(x, self._levels)
+        scale = unit * (1 / (1 + self._variance(spec.numel))) if self.contractive else unit
+        return {"scale": scale.to(torch.float32), "codes": kernels.quantize(x, unit, self.bits, seed)}
 
     def _variance(self, n: int) -> float:
         return min(n / self._levels**2, math.sqrt(n) / self._levels)
@@ -80,4 +79,4 @@ class QSGD(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out += weight * scale * (1 - 2 sign) * level``."""
-        kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))
+        kernels.add_quantized_(out, payload["codes"], self.bits, payload["scale"], weight)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec, number
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
+from mpicomp.kernels.reference import number
 from mpicomp.timing import timed
 
 
@@ -61,17 +62,16 @@ class RandomK(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
         """Draw the seed of this message and gather the entries that it selects."""
-        seed = mix64(self.seed, state.step, state.stream) >> 1
+        seed = number(mix64(self.seed, state.step, state.stream) >> 1, torch.int64, x.device)
         state.step += 1
         k = kept(spec.numel, self.ratio)
-        values = x[kernels.random_indices(seed, spec.numel, k, x.device)]
+        values = x[kernels.random_indices(seed, spec.numel, k)]
         if self.unbiased and k:
             values *= spec.numel / k
-        return {"seed": number(seed, torch.int64, x.device), "values": values}
+        return {"seed": seed, "values": values}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Draw the indices again from the seed and compute ``out[indices] += weight * values``."""
         values = payload["values"]
-        indices = kernels.random_indices(int(payload["seed"]), spec.numel, len(values), out.device)
-        kernels.scatter_add_(out, indices, values, weight)
+        kernels.scatter_add_(out, kernels.random_indices(payload["seed"], spec.numel, len(values)), values, weight)

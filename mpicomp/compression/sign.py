@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec, number
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.kernels.reference import packed_nbytes
 from mpicomp.state import State
 from mpicomp.timing import timed
@@ -25,15 +25,15 @@ class SignNorm(Compressor):
 
     def layout(self, spec: Spec) -> Layout:
         """Return the fields ``scale`` (1,) and ``signs`` (ceil(n / 8),), packed."""
-        return Layout((Field("scale", torch.float32, 1), Field("signs", torch.uint8, packed_nbytes(spec.numel, 1))))
+        signs = Field("signs", torch.uint8, packed_nbytes(spec.numel, 1))
+        return Layout((Field("scale", torch.float32, 1, must_be="finite"), signs))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Compute the scale and pack the signs; raise DivergenceError for NaN and infinity."""
-        mean = kernels.absolute_sum(x) / max(1, spec.numel)
-        return {"scale": number(mean, torch.float32, x.device), "signs": kernels.pack_signs(x)}
+        return {"scale": kernels.mean_magnitude(x), "signs": kernels.pack_signs(x)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out += weight * scale * signs``."""
-        kernels.add_signs_(out, payload["signs"], weight * float(payload["scale"]))
+        kernels.add_signs_(out, payload["signs"], payload["scale"], weight)

@@ -59,7 +59,7 @@ class TernGrad(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out += weight * scale * code``."""
-        scale = weight * float(payload["scale"])
+        scale = payload["scale"].double().mul_(weight).to(out.dtype)
         for start, stop in blocks(spec.numel):
             codes = unpack_codes(payload["codes"], 2, spec.numel, start, stop)
-            out[start:stop].add_(((codes & 1) - (codes >> 1)).to(out.dtype), alpha=scale)
+            out[start:stop].addcmul_(((codes & 1) - (codes >> 1)).to(out.dtype), scale)  # alpha is on the host

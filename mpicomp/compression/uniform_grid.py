@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor, blocks
-from mpicomp.compression.message import Field, Layout, Payload, Spec, number
+from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.errors import ConfigError
-from mpicomp.kernels.reference import finite, pack_codes, packed_nbytes
+from mpicomp.kernels.reference import pack_codes, packed_nbytes
 from mpicomp.state import State
 from mpicomp.timing import timed
 
@@ -42,15 +42,15 @@ class UniformGrid(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return the fields ``scale`` (1,) and packed ``codes``: sign in the lowest bit, multiple in those above."""
         nbytes = packed_nbytes(spec.numel, self.bits + 1)
-        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, nbytes)))
+        return Layout((Field("scale", torch.float32, 1, must_be="finite"), Field("codes", torch.uint8, nbytes)))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round and pack; ``scale`` is ``max|x| / S``. Raises DivergenceError for NaN and infinity."""
         levels = (1 << self.bits) - 1
-        largest = finite(float(x.abs().max()) if len(x) else 0.0)
-        scale = float(torch.tensor(largest / levels, dtype=torch.float32))
-        unit = scale or math.inf
+        largest = kernels.largest(x).double()
+        scale = (largest / torch.full_like(largest, levels)).to(torch.float32)  # by a number, a GPU would not divide
+        unit = scale.masked_fill(scale == 0, math.inf)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         codes = []
         for start, stop in blocks(spec.numel):
@@ -58,9 +58,9 @@ class UniformGrid(Compressor):
             multiples = part.to(wide).abs().div_(unit).round_().clamp_(max=levels)
             codes.append(multiples.to(torch.int16) << 1 | (part < 0))
         packed = pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), self.bits + 1)
-        return {"scale": number(scale, torch.float32, x.device), "codes": packed}
+        return {"scale": scale, "codes": packed}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out += weight * scale * multiple``."""
-        kernels.add_quantized_(out, payload["codes"], self.bits, weight * float(payload["scale"]))
+        kernels.add_quantized_(out, payload["codes"], self.bits, payload["scale"], weight)

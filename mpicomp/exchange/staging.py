@@ -120,7 +120,12 @@ class DeviceStaging:
         self._is_received = self._streams.Event(blocking=True)
 
     def pack(self, payload: Payload, layout: Layout) -> Bytes:
-        """Pack on the device, copy to the host on a side stream, and wait for that copy only."""
+        """Pack on the device, copy to the host on a side stream, and wait for that copy only.
+
+        Raises:
+            DivergenceError: a NaN or an infinity among what was compressed, which the device alone knew of.
+
+        """
         wire = self._sent.get(0, layout.nbytes)
         nbytes = layout.pack(payload, wire)
         host = self._sent_host.get(0, layout.nbytes)[:nbytes]
@@ -129,6 +134,7 @@ class DeviceStaging:
             host.copy_(wire[:nbytes], non_blocking=True)
         self._is_sent.record(self._side)
         self._is_sent.synchronize()
+        layout.check(host)
         return _bytes(host)
 
     def receive(self, count: int, nbytes: int) -> list[Bytes]:

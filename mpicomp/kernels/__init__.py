@@ -48,7 +48,8 @@ def compiled(device: str = "cpu") -> ModuleType | None:
         return None
 
 
-_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int16, torch.uint8)  # the last three: indices, codes
+_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int16, torch.uint8, torch.int64)
+"""Of values, of indices and codes (the next three), and of seeds."""
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -69,13 +70,6 @@ def _chosen(definition: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
-    """See `reference.random_indices`."""
-    version = getattr(compiled(device.type), "random_indices", reference.random_indices)
-    indices: Tensor = version(seed, n, k, device)
-    return indices
-
-
 top_k = _chosen(reference.top_k)
 top_k_of_difference = _chosen(reference.top_k_of_difference)
 top_k_of_parts = _chosen(reference.top_k_of_parts)
@@ -83,14 +77,17 @@ top_k_of_blocks = _chosen(reference.top_k_of_blocks)
 block_indices = _chosen(reference.block_indices)
 above = _chosen(reference.above)
 scatter_add_ = _chosen(reference.scatter_add_)
+add_block_ = _chosen(reference.add_block_)
 mix_ = _chosen(reference.mix_)
 adaptive_mix_ = _chosen(reference.adaptive_mix_)
 encode_indices = _chosen(reference.encode_indices)
 decode_indices = _chosen(reference.decode_indices)
 add_coded_ = _chosen(reference.add_coded_)
-absolute_sum = _chosen(reference.absolute_sum)
+mean_magnitude = _chosen(reference.mean_magnitude)
+largest = reference.largest
 norm = _chosen(reference.norm)
 noise = _chosen(reference.noise)
+random_indices = _chosen(reference.random_indices)
 quantize = _chosen(reference.quantize)
 add_quantized_ = _chosen(reference.add_quantized_)
 round_to_grid = _chosen(reference.round_to_grid)

@@ -17,7 +17,7 @@ from mpicomp.errors import DivergenceError
 NAN = "NaN among the values to be compressed"
 NOT_FINITE = "NaN or infinity among the values to be compressed"
 
-_ROUNDS = 4
+FEISTEL_ROUNDS = 4
 DAMAGED = "the indices of a message do not fit the vector: it is damaged, or its sender has another model"
 
 _BLOCK = 2**16  # entries that stay in the cache
@@ -159,6 +159,12 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float = 1
     )
 
 
+def add_block_(out: Tensor, offset: Tensor, values: Tensor, weight: float = 1.0) -> None:
+    """Add ``weight * values`` to the entries of `out` from `offset` (1,) on, int32, which is on the device of `out`."""
+    start = int(offset)
+    out[start : start + len(values)].add_(values, alpha=weight)
+
+
 def mix_(x: Tensor, s: Tensor, x_hat: Tensor, gamma: float) -> None:
     """Compute ``x += gamma (s - x_hat)``, all (n,)."""
     for start in range(0, len(x), _BLOCK):
@@ -253,27 +259,49 @@ def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -
     scatter_add_(out, decode_indices(code, len(values), len(out)), values, weight)
 
 
-def absolute_sum(x: Tensor) -> float:
-    """Return ``sum |x_i|`` of `x` (n,), summed in float64 in an order that is the same on every device.
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `value` as a tensor (1,) of `dtype`; made on the device, as a copy from the host would wait for it."""
+    wide = torch.float64 if dtype.is_floating_point else dtype  # from which 1e300 becomes an infinity of float32
+    return torch.full((1,), value, dtype=wide, device=device).to(dtype)
+
+
+def mean_magnitude(x: Tensor) -> Tensor:
+    """Return ``sum |x_i| / n`` of `x` (n,), float32 (1,), summed in float64 in an order that is equal on every device.
 
     Raises:
-        DivergenceError: a NaN or an infinity in `x`.
+        DivergenceError: a NaN or an infinity in `x`. Where that would have to wait for a device, the result is not
+            finite, and who sends it raises the error.
 
     """
-    return finite(_sum(x, torch.abs))
+    return number(finite(_sum(x, torch.abs)) / max(1, len(x)), torch.float32, x.device)
 
 
-def norm(x: Tensor) -> float:
-    """Return the Euclidean norm of `x` (n,), summed in float64 in an order that is the same on every device.
+def norm(x: Tensor, divisor: float = 1.0) -> Tensor:
+    """Return the Euclidean norm of `x` (n,) over `divisor`, float64 (1,), summed in an order equal on every device.
 
     Raises:
-        DivergenceError: a NaN or an infinity in `x`.
+        DivergenceError: as of `mean_magnitude`.
 
     """
     if x.dtype != torch.float64:  # the squares of float32 neither overflow nor vanish in float64
-        return finite(math.sqrt(_sum(x, torch.square)))
-    largest = finite(float(x.abs().max()) if len(x) else 0.0)
-    return largest * math.sqrt(_sum(x / largest, torch.square)) if largest else 0.0
+        length = finite(math.sqrt(_sum(x, torch.square)))
+    else:
+        most = float(largest(x))
+        length = most * math.sqrt(_sum(x / most, torch.square)) if most else 0.0
+    return number(length / divisor, torch.float64, x.device)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the largest magnitude in `x` (n,), in its type (1,).
+
+    Raises:
+        DivergenceError: as of `mean_magnitude`.
+
+    """
+    found = x.abs().max().reshape(1) if len(x) else x.new_zeros(1)
+    if x.is_cpu:
+        finite(float(found))
+    return found
 
 
 def finite(total: float) -> float:
@@ -317,56 +345,64 @@ def _noise(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
     return ((word ^ word >> 16) >> 8).to(torch.float32) * 2.0**-24
 
 
-def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
-    """Return `x` (n,) in units of `unit`, rounded at random, at most ``2**bits - 1`` of them, as `pack_codes`.
+def quantize(x: Tensor, unit: Tensor, bits: int, seed: int) -> Tensor:
+    """Return `x` (n,) in units of `unit` (1,), rounded at random, at most ``2**bits - 1`` of them, as `pack_codes`.
 
     A code is twice the level plus one if x is negative, of ``bits + 1`` bits; a unit of 0, or one that is 0 in the type
     of `x`, makes all levels 0.
     """
-    unit = float(torch.tensor(unit, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)) or math.inf
+    size = float(unit.to(x.dtype if x.dtype == torch.float64 else torch.float32)) or math.inf
     codes = []
     for start in range(0, len(x), _BLOCK):
         part = x[start : start + _BLOCK]
         wide = part if part.dtype == torch.float64 else part.float()
-        level = (wide.abs() / unit + _noise(seed, start, start + len(part), x.device)).floor_()
+        level = (wide.abs() / size + _noise(seed, start, start + len(part), x.device)).floor_()
         codes.append(level.clamp_(max=2**bits - 1).to(torch.int16) << 1 | (part < 0))
     return pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), bits + 1)
 
 
-def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
-    """Compute ``out += scale * levels`` for the levels, with their signs, that `quantize` has packed."""
+def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: Tensor, weight: float = 1.0) -> None:
+    """Compute ``out += weight * scale * levels`` for the levels, with their signs, that `quantize` has packed.
+
+    `scale` (1,) is on the device of `out`, as in a message; its product with `weight` is formed in float64.
+    """
+    step = weight * float(scale)
     for start in range(0, len(out), _BLOCK):
         stop = min(len(out), start + _BLOCK)
         codes = unpack_codes(packed, bits + 1, len(out), start, stop)
         signed = (codes >> 1) * (1 - 2 * (codes & 1))
-        out[start:stop].add_(signed.to(out.dtype), alpha=scale)
+        out[start:stop].add_(signed.to(out.dtype), alpha=step)
 
 
-def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
+def round_to_grid(x: Tensor, unit: Tensor, middles: Sequence[float], bits: int) -> Tensor:
     """Return the places of ``|x_i| / unit`` among ascending `middles`, with the signs, as `pack_codes` of `bits` bits.
 
-    A code is twice the number of middles that are not larger, plus one if x is negative. A unit of 0, or one that is 0
-    in the type of `x`, makes all places 0. The middles must be exact in the type of `x`, and above zero.
+    `unit` is (1,), on the device of `x`. A code is twice the number of middles that are not larger, plus one if x is
+    negative. A unit of 0, or one that is 0 in the type of `x`, makes all places 0. The middles must be exact in the
+    type of `x`, and above zero.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    unit = float(torch.tensor(unit, dtype=wide)) or math.inf
+    size = float(unit.to(wide)) or math.inf
     bounds = torch.tensor(middles, dtype=wide, device=x.device)
     codes = []
     for start in range(0, len(x), _BLOCK):
         part = x[start : start + _BLOCK]
-        places = torch.bucketize(part.to(wide).abs() / unit, bounds, right=True)
+        places = torch.bucketize(part.to(wide).abs() / size, bounds, right=True)
         codes.append(places.to(torch.int16) << 1 | (part < 0))
     return pack_codes(torch.cat([*codes, torch.empty(0, dtype=torch.int16, device=x.device)]), bits)
 
 
-def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
-    """Compute ``out += scale * grid[place]``, with its sign, for the places that `round_to_grid` has packed."""
+def add_gridded_(
+    out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: Tensor, weight: float = 1.0
+) -> None:
+    """Compute ``out += weight * scale * grid[place]``, with its sign, for what `round_to_grid` has packed."""
+    step = weight * float(scale)
     signed = [sign * value for value in grid for sign in (1, -1)]
     table = torch.tensor(signed, dtype=out.dtype, device=out.device)
     for start in range(0, len(out), _BLOCK):
         stop = min(len(out), start + _BLOCK)
         codes = unpack_codes(packed, bits, len(out), start, stop)
-        out[start:stop].add_(table[codes.int()], alpha=scale)
+        out[start:stop].add_(table[codes.int()], alpha=step)
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -374,12 +410,13 @@ def pack_signs(x: Tensor) -> Tensor:
     return pack_bits(x >= 0)
 
 
-def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
-    """Compute ``out += scale`` where a bit of `packed` is set, ``out -= scale`` elsewhere."""
+def add_signs_(out: Tensor, packed: Tensor, scale: Tensor, weight: float = 1.0) -> None:
+    """Compute ``out += weight * scale`` where a bit of `packed` is set, ``out -= weight * scale`` elsewhere."""
+    step = weight * float(scale)
     for start in range(0, len(out), _BLOCK):
         stop = min(len(out), start + _BLOCK)
         signs = unpack_bits(packed, len(out), start, stop).to(out.dtype).mul_(2).sub_(1)
-        out[start:stop].add_(signs, alpha=scale)
+        out[start:stop].add_(signs, alpha=step)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -428,14 +465,15 @@ def unpack_codes(packed: Tensor, bits: int, n: int, start: int = 0, stop: int | 
     return codes.flatten()[: stop - start]
 
 
-def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
+def random_indices(seed: Tensor, n: int, k: int) -> Tensor:
     """Return `k` different indices below `n`, int32 (k,), the same on every device, in time proportional to `k`.
 
-    Entry i is the image of i under a permutation of ``[0, n)`` keyed by `seed`: a Feistel network on the smallest
-    domain ``4**h >= n``, walked on until the image is below `n` (Black and Rogaway 2002, doi 10.1007/3-540-45760-7_9).
+    They are on the device of `seed` (1,), int64 >= 0. Entry i is the image of i under a permutation of ``[0, n)`` that
+    the seed keys: a Feistel network on the smallest domain ``4**h >= n``, walked on until the image is below `n` (Black
+    and Rogaway 2002, doi 10.1007/3-540-45760-7_9).
     """
-    half, keys = feistel_half(n), feistel_keys(seed)
-    index = torch.arange(k, dtype=torch.int64, device=device)
+    half, keys = feistel_half(n), _feistel_keys(int(seed))
+    index = torch.arange(k, dtype=torch.int64, device=seed.device)
     image = _feistel(index, keys, half)
     while bool((outside := image >= n).any()):
         image[outside] = _feistel(image[outside], keys, half)
@@ -450,9 +488,9 @@ def feistel_half(n: int) -> int:
     return half
 
 
-def feistel_keys(seed: int) -> list[int]:
+def _feistel_keys(seed: int) -> list[int]:
     """Return a key below ``2**18 + 1`` for each turn."""
-    return [((seed >> 16 * turn) & 0xFFFF | turn << 16) + 1 for turn in range(_ROUNDS)]
+    return [((seed >> 16 * turn) & 0xFFFF | turn << 16) + 1 for turn in range(FEISTEL_ROUNDS)]
 
 
 def _feistel(index: Tensor, keys: list[int], half: int) -> Tensor:

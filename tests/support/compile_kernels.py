@@ -27,7 +27,7 @@ COMPLETE = 90
 """For this one all constants of a kernel are tried, for the others those that it meets first with its types."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FUSING = {"mix", "adaptive_mix", "add_quantized", "add_gridded"}
+FUSING = {"add_block", "mix", "adaptive_mix", "add_quantized", "add_gridded"}
 started = {}
 
 
@@ -51,15 +51,16 @@ def start(x):
     gpu.block_indices(packed, table, 12, 9)
     for kind in (torch.int16, torch.int32):
         gpu.scatter_add_(x, indices.to(kind), x[:8])
+    gpu.add_block_(x, indices[:1], x[:8])
     gpu.encode_indices(indices, 500)
     with contextlib.suppress(IndexError):
         gpu.decode_indices(torch.zeros(9, dtype=torch.uint8), 8, 500)
     gpu.mix_(x, x, x, 1.0)
-    gpu.absolute_sum(x)
+    gpu.mean_magnitude(x)
     gpu.noise(x, 1)
-    gpu.random_indices(1, 3000, 300, x.device)
-    gpu.add_gridded_(x, gpu.round_to_grid(x, 0.1, [0.5, 1.0], 3), [0.0, 1.0, 2.0], 3, 1.0)
-    gpu.add_signs_(x, gpu.pack_signs(x), 1.0)
+    gpu.random_indices(torch.ones(1, dtype=torch.int64), 3000, 300)
+    gpu.add_gridded_(x, gpu.round_to_grid(x, x[:1], [0.5, 1.0], 3), [0.0, 1.0, 2.0], 3, x[:1])
+    gpu.add_signs_(x, gpu.pack_signs(x), x[:1])
 
 
 def start_again(x):
@@ -67,7 +68,7 @@ def start_again(x):
     gpu.above(x, 1.0)
     gpu.adaptive_mix_(x, x, x, x, 0.1, 0.9, 0.1, 1e-8, 1.0)
     gpu.norm(x)
-    gpu.add_quantized_(x, gpu.quantize(x, 0.1, 4, 1), 4, 1.0)
+    gpu.add_quantized_(x, gpu.quantize(x, x[:1].double(), 4, 1), 4, torch.ones(1))
 
 
 for module in (gpu, blocks, indices, quantizer, select, select_parts):

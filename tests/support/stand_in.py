@@ -265,8 +265,10 @@ class StagedExchange:
 
     def start(self, payload, layout, topology):
         wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
-        layout.pack(payload, wire)
-        self.pending = self._exchange.start(layout.unpack(wire.cpu()), layout, topology)
+        nbytes = layout.pack(payload, wire)
+        host = wire.cpu()[:nbytes]
+        layout.check(host)
+        self.pending = self._exchange.start(layout.unpack(host), layout, topology)
         return self
 
     def test(self):

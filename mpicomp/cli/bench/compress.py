@@ -220,11 +220,12 @@ def _updates(x: Tensor) -> Iterator[Operation]:
 def _dense(x: Tensor) -> Iterator[Operation]:
     """Yield packing and unpacking of signs and levels, by themselves and with their scales."""
     spec, y = Spec.flat(len(x)), torch.zeros_like(x)
-    unit = kernels.norm(x) / 15
+    unit = kernels.norm(x, 15)
+    step = float(unit)
     sign, qsgd = SignNorm(), QSGD(bits=4)
 
     def torch_levels() -> Tensor:
-        return (x.abs() / unit + torch.rand_like(x)).floor_().to(torch.uint8)
+        return (x.abs() / step + torch.rand_like(x)).floor_().to(torch.uint8)
 
     yield Operation("pack signs", lambda: kernels.pack_signs(x), lambda: x.sign())
     yield from _both_ways(sign, "sign", x, y, spec)

@@ -80,7 +80,7 @@ class PerTensor(Wrapper):
         """Return the inner layouts of all tensors, one after the other."""
         if at_once := self._at_once(spec):
             return at_once.layout(spec)
-        return Layout.concatenate([self._of(part).layout(part) for part in spec.parts])
+        return Layout.concatenate([self._of(part).layout(part) for part in spec.parts], spec.names)
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:

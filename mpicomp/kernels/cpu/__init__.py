@@ -18,7 +18,7 @@ from mpicomp.errors import DivergenceError
 from mpicomp.kernels.cpu import blocks, select, update
 from mpicomp.kernels.cpu import indices as codes
 from mpicomp.kernels.cpu import quantize as quantizer
-from mpicomp.kernels.reference import DAMAGED, NAN, finite, index_code_nbytes, index_shift, packed_nbytes
+from mpicomp.kernels.reference import DAMAGED, NAN, finite, index_code_nbytes, index_shift, number, packed_nbytes
 
 
 def _array(x: Tensor, like: Tensor | None = None) -> npt.NDArray[Any]:
@@ -153,18 +153,21 @@ def adaptive_mix_(
     update.adaptive_mix(_array(x), _array(s, x), _array(x_hat, x), _array(v, x), gamma, beta, correction, epsilon, clip)
 
 
-def absolute_sum(x: Tensor) -> float:
-    """See `reference.absolute_sum`."""
-    return finite(quantizer.total(_array(x), square=False))
+def mean_magnitude(x: Tensor) -> Tensor:
+    """See `reference.mean_magnitude`."""
+    mean = finite(quantizer.total(_array(x), square=False)) / max(1, len(x))
+    return number(mean, torch.float32, x.device)
 
 
-def norm(x: Tensor) -> float:
+def norm(x: Tensor, divisor: float = 1.0) -> Tensor:
     """See `reference.norm`."""
     array = _array(x)
     if x.dtype != torch.float64:
-        return finite(math.sqrt(quantizer.total(array, square=True)))
-    largest = finite(float(np.abs(array).max(initial=0.0)))
-    return largest * math.sqrt(quantizer.total(array / largest, square=True)) if largest else 0.0
+        length = finite(math.sqrt(quantizer.total(array, square=True)))
+    else:
+        largest = finite(float(np.abs(array).max(initial=0.0)))
+        length = largest * math.sqrt(quantizer.total(array / largest, square=True)) if largest else 0.0
+    return number(length / divisor, torch.float64, x.device)
 
 
 def noise(x: Tensor, seed: int) -> Tensor:
@@ -178,32 +181,34 @@ def _halves(seed: int) -> tuple[np.uint32, np.uint32]:
     return np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32 & 0xFFFFFFFF)
 
 
-def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
+def quantize(x: Tensor, unit: Tensor, bits: int, seed: int) -> Tensor:
     """See `reference.quantize`."""
     packed = torch.empty(packed_nbytes(len(x), bits + 1), dtype=torch.uint8)
-    quantizer.quantize(_array(x), unit, bits, *_halves(seed), packed.numpy())
+    quantizer.quantize(_array(x), float(unit), bits, *_halves(seed), packed.numpy())
     return packed
 
 
-def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
+def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: Tensor, weight: float = 1.0) -> None:
     """See `reference.add_quantized_`."""
-    quantizer.add_quantized(_array(out), _packed(packed, len(out), bits + 1), bits, scale)
+    quantizer.add_quantized(_array(out), _packed(packed, len(out), bits + 1), bits, weight * float(scale))
 
 
-def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
+def round_to_grid(x: Tensor, unit: Tensor, middles: Sequence[float], bits: int) -> Tensor:
     """See `reference.round_to_grid`."""
     packed = torch.empty(packed_nbytes(len(x), bits), dtype=torch.uint8)
     entries = _array(x)
-    quantizer.round_to_grid(entries, unit, np.array(middles, entries.dtype), bits, packed.numpy())
+    quantizer.round_to_grid(entries, float(unit), np.array(middles, entries.dtype), bits, packed.numpy())
     return packed
 
 
-def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
+def add_gridded_(
+    out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: Tensor, weight: float = 1.0
+) -> None:
     """See `reference.add_gridded_`."""
     entries = _array(out)
     table = np.zeros(1 << bits, entries.dtype)
     table[: 2 * len(grid)] = [sign * value for value in grid for sign in (1, -1)]
-    quantizer.add_gridded(entries, _packed(packed, len(out), bits), table, bits, scale)
+    quantizer.add_gridded(entries, _packed(packed, len(out), bits), table, bits, weight * float(scale))
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -213,9 +218,9 @@ def pack_signs(x: Tensor) -> Tensor:
     return packed
 
 
-def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
+def add_signs_(out: Tensor, packed: Tensor, scale: Tensor, weight: float = 1.0) -> None:
     """See `reference.add_signs_`."""
-    quantizer.add_signs(_array(out), _packed(packed, len(out), 1), scale)
+    quantizer.add_signs(_array(out), _packed(packed, len(out), 1), weight * float(scale))
 
 
 def _packed(packed: Tensor, n: int, bits: int) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """Versions for GPUs in Triton: those of `mpicomp.kernels.reference`, on contiguous float32 or float64.
 
 The functions here take tensors and start what is in the other files, which they wait for only where they must know a
-length or a sum. Results are those of the definitions on the CPU, bit for bit: torch's own on a GPU may be off in the
+length. Results are those of the definitions on the CPU, bit for bit: torch's own on a GPU may be off in the
 last bit where it divides by a number. In Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) they take
 tensors in host memory, which is how they are tested without a GPU.
 """
@@ -9,7 +9,6 @@ tensors in host memory, which is how they are tested without a GPU.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from mpicomp.kernels.gpu import blocks, random, select, select_parts, update
 from mpicomp.kernels.gpu import indices as codes
 from mpicomp.kernels.gpu import quantize as quantizer
 from mpicomp.kernels.gpu.compiled import BLOCK, launch, tiles
-from mpicomp.kernels.reference import feistel_half, feistel_keys, finite, packed_nbytes
+from mpicomp.kernels.reference import FEISTEL_ROUNDS, feistel_half, packed_nbytes, sqrt
 
 _GROUPS = BLOCK // 8
 
@@ -81,6 +80,12 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float = 1
     launch(update.scatter_add, tiles(k), _plain(out), _plain(indices), _plain(values), weight, len(out), k, BLOCK=BLOCK)
 
 
+def add_block_(out: Tensor, offset: Tensor, values: Tensor, weight: float = 1.0) -> None:
+    """See `reference.add_block_`; leaves out what is out of range."""
+    k = len(values)
+    launch(update.add_block, tiles(k), _plain(out), offset, _plain(values), weight, len(out), k, BLOCK=BLOCK)
+
+
 def encode_indices(indices: Tensor, n: int) -> Tensor:
     """See `reference.encode_indices`; waits for the device, which alone knows the length."""
     return codes.encode(_plain(indices), n)
@@ -118,17 +123,23 @@ def adaptive_mix_(
     launch(update.adaptive_mix, tiles(len(x)), *vectors, *numbers, len(x), BLOCK=BLOCK)
 
 
-def absolute_sum(x: Tensor) -> float:
-    """See `reference.absolute_sum`."""
-    return finite(quantizer.total(_plain(x), square=False))
+def mean_magnitude(x: Tensor) -> Tensor:
+    """See `reference.mean_magnitude`; does not wait to see whether it is finite."""
+    return _over(quantizer.total(_plain(x), square=False), max(1, len(x))).to(torch.float32)
 
 
-def norm(x: Tensor) -> float:
-    """See `reference.norm`."""
+def norm(x: Tensor, divisor: float = 1.0) -> Tensor:
+    """See `reference.norm`; does not wait to see whether it is finite."""
     if x.dtype != torch.float64:
-        return finite(math.sqrt(quantizer.total(_plain(x), square=True)))
-    largest = finite(quantizer.largest(_plain(x)))
-    return largest * math.sqrt(quantizer.total(x, square=True, divisor=largest)) if largest else 0.0
+        return _over(sqrt(quantizer.total(_plain(x), square=True)), divisor)
+    most = _plain(x).abs().max().reshape(1) if len(x) else x.new_zeros(1)
+    scaled = x / most.masked_fill(most == 0, 1.0)
+    return _over(most * sqrt(quantizer.total(scaled, square=True)), divisor)
+
+
+def _over(x: Tensor, divisor: float) -> Tensor:
+    """Return ``x / divisor``, rounded correctly: by a number, torch would multiply with its inverse on a GPU."""
+    return x if divisor == 1 else x / torch.full_like(x, divisor)
 
 
 def noise(x: Tensor, seed: int) -> Tensor:
@@ -138,10 +149,10 @@ def noise(x: Tensor, seed: int) -> Tensor:
     return out
 
 
-def random_indices(seed: int, n: int, k: int, device: torch.device) -> Tensor:
+def random_indices(seed: Tensor, n: int, k: int) -> Tensor:
     """See `reference.random_indices`."""
-    out, keys = torch.empty(k, dtype=torch.int32, device=device), feistel_keys(seed)
-    launch(random.random_indices, tiles(k), out, *keys, n, k, HALF=feistel_half(n), TURNS=len(keys), BLOCK=BLOCK)
+    out = torch.empty(k, dtype=torch.int32, device=seed.device)
+    launch(random.random_indices, tiles(k), out, seed, n, k, HALF=feistel_half(n), TURNS=FEISTEL_ROUNDS, BLOCK=BLOCK)
     return out
 
 
@@ -151,7 +162,7 @@ def _halves(seed: int) -> tuple[int, int]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
-def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
+def quantize(x: Tensor, unit: Tensor, bits: int, seed: int) -> Tensor:
     """See `reference.quantize`."""
     packed, groups = _room(x, bits + 1)
     launch(
@@ -161,14 +172,14 @@ def quantize(x: Tensor, unit: float, bits: int, seed: int) -> Tensor:
     return packed
 
 
-def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: float) -> None:
+def add_quantized_(out: Tensor, packed: Tensor, bits: int, scale: Tensor, weight: float = 1.0) -> None:
     """See `reference.add_quantized_`."""
     groups = _check(packed, len(out), bits + 1)
-    arguments = _plain(out), _plain(packed), scale, len(out), groups
+    arguments = _plain(out), _plain(packed), scale, weight, len(out), groups
     launch(quantizer.add_quantized, tiles(len(out)), *arguments, BITS=bits, GROUPS=_GROUPS)
 
 
-def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -> Tensor:
+def round_to_grid(x: Tensor, unit: Tensor, middles: Sequence[float], bits: int) -> Tensor:
     """See `reference.round_to_grid`."""
     packed, groups = _room(x, bits)
     bounds = _table(tuple(middles), x.dtype, x.device)
@@ -177,13 +188,15 @@ def round_to_grid(x: Tensor, unit: float, middles: Sequence[float], bits: int) -
     return packed
 
 
-def add_gridded_(out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: float) -> None:
+def add_gridded_(
+    out: Tensor, packed: Tensor, grid: Sequence[float], bits: int, scale: Tensor, weight: float = 1.0
+) -> None:
     """See `reference.add_gridded_`."""
     groups = _check(packed, len(out), bits)
     signed = [sign * value for value in grid for sign in (1, -1)]
     signed += [0.0] * ((1 << bits) - len(signed))  # for codes of no place, in a damaged message
     table = _table(tuple(signed), out.dtype, out.device)
-    arguments = _plain(out), _plain(packed), table, scale, len(out), groups
+    arguments = _plain(out), _plain(packed), table, scale, weight, len(out), groups
     launch(quantizer.add_gridded, tiles(len(out)), *arguments, BITS=bits, GROUPS=_GROUPS)
 
 
@@ -200,10 +213,10 @@ def pack_signs(x: Tensor) -> Tensor:
     return packed
 
 
-def add_signs_(out: Tensor, packed: Tensor, scale: float) -> None:
+def add_signs_(out: Tensor, packed: Tensor, scale: Tensor, weight: float = 1.0) -> None:
     """See `reference.add_signs_`."""
     groups = _check(packed, len(out), 1)
-    arguments = _plain(out), _plain(packed), scale, len(out), groups
+    arguments = _plain(out), _plain(packed), scale, weight, len(out), groups
     launch(quantizer.add_signs, tiles(len(out)), *arguments, GROUPS=_GROUPS)
 
 

@@ -5,8 +5,6 @@ Sums fold blocks of 2**10 entries in halves, as the definition does: `tl.sum` ad
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -23,33 +21,23 @@ _ROWS = 8
 """Blocks of a sum that one program folds."""
 
 
-def total(x: Tensor, square: bool, divisor: float = 1.0) -> float:
-    """Return the sum of the magnitudes, or of the squares, of ``x / divisor``; waits for the device."""
+def total(x: Tensor, square: bool) -> Tensor:
+    """Return the sum of the magnitudes, or of the squares, of `x`, float64 (1,)."""
     while True:
         sums = torch.zeros(max(1, tiles(len(x), _FOLD)), dtype=torch.float64, device=x.device)
         launch(
-            _fold, tiles(len(x), _FOLD * _ROWS), x, sums, divisor, len(x),
-            SQUARE=square, DIVIDE=divisor != 1, FOLD=_FOLD, WIDTH=_WIDTH, LEVELS=_WIDTH.bit_length() - 1, ROWS=_ROWS,
+            _fold, tiles(len(x), _FOLD * _ROWS), x, sums, len(x),
+            SQUARE=square, FOLD=_FOLD, WIDTH=_WIDTH, LEVELS=_WIDTH.bit_length() - 1, ROWS=_ROWS,
         )  # fmt: skip
         if len(sums) == 1:
-            return float(sums)
-        x, square, divisor = sums, False, 1.0
-
-
-def largest(x: Tensor) -> float:
-    """Return the largest magnitude, or NaN with one; waits for the device."""
-    if not len(x):
-        return 0.0
-    low, high = (float(bound) for bound in torch.stack(x.aminmax()).tolist())
-    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+            return sums
+        x, square = sums, False
 
 
 @jit
-def _terms(x: tensor, i: tensor, divisor: tensor, n: tensor, SQUARE: tl.constexpr, DIVIDE: tl.constexpr) -> tensor:
+def _terms(x: tensor, i: tensor, n: tensor, SQUARE: tl.constexpr) -> tensor:
     """Return what entries `i` add to the sum, in float64."""
     part = tl.load(x + i, mask=i < n, other=0.0).to(tl.float64)
-    if DIVIDE:
-        part = part / divisor
     return part * part if SQUARE else tl.abs(part)
 
 
@@ -57,10 +45,8 @@ def _terms(x: tensor, i: tensor, divisor: tensor, n: tensor, SQUARE: tl.constexp
 def _loaded(
     x: tensor,
     i: tensor,
-    divisor: tensor,
     n: tensor,
     SQUARE: tl.constexpr,
-    DIVIDE: tl.constexpr,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tensor:
@@ -70,20 +56,18 @@ def _loaded(
     keep 1000 numbers, in local memory.
     """
     if WIDTH == FOLD:
-        return _terms(x, i, divisor, n, SQUARE, DIVIDE)
+        return _terms(x, i, n, SQUARE)
     else:  # noqa: RET505 - Triton compiles what follows a return, too
-        first = _loaded(x, i, divisor, n, SQUARE, DIVIDE, FOLD, 2 * WIDTH)
-        return first + _loaded(x, i + WIDTH, divisor, n, SQUARE, DIVIDE, FOLD, 2 * WIDTH)
+        first = _loaded(x, i, n, SQUARE, FOLD, 2 * WIDTH)
+        return first + _loaded(x, i + WIDTH, n, SQUARE, FOLD, 2 * WIDTH)
 
 
 @jit
 def _fold(
     x: tensor,
     sums: tensor,
-    divisor: tl.float64,
     n: tensor,
     SQUARE: tl.constexpr,
-    DIVIDE: tl.constexpr,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -92,7 +76,7 @@ def _fold(
     """Write the sum of each block of `x` in float64."""
     row = offsets(tl.program_id(0), ROWS)
     i = row[:, None] * FOLD + tl.arange(0, WIDTH)[None, :]
-    part = _loaded(x, i, divisor, n, SQUARE, DIVIDE, FOLD, WIDTH)
+    part = _loaded(x, i, n, SQUARE, FOLD, WIDTH)
     for level in tl.static_range(LEVELS):
         halves = tl.permute(tl.reshape(part, (ROWS, 2, (WIDTH // 2) >> level)), (0, 2, 1))
         first, second = tl.split(halves)
@@ -120,7 +104,7 @@ def noise(out: tensor, low: tensor, high: tensor, n: tensor, BLOCK: tl.constexpr
 def quantize(
     x: tensor,
     packed: tensor,
-    unit: tl.float64,
+    unit: tensor,
     low: tensor,
     high: tensor,
     n: tensor,
@@ -132,7 +116,7 @@ def quantize(
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
     entries = tl.load(x + i, mask=i < n, other=0.0)
-    size = rounded(unit, entries)
+    size = rounded(tl.load(unit), entries)
     size = tl.where(size > 0, size, float("inf"))
     level = divide(tl.abs(entries), size) + _noise(i, low, high).to(entries.dtype)
     level = tl.where(level < (1 << BITS) - 1, level, (1 << BITS) - 1).to(tl.int32)
@@ -141,22 +125,29 @@ def quantize(
 
 
 @jit
+def _step(scale: tensor, weight: tensor, like: tensor) -> tensor:
+    """Return ``weight * scale``, formed in float64, in the type of `like`; the host does not see the scale."""
+    return rounded(tl.load(scale).to(tl.float64) * weight, like)
+
+
+@jit
 def add_quantized(
     out: tensor,
     packed: tensor,
-    scale: tl.float64,
+    scale: tensor,
+    weight: tl.float64,
     n: tensor,
     groups: tensor,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """``out += scale * levels`` with their signs."""
+    """``out += weight * scale * levels`` with their signs."""
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
     codes = load_codes(packed, group, groups, BITS + 1, GROUPS)
     entries = tl.load(out + i, mask=i < n, other=0.0)
     signed = ((codes >> 1) * (1 - 2 * (codes & 1))).to(entries.dtype)
-    tl.store(out + i, tl.fma(signed, rounded(scale, entries), entries), mask=i < n)
+    tl.store(out + i, tl.fma(signed, _step(scale, weight, entries), entries), mask=i < n)
 
 
 @jit
@@ -164,7 +155,7 @@ def round_to_grid(
     x: tensor,
     packed: tensor,
     middles: tensor,
-    unit: tl.float64,
+    unit: tensor,
     count: tensor,
     n: tensor,
     groups: tensor,
@@ -175,7 +166,7 @@ def round_to_grid(
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
     entries = tl.load(x + i, mask=i < n, other=0.0)
-    size = rounded(unit, entries)
+    size = rounded(tl.load(unit), entries)
     size = tl.where(size > 0, size, float("inf"))
     parts = divide(tl.abs(entries), size)
     codes = (entries < 0).to(tl.int32)
@@ -189,18 +180,19 @@ def add_gridded(
     out: tensor,
     packed: tensor,
     table: tensor,
-    scale: tl.float64,
+    scale: tensor,
+    weight: tl.float64,
     n: tensor,
     groups: tensor,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """``out += scale * table[code]``."""
+    """``out += weight * scale * table[code]``."""
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
     grid = tl.load(table + load_codes(packed, group, groups, BITS, GROUPS))
     entries = tl.load(out + i, mask=i < n, other=0.0)
-    tl.store(out + i, tl.fma(grid, rounded(scale, entries), entries), mask=i < n)
+    tl.store(out + i, tl.fma(grid, _step(scale, weight, entries), entries), mask=i < n)
 
 
 @jit
@@ -213,11 +205,13 @@ def pack_signs(x: tensor, packed: tensor, n: tensor, groups: tensor, GROUPS: tl.
 
 
 @jit
-def add_signs(out: tensor, packed: tensor, scale: tl.float64, n: tensor, groups: tensor, GROUPS: tl.constexpr) -> None:
-    """Add `scale` where a bit is set, and subtract it elsewhere."""
+def add_signs(
+    out: tensor, packed: tensor, scale: tensor, weight: tl.float64, n: tensor, groups: tensor, GROUPS: tl.constexpr
+) -> None:
+    """Add ``weight * scale`` where a bit is set, and subtract it elsewhere."""
     group = offsets(tl.program_id(0), GROUPS)
     i = matrix(group)
     positive = load_codes(packed, group, groups, 1, GROUPS) == 1
     entries = tl.load(out + i, mask=i < n, other=0.0)
-    step = rounded(scale, entries)
+    step = _step(scale, weight, entries)
     tl.store(out + i, entries + tl.where(positive, step, -step), mask=i < n)

@@ -28,6 +28,19 @@ def scatter_add(
 
 
 @jit
+def add_block(
+    out: tensor, offset: tensor, values: tensor, weight: tl.float64, n: tensor, k: tensor, BLOCK: tl.constexpr
+) -> None:
+    """``out[offset : offset + k] += weight * values``; the host does not see the offset."""
+    i = offsets(tl.program_id(0), BLOCK)
+    place = tl.load(offset).to(tl.int64) + i
+    inside = (i < k) & (place >= 0) & (place < n)
+    entries = tl.load(out + place, mask=inside, other=0.0)
+    added = tl.load(values + i, mask=inside, other=0.0)
+    tl.store(out + place, tl.fma(added, rounded(weight, entries), entries), mask=inside)
+
+
+@jit
 def mix(x: tensor, s: tensor, x_hat: tensor, gamma: tl.float64, n: tensor, BLOCK: tl.constexpr) -> None:
     """``x += gamma (s - x_hat)``."""
     i = offsets(tl.program_id(0), BLOCK)

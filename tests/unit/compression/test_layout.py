@@ -3,6 +3,7 @@ import torch
 
 from mpicomp.compression import Field, Layout, PerTensor, Spec, TopK
 from mpicomp.compression.message import index_dtype
+from mpicomp.errors import DivergenceError
 
 MIXED = Layout(
     (
@@ -71,3 +72,29 @@ def test_tensors_of_a_model_too_long_for_32_bits_have_indices_of_their_own():
     spec = Spec(("a", "b"), ((2**30,), (2**30 + 1,)))
     names = [field.name for field in PerTensor(TopK(0.001)).layout(spec).fields]
     assert names == ["0.values", "0.indices", "1.values", "1.indices"]
+
+
+@pytest.mark.parametrize(("must_be", "refused"), [("", []), ("a number", ["nan"]), ("finite", ["nan", "inf"])])
+def test_a_message_from_a_device_is_checked_on_the_host(must_be, refused):
+    parts = (("weight", 2), ("bias", 1))
+    layout = Layout((Field("signs", torch.uint8, 3), Field("scale", torch.float32, 3, True, must_be, parts)))
+    wire = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for place, name in enumerate(["weight", "weight", "bias"]):
+        for value in ("1", "nan", "inf"):
+            scale = torch.ones(3)
+            scale[place] = float(value)
+            layout.pack({"signs": torch.zeros(3, dtype=torch.uint8), "scale": scale}, wire)
+            if value in refused:
+                with pytest.raises(DivergenceError, match=f"{name}: NaN"):
+                    layout.check(wire)
+            else:
+                layout.check(wire)
+
+
+def test_a_field_of_several_messages_knows_its_tensor():
+    one = Layout((Field("scale", torch.float32, 1, must_be="finite"),))
+    both = Layout.concatenate([one, one], ["weight", "bias"])
+    wire = torch.zeros(both.nbytes, dtype=torch.uint8)
+    both.pack({"0.scale": torch.ones(1), "1.scale": torch.full((1,), torch.nan)}, wire)
+    with pytest.raises(DivergenceError, match="bias: NaN or infinity"):
+        both.check(wire)

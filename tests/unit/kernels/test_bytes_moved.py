@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support.kernel_table import chosen, table_of_blocks, vector
+from support.kernel_table import SCALE, chosen, one, table_of_blocks, vector
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -87,9 +87,9 @@ def cases():
     x, y, z, v = (vector(N, seed=seed) for seed in range(4))
     sizes = (N // 4, 16, N - N // 4 - 16)
     values, indices = x[:K].clone(), chosen(N, K)
-    code, signs, levels = gpu.encode_indices(indices, N), gpu.pack_signs(x), gpu.quantize(x, 0.1, 4, 1)
+    code, signs, levels = gpu.encode_indices(indices, N), gpu.pack_signs(x), gpu.quantize(x, one(0.1), 4, 1)
     middles, grid = [0.25, 0.5, 1.0], [0.0, 0.3, 0.7, 1.0]
-    places = gpu.round_to_grid(x, 1.0, middles, 3)
+    places = gpu.round_to_grid(x, one(1.0), middles, 3)
     threshold = float(x.abs().sort().values[N - K])
     _, table, _ = table_of_blocks([N], 0.01)
     table, total = table[: -(-N // 4096)], int(table[: -(-N // 4096), 4].sum())
@@ -106,20 +106,21 @@ def cases():
         "block_indices": (partial(gpu.block_indices, packed_places, table, 12, total), 4 * total + len(packed_places)),
         "above": (partial(gpu.above, x, threshold), top),
         "scatter_add_": (partial(gpu.scatter_add_, x, indices, values), 16 * K),
+        "add_block_": (partial(gpu.add_block_, x, indices[:1], values), 12 * K),
         "encode_indices": (partial(gpu.encode_indices, indices, N), 4 * K + len(code)),
         "decode_indices": (partial(gpu.decode_indices, code, K, N), 4 * K + len(code)),
         "mix_": (partial(gpu.mix_, x, y, z, 0.1), 4 * vectors),
         "adaptive_mix_": (partial(gpu.adaptive_mix_, x, y, z, v.abs(), 0.1, 0.9, 0.1, 1e-8, 1.0), 6 * vectors),
-        "absolute_sum": (partial(gpu.absolute_sum, x), vectors),
+        "mean_magnitude": (partial(gpu.mean_magnitude, x), vectors),
         "norm": (partial(gpu.norm, x), vectors),
         "noise": (partial(gpu.noise, x, 1), vectors),
-        "random_indices": (partial(gpu.random_indices, 1, N, K, x.device), 4 * K),
-        "quantize": (partial(gpu.quantize, x, 0.1, 4, 1), vectors + packed_nbytes(N, 5)),
-        "add_quantized_": (partial(gpu.add_quantized_, x, levels, 4, 0.1), 2 * vectors + packed_nbytes(N, 5)),
-        "round_to_grid": (partial(gpu.round_to_grid, x, 1.0, middles, 3), vectors + packed_nbytes(N, 3)),
-        "add_gridded_": (partial(gpu.add_gridded_, x, places, grid, 3, 0.1), 2 * vectors + packed_nbytes(N, 3)),
+        "random_indices": (partial(gpu.random_indices, torch.tensor([1]), N, K), 4 * K),
+        "quantize": (partial(gpu.quantize, x, one(0.1), 4, 1), vectors + packed_nbytes(N, 5)),
+        "add_quantized_": (partial(gpu.add_quantized_, x, levels, 4, SCALE), 2 * vectors + packed_nbytes(N, 5)),
+        "round_to_grid": (partial(gpu.round_to_grid, x, one(1.0), middles, 3), vectors + packed_nbytes(N, 3)),
+        "add_gridded_": (partial(gpu.add_gridded_, x, places, grid, 3, SCALE), 2 * vectors + packed_nbytes(N, 3)),
         "pack_signs": (partial(gpu.pack_signs, x), vectors + packed_nbytes(N, 1)),
-        "add_signs_": (partial(gpu.add_signs_, x, signs, 0.1), 2 * vectors + packed_nbytes(N, 1)),
+        "add_signs_": (partial(gpu.add_signs_, x, signs, SCALE), 2 * vectors + packed_nbytes(N, 1)),
     }
 
 
