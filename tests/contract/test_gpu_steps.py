@@ -105,10 +105,10 @@ MOST = {
     "asgd": (1, 0, 25),
     "asgd_topk": (4, 20, 31),
     "dc_asgd": (1, 0, 39),
-    "dc_asgd_topk": (2, 4, 45),
+    "dc_asgd_topk": (4, 20, 45),
     "dc_asgd_downlink": (1, 3, 52),
     "dc_gossip": (1, 0, 48),
-    "dc_gossip_topk": (6, 19, 72),
+    "dc_gossip_topk": (6, 29, 74),
     "ad_psgd": (2, 0, 31),
     "dc_gossip_plain": (1, 0, 36),
 }
