@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +312,24 @@ def cores_near(uuid: str, root: Path) -> frozenset[int] | None:
                     (root / "sys/bus/pci/devices" / information.parent.name / "local_cpulist").read_text()
                 )
     return None
+
+
+@contextlib.contextmanager
+def running_on(cores: AbstractSet[int] | None) -> Iterator[None]:
+    """Let this thread run on `cores` only: what memory it allocates meanwhile lies near them.
+
+    None, and cores that the operating system refuses (those of another Slurm job, say), change nothing.
+    """
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def parse_cores(text: str) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Host buffers between tensors and MPI: packed, reused from step to step, pinned where there is a GPU.
+"""Host buffers between tensors and MPI: packed, reused from step to step, pinned and near the GPU where there is one.
 
 On the CPU a payload is packed straight into the buffer that is sent, and read straight from the buffer that was
 received. On a GPU it is packed on the device and crosses the bus in one copy each way. Buffers grow when a longer
@@ -8,6 +8,8 @@ layout comes by, and never shrink.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.compression.message import Layout, Payload
+from mpicomp.exchange.placement import cores_near, running_on
 
 Bytes = np.ndarray
 
@@ -37,15 +40,18 @@ class Staging(Protocol):
 
 def make_staging(device: torch.device) -> Staging:
     """Return the staging buffers for payloads on `device`."""
-    return HostStaging() if device.type == "cpu" else DeviceStaging(device)
+    if device.type == "cpu":
+        return HostStaging()
+    return DeviceStaging(device, cores=cores_near(str(torch.cuda.get_device_properties(device).uuid), Path("/")))
 
 
 class _Buffers:
-    """A list of uint8 vectors that grow when needed."""
+    """A list of uint8 vectors that grow when needed; pinned ones lie near `cores`."""
 
-    def __init__(self, device: torch.device, is_pinned: bool = False) -> None:
+    def __init__(self, device: torch.device, is_pinned: bool = False, cores: AbstractSet[int] | None = None) -> None:
         self._device = device
         self._is_pinned = is_pinned
+        self._cores = cores
         self._tensors: list[Tensor] = []
 
     def get(self, index: int, nbytes: int) -> Tensor:
@@ -57,7 +63,8 @@ class _Buffers:
         return self._tensors[index][:nbytes]
 
     def _new(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned)
+        with running_on(self._cores):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned)
 
 
 class HostStaging:
@@ -102,17 +109,18 @@ class DeviceStaging:
     Args:
         device: where the payloads are.
         streams: makes and finds streams and events as ``torch.cuda`` does; that of the type of `device` if None.
+        cores: those on the GPU's side of the machine, near which the host buffers are to lie; None if not known.
 
     """
 
-    def __init__(self, device: torch.device, streams: Any = None) -> None:
+    def __init__(self, device: torch.device, streams: Any = None, cores: AbstractSet[int] | None = None) -> None:
         host = torch.device("cpu")
         self._device = device
         self._streams = getattr(torch, device.type) if streams is None else streams
         self._sent = _Buffers(device)
-        self._sent_host = _Buffers(host, is_pinned=True)
+        self._sent_host = _Buffers(host, is_pinned=True, cores=cores)
         self._received = _Buffers(device)
-        self._received_host = _Buffers(host, is_pinned=True)
+        self._received_host = _Buffers(host, is_pinned=True, cores=cores)
         self._side = self._streams.Stream(device)
         # Blocking events sleep; the default ones would spin on a core that another rank may need. `torch.Event` takes
         # `blocking` and ignores it, so streams and events are those of the device's module.

@@ -1,6 +1,7 @@
 """Devices and cores of a rank, without GPU and without MPI."""
 
 import itertools
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -21,9 +22,11 @@ from mpicomp.exchange.placement import (
     cores_near,
     device_of,
     only_gpu,
+    running_on,
     shared_gpus,
     thread_count,
 )
+from mpicomp.exchange.staging import _Buffers
 
 
 def claim(drivers, kind="auto", allow_shared=False):
@@ -236,3 +239,28 @@ def test_threads_follow_the_share(share, expected):
 @pytest.mark.parametrize(("wish", "expected"), [("3", 3), ("0", 8), ("4,2", 8), ("", 8)])
 def test_threads_set_by_the_user_are_obeyed(wish, expected):
     assert thread_count(8, {"OMP_NUM_THREADS": wish}) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no threads")
+def test_buffers_are_allocated_from_cores_near_the_gpu(monkeypatch):
+    allowed, bound = os.sched_getaffinity(0), []
+    empty = torch.empty
+
+    def recorded(*shape, pin_memory=False, **options):
+        bound.append((pin_memory, os.sched_getaffinity(0)))
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    near = {max(allowed)}
+    buffers = _Buffers(torch.device("cpu"), is_pinned=True, cores=near)
+    buffers.get(0, 10)
+    buffers.get(0, 5)
+    assert bound == [(True, near)]
+    assert os.sched_getaffinity(0) == allowed
+
+    for cores in (None, {4095}):  # not known; not there
+        with running_on(cores):
+            assert os.sched_getaffinity(0) == allowed
+    with pytest.raises(KeyError), running_on(near):
+        raise KeyError
+    assert os.sched_getaffinity(0) == allowed
