@@ -25,11 +25,13 @@ With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind 
 gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
 averaged with step 1, the others move by about gamma. The mean over ranks is **not** preserved, because Gamma_i differs
 from rank to rank. Bias correction and clip are those of the authors' code (aparna-aketi/AdaG_SGD); the abstract's
-formula shows neither, and both can be switched off.
+formula shows neither, and both can be switched off. On a small problem the trajectories are those of that code
+(recorded, compared in float64 to 1e-9; its files for graph and top-k were of related code), with ``start = "zero"``.
 
 ``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
 (Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets ``g_i + mu m_i``
-in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t.
+in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t. That
+code also takes ``--qgm`` with Nesterov's momentum, whose m_i is then not the displacement; that is not offered here.
 
 Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
 Aketi, Hashemi, Roy 2024, arXiv 2404.05919.

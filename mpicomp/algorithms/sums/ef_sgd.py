@@ -24,7 +24,8 @@ adds no gradient to p_k, and what it sends is lost.
 
 Weight decay is not compressed: the optimizer adds it on all ranks alike, and b gives it the momentum of the gradients.
 Without compression this is SGD with momentum and weight decay on the mean gradient. The papers have none; the code for
-DEF (Xu et al., ``anxuthu/DEF``) adds it to g_k, ahead of the compression, which is the same up to errors.
+DEF (Xu et al., ``anxuthu/DEF``) adds it to g_k, ahead of the compression, which is the same up to errors. With weight
+decay made a part of g_k, the trajectories are those of that code (recorded, compared to 2e-6).
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); a message then moves the model by the
 rate of the step in which it arrives. The control for GMC and DGC: momentum before the compression, from the own

@@ -30,13 +30,16 @@ torch's SGD does: the rate of the step that a message will make is not known whe
 
 Zhao et al., arXiv 1905.12948. The listing is from memory of the paper and of its identities, not from code. How GMC+
 detaches (after DEF, Xu and Huang) could not be compared with the paper: it scales the momentum term as GMC does, and
-lambda = 0.3 is that of the scripts of DEF's authors. Treat ``detachment`` as unverified.
+lambda = 0.3 is that of the scripts of DEF's authors. With ``momentum = 0`` it goes where the code for DEF goes
+(recorded, compared to 2e-6), also when g_k is made the momentum of rank k, which DEF has in the place of the global.
+Treat ``detachment`` beside the global momentum as unverified.
 
 The model that is evaluated and stored is x_t, which all ranks hold, with ``detachment`` too. DEF's code
 (``anxuthu/DEF``) evaluates ``x_t - lr sum_k w_k e_k`` with equal w_k instead, the model once all that was left out has
 been sent, and goes on from x_t. Here checkpoint, export and evaluation are of one model, and none takes a dense sum of
 errors; so figures of GMC+ may differ from those of that code. That code also multiplies e by the rate of its step, as
-EF-SGD here does, which makes a difference where the rate decays.
+EF-SGD here does, which makes a difference where the rate decays; and it adds weight decay to g_k, at x~ and ahead of
+the compression, where it is the optimizer's here.
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``.
 
@@ -86,7 +89,7 @@ class GMC(GradientSum[GMCState]):
 
     Attributes:
         momentum: beta in [0, 1).
-        detachment: lambda in [0, 1] of GMC+, unverified; 0 for GMC.
+        detachment: lambda in [0, 1] of GMC+, unverified beside a momentum; 0 for GMC.
 
     """
 

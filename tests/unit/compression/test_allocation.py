@@ -57,6 +57,29 @@ def test_dagc_thresholds_by_hand():
     assert dagc_thresholds([8, 1, 1], 0.3) == pytest.approx([0.15, 0.6, 0.6], rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("volumes", "mean", "ratios", "thresholds"),
+    [
+        (
+            [50, 20, 9, 4, 2],
+            0.05,
+            [0.1119565973, 0.06077939203, 0.03569149126, 0.02078625968, 0.02078625968],
+            [0.02164305357, 0.03986684554, 0.06788964395, 0.1165713635, 0.1850455051],
+        ),
+        (
+            [1000, 500, 500, 100, 100, 30],
+            0.02,
+            [0.04129030188, 0.02601126025, 0.02601126025, 0.008895725874, 0.008895725874, 0.008895725874],
+            [0.009291189755, 0.01474884439, 0.01474884439, 0.04312588262, 0.04312588262, 0.09623295608],
+        ),
+    ],
+)
+def test_both_rules_give_what_the_authors_code_gives(volumes, mean, ratios, thresholds):
+    """Recorded from DAGC_R and DAGC_A of MFL/algo.py, Jiang-Yutong/DAGC, commit 7075492, with volumes in this order."""
+    assert dagc_ratios(volumes, mean) == pytest.approx(ratios, rel=1e-9)
+    assert dagc_thresholds(volumes, mean) == pytest.approx(thresholds, rel=1e-9)
+
+
 @pytest.mark.parametrize(("skew", "dagc", "smallest"), [(10, 2.901, 2.877), (100, 2.389, 2.374)])
 def test_the_criterion_of_the_rules(skew, dagc, smallest):
     """The table of the module, and that the criterion prefers DAGC to uniform ratios where the authors' does not."""
