@@ -78,6 +78,8 @@ DETERMINISTIC = {
     "dpsgd_overlapped": DPSGD(order="combine_then_adapt"),
     "dpsgd_float16": DPSGD(compressor=COMPRESSORS["float16"]),
     "choco": Choco(0.2, TOP),
+    "choco_auto": Choco("auto", TOP),
+    "choco_auto_overlapped": Choco("auto", TOP, overlap=True),
     "choco_overlapped": Choco(0.2, TOP, overlap=True),
     "adagossip": AdaGossip(0.01, TOP),
     "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),

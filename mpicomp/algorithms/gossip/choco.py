@@ -23,7 +23,8 @@ the public copies are then one local step older:
 
 Wire: one compressed message, the same to every neighbor. Memory: ``xhat``, ``s`` and one scratch vector, whatever
 the degree. Needs symmetric doubly stochastic weights on a fixed connected graph and a contractive C. gamma must
-shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %.
+shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %. With
+``gamma = "auto"`` it finds itself (`mpicomp.algorithms.gossip.automatic_step`).
 Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, Algorithm 2; the overlapped order is that of the code to
 arXiv 1907.09356.
 
@@ -48,8 +49,8 @@ from mpicomp.algorithms.base import (
     Phases,
     require_fixed_symmetric,
     require_no_feedback,
-    require_positive,
 )
+from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -70,6 +71,7 @@ class ChocoState:
         s: (n,) sum of the public copies of the neighborhood, weighted by the own row of W, the own copy included.
         scratch: (n,) room for a difference.
         compressor: state of the compressor.
+        automatic: what finds gamma; None where it is given.
 
     """
 
@@ -77,6 +79,7 @@ class ChocoState:
     s: Tensor = field(metadata=PUBLIC_COPY)
     scratch: Tensor = field(metadata=SCRATCH)
     compressor: State
+    automatic: AutomaticStep | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Choco(Gossip[ChocoState]):
     """CHOCO-SGD with any optimizer as the local step.
 
     Attributes:
-        gamma: consensus step, > 0, dimensionless.
+        gamma: consensus step, > 0, dimensionless, or ``"auto"``.
         compressor: any contractive compressor.
         overlap: whether the exchange runs behind the next gradient.
         start: what the public copies are at first: the common initial ``"model"``, so that it need not be sent piece by
@@ -92,13 +95,13 @@ class Choco(Gossip[ChocoState]):
 
     """
 
-    gamma: float
+    gamma: Gamma
     compressor: Compressor = Identity()
     overlap: bool = False
     start: Start = "model"
 
     def __post_init__(self) -> None:
-        require_positive(gamma=self.gamma)
+        check_gamma(self.gamma)
         require_no_feedback("CHOCO-SGD", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
@@ -107,7 +110,8 @@ class Choco(Gossip[ChocoState]):
 
     def init(self, local: Local, exchange: Exchange) -> ChocoState:
         """Return the public copies as `start` says, and room for a difference."""
-        return ChocoState(**initial_copies(self.start, self.compressor, local, exchange))
+        copies = initial_copies(self.start, self.compressor, local, exchange)
+        return ChocoState(**copies, automatic=automatic_step(self.gamma, local, exchange))
 
     def phases(self, local: Local, state: ChocoState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
@@ -116,7 +120,7 @@ class Choco(Gossip[ChocoState]):
             yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
             local.update()
-            kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
+            kernels.mix_(local.x, state.s, state.x_hat, self._gamma(state))
         else:
             yield from super().phases(local, state, exchange)
 
@@ -124,11 +128,21 @@ class Choco(Gossip[ChocoState]):
         """Update the public copies, and move towards those of the neighbors."""
         own, pending = send_difference(self.compressor, local, state, exchange)
         add_messages_(self.compressor, local, state, exchange, own, pending)
-        kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
+        kernels.mix_(local.x, state.s, state.x_hat, self._gamma(state))
+
+    def _gamma(self, state: ChocoState) -> float:
+        """Return the consensus step of now."""
+        return float(self.gamma) if state.automatic is None else state.automatic.gamma
 
     def diagnostics(self, local: Local, state: ChocoState) -> dict[str, float]:
         """Return ``compression_error``, |x - xhat| / |x|, which grows without end if gamma is too large."""
-        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+        found = {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+        return found if state.automatic is None else found | {"gamma": state.automatic.gamma}
+
+
+def automatic_step(gamma: Gamma, local: Local, exchange: Exchange) -> AutomaticStep | None:
+    """Return what finds gamma, or None if it is given."""
+    return AutomaticStep.start(exchange.schedule(0), local.x.device) if gamma == "auto" else None
 
 
 def initial_copies(start: Start, compressor: Compressor, local: Local, exchange: Exchange) -> dict[str, Any]:
@@ -146,8 +160,16 @@ def send_difference(
     compressor: Compressor, local: Local, state: ChocoState, exchange: Exchange
 ) -> tuple[Payload, Pending]:
     """Form ``q_i = C(x_i - xhat_i)``, begin to exchange it, and have ``xhat_i += q_i``."""
+    automatic, layout = state.automatic, compressor.layout(local.spec)
+    measures = automatic is not None and automatic.measures
+    if automatic and measures:
+        automatic.measure(0, local.x, state.x_hat)
     own = compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
-    return own, exchange.start(own, compressor.layout(local.spec), exchange.schedule(0))
+    if automatic is None:
+        return own, exchange.start(own, layout, exchange.schedule(0))
+    if measures:
+        automatic.measure(1, local.x, state.x_hat)
+    return own, exchange.start(automatic.attached(own), layout_with_delta(layout), exchange.schedule(0))
 
 
 def add_messages_(
@@ -156,8 +178,11 @@ def add_messages_(
     """``s_i += sum_j W_ij q_j``, the own message first, then by ascending rank."""
     rank, topology = exchange.rank, exchange.schedule(0)
     compressor.accumulate(own, local.spec, state.s, topology.weight(rank, rank))
-    for source, payload in pending.wait().items():
+    arrived = pending.wait()
+    for source, payload in arrived.items():
         compressor.accumulate(payload, local.spec, state.s, topology.weight(rank, source))
+    if state.automatic:
+        state.automatic.hear(arrived.values())
 
 
 def compression_error(x: Tensor, x_hat: Tensor, scratch: Tensor) -> float:

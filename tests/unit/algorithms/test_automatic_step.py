@@ -1,0 +1,79 @@
+"""The consensus step that finds itself."""
+
+import numpy as np
+import pytest
+from support.quadratic import DIM, centers, curvature, top_k, train
+
+from mpicomp.algorithms import Choco
+from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, UNKNOWN, eccentricity
+from mpicomp.compression import Identity, RandomK, SignNorm, TopK
+from mpicomp.errors import ConfigError
+from mpicomp.topology import chain, complete, hypercube, ring, star, torus
+
+LR = 0.1
+KEPT = 6
+TOP = TopK(ratio=KEPT / DIM)
+
+
+def transcription(graph, steps, window):
+    """The rule in matrix form; `window` is K."""
+    mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
+    x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
+    gamma, least, d, r = UNKNOWN / mu, None, 0, 0
+    for step in range(steps):
+        y = x - LR * curvature() * (x - centers(graph.size))
+        q = top_k(y - hat, KEPT)
+        if step % MEASURED_EVERY == 0:
+            d = d + ((y - hat) ** 2).sum(axis=1)
+            r = r + ((y - hat - q) ** 2).sum(axis=1)
+        if step % window == 0:
+            least, d, r = np.float32(1 - r / d).min(), 0, 0
+        hat = hat + q
+        if step % window == window - 1:
+            gamma = min(float(least) / mu, 1)
+        x = y + gamma * (graph.mixing @ hat - hat)
+    return x, gamma
+
+
+@pytest.mark.parametrize(
+    "graph", [ring(5), torus(6), star(4), hypercube(8)], ids=lambda graph: f"{graph.name}{graph.size}"
+)
+def test_the_rule(graph):
+    expected, gamma = transcription(graph, 100, window=32)
+    trained = train(Choco("auto", TOP), graph, 100)
+    np.testing.assert_allclose(trained.x, expected, rtol=0, atol=1e-9)
+    assert [state.automatic.gamma for state in trained.states] == pytest.approx([gamma] * graph.size, rel=1e-6)
+
+
+def test_all_ranks_of_a_long_graph_change_to_the_same_step_at_once():
+    size = 40
+    assert eccentricity(chain(size)) == size - 1
+    for steps in (2 * (size - 1), 2 * (size - 1) + 1, 200):  # before and after the end of the first window
+        automatic = [state.automatic for state in train(Choco("auto", TOP), chain(size), steps).states]
+        assert len({state.gamma for state in automatic}) == 1
+        assert {state.window for state in automatic} == {2 * (size - 1)}
+    assert automatic[0].gamma != UNKNOWN / automatic[0].mu
+
+
+@pytest.mark.parametrize("graph", [ring(1), ring(2), complete(4)], ids=lambda graph: f"{graph.name}{graph.size}")
+def test_what_leaves_nothing_out_is_mixed_as_far_as_the_graph_allows(graph):
+    (state, *_) = train(Choco("auto", Identity()), graph, 70).states
+    assert state.automatic.gamma == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("compressor", [TOP, TopK(ratio=1 / DIM), SignNorm(), RandomK(0.3, shared=False)], ids=str)
+def test_the_ranks_come_together(compressor):
+    start = np.random.default_rng(3).normal(size=(8, DIM))
+    trained = train(Choco("auto", compressor, start="zero"), ring(8), 1500, lr=0.0, start=start)
+    np.testing.assert_allclose(trained.x.mean(axis=0), start.mean(axis=0), rtol=0, atol=1e-12)
+    assert np.abs(trained.x - start.mean(axis=0)).max() < 1e-3 * np.abs(start).max()
+
+
+def test_ranks_that_do_not_move_have_nothing_to_say():
+    (state, *_) = train(Choco("auto", TOP), ring(4), 80, lr=0.0).states
+    assert state.automatic.gamma == pytest.approx(1 / state.automatic.mu)
+
+
+def test_gamma_is_a_number_or_found():
+    with pytest.raises(ConfigError, match=r"algorithm.gamma = 'much' must be a number > 0, or 'auto'"):
+        Choco("much")
