@@ -230,16 +230,14 @@ def random_digraph(size: int, *, degree: int = 2, seed: int = 0, weights: str = 
         )
     generator = random.Random(require_integer("topology.seed", seed, 0))
     cycle = generator.sample(range(size), size)
-    heard: list[int] = []
-    told: list[int] = []
+    edges = []
     for rank, following in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
-        # The others, without the rank itself and the one that follows.
-        free = [
-            other for other in generator.sample(range(size), min(size, degree + 1)) if other not in (rank, following)
-        ]
-        heard += [following, *free[: degree - 1]]
-        told += [rank] * (len(heard) - len(told))
-    return _topology("random_digraph", _adjacency(size, np.array(heard), np.array(told)), weights, lazy)
+        # Two more than are needed, as far as there are so many: the rank itself and the following one may be drawn.
+        drawn = generator.sample(range(size), min(size, degree + 1))
+        others = [other for other in drawn if other not in (rank, following)]
+        edges += [(target, rank) for target in (following, *others[: degree - 1])]
+    heard, told = np.array(edges).T
+    return _topology("random_digraph", _adjacency(size, heard, told), weights, lazy)
 
 
 def hops(size: int) -> list[int]:
