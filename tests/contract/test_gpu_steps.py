@@ -58,7 +58,7 @@ MOST = {
     "beer": (1, 16, 37),
     "sgp": (1, 0, 28),
     "sgp_overlapped": (1, 0, 29),
-    "sgp_topk": (5, 26, 50),
+    "sgp_topk": (5, 26, 52),
     "sgp_topk_overlapped": (5, 26, 53),
     "ef_sgd": (6, 28, 55),
     "ef_sgd_momentum": (6, 28, 45),
