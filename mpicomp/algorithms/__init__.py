@@ -13,6 +13,7 @@ from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
+from mpicomp.algorithms.gossip.sgp import SGP
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
@@ -31,6 +32,7 @@ ALGORITHMS: dict[str, type] = {
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
     "motef": MoTEF,
+    "sgp": SGP,
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
@@ -58,6 +60,7 @@ __all__ = [
     "GMC",
     "GOSSIP",
     "SGD",
+    "SGP",
     "SSGD",
     "AdaGossip",
     "Algorithm",

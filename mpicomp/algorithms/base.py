@@ -78,10 +78,16 @@ class Algorithm(ABC, Generic[S]):
 
         By default every graph will do whose averaging preserves the mean.
         """
-        if not schedule(0).is_doubly_stochastic:
+        topology = schedule(0)
+        if not topology.is_doubly_stochastic:
+            why = (
+                f"rows of its weights do not sum to one, so {self.name} would not even keep models that are equal"
+                if topology.is_column_stochastic
+                else f"columns of its weights do not sum to one, so {self.name} would drift to a weighted mean"
+            )
             raise TopologyError(
-                f"topology.kind = {schedule.name!r}: the columns of its weights do not sum to one, so {self.name} "
-                "would drift to a weighted mean. Use topology.weights = 'metropolis'."
+                f"topology.kind = {schedule.name!r}: the {why}. Use topology.weights = 'metropolis'; on a directed "
+                "graph whose degrees differ, topology.weights = 'push' and algorithm.kind = 'sgp'."
             )
 
     @abstractmethod
@@ -134,7 +140,7 @@ def require_fixed_symmetric(name: str, schedule: Schedule) -> None:
     if not schedule.is_symmetric:
         raise TopologyError(
             f"topology.kind = {schedule.name!r} has a directed graph or asymmetric weights, but {name} needs symmetric "
-            "ones. Use an undirected graph with topology.weights = 'metropolis', or algorithm.kind = 'dpsgd'."
+            "ones. Use an undirected graph with topology.weights = 'metropolis', or algorithm.kind = 'dpsgd' or 'sgp'."
         )
 
 

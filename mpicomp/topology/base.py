@@ -1,8 +1,9 @@
 """WHO talks to whom: a mixing matrix over ranks, and graphs that change from step to step.
 
 `W` is the (size, size) mixing matrix of decentralized averaging, ``x_i <- sum_j W[i, j] x_j``: rank i listens to
-rank j where ``W[i, j] != 0``. Rows sum to one; columns do too where the average is to be preserved. CHOCO-SGD and
-AdaGossip further need ``W`` symmetric (Koloskova et al. 2019, arXiv 1902.00340, Definition 1).
+rank j where ``W[i, j] != 0``. Rows sum to one; columns do too where the average is to be preserved. For push-sum it is
+enough that columns do. CHOCO-SGD and AdaGossip further need ``W`` symmetric (Koloskova et al. 2019, arXiv 1902.00340,
+Definition 1).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Topology:
         periods: for each extent, whether that dimension wraps around.
 
     Raises:
-        TopologyError: a matrix that is not square, not finite, negative, or whose rows do not sum to one; a grid of
-            another size.
+        TopologyError: a matrix that is not square, not finite, negative, or of which neither all rows nor all columns
+            sum to one; a grid of another size.
 
     """
 
@@ -69,7 +70,7 @@ class Topology:
             raise TopologyError(f"topology {self.name!r}: weights must be finite and non-negative")
         sums = matrix.row_sums
         row = int(np.abs(sums - 1).argmax())
-        if abs(sums[row] - 1) > TOLERANCE:
+        if abs(sums[row] - 1) > TOLERANCE and not self.is_column_stochastic:
             raise TopologyError(f"topology {self.name!r}: row {row} sums to {sums[row]:.6g} instead of 1")
 
     def __repr__(self) -> str:
@@ -123,9 +124,14 @@ class Topology:
         return bool((np.abs(matrix.difference(matrix.transposed).values) <= TOLERANCE).all())
 
     @cached_property
-    def is_doubly_stochastic(self) -> bool:
-        """Whether columns sum to one too, so that averaging preserves the mean over ranks."""
+    def is_column_stochastic(self) -> bool:
+        """Whether columns sum to one: no rank gives away more or less than it has, which push-sum needs."""
         return bool(np.abs(self.matrix.column_sums - 1).max() <= TOLERANCE)
+
+    @cached_property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether rows and columns sum to one, so that averaging preserves the mean over ranks."""
+        return self.is_column_stochastic and bool(np.abs(self.matrix.row_sums - 1).max() <= TOLERANCE)
 
     @cached_property
     def is_connected(self) -> bool:

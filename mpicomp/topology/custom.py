@@ -43,8 +43,8 @@ def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False,
 
     Args:
         graph: directed or not; parallel edges count once, loops not at all.
-        weights: ``"metropolis"``, ``"uniform"``, or ``"given"``: the edges' attribute ``weight``, with what is left of
-            each row on the diagonal (or the weight of the loop, where there is one).
+        weights: ``"metropolis"``, ``"uniform"``, ``"push"``, or ``"given"``: the edges' attribute ``weight``, with what
+            is left of each row on the diagonal (or the weight of the loop, where there is one).
         lazy: whether to use ``(I + W) / 2``.
         name: for messages and results.
 

@@ -68,6 +68,11 @@ class Complete(Topology):
         return True
 
     @property
+    def is_column_stochastic(self) -> bool:
+        """True: columns are rows."""
+        return True
+
+    @property
     def is_doubly_stochastic(self) -> bool:
         """True: columns are rows."""
         return True
@@ -175,6 +180,11 @@ class Matching(Topology):
 
     @property
     def is_symmetric(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_column_stochastic(self) -> bool:
         """True."""
         return True
 

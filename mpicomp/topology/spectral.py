@@ -3,7 +3,7 @@
 With eigenvalues ``1 = l1 >= l2 >= ... >= ln`` of a symmetric W:
 
 - spectral gap ``1 - max(|l2|, |ln|)``; ``1 - ||W - 11'/n||_2`` where W is doubly stochastic but not symmetric;
-  ``1 - |second eigenvalue|`` (by modulus) where only the rows sum to one;
+  ``1 - |second eigenvalue|`` (by modulus) where only the rows, or only the columns, sum to one;
 - ``beta = ||I - W||_2``, which is ``1 - ln``;
 - the best constant step of ``x <- x + step (W - I) x``: ``2 / ((1 - ln) + (1 - l2))`` (Xiao and Boyd 2004,
   doi 10.1016/j.sysconle.2004.02.022).
@@ -191,7 +191,7 @@ def is_connected(topology: Topology) -> bool:
 def check(
     schedule: Schedule, *, doubly_stochastic: bool = False, symmetric: bool = False, connected: bool = True
 ) -> None:
-    """Raise TopologyError if a graph lacks a property that the caller needs; every `Topology` has rows that sum to one.
+    """Raise TopologyError if a graph lacks a property that the caller needs.
 
     The weights of a schedule are checked at step 0, and its union must be connected.
 
@@ -212,10 +212,11 @@ def check(
             f"it is {topology.weight(j, i):.6g}; use an undirected graph with topology.weights = 'metropolis'"
         )
     if doubly_stochastic and not topology.is_doubly_stochastic:
-        sums = topology.matrix.column_sums
-        column = int(np.abs(sums - 1).argmax())
+        line = "row" if topology.is_column_stochastic else "column"
+        sums = topology.matrix.row_sums if line == "row" else topology.matrix.column_sums
+        worst = int(np.abs(sums - 1).argmax())
         raise TopologyError(
-            f"{kind} is not doubly stochastic: column {column} sums to {sums[column]:.6g} instead of 1; "
+            f"{kind} is not doubly stochastic: {line} {worst} sums to {sums[worst]:.6g} instead of 1; "
             "use topology.weights = 'metropolis'"
         )
 

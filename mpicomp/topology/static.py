@@ -7,7 +7,7 @@ n ranks: complete 1; ring ``(2/3)(1 - cos(2 pi / n))`` from n = 5; chain ``(2/3)
 
 Common arguments:
     size: the number of ranks.
-    weights: ``"metropolis"`` or ``"uniform"``; the two differ on irregular graphs only.
+    weights: ``"metropolis"``, ``"uniform"`` or ``"push"``; they differ on irregular graphs only.
     lazy: whether to use ``(I + W) / 2``.
 
 All functions raise `TopologyError` where the graph does not exist at this size.
@@ -115,6 +115,14 @@ def exponential(size: int, *, weights: str = "metropolis", lazy: bool = False) -
 
 
 @shared
+def directed_ring(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
+    """Build the directed ring: rank i sends to i + 1 modulo `size`, and hears i - 1. Doubly stochastic."""
+    size = require_size("directed_ring", size)
+    ranks = np.arange(size)
+    return _topology("directed_ring", _adjacency(size, (ranks + 1) % size, ranks), weights, lazy)
+
+
+@shared
 def complete(size: int, *, weights: str = "metropolis", lazy: bool = False) -> Topology:
     """Build the complete graph: all ranks are connected, ``W = 1/size``."""
     size = require_size("complete", size)
@@ -201,6 +209,35 @@ def erdos_renyi(
         weights=weights,
         lazy=lazy,
     )
+
+
+@shared
+def random_digraph(size: int, *, degree: int = 2, seed: int = 0, weights: str = "push", lazy: bool = False) -> Topology:
+    """Draw a directed graph in which every rank sends to `degree` others; the same on all ranks for the same seed.
+
+    One of the others is the next rank on a random cycle through all ranks, so that there is a path from every rank to
+    every other. How many ranks a rank hears differs.
+
+    Raises:
+        TopologyError: a degree below 1, or not below the number of ranks.
+
+    """
+    size = require_size("random_digraph", size)
+    degree = require_integer("topology.degree", degree, 1)
+    if size > 1 and degree >= size:
+        raise TopologyError(
+            f"topology.degree = {degree} must be below the number of ranks, {size}; at most {size - 1} works here"
+        )
+    generator = random.Random(require_integer("topology.seed", seed, 0))
+    cycle = generator.sample(range(size), size)
+    edges = []
+    for rank, following in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
+        # Two more than are needed, as far as there are so many: the rank itself and the following one may be drawn.
+        drawn = generator.sample(range(size), min(size, degree + 1))
+        others = [other for other in drawn if other not in (rank, following)]
+        edges += [(target, rank) for target in (following, *others[: degree - 1])]
+    heard, told = np.array(edges).T
+    return _topology("random_digraph", _adjacency(size, heard, told), weights, lazy)
 
 
 def hops(size: int) -> list[int]:

@@ -6,8 +6,11 @@ With ``deg_i`` the number of ranks that rank i hears (without itself):
   doubly stochastic on every undirected graph (Xiao, Boyd and Lall 2005, doi 10.1109/IPSN.2005.1440896).
 - uniform: ``W[i, j] = 1 / (1 + deg_i)``, itself included. Rows always sum to one; columns do where all degrees agree,
   otherwise the ranks agree on a mean weighted by ``1 + deg_i``.
+- push: ``W[i, j] = 1 / (1 + out_j)``, itself included, with ``out_j`` the number of ranks to which rank j sends.
+  Columns always sum to one, also on directed graphs, as push-sum needs (Kempe, Dobra and Gehrke 2003,
+  doi 10.1109/SFCS.2003.1238221).
 
-Both are the same on a regular graph. The lazy variant ``(I + W) / 2`` has no negative eigenvalue where W is symmetric,
+All are the same on a regular graph. The lazy variant ``(I + W) / 2`` has no negative eigenvalue where W is symmetric,
 as some proofs ask, and mixes about half as fast.
 """
 
@@ -76,7 +79,7 @@ def metropolis(adjacency: SparseMatrix) -> SparseMatrix:
     if not is_regular and not adjacency.same_places(adjacency.transposed):
         raise TopologyError(
             "topology.weights = 'metropolis' is for undirected graphs, and for directed ones in which every rank has "
-            "the same number of sources and targets; use 'uniform' for this graph"
+            "the same number of sources and targets; use 'push' for this graph, with algorithm.kind = 'sgp'"
         )
     values = 1 / (1 + np.maximum(degrees[adjacency.rows], degrees[adjacency.indices]))
     edges = SparseMatrix(adjacency.indptr, adjacency.indices, values)
@@ -89,5 +92,15 @@ def uniform(adjacency: SparseMatrix) -> SparseMatrix:
     return SparseMatrix(adjacency.indptr, adjacency.indices, shares[adjacency.rows]).with_diagonal(shares)
 
 
-WEIGHTS: dict[str, Callable[[SparseMatrix], SparseMatrix]] = {"metropolis": metropolis, "uniform": uniform}
+def push(adjacency: SparseMatrix) -> SparseMatrix:
+    """Return ``W[i, j] = 1 / (1 + out_j)`` on edges and on the diagonal."""
+    shares = 1 / (1 + adjacency.column_counts)
+    return SparseMatrix(adjacency.indptr, adjacency.indices, shares[adjacency.indices]).with_diagonal(shares)
+
+
+WEIGHTS: dict[str, Callable[[SparseMatrix], SparseMatrix]] = {
+    "metropolis": metropolis,
+    "uniform": uniform,
+    "push": push,
+}
 """Every rule by its name in the configuration."""

@@ -8,8 +8,9 @@ from support import small
 from support.methods import DETERMINISTIC
 
 from mpicomp import kernels
-from mpicomp.algorithms import SSGD
+from mpicomp.algorithms import SGP, SSGD
 from mpicomp.exchange import loopback
+from mpicomp.topology import random_digraph, ring
 
 METHODS = {**DETERMINISTIC, "ssgd": SSGD()}
 
@@ -27,12 +28,15 @@ def test_loss_falls_and_ranks_agree(name, size):
         assert distance < 0.5 * norm
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_restart_is_exact(name):
+ON_DIGRAPHS = [(name, 5, random_digraph) for name, method in METHODS.items() if isinstance(method, SGP)]
+
+
+@pytest.mark.parametrize(("name", "size", "topology"), [*((name, 3, ring) for name in METHODS), *ON_DIGRAPHS])
+def test_restart_is_exact(name, size, topology):
     """6 steps, store, restore into new objects, 6 steps = 12 steps, bit for bit."""
 
     def stored(world):
-        gossip, closure = small.make(world, METHODS[name])
+        gossip, closure = small.make(world, METHODS[name], topology)
         for step in range(6):
             gossip.step(closure(step))
         saved = copy.deepcopy(gossip.state_dict())
@@ -41,14 +45,14 @@ def test_restart_is_exact(name):
         return saved, gossip.local.x.clone(), gossip.bytes_sent
 
     def resumed(world, saved):
-        gossip, closure = small.make(world, METHODS[name], seed=1)
+        gossip, closure = small.make(world, METHODS[name], topology, seed=1)
         gossip.load_state_dict(saved[world.rank])
         for step in range(6, 12):
             gossip.step(closure(step))
         return gossip.local.x, gossip.bytes_sent
 
-    first = loopback.run(3, stored)
-    second = loopback.run(3, resumed, [saved for saved, _, _ in first])
+    first = loopback.run(size, stored)
+    second = loopback.run(size, resumed, [saved for saved, _, _ in first])
     for (_, x, sent), (x_resumed, sent_resumed) in zip(first, second, strict=True):
         assert torch.equal(x, x_resumed)
         assert sent == sent_resumed

@@ -9,13 +9,15 @@ from mpicomp.errors import TopologyError
 from mpicomp.topology import TOPOLOGIES, Topology, check, is_connected, make_topology, spectral_gap
 
 SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 32)
-DIRECTED = {"exponential", "one_peer_exponential"}
+DIRECTED = {"directed_ring", "exponential", "one_peer_exponential", "random_digraph"}
+PUSH = {"random_digraph"}  # by default only the columns of the weights sum to one
 SCHEDULES = {"one_peer_exponential", "random_matching"}
 GRIDS = {"ring", "chain", "torus", "hypercube"}
 
 exists = {
     "complete_bipartite": lambda size: size != 2,
     "dyck": lambda size: size == 32,
+    "random_digraph": lambda size: size != 2,
     "hypercube": lambda size: size & (size - 1) == 0,
     "random_regular": lambda size: size > 4,
 }
@@ -50,9 +52,10 @@ def test_weights(build, kind, size):
     for graph in graphs(schedule):
         assert graph.size == size
         assert graph.mixing.dtype == np.float64
-        np.testing.assert_allclose(graph.mixing.sum(axis=1), 1, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(graph.mixing.sum(axis=0 if kind in PUSH else 1), 1, rtol=0, atol=1e-12)
         assert (np.diag(graph.mixing) > 0).all()
-        assert graph.is_doubly_stochastic
+        assert graph.is_column_stochastic
+        assert graph.is_doubly_stochastic or kind in PUSH
         assert graph.is_symmetric or kind in DIRECTED
         assert np.array_equal(graph.mixing, graph.mixing.T) == graph.is_symmetric
 
@@ -73,7 +76,7 @@ def test_sources_and_targets_are_two_sides_of_the_same_edges(build, kind, size):
 @every
 def test_connected_and_gap(build, kind, size):
     schedule = build(kind, size)
-    check(schedule, doubly_stochastic=True, symmetric=kind not in DIRECTED)
+    check(schedule, doubly_stochastic=kind not in PUSH, symmetric=kind not in DIRECTED)
     assert is_connected(schedule.union)
     if kind not in SCHEDULES:
         assert 0 < spectral_gap(schedule) <= 1
@@ -95,13 +98,18 @@ def test_all_ranks_build_the_same(build, kind, size):
 
 
 @pytest.mark.parametrize(("kind", "size"), [case for case in CASES if case[0] not in SCHEDULES])
-def test_lazy_and_uniform(build, kind, size):
+def test_lazy_uniform_and_push(build, kind, size):
     plain = build(kind, size)
     np.testing.assert_allclose(build(kind, size, lazy=True).mixing, (np.eye(size) + plain.mixing) / 2)
     uniform = build(kind, size, weights="uniform")
     np.testing.assert_array_equal(uniform.mixing > 0, plain.mixing > 0)
     degrees = {len(uniform.sources(rank)) for rank in range(size)}
-    assert uniform.is_doubly_stochastic == (len(degrees) == 1)
+    is_regular = len(degrees | {len(uniform.targets(rank)) for rank in range(size)}) == 1
+    assert uniform.is_doubly_stochastic == is_regular
+    push = build(kind, size, weights="push")
+    np.testing.assert_array_equal(push.mixing > 0, plain.mixing > 0)
+    assert push.is_column_stochastic
+    assert push.is_doubly_stochastic == is_regular
 
 
 @pytest.mark.parametrize(("kind", "size"), [case for case in CASES if case[0] in GRIDS])

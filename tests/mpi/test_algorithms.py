@@ -5,10 +5,10 @@ import torch
 from support import small
 from support.methods import DETERMINISTIC
 
-from mpicomp.algorithms import EFSGD, SSGD, Choco, DeepSqueeze
-from mpicomp.compression import HardThreshold, TopK, allocate
+from mpicomp.algorithms import EFSGD, SGP, SSGD, Choco, DeepSqueeze
+from mpicomp.compression import HardThreshold, Identity, TopK, allocate
 from mpicomp.exchange import loopback
-from mpicomp.topology import OnePeerExponential, chain, star, torus
+from mpicomp.topology import OnePeerExponential, chain, random_digraph, star, torus
 
 
 def both(world, *args):
@@ -43,6 +43,18 @@ def test_same_bits_if_ranks_send_unequal_parts(world, method, compressor):
 def test_same_bits_on_a_varying_graph(world):
     for ours, theirs in zip(*both(world, DeepSqueeze(0.05, TopK(0.2)), 10, OnePeerExponential), strict=True):
         assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("compressor", [Identity(), TopK(0.2)], ids=["identity", "topk"])
+def test_same_bits_on_a_digraph(world, compressor, overlap):
+    method = SGP(0.3, compressor, overlap)
+    for ours, theirs in zip(*both(world, method, 10, digraph), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+
+
+def digraph(size):
+    return random_digraph(size, degree=1 if size < 3 else 2)
 
 
 def test_all_reduce_agrees_to_rounding(world):

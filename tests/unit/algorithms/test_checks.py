@@ -1,10 +1,10 @@
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DPSGD, EFSGD, SGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
-from mpicomp.compression import ErrorFeedback, TopK
+from mpicomp.algorithms import DPSGD, EFSGD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.compression import Cast, ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
-from mpicomp.topology import OnePeerExponential, exponential, ring, star
+from mpicomp.topology import OnePeerExponential, Topology, exponential, random_digraph, ring, star
 
 
 @pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1)], ids=lambda m: m.name)
@@ -29,6 +29,34 @@ def test_averaging_must_preserve_the_mean():
         method.check(exponential(5))
 
 
+def test_a_digraph_is_for_sgp():
+    for method in (DPSGD(), LocalSGD(), DeepSqueeze(0.1)):
+        with pytest.raises(TopologyError, match=r"'random_digraph': the rows .* algorithm.kind = 'sgp'"):
+            method.check(random_digraph(6))
+        with pytest.raises(TopologyError, match=r"'random_digraph': the columns .* 'push' and algorithm.kind = 'sgp'"):
+            method.check(random_digraph(6, weights="uniform"))
+    for method in (SGP(), SGP(compressor=Cast()), SGP(0.1, TopK(0.1))):
+        method.check(random_digraph(6))
+        method.check(ring(4))
+
+
+class TestPush:
+    def test_shares_must_sum_to_one(self):
+        with pytest.raises(TopologyError, match=r"columns .* do not sum to one, .* Use topology.weights = 'push'"):
+            SGP().check(random_digraph(6, weights="uniform"))
+
+    def test_public_copies_need_a_fixed_graph(self):
+        SGP(compressor=Cast()).check(OnePeerExponential(4))
+        with pytest.raises(TopologyError, match=r"changes from step to step, .* compression.kind = 'TopK'"):
+            SGP(0.1, TopK(0.1)).check(OnePeerExponential(4))
+
+    def test_every_rank_must_be_reached(self):
+        """Rank 2 sends to nobody, and rank 0 hears nobody."""
+        graph = Topology("one_way", [[0.5, 0, 0], [0.5, 0.5, 0], [0, 0.5, 1]])
+        with pytest.raises(TopologyError, match=r"'one_way' is not connected: 2 of 3 ranks \(1, 2\) have no path"):
+            SGP().check(graph)
+
+
 def test_sequential_sgd_is_for_one_rank():
     SGD().check(ring(1))
     with pytest.raises(ConfigError, match=r"algorithm.kind = 'sgd' is for one rank, not 3"):
@@ -41,7 +69,7 @@ def test_dpsgd_refuses_lossy_messages():
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, MoTEF])
+@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, MoTEF, SGP])
 def test_gamma_must_be_positive(method, gamma):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = .* must be a finite number > 0"):
         method(gamma=gamma)
@@ -67,7 +95,7 @@ def test_motef_checks_its_weight(weight):
         MoTEF(gamma=0.1, gradient_weight=weight)
 
 
-@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, MoTEF])
+@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, MoTEF, SGP])
 def test_methods_with_an_error_memory_take_no_second_one(method):
     with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))

@@ -1,5 +1,6 @@
 """What theory says of each method: transcriptions of the papers' listings in NumPy, identities and known optima."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -7,13 +8,28 @@ import pytest
 import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DPSGD, SGD, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms import DPSGD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
-from mpicomp.topology import OnePeerExponential, chain, complete, hypercube, ring, star, torus
+from mpicomp.topology import (
+    OnePeerExponential,
+    Topology,
+    chain,
+    complete,
+    directed_ring,
+    exponential,
+    hypercube,
+    random_digraph,
+    ring,
+    star,
+    torus,
+)
+from mpicomp.topology.sparse import SparseMatrix
+from mpicomp.topology.weights import push
 
 LR = 0.1
 KEPT = 6
 TOP = TopK(ratio=KEPT / DIM)
+DIGRAPHS = [random_digraph(6), random_digraph(9, degree=3, seed=2), star(4, weights="push"), directed_ring(4)]
 GRAPHS = [ring(5), ring(2), chain(3), star(4), torus(6), ring(1)]
 
 
@@ -154,6 +170,110 @@ class TestTranscriptions:
         close(train(LocalSGD(3, DeepSqueeze(0.05, TOP)), graph, 31).x, x)
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """Two digraphs in turn, neither of them strongly connected: a chain in one direction, and in the other."""
+
+    size: int
+    name = "alternating"
+
+    @property
+    def union(self):
+        return chain(self.size)
+
+    def __call__(self, step):
+        return Topology(self.name, push(SparseMatrix.from_dense(np.eye(self.size, k=1 if step % 2 else -1))))
+
+
+class TestPush:
+    """SGP on graphs whose weights have columns that sum to one, and rows that do not."""
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("gamma", [1.0, 0.6])
+    @pytest.mark.parametrize("graph", [*DIGRAPHS, OnePeerExponential(5), Alternating(5), ring(1)], ids=str)
+    def test_transcription(self, graph, gamma, overlap):
+        x, w = np.zeros((graph.size, DIM)), np.ones((graph.size, 1))
+        for step in range(30):
+            shares = (1 - gamma) * np.eye(graph.size) + gamma * graph(step).mixing
+            half = -LR * gradients(x / w)
+            x = shares @ x + half if overlap else shares @ (x + half)
+            w = shares @ w
+        trained = train(SGP(gamma, overlap=overlap), graph, 30)
+        close(trained.x, x / w)
+        close(weights(trained), w)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("graph", [*DIGRAPHS, ring(1)], ids=str)
+    def test_transcription_with_public_copies(self, graph, overlap):
+        x, hat, w = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM)), np.ones((graph.size, 1))
+        for _ in range(30):
+            y = x - LR * gradients(x / w)
+            hat = hat + top_k((x if overlap else y) - hat, KEPT)
+            x = y + 0.2 * (graph.mixing @ hat - hat)
+            w = w + 0.2 * (graph.mixing @ w - w)
+        trained = train(SGP(0.2, TOP, overlap), graph, 30)
+        close(trained.x, x / w)
+        close(weights(trained), w)
+        close(np.stack([state.copies.x_hat for state in trained.states]), hat)
+
+    def test_public_copies_start_at_the_common_model(self):
+        """At rate 0 the first step moves no model, though numerators and weights, and in the end all are back."""
+        start = np.tile(spread(1), (6, 1))
+        for steps in (1, 600):
+            trained = train(SGP(0.2, TOP), random_digraph(6), steps, lr=0.0, start=start)
+            close(trained.x, start, 1e-10 if steps > 1 else 1e-15)
+            assert np.abs(weights(trained) - 1).max() > 0.05
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("graph", [*DIGRAPHS, OnePeerExponential(5), Alternating(5)], ids=str)
+    def test_consensus_on_the_mean_of_the_starts(self, graph, overlap):
+        start = spread(graph.size)
+        for steps in (1, 7, 600):
+            trained = train(SGP(overlap=overlap), graph, steps, lr=0.0, start=start)
+            w = weights(trained)
+            close((w * trained.x).sum(axis=0), start.sum(axis=0))
+            assert w.sum() == pytest.approx(graph.size, abs=1e-12)
+        close(trained.x, np.tile(start.mean(axis=0), (graph.size, 1)), 1e-10)
+
+    def test_consensus_with_public_copies(self):
+        rates = [0.05] * 20
+        graph, method = random_digraph(6), SGP(0.2, TOP)
+        apart = train(method, graph, 20, lr=rates)
+        total = (weights(apart) * apart.x).sum(axis=0)
+        trained = train(method, graph, 1000, lr=rates + [0.0] * 980)
+        close(trained.x, np.tile(total / 6, (6, 1)), 1e-10)
+        assert np.abs(apart.x - total / 6).max() > 0.1
+
+    @pytest.mark.parametrize("graph", [ring(6), torus(6), star(4), exponential(5), OnePeerExponential(8)], ids=str)
+    @pytest.mark.parametrize(("overlap", "order"), [(False, "adapt_then_combine"), (True, "combine_then_adapt")])
+    def test_it_is_dpsgd_where_weights_are_doubly_stochastic(self, graph, overlap, order):
+        pushed = train(SGP(overlap=overlap), graph, 25, momentum=0.9, weight_decay=0.1)
+        close(weights(pushed), 1, 1e-14)
+        close(pushed.x, train(DPSGD(order), graph, 25, momentum=0.9, weight_decay=0.1).x)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_with_public_copies_it_is_choco_on_symmetric_weights(self, overlap):
+        close(train(SGP(0.2, TOP, overlap), ring(5), 25).x, train(Choco(0.2, TOP, overlap), ring(5), 25).x)
+
+    def test_memory(self):
+        for method, vectors in ((SGP(), 0), (SGP(overlap=True), 1), (SGP(0.2, TOP), 3), (SGP(0.2, TOP, True), 4)):
+            state = train(method, random_digraph(6), 1).states[0]
+            held = [*vars(state).values(), *(vars(state.copies).values() if state.copies else ())]
+            assert sum(len(value) for value in held if isinstance(value, torch.Tensor)) == vectors * DIM + 1
+
+    @pytest.mark.parametrize("method", [SGP(), SGP(overlap=True), SGP(0.2, TOP)], ids=str)
+    def test_optimum_up_to_the_bias_of_a_constant_rate(self, method):
+        """All ranks count alike, though their weights differ by a factor of 2.5."""
+        optimum = centers(6).mean(axis=0)
+        distance = [np.linalg.norm(train(method, random_digraph(6), 500, lr=lr).x - optimum) for lr in (0.04, 0.02)]
+        assert distance[1] < 0.7 * distance[0]
+        assert distance[1] < 2.5
+
+
+def weights(trained):
+    return np.stack([state.w for state in trained.states])
+
+
 class TestIdentities:
     def test_choco_with_identity_and_gamma_one_is_dpsgd(self):
         close(train(Choco(1.0, Identity()), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
@@ -213,6 +333,8 @@ class TestIdentities:
             Choco(0.2, TOP),
             Choco(0.2, TOP, overlap=True),
             AdaGossip(0.1, TOP),
+            SGP(),
+            SGP(overlap=True),
         ],
         ids=lambda m: m.name,
     )
@@ -283,6 +405,7 @@ class TestTraffic:
         assert train(Choco(0.02, one), chain(3), 7).bytes_sent == [7 * d * per_message for d in (1, 2, 1)]
         for sent in train(Choco(0.2, TOP), ring(5), 7).bytes_sent:  # a count, and a bitmap that ends with its last one
             assert 7 * 2 * (KEPT * 8 + 4 + 1) <= sent <= 7 * 2 * (KEPT * 8 + 4 + DIM // 8)
+        assert train(SGP(), directed_ring(5), 7).bytes_sent == [7 * (DIM * 8 + 8)] * 5
         assert train(LocalSGD(4), ring(5), 7).bytes_sent == [2 * DIM * 8] * 5
         assert train(LocalSGD(3, Choco(0.02, one)), ring(5), 7).bytes_sent == [2 * 2 * per_message] * 5
         assert train(SSGD(), ring(4), 7).bytes_sent == [7 * 2 * 3 * DIM * 8 // 4] * 4

@@ -3,7 +3,7 @@ import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD, MoTEF
+from mpicomp.algorithms import EFSGD, SGP, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD, MoTEF
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
 from mpicomp.errors import CheckpointError
@@ -41,6 +41,8 @@ def copied(state):
         AdaGossip(0.01, TopK(0.2)),
         DeepSqueeze(0.05, TopK(0.2)),
         MoTEF(0.2, TopK(0.2)),
+        SGP(0.2, TopK(0.2)),
+        SGP(overlap=True),
         Choco(0.1, RandomK(0.2, shared=False)),
         LocalSGD(2, Choco(0.1, RandomK(0.2, shared=False))),
         LocalSGD(2, DeepSqueeze(0.05, TopK(0.2))),
@@ -60,11 +62,13 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
         for path in ("model/parameters", "model/buffers/1.running_mean", "optimizer/state/momentum_buffer/0.weight"):
             assert torch.allclose(state[path].double(), mean(path), atol=1e-6)
         assert state["model/buffers/1.num_batches_tracked"] == 6
-        for copy in (f"{at}x_hat", f"{at}s"):
+        for copy in (f"{at}x_hat", f"{at}s", f"{at}copies/x_hat"):
             if copy in state:
                 assert torch.equal(state[copy], state["model/parameters"])
         if f"{at}v" in state:
             assert torch.allclose(state[f"{at}v"].double(), mean(f"{at}v"), atol=1e-9)
+        if f"{at}w" in state:
+            assert state[f"{at}w"] == 1
         if f"{at}compressor/stream" in state:
             assert state[f"{at}compressor/stream"] == fresh[f"{at}compressor/stream"]
             assert state[f"{at}compressor/step"] == messages

@@ -189,6 +189,7 @@ LARGE = {
     "exponential, lazy": {"lazy": True},
     "hypercube": {},
     "one_peer_exponential": {},
+    "random_digraph": {},
     "random_matching": {},
     "random_regular": {},
     "ring": {},

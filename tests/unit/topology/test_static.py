@@ -123,6 +123,30 @@ def test_exponential_sends_ahead_by_powers_of_two():
     assert graph.is_doubly_stochastic
 
 
+def test_directed_ring_sends_to_the_next():
+    graph = topologies.directed_ring(5)
+    assert [graph.targets(rank) for rank in range(5)] == [[1], [2], [3], [4], [0]]
+    assert graph.is_doubly_stochastic and not graph.is_symmetric
+    assert graph.weight(1, 0) == graph.weight(1, 1) == 0.5
+    assert topologies.directed_ring(2).is_symmetric
+
+
+@pytest.mark.parametrize(("size", "degree"), [(1, 2), (2, 1), (5, 1), (5, 4), (40, 2), (40, 7)])
+def test_random_digraph_sends_to_as_many_as_asked_and_reaches_all(size, degree):
+    for seed in range(5):
+        graph = topologies.random_digraph(size, degree=degree, seed=seed)
+        assert {len(graph.targets(rank)) for rank in range(size)} == {min(degree, size - 1)}
+        assert nx.is_strongly_connected(nx.DiGraph(graph.mixing.T))
+        np.testing.assert_allclose(graph.mixing[graph.mixing > 0], 1 / (1 + min(degree, size - 1)))
+    assert size < 40 or len({len(graph.sources(rank)) for rank in range(size)}) > 2
+
+
+def test_random_digraph_draws_all_targets_alike():
+    counts = sum(topologies.random_digraph(6, degree=3, seed=seed).mixing > 0 for seed in range(400))
+    others = counts[~np.eye(6, dtype=bool)]
+    assert np.abs(others - 400 * 3 / 5).max() < 5 * math.sqrt(400 * 3 / 5 * 2 / 5)
+
+
 def test_star_has_its_hub_at_rank_zero():
     graph = topologies.star(4)
     assert neighbors(graph) == [[1, 2, 3], [0], [0], [0]]
@@ -136,7 +160,7 @@ def test_complete_bipartite_joins_hubs_and_others():
         topologies.complete_bipartite(4, 4)
 
 
-@pytest.mark.parametrize("kind", ["random_regular", "erdos_renyi"])
+@pytest.mark.parametrize("kind", ["random_regular", "random_digraph", "erdos_renyi"])
 def test_random_graphs_depend_on_the_seed_alone(kind):
     first, again, other = (topologies.make_topology(kind, 16, seed=seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first.mixing, again.mixing)
@@ -170,6 +194,8 @@ def test_sparse_erdos_renyi_is_drawn_until_it_is_connected():
         ("random_regular", 6, {"degree": 1}, "topology.degree = 1 leaves 6 ranks disconnected; use at least 2"),
         ("random_regular", 6, {"degree": "two"}, "topology.degree = 'two' must be a whole number"),
         ("random_regular", 6, {"degree": 2, "seed": -1}, "topology.seed = -1 must be a whole number of at least 0"),
+        ("random_digraph", 4, {"degree": 4}, "topology.degree = 4 must be below the number of ranks, 4; at most 3"),
+        ("random_digraph", 4, {"degree": 0}, "topology.degree = 0 must be a whole number of at least 1"),
         ("erdos_renyi", 8, {"probability": 0}, "topology.probability = 0 must be a number above 0 and at most 1"),
         ("erdos_renyi", 8, {"probability": 1.5}, "topology.probability = 1.5 must be"),
         ("erdos_renyi", 64, {"probability": 0.001}, r"none of 100 graphs .* is connected; raise topology.probability"),

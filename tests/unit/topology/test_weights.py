@@ -28,6 +28,17 @@ def test_uniform_limit_is_weighted_by_degree():
     np.testing.assert_allclose(power, [[0.4, 0.2, 0.2, 0.2]] * 4, atol=1e-12)
 
 
+def test_push_gives_equal_shares_to_all_that_a_rank_sends_to():
+    adjacency = SparseMatrix.from_dense([[0, 1, 1], [1, 0, 0], [0, 1, 0]])
+    expected = np.array([[3, 2, 3], [3, 2, 0], [0, 2, 3]]) / 6
+    np.testing.assert_allclose(mixing_matrix(adjacency, "push", lazy=False).to_dense(), expected)
+    graph = topologies.Topology("push", mixing_matrix(adjacency, "push", lazy=True))
+    np.testing.assert_allclose(graph.mixing, (np.eye(3) + expected) / 2)
+    assert graph.is_column_stochastic and not graph.is_doubly_stochastic
+    with pytest.raises(TopologyError, match=r"not doubly stochastic: row 0 sums to 1\.16667 instead of 1"):
+        topologies.check(graph, doubly_stochastic=True)
+
+
 def test_lazy_halves_the_matrix_towards_the_identity():
     ring, lazy = topologies.ring(6), topologies.ring(6, lazy=True)
     np.testing.assert_allclose(lazy.mixing, (np.eye(6) + ring.mixing) / 2)
