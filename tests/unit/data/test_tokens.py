@@ -16,7 +16,25 @@ from mpicomp.errors import ConfigError, DataError
 
 tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = "the quick brown fox jumps over a lazy dog, and 42 naïve cats run away \N{CAT FACE} home\n".split(" ")
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog,",
+    "and",
+    "42",
+    "naïve",
+    "cats",
+    "run",
+    "away",
+    "🐱",
+    "home\n",
+]
 
 
 def prose(seed, count=2000):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpicomp.algorithms import DPSGD
 from mpicomp.checkpoint import export
@@ -103,6 +104,12 @@ def test_bfloat16_leaves_parameters_gradients_and_logits_in_float32():
     assert {(p.dtype, p.grad.dtype) for p in half.parameters()} == {(torch.float32, torch.float32)}
     difference = (logits - exact(ids)).norm() / logits.norm()
     assert 1e-4 < difference.item() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_attention_can_be_flash_attention(dtype):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torch's for the CPU; it refuses what it cannot do
+        assert model(dtype=dtype)(tokens(2, 9)).isfinite().all()
 
 
 def test_tied_weights_stay_tied_through_training_and_export(tmp_path):

@@ -78,6 +78,7 @@ def test_reports_are_json():
         "gradients",
         "delays",
         "test_loss",
+        "test_perplexity",
     ]
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 
