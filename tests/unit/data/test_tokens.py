@@ -132,6 +132,15 @@ def test_a_changed_file_or_vocabulary_has_other_tokens(folder):
     assert sum(path.is_dir() for path in (folder / ".mpicomp").iterdir()) == 3
 
 
+def test_nodes_without_a_common_file_system_make_the_same_tokens(folder, tmp_path):
+    for name in ("one", "two"):
+        bpe(folder, cache=tmp_path / name)
+    files = [sorted(path for path in (tmp_path / name).rglob("*.*")) for name in ("one", "two")]
+    assert [path.name for path in files[0]] == ["test.npy", "tokenizer.json", "train.npy"]
+    for first, second in zip(*files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_the_cache_may_lie_elsewhere(folder, tmp_path):
     bpe(folder, cache=tmp_path / "deep" / "cache")
     assert not (folder / ".mpicomp").exists()
