@@ -10,6 +10,7 @@ from mpicomp.cli import debug_option
 from mpicomp.config.config import RunConfig
 from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.run.evaluation import evaluate as evaluate_model
+from mpicomp.run.evaluation import tested
 from mpicomp.run.folder import RunFolder
 
 
@@ -18,7 +19,7 @@ from mpicomp.run.folder import RunFolder
 @click.option("--data-path", type=click.Path(path_type=Path), metavar="PATH", help="Takes the place of data.path.")
 @debug_option
 def evaluate(run_dir: Path, data_path: Path | None) -> None:
-    """Print test loss and test accuracy of the averaged model in RUN_DIR, as `mpicomp train` has left it."""
+    """Print test loss and accuracy, or perplexity, of the averaged model in RUN_DIR, as `mpicomp train` has left it."""
     folder = RunFolder.open(run_dir)
     # As TOML, so that a path with quotes or digits stays a text.
     overrides = [f"data.path={_quoted(data_path)}"] if data_path else []
@@ -31,7 +32,9 @@ def evaluate(run_dir: Path, data_path: Path | None) -> None:
     score = evaluate_model(model.to(device), dataset, device)
     click.echo(f"{config.model.kind} on {config.data.kind}: {score.total:,} predictions on the test samples")
     accuracy = f", test accuracy {score.accuracy:.2%}" if score.accuracy is not None else ""
-    click.echo(f"test loss {score.loss_sum / max(score.total, 1):.4f}{accuracy}")
+    perplexity = tested(score, dataset)["test_perplexity"]
+    of_text = f", test perplexity {perplexity:.4g}" if perplexity is not None else ""
+    click.echo(f"test loss {score.loss_sum / max(score.total, 1):.4f}{accuracy}{of_text}")
 
 
 def _quoted(path: Path) -> str:

@@ -21,7 +21,7 @@ from mpicomp.run.plot import figure, read_runs
 )
 @debug_option
 def plot(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw loss, test accuracy and consensus distance of the run folders RUN... against steps, bytes and seconds.
+    """Draw loss, test accuracy (or loss) and consensus distance of the folders RUN... against steps, bytes and seconds.
 
     A run that is still going on can be drawn too.
     """

@@ -3,7 +3,7 @@
     [run]          seed, device, how often to record and to evaluate
     [data]         kind, path, partition; the parameters of both
     [model] [topology] [compression] [algorithm] [optimizer] [schedule]     kind, and the parameters of that kind
-    [training]     epochs or steps, batch_size
+    [training]     epochs or steps, batch_size, clip_norm
     [checkpoint]   when to store the state of all ranks, and how many checkpoints to keep
     [downlink]     kind, and its parameters: the compressor of hubs' answers
     [slow]         ranks that are made slow on purpose
@@ -61,6 +61,7 @@ FREE = {
     "slow",
     "simulation",
     "data.path",
+    "data.cache",
     "run.device",
     "run.allow_shared_gpu",
     "run.node_sums",

@@ -40,6 +40,7 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback.mailbox import Links
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
+from mpicomp.replica.clipping import Clip
 from mpicomp.replica.gradient_delay import GradientDelay, Spread
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.base import Schedule
@@ -410,11 +411,18 @@ class TrainingSection(Section):
     batch_size: PositiveInt = 32
     """Samples per rank and step."""
 
+    clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The largest Euclidean norm of a rank's gradient, which is scaled down to it before anything is compressed."""
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of training.epochs and training.steps")
         return self
+
+    def clip(self) -> Clip | None:
+        """Return the limit for gradients."""
+        return None if self.clip_norm is None else Clip(norm=self.clip_norm)
 
 
 class CheckpointSection(Section):

@@ -1,6 +1,6 @@
 """Data sets: train and test splits in memory, read from files of a data folder or generated.
 
-Images stay uint8 and text stays character ids; `Dataset.batch` makes floats of one batch at a time. A data set is
+Images stay uint8 and text stays token ids; `Dataset.batch` makes floats of one batch at a time. A data set is
 read-only, so all ranks of one process share one.
 
 The folder is ``data.path``, else the environment variable ``MPICOMP_DATA``, else ``./data``.
@@ -11,10 +11,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import h5py
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mpicomp.data.arguments import require_positive
 from mpicomp.data.partition import permutation, philox
+from mpicomp.data.tokens import byte_pairs, read_text
 from mpicomp.errors import ConfigError, DataError
 from mpicomp.plugins import make
 
@@ -44,8 +45,9 @@ class Samples:
     """One split.
 
     Attributes:
-        inputs: (n, C, H, W) uint8 images, (n, d) float32 vectors, or (n, context + 1) uint8 windows of a text.
-        labels: (n,) int64; zeros for a text, whose targets are the next characters. (n,) or (n, k) float32 of a
+        inputs: (n, C, H, W) uint8 images, (n, d) float32 vectors, or (n, context + 1) windows of a text: uint8
+            characters, or int16 or int32 tokens.
+        labels: (n,) int64; zeros for a text, whose targets are the next tokens. (n,) or (n, k) float32 of a
             regression.
 
     Raises:
@@ -72,8 +74,8 @@ class Dataset:
 
     Attributes:
         kind: the name in `DATASETS`, or another one, for messages.
-        task: ``"classification"``; ``"language"``: predict the next character; ``"regression"``: predict numbers.
-        classes: how many numbers a model predicts: one for each class, or different character, or k of a regression.
+        task: ``"classification"``; ``"language"``: predict the next token; ``"regression"``: predict numbers.
+        classes: how many numbers a model predicts: one for each class, or different token, or k of a regression.
         train: the samples that are partitioned over the ranks.
         test: the samples for evaluation.
         mean: of an input that becomes float, per channel: ``(x * scale - mean) / std``.
@@ -149,7 +151,7 @@ class Dataset:
 
         Returns:
             Float32 inputs (b, C, H, W) or (b, d) with int64 targets (b,); for language int64 ids (b, context) with the
-            ids one character later, (b, context); for regression the targets are those of `Samples`.
+            ids one token later, (b, context); for regression the targets are those of `Samples`.
 
         """
         samples = self.samples(split)
@@ -185,10 +187,10 @@ class Dataset:
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[int, int] | None:
         """Return how many predictions of a batch are right, and how many there are.
 
-        The first is None if predictions are not right or wrong, as in regression; such a run has no accuracy. The mean
+        None if that is no measure of a model, as for regression and language; such a run has no accuracy. The mean
         test loss weights each batch by its number of predictions. Arguments as for `loss`.
         """
-        if self.task == "regression":
+        if self.task != "classification":
             return None
         return int((outputs.argmax(dim=-1) == targets).sum()), targets.numel()
 
@@ -298,16 +300,75 @@ TINYSHAKESPEARE_CHARACTERS = 1_115_394
 def tinyshakespeare(folder: Path | None, context: int = 64) -> Dataset:
     """1,115,394 characters of Shakespeare (Karpathy 2015, char-rnn); the last tenth for testing."""
     path = find("tinyshakespeare", "tinyshakespeare.txt", folder)
-    text = _read_text("tinyshakespeare", path)
+    try:
+        text = read_text(path)
+    except DataError as error:
+        raise damaged("tinyshakespeare", path, "it is not UTF-8 text") from error
     if len(text) != TINYSHAKESPEARE_CHARACTERS:
         raise damaged("tinyshakespeare", path, f"{len(text)} characters instead of {TINYSHAKESPEARE_CHARACTERS}")
-    return _windows("tinyshakespeare", path, text, context)
+    return _character_windows("tinyshakespeare", path, text, context)
 
 
-def text(folder: Path | None, file: str = "input.txt", context: int = 64) -> Dataset:
-    """Any UTF-8 text of at most 256 different characters, cut into windows; the last tenth for testing."""
-    path = find("text", file, folder)
-    return _windows("text", path, _read_text("text", path), context)
+Tokenizer = Literal["characters", "bpe"]
+
+
+def text(
+    folder: Path | None,
+    file: str | tuple[str, ...] = ("**/*.txt", "**/*.md"),
+    context: int = 64,
+    tokenizer: Tokenizer = "characters",
+    vocabulary: int = 4096,
+    cache: Path | None = None,
+) -> Dataset:
+    """UTF-8 text of one's own, a file or a folder of files, cut into windows; the last tenth for testing.
+
+    Args:
+        folder: the file, or the folder with the files.
+        file: the files of the folder, by name or pattern. They are taken in the order of their paths. Patterns do not
+            match hidden files.
+        context: how many tokens a model sees.
+        tokenizer: ``"characters"``: a token is a character, of at most 256 different ones, and the texts are joined by
+            newlines. ``"bpe"``: byte-level byte-pair encoding, trained on the training part; see
+            `mpicomp.data.tokens`.
+        vocabulary: the largest number of different tokens of ``"bpe"``.
+        cache: the folder that keeps the tokens of ``"bpe"``; by default ``.mpicomp`` beside the files.
+
+    Raises:
+        ConfigError: a value is out of its range, or ``"bpe"`` needs a package that is missing.
+        DataError: there are no files, one is no UTF-8 text, or all are shorter than ten contexts.
+
+    """
+    if tokenizer not in get_args(Tokenizer):
+        raise ConfigError(f"data.tokenizer = {tokenizer!r} must be one of {', '.join(map(repr, get_args(Tokenizer)))}")
+    source, paths = data_folder(folder), _text_files(file, folder)
+    if tokenizer == "characters":
+        return _character_windows("text", source, "\n".join(map(read_text, paths)), context)
+    found = byte_pairs(paths, vocabulary, cache or (source.parent if source.is_file() else source) / ".mpicomp")
+    return _windows("text", source, (found.train, found.test), found.vocabulary, context)
+
+
+def _text_files(file: str | tuple[str, ...], path: Path | None) -> list[Path]:
+    """Return the files that `file` names in the data folder, in the order of their paths; or `path` if it is a file."""
+    folder = data_folder(path)
+    if folder.is_file():
+        return [folder]
+    wanted = [file] if isinstance(file, str) else file
+    found: set[Path] = set()
+    for name in wanted:
+        if (folder / name).is_file():
+            found.add(folder / name)
+            continue
+        try:
+            matches = [match for match in folder.glob(name) if match.is_file()]
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"data.file = {name!r} is no name or pattern of files in {folder}: {error}") from error
+        found.update(m for m in matches if not any(part.startswith(".") for part in m.relative_to(folder).parts))
+    if not found:
+        raise DataError(
+            f"data.kind = 'text' needs {' or '.join(wanted)}, and there is no such file in {folder.absolute()} "
+            f"({_asked(path)}). Set data.path to a text or to a folder of texts, or data.file to their names."
+        )
+    return sorted(found, key=lambda path: path.as_posix())
 
 
 def libsvm(
@@ -419,14 +480,15 @@ def find(kind: str, file: str, path: Path | None) -> Path:
     found = folder if folder.is_file() else folder / file
     if found.is_file():
         return found
-    asked = (
-        f"data.path = {str(path)!r}" if path is not None else f"{FOLDER_VARIABLE} or ./data, as data.path is not set"
-    )
     remedy = f" Or download it: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else ""
     raise DataError(
-        f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({asked}). Set data.path or "
-        f"the environment variable {FOLDER_VARIABLE} to the folder that holds it.{remedy}"
+        f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({_asked(path)}). Set "
+        f"data.path or the environment variable {FOLDER_VARIABLE} to the folder that holds it.{remedy}"
     )
+
+
+def _asked(path: Path | None) -> str:
+    return f"data.path = {str(path)!r}" if path is not None else f"{FOLDER_VARIABLE} or ./data, as data.path is not set"
 
 
 DOWNLOADABLE = ("fashion_mnist", "cifar10", "tinyshakespeare")
@@ -477,29 +539,34 @@ def _channels_first(images: h5py.Dataset) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _read_text(kind: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise damaged(kind, path, f"it is not UTF-8 text ({error})") from error
-
-
-def _windows(kind: str, path: Path, text: str, context: int) -> Dataset:
-    """Cut a text into windows of ``context + 1`` characters that overlap by one: each character is predicted once."""
-    require_positive("data", context=context)
+def _character_windows(kind: str, source: Path, text: str, context: int) -> Dataset:
+    """Return a text of which each character is a token."""
     characters, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
     if len(characters) > 256:
-        raise damaged(kind, path, f"{len(characters)} different characters, at most 256 can be coded")
-    tests = len(ids) // 10
-    if tests < context + 1:
         raise DataError(
-            f"data.context = {context}: the text {path} has {len(ids)} characters, but its last tenth must hold a "
-            f"window of {context + 1}. Take a longer text or a shorter context."
+            f"data.kind = {kind!r}: the text {source} has {len(characters)} different characters, but at most 256 can "
+            "be tokens. Set data.tokenizer = 'bpe'."
         )
-    coded = torch.from_numpy(ids.astype(np.uint8))
-    inputs = [part.unfold(0, context + 1, context) for part in (coded[:-tests], coded[-tests:])]
-    train, test = (Samples(windows, torch.zeros(len(windows), dtype=torch.int64)) for windows in inputs)
-    return Dataset(kind, "language", len(characters), train, test)
+    coded, tests = ids.astype(np.uint8), len(ids) // 10
+    return _windows(kind, source, (coded[: len(ids) - tests], coded[len(ids) - tests :]), len(characters), context)
+
+
+def _windows(kind: str, source: Path, tokens: Sequence[npt.NDArray[Any]], vocabulary: int, context: int) -> Dataset:
+    """Cut training and test tokens into windows of ``context + 1`` that overlap by one: each is predicted once.
+
+    The windows are views of the tokens.
+    """
+    require_positive("data", context=context)
+    train, test = map(len, tokens)
+    if min(train, test) < context + 1:
+        raise DataError(
+            f"data.context = {context}: the text {source} has {train} tokens for training and, in its last tenth, "
+            f"{test} for testing, but each must be a window of {context + 1} at least. Take a longer text or a shorter "
+            "context."
+        )
+    windows = [torch.from_numpy(part).unfold(0, context + 1, context) for part in tokens]
+    first, last = (Samples(part, torch.zeros(len(part), dtype=torch.int64)) for part in windows)
+    return Dataset(kind, "language", vocabulary, first, last)
 
 
 def _read_libsvm(paths: list[Path]) -> tuple[list[Tensor], list[npt.NDArray[np.float64]]]:

@@ -33,7 +33,7 @@ class Problem:
     def refuse(self, kind: str, needs: str) -> ConfigError:
         """Return the error for a model that cannot read this data."""
         data = "data.kind" if self.data_kind is None else f"data.kind = {self.data_kind!r}"
-        what = "characters" if self.task == "language" else "images" if len(self.input_shape) == 3 else "vectors"
+        what = "tokens" if self.task == "language" else "images" if len(self.input_shape) == 3 else "vectors"
         return ConfigError(
             f"model.kind = {kind!r} needs {needs}, but {data} gives {what} of shape {self.input_shape}. "
             "Choose another model.kind or data.kind."
@@ -51,8 +51,7 @@ class Problem:
         channels, height, width = self.input_shape
         return channels, height, width
 
-    def require_language(self, kind: str) -> int:
-        """Return the context; raise ConfigError unless the inputs are sequences of characters."""
+    def require_language(self, kind: str) -> None:
+        """Raise ConfigError unless the inputs are sequences of tokens."""
         if self.task != "language":
-            raise self.refuse(kind, "sequences of characters")
-        return self.input_shape[0]
+            raise self.refuse(kind, "sequences of tokens")

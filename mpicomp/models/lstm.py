@@ -33,7 +33,7 @@ def lstm(problem: Problem, width: int = 128, layers: int = 1) -> nn.Module:
     """Build a character LSTM.
 
     Args:
-        problem: sequences of characters.
+        problem: sequences of tokens.
         width: of the embedding and of each layer's state.
         layers: recurrent layers, one upon the other.
 

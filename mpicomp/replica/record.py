@@ -42,6 +42,7 @@ class Record:
         delays: by ``"rank<source"``, how many contributions of the source have been 0, 1, ... updates late since the
             start; only in records with an evaluation.
         test_loss: of the averaged model, the mean over the test samples; None if it was not evaluated.
+        test_perplexity: ``exp(test_loss)`` of a language model; None for others, and if it was not evaluated.
 
     """
 
@@ -57,6 +58,7 @@ class Record:
     gradients: list[int] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
     test_loss: float | None = None
+    test_perplexity: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """Return the known numbers by name, for loggers: ``loss``, ``seconds/gradient``, ``gradients/0``.

@@ -143,6 +143,7 @@ class RunContext:
             lost=self.lost,
             test_loss=last.test_loss,
             evaluated_on=self.setup.dataset.evaluated_on,
+            test_perplexity=last.test_perplexity,
         )
         with replica.averaged() as model:
             if folder := self.written_folder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from mpicomp.replica.replica import Replica
 from mpicomp.timing import traced
 
 EVALUATION_BATCH = 500
+EVALUATION_NUMBERS = 2**24
+"""The outputs of a model that may be in memory at a time, unless a single sample has more; 64 MiB in float32."""
 
 
 class Score(NamedTuple):
@@ -41,10 +44,12 @@ class Score(NamedTuple):
 def evaluate(model: nn.Module, dataset: Dataset, device: torch.device, rank: int = 0, size: int = 1) -> Score:
     """Return the score on every `size`-th test sample, from sample `rank` on."""
     chosen = np.arange(rank, len(dataset.test), size)
+    numbers = dataset.classes * (dataset.input_shape[0] if dataset.task == "language" else 1)
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_NUMBERS // numbers))
     total = Score(0.0, 0, 0)
     model.eval()
-    for start in range(0, len(chosen), EVALUATION_BATCH):
-        inputs, targets = dataset.batch("test", chosen[start : start + EVALUATION_BATCH], device)
+    for start in range(0, len(chosen), batch):
+        inputs, targets = dataset.batch("test", chosen[start : start + batch], device)
         outputs = model(inputs)
         right, n = dataset.score(outputs, targets) or (None, targets.numel())
         total = _sum([total, Score(n * float(dataset.loss(outputs, targets)), right, n)])
@@ -65,3 +70,20 @@ def averaged_score(replica: Replica, dataset: Dataset) -> Score:
     with replica.averaged() as model:
         parts = world.all_gather(evaluate(model, dataset, world.device, world.rank, world.size))
     return _sum(parts)
+
+
+def perplexity(loss: float) -> float:
+    """Return ``exp(loss)`` of a loss in nats: among how many tokens, equally likely, the model in effect guesses."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def tested(score: Score | None, dataset: Dataset) -> dict[str, Any]:
+    """Return the fields of a `Record` that come from an evaluation; none if there was none."""
+    if score is None:
+        return {}
+    loss = score.loss
+    return {
+        "test_accuracy": score.accuracy,
+        "test_loss": loss,
+        "test_perplexity": perplexity(loss) if dataset.task == "language" and loss is not None else None,
+    }

@@ -20,7 +20,7 @@ from mpicomp.run.assignment import ResizeHistory
 from mpicomp.run.asynchronous.loop import train_asynchronously
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
-from mpicomp.run.evaluation import averaged_score
+from mpicomp.run.evaluation import averaged_score, tested
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
@@ -78,6 +78,7 @@ def _train_in_step(run: RunContext) -> Result | None:
     config, world, setup = run.config, run.world, run.setup
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
     gossip.local.delay = config.gradient_delay(world)
+    gossip.local.clip = config.training.clip()
     seed_random(config.run.seed, world.rank)
     if run.checkpoint:
         stored = run.restore_(gossip, gossip.meter)
@@ -153,6 +154,5 @@ def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:
         record,
         epoch=setup.epoch(gossip.steps),
         seconds={part: record.seconds[part] for part in MEASURED},
-        test_accuracy=score.accuracy if score else None,
-        test_loss=score.loss if score else None,
+        **tested(score, setup.dataset),
     )

@@ -25,6 +25,14 @@ ORDINATES = {"loss": "training loss", "accuracy": "test accuracy", "consensus": 
 LOSSES = {"loss": "training loss", "test_loss": "test loss", "consensus": "consensus distance"}
 """The ordinates if no run has an accuracy."""
 
+NATS = {
+    "loss": "training loss (nats)",
+    "test_loss": "test loss (nats)",
+    "perplexity": "test perplexity",
+    "consensus": "consensus distance",
+}
+"""The ordinates of language models."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -32,7 +40,7 @@ class Run:
 
     Attributes:
         name: for the legend.
-        curves: by the keys of `ABSCISSAS`, `ORDINATES` and `LOSSES`.
+        curves: by the keys of `ABSCISSAS`, `ORDINATES` and `NATS`.
 
     """
 
@@ -42,7 +50,8 @@ class Run:
     @classmethod
     def read(cls, folder: RunFolder, name: str) -> Run:
         """Read the records of a run; raise CheckpointError if there are none."""
-        records = [{"test_loss": None, **record} for record in folder.records()]  # earlier versions wrote none
+        since = {"test_loss": None, "test_perplexity": None}  # earlier versions wrote none
+        records = [{**since, **record} for record in folder.records()]
         if not records:
             raise CheckpointError(f"{folder.metrics_path}: holds no record yet")
         try:
@@ -55,6 +64,7 @@ class Run:
                     "loss": _curve(records, "loss"),
                     "accuracy": _curve(records, "test_accuracy"),
                     "test_loss": _curve(records, "test_loss"),
+                    "perplexity": _curve(records, "test_perplexity"),
                     "consensus": _curve(records, "consensus_distance"),
                 },
             )
@@ -82,7 +92,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def figure(runs: Sequence[Run]) -> Figure:
-    """Return nine panels, a row for each of `ORDINATES` (or `LOSSES`) and a column for each of `ABSCISSAS`.
+    """Return panels, a row for each of `ORDINATES` (or `LOSSES`, or `NATS`) and a column for each of `ABSCISSAS`.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -92,9 +102,11 @@ def figure(runs: Sequence[Run]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install matplotlib") from error
-    made = Figure(figsize=(13, 10), layout="constrained")
-    tested = {y: any(np.isfinite(run.curves[y]).any() for run in runs) for y in ("accuracy", "test_loss")}
-    ordinates = LOSSES if tested["test_loss"] and not tested["accuracy"] else ORDINATES
+    tested = [
+        y for y in ("accuracy", "perplexity", "test_loss") if any(np.isfinite(run.curves[y]).any() for run in runs)
+    ]
+    ordinates = {"perplexity": NATS, "test_loss": LOSSES}.get(tested[0], ORDINATES) if tested else ORDINATES
+    made = Figure(figsize=(13, 1 + 3 * len(ordinates)), layout="constrained")
     panels = made.subplots(len(ordinates), len(ABSCISSAS), sharex="col", sharey="row")
     for row, y in zip(panels, ordinates, strict=True):
         for axes, x in zip(row, ABSCISSAS, strict=True):

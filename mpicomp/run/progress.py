@@ -41,7 +41,7 @@ class Progress:
         self._started = self._last_time = self._last_line = time.monotonic()
         self._last_bytes = 0
         self._begun = 0.0
-        self._test = "accuracy       -"
+        self._test = "not yet tested"
 
     def __enter__(self) -> Progress:
         return self
@@ -66,6 +66,8 @@ class Progress:
             self._test = f"accuracy {record.test_accuracy:7.2%}"
         elif record.test_loss is not None:
             self._test = f"test loss {record.test_loss:7.4f}"
+            if record.test_perplexity is not None:
+                self._test += f"  perplexity {record.test_perplexity:7.5g}"
         now = time.monotonic()
         line = self._line(record, now)
         is_new = record.test_accuracy is not None or record.test_loss is not None

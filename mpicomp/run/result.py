@@ -38,6 +38,7 @@ class Result:
         lost: the ranks that have died; all other fields are of the remaining ranks, which have new numbers.
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
         evaluated_on: ``"test"``, or ``"validation"``: accuracies and loss are of held-out training samples.
+        test_perplexity: ``exp(test_loss)`` of a language model; None for others.
 
     """
 
@@ -59,6 +60,7 @@ class Result:
     lost: list[str] = field(default_factory=list)
     test_loss: float | None = None
     evaluated_on: str = "test"
+    test_perplexity: float | None = None
 
     @property
     def all_reduce_nbytes(self) -> int:
@@ -101,7 +103,10 @@ def _quality(result: Result) -> list[str]:
         local = [accuracy for accuracy in result.test_accuracy_local if accuracy is not None]
         own = f" ({min(local):.2%} to {max(local):.2%} of the ranks' own)" if local and model else ""
         return [f"{split} accuracy: {result.test_accuracy:.2%}{model}{own}."]
-    return [f"{split} loss: {result.test_loss:.4g}{model}."] if result.test_loss is not None else []
+    if result.test_loss is None:
+        return []
+    own = f" (perplexity {result.test_perplexity:.4g})" if result.test_perplexity is not None else ""
+    return [f"{split} loss: {result.test_loss:.4g}{own}{model}."]
 
 
 def _traffic(result: Result) -> str:

@@ -36,7 +36,7 @@ from mpicomp.run.asynchronous.membership import ElasticMembership
 from mpicomp.run.asynchronous.report import ASYNCHRONOUS_PARTS, Report, mean_loss, mean_seconds
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
-from mpicomp.run.evaluation import averaged_score
+from mpicomp.run.evaluation import averaged_score, tested
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
 from mpicomp.run.stopping import Reason, Status
@@ -77,6 +77,7 @@ class _Training:
         self._is_trainer = world.rank in trainers
         self._share = trainers.index(world.rank) if self._is_trainer and setup.assignment.size > 1 else 0
         self._delay = self._replica.local.delay = config.gradient_delay(world)
+        self._replica.local.clip = config.training.clip()
         if self._replica.mailbox.needs_poke:
             self._delay.sleep = self._sleep_and_poke
         self._learning_rate = config.schedule.build(setup.epoch(setup.steps))
@@ -321,8 +322,7 @@ class _Training:
             bytes_sent=sum(report.bytes_sent for report in reports),
             seconds=mean_seconds(reports, before),
             consensus_distance=distance,
-            test_accuracy=score.accuracy if score else None,
-            test_loss=score.loss if score else None,
+            **tested(score, self._run.setup.dataset),
             diagnostics=diagnostics,
             gradients=[report.gradients for report in reports],
             delays=delays,

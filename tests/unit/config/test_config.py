@@ -143,7 +143,7 @@ def test_steps_take_the_place_of_epochs(load):
         (["optimizer.learning_rate=1"], "optimizer.learning_rate is unknown. Did you mean 'optimizer.lr'?"),
         (["optimizer.momentun=1"], "optimizer.momentun is unknown. Did you mean 'optimizer.momentum'?"),
         (["training.lr=1"], "training.lr is unknown. Did you mean 'optimizer.lr'?"),
-        (["training.zzz=1"], "training.zzz is unknown. Known: epochs, steps, batch_size."),
+        (["training.zzz=1"], "training.zzz is unknown. Known: epochs, steps, batch_size, clip_norm."),
         (["modle.kind=mlp"], "modle is unknown. Did you mean 'model'?"),
         (["lr.x=1"], "lr is unknown. Did you mean 'optimizer.lr'?"),
         (["zzz.x=1"], "zzz is unknown. Sections: run, data, model, topology,"),

@@ -26,6 +26,7 @@ CASES = [
     ("vgg11", COLOR, {"norm": "none"}),
     ("lstm", TEXT, {"width": 16, "layers": 2}),
     ("gpt", TEXT, {"width": 16, "layers": 2, "heads": 2}),
+    ("gpt", TEXT, {"width": 16, "layers": 2, "heads": 2, "tied": True, "dtype": "bfloat16"}),
 ]
 
 
@@ -98,6 +99,8 @@ def test_training_lowers_the_loss(kind, shape, params):
         ("resnet20", COLOR, {"norm": "group"}, 269_722),
         ("resnet20", COLOR, {"norm": "evonorm"}, 269_722 + 688),
         ("vgg11", COLOR, {}, 9_231_114 - 2_752),
+        ("gpt", TEXT, {"width": 16, "layers": 2}, 2 * (12 * 16**2 + 2 * 16) + 16 + 2 * 10 * 16),
+        ("gpt", TEXT, {"width": 16, "layers": 2, "tied": True}, 2 * (12 * 16**2 + 2 * 16) + 16 + 10 * 16),
     ],
 )
 def test_parameter_counts(kind, shape, params, expected):
@@ -168,9 +171,9 @@ def test_loss_and_accuracy_count_every_prediction():
     targets = torch.tensor([[0, 1], [1, 0]])
     right, wrong = torch.log(1 + torch.exp(torch.tensor([-2.0, 2.0])))
     torch.testing.assert_close(loss(logits, targets), (3 * right + wrong) / 4)
-    for task in ("classification", "language"):
-        assert problem(task).score(logits, targets) == (3, 4)
-        assert problem(task).score(logits[0], targets[0]) == (2, 2)
+    assert problem("classification").score(logits, targets) == (3, 4)
+    assert problem("classification").score(logits[0], targets[0]) == (2, 2)
+    assert problem("language").score(logits, targets) is None  # its measure is the perplexity
 
 
 def test_regression_has_the_squared_error_and_no_accuracy():
@@ -199,7 +202,7 @@ def test_models_of_numbers_take_regression():
             ("resnet20", (20,), "classification", {}),
             r"model\.kind = 'resnet20' needs images, .* gives vectors of shape",
         ),
-        (("mlp", TEXT, "language", {}), r"model\.kind = 'mlp' needs images or vectors, .* gives characters"),
+        (("mlp", TEXT, "language", {}), r"model\.kind = 'mlp' needs images or vectors, .* gives tokens"),
         (("lenet5", (1, 8, 8), "classification", {}), r"needs images of 28x28 or 32x32, .*\(1, 8, 8\)"),
         (("vgg11", (1, 8, 8), "classification", {}), r"needs images of 28x28 or 32x32"),
         (("resnet", COLOR, "classification", {}), r"model\.kind = 'resnet' is unknown\. Did you mean 'resnet20'\?"),
@@ -212,6 +215,8 @@ def test_models_of_numbers_take_regression():
         (("resnet20", COLOR, "classification", {"norm": "layer"}), r"model\.norm = 'layer' is unknown"),
         (("resnet20", COLOR, "classification", {"norm": "group", "groups": 3}), r"model\.groups = 3: must divide"),
         (("gpt", TEXT, "language", {"heads": 3}), r"model\.heads = 3: must divide model\.width = 128"),
+        (("gpt", TEXT, "language", {"width": 12, "heads": 4}), r"model\.heads = 4: .* into even parts"),
+        (("gpt", TEXT, "language", {"dtype": "float16"}), r"model\.dtype = 'float16' must be one of 'float32', 'bf"),
         (("lstm", TEXT, "language", {"layers": 0}), r"model\.layers = 0: must be at least 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import numpy as np
@@ -62,11 +63,22 @@ def test_runs_without_accuracy_show_their_test_loss(make):
     assert both.axes[3].get_ylabel() == "test accuracy"
 
 
+def test_language_models_show_their_perplexity(make):
+    path = make("a")
+    records = [Record(i, i / 2, 1 / i, 0.1, 10 * i, {"mix": 1.0}, 0.1, None, test_loss=2 / i) for i in (1, 2, 3)]
+    records = [dataclasses.replace(record, test_perplexity=math.exp(record.test_loss)) for record in records]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    picture = figure(read_runs([path]))
+    labels = [picture.axes[row].get_ylabel() for row in (0, 3, 6, 9)]
+    assert labels == ["training loss (nats)", "test loss (nats)", "test perplexity", "consensus distance"]
+    np.testing.assert_allclose(picture.axes[6].lines[0].get_ydata(), np.exp([2, 1, 2 / 3]))
+
+
 def test_records_of_earlier_versions_have_no_test_loss(make):
     path = make("a")
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        del record["test_loss"]
+        del record["test_loss"], record["test_perplexity"]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run,) = read_runs([path])
     assert np.isnan(run.curves["test_loss"]).all() and np.isfinite(run.curves["accuracy"]).any()

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -77,6 +78,7 @@ def test_reports_are_json():
         "gradients",
         "delays",
         "test_loss",
+        "test_perplexity",
     ]
     assert list(stored["seconds"]) == ["gradient", "compress", "exchange", "mix"]
 
@@ -183,7 +185,7 @@ def test_a_line_leaves_out_what_is_not_known():
     progress = Progress(steps=10, epochs=None, console=out)
     progress.start([])
     progress.on_record(Record(10, None, None, 0.1, 0, {}, None))
-    assert lines(out)[0].startswith("step     10  loss       -  accuracy       -  sent")
+    assert lines(out)[0].startswith("step     10  loss       -  not yet tested  sent")
 
 
 def test_a_run_in_epochs_knows_what_is_left(clock):
@@ -245,3 +247,15 @@ def test_the_terminal_is_restored_after_an_error(clock):
         progress.start([])
         raise RuntimeError
     assert "\x1b[?25h" in out.file.getvalue()
+
+
+def test_a_language_model_has_a_perplexity_and_no_accuracy(clock):
+    out = console()
+    progress = Progress(100, None, out)
+    progress.start([])
+    seconds = {"gradient": 0.1, "compress": 0.0, "exchange": 0.2, "mix": 0.1}
+    clock.now += 10
+    progress.on_record(Record(10, 1.0, 2.5, 0.1, 0, seconds, 0.1, test_loss=2.25, test_perplexity=math.exp(2.25)))
+    assert "loss  2.5000  test loss  2.2500  perplexity  9.4877  sent" in out.file.getvalue()
+    shown = summary(result(test_accuracy=None, test_loss=2.25, test_perplexity=math.exp(2.25)), Path("runs/1"))
+    assert "Test loss: 2.25 (perplexity 9.488) of the averaged model." in shown

@@ -1,0 +1,42 @@
+"""Runs of language models: loss in nats and perplexity, and no accuracy."""
+
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from mpicomp.cli import main
+from mpicomp.config.config import RunConfig
+from mpicomp.exchange.loopback import run
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.loop import train
+
+TOML = """
+run.evaluate_every_epochs = 100
+data = {{ kind = "text", path = '''{path}''', context = 16, tokenizer = "bpe", vocabulary = 280 }}
+model = {{ kind = "gpt", width = 8, layers = 1, heads = 2, tied = true }}
+optimizer = {{ kind = "adamw", lr = 0.02, decay_1d = false }}
+schedule = {{ kind = "cosine", warmup = 0.2, floor = 0.1 }}
+training = {{ epochs = 2, batch_size = 8, clip_norm = 1.0 }}
+algorithm.kind = "{algorithm}"
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["dpsgd", "ad_psgd"])
+def test_a_run_has_a_perplexity(tmp_path, algorithm):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "text.md").write_text("To be, or not to be, that is the question.\n" * 200)
+    config = RunConfig.from_toml(TOML.format(path=tmp_path, algorithm=algorithm))
+    folder = RunFolder.create(tmp_path / "run")
+    folder.save_config(config)
+    result, _ = run(2, lambda world: train(config, world, folder))
+    assert result.test_accuracy is None and result.test_accuracy_local == [None, None]
+    assert result.test_loss < 0.8 * math.log(280)
+    assert result.test_perplexity == math.exp(result.test_loss)
+    stored = json.loads((folder.path / "result.json").read_text())
+    *_, last = folder.records()
+    for report in (stored, last):
+        assert (report["test_loss"], report["test_perplexity"]) == (result.test_loss, result.test_perplexity)
+    shown = CliRunner().invoke(main, ["evaluate", str(folder.path)]).stdout
+    assert f"test loss {result.test_loss:.4f}, test perplexity {result.test_perplexity:.4g}\n" in shown
