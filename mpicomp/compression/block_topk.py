@@ -7,11 +7,11 @@
 Ties go to the lowest place in the block. A tensor of more dimensions is a matrix with its first one for rows;
 dimensions of length 1 do not count; the last chunks and runs of a tensor may be smaller. Contractive with delta >=
 min_b k_b / n_b, as top-k in each block: needs error feedback, or a method that has it built in. The selection needs
-one pass over the vector and nothing from outside a block, and every message has the same number of bytes: the values,
-4 bytes each or fewer by `values`, and a place of ``ceil(log2(block))`` bits each, 12 for the default. Top-k's coded
-indices are shorter (6.6 bits at 3 %), but their length varies. With ``values = "statistical"`` a value takes 2 bits
-(see `mpicomp.compression.values`): the compressor of SparseLoCo (arXiv 2508.15706), ``ratio = 0.03125`` there. Chunks
-as of DeMo (arXiv 2411.19870), which cuts by a divisor of the dimension.
+one pass over the vector and nothing from outside a block. Bytes: the values, 4 each or fewer by `values`, and a place
+of ``ceil(log2(block))`` bits each, 12 for the default; every message has the same number of them. Top-k's coded
+indices may be shorter, but their length varies. With ``values = "statistical"`` a value takes 2 bits (see
+`mpicomp.compression.values`): the compressor of SparseLoCo (arXiv 2508.15706), ``ratio = 0.03125`` there. Chunks as of
+DeMo (arXiv 2411.19870), which cuts by a divisor of the dimension.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ MOST = {
     "dpsgd_overlapped": (1, 0, 23),
     "dpsgd_float16": (1, 0, 26),
     "choco": (5, 26, 45),
+    "choco_auto": (5, 26, 47),
+    "choco_auto_overlapped": (5, 26, 47),
     "choco_overlapped": (5, 26, 45),
     "adagossip": (5, 26, 45),
     "adagossip_quasi_global": (5, 26, 37),

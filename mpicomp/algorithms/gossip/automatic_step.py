@@ -96,9 +96,9 @@ class AutomaticStep:
     def attached(self, payload: Payload) -> Payload:
         """Return a message with the least delta; begins a window in its first step."""
         if self.step % self.window == 0:
-            share = 1 - self.carried[1:] / self.carried[:1]
-            # Nothing has moved: there is nothing to say. Comparisons with a NaN are false.
-            self.least = torch.where(share >= LEAST, share, torch.where(share < LEAST, LEAST, 1.0)).float()
+            differed, left_out = self.carried[:1], self.carried[1:]
+            share = (1 - left_out / differed).clamp(min=LEAST)
+            self.least = torch.where(differed > 0, share, torch.ones_like(share)).float()  # 1: nothing has moved
             self.carried.zero_()
         return {**payload, KEY: self.least}
 
