@@ -13,6 +13,7 @@ from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
+from mpicomp.algorithms.gossip.power_gossip import PowerGossip
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
@@ -31,6 +32,7 @@ ALGORITHMS: dict[str, type] = {
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
     "motef": MoTEF,
+    "power_gossip": PowerGossip,
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
@@ -72,5 +74,6 @@ __all__ = [
     "LocalSGD",
     "MoTEF",
     "OneBitAdam",
+    "PowerGossip",
     "PowerSGD",
 ]

@@ -22,6 +22,7 @@ from mpicomp.algorithms import (
     LocalSGD,
     MoTEF,
     OneBitAdam,
+    PowerGossip,
     PowerSGD,
 )
 from mpicomp.compression import COMPRESSORS as KINDS
@@ -85,6 +86,9 @@ DETERMINISTIC = {
     "deep_squeeze": DeepSqueeze(0.05, TOP),
     "motef": MoTEF(0.2, TOP),
     "beer": MoTEF(0.1, COMPRESSORS["randk_private"], gradient_weight=1.0),
+    "power_gossip": PowerGossip(),
+    "power_gossip_rank_2": PowerGossip(rank=2, iterations=2, seed=3),
+    "local_sgd_power_gossip": LocalSGD(2, PowerGossip(iterations=2)),
     "ef_sgd": EFSGD(TOP),
     "ef_sgd_momentum": EFSGD(TOP, momentum=0.9),
     "ef_sgd_block": EFSGD(COMPRESSORS["block"]),
