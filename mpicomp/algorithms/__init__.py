@@ -10,6 +10,7 @@ from mpicomp.algorithms.gossip.adagossip import AdaGossip
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import Choco
 from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
+from mpicomp.algorithms.gossip.def_atc import DEFATC
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
@@ -31,6 +32,7 @@ ALGORITHMS: dict[str, type] = {
     "choco": Choco,
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
+    "def_atc": DEFATC,
     "motef": MoTEF,
     "power_gossip": PowerGossip,
     "ef_sgd": EFSGD,
@@ -54,6 +56,7 @@ __all__ = [
     "ALGORITHMS",
     "ASGD",
     "DCASGD",
+    "DEFATC",
     "DGC",
     "DPSGD",
     "EFSGD",

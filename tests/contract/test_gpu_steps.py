@@ -54,6 +54,9 @@ MOST = {
     "adagossip_quasi_global": (5, 26, 37),
     "adagossip_overlapped": (5, 26, 37),
     "deep_squeeze": (6, 28, 52),
+    "def_atc": (7, 23, 59),
+    "def_atc_damped": (1, 7, 31),
+    "local_sgd_def_atc": (7, 33, 61),
     "power_gossip": (1, 0, 40),
     "power_gossip_rank_2": (2, 0, 56),
     "local_sgd_power_gossip": (2, 0, 56),
@@ -120,6 +123,7 @@ SENT = "a message goes to the host"
 WAITS = {
     "algorithms/gossip/choco:send_difference": SENT,
     "algorithms/gossip/deep_squeeze:DeepSqueeze.mix": SENT,
+    "algorithms/gossip/def_atc:DEFATC.mix": SENT,
     "algorithms/gossip/dpsgd:DPSGD._start": SENT,
     "algorithms/gossip/motef:MoTEF._exchange": SENT,
     "algorithms/gossip/power_gossip:_iterate_": SENT,

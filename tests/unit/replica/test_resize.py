@@ -3,7 +3,7 @@ import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD, MoTEF, PowerGossip
+from mpicomp.algorithms import DEFATC, EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD, MoTEF, PowerGossip
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
 from mpicomp.errors import CheckpointError
@@ -40,6 +40,7 @@ def copied(state):
         Choco(0.2, TopK(0.2)),
         AdaGossip(0.01, TopK(0.2)),
         DeepSqueeze(0.05, TopK(0.2)),
+        DEFATC(0.2, TopK(0.2)),
         MoTEF(0.2, TopK(0.2)),
         PowerGossip(),
         Choco(0.1, RandomK(0.2, shared=False)),
