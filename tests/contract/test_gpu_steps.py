@@ -54,7 +54,7 @@ MOST = {
     "adagossip_quasi_global": (5, 26, 37),
     "adagossip_overlapped": (5, 26, 37),
     "deep_squeeze": (6, 28, 52),
-    "def_atc": (7, 23, 59),
+    "def_atc": (7, 33, 61),
     "def_atc_damped": (1, 7, 31),
     "local_sgd_def_atc": (7, 33, 61),
     "power_gossip": (1, 0, 40),

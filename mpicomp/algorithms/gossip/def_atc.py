@@ -20,7 +20,8 @@ the consensus step.
 The error memory holds what a rank knows and its neighbors do not, so a step that was too small to be sent is not lost.
 Without compression and with gamma = zeta = 1 this is D-PSGD. With a constant learning rate the mean-square error is of
 the order of the learning rate, as it is without compression. With zeta = 1 the mean over ranks of ``x_i + e_i`` moves
-by that of the local steps, and mixing preserves it. zeta < 1 damps compressors whose error grows with the message.
+by that of the local steps, and mixing preserves it. zeta < 1 damps compressors whose error grows with the message, and
+shortens every local step by that factor.
 
 The paper mixes in any subspace; here it is that of equal models. The paper's symbols are psi for y, phi for xhat, z for
 e, mu for lr. The recursion follows a summary of the paper, not its text.
