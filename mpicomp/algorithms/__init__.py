@@ -10,9 +10,11 @@ from mpicomp.algorithms.gossip.adagossip import AdaGossip
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import Choco
 from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
+from mpicomp.algorithms.gossip.def_atc import DEFATC
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
+from mpicomp.algorithms.gossip.power_gossip import PowerGossip
 from mpicomp.algorithms.gossip.sgp import SGP
 from mpicomp.algorithms.sgd import SGD
 from mpicomp.algorithms.sums.dgc import DGC
@@ -31,8 +33,10 @@ ALGORITHMS: dict[str, type] = {
     "choco": Choco,
     "adagossip": AdaGossip,
     "deep_squeeze": DeepSqueeze,
+    "def_atc": DEFATC,
     "motef": MoTEF,
     "sgp": SGP,
+    "power_gossip": PowerGossip,
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
@@ -54,6 +58,7 @@ __all__ = [
     "ALGORITHMS",
     "ASGD",
     "DCASGD",
+    "DEFATC",
     "DGC",
     "DPSGD",
     "EFSGD",
@@ -75,5 +80,6 @@ __all__ = [
     "LocalSGD",
     "MoTEF",
     "OneBitAdam",
+    "PowerGossip",
     "PowerSGD",
 ]

@@ -137,7 +137,12 @@ def require_fixed_symmetric(name: str, schedule: Schedule) -> None:
             f"topology.kind = {schedule.name!r} changes from step to step, but {name} keeps a sum over a fixed "
             "neighborhood. Use a fixed graph, or algorithm.kind = 'dpsgd' or 'deep_squeeze'."
         )
-    if not schedule.is_symmetric:
+    require_symmetric(name, schedule)
+
+
+def require_symmetric(name: str, schedule: Schedule) -> None:
+    """Raise TopologyError unless the first graph of `schedule` is undirected and has symmetric weights."""
+    if not schedule(0).is_symmetric:
         raise TopologyError(
             f"topology.kind = {schedule.name!r} has a directed graph or asymmetric weights, but {name} needs symmetric "
             "ones. Use an undirected graph with topology.weights = 'metropolis', or algorithm.kind = 'dpsgd' or 'sgp'."

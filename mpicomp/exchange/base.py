@@ -60,6 +60,9 @@ class Exchange(Protocol):
 
         """
 
+    def start_each(self, payloads: Mapping[int, Payload], layout: Layout, topology: Topology) -> Pending:
+        """Send each target in `topology` a payload of its own, ``payloads[target]``; otherwise as `start`."""
+
     def mean_(self, x: Tensor) -> None:
         """Average `x` (n,) over all ranks, in place, by an all-reduce.
 

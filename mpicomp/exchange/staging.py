@@ -28,6 +28,9 @@ class Staging(Protocol):
     def pack(self, payload: Payload, layout: Layout) -> Bytes:
         """Return the packed `payload` in host memory, (used bytes,), ready to be sent."""
 
+    def pack_each(self, payloads: Sequence[Payload], layout: Layout) -> list[Bytes]:
+        """Return the packed `payloads`, each in host memory of its own."""
+
     def receive(self, count: int, nbytes: int) -> list[Bytes]:
         """Return `count` host buffers (nbytes,) to receive into; they overwrite those of the last call."""
 
@@ -75,9 +78,13 @@ class HostStaging:
         self._received = _Buffers(torch.device("cpu"))
 
     def pack(self, payload: Payload, layout: Layout) -> Bytes:
-        """Pack into the send buffer."""
-        wire = self._sent.get(0, layout.nbytes)
-        return _bytes(wire[: layout.pack(payload, wire)])
+        """Pack into the first send buffer."""
+        return self.pack_each([payload], layout)[0]
+
+    def pack_each(self, payloads: Sequence[Payload], layout: Layout) -> list[Bytes]:
+        """Pack into the send buffers."""
+        wires = [self._sent.get(i, layout.nbytes) for i in range(len(payloads))]
+        return [_bytes(wire[: layout.pack(payload, wire)]) for payload, wire in zip(payloads, wires, strict=True)]
 
     def receive(self, count: int, nbytes: int) -> list[Bytes]:
         """Return the receive buffers."""
@@ -134,16 +141,25 @@ class DeviceStaging:
             DivergenceError: a NaN or an infinity among what was compressed, which the device alone knew of.
 
         """
-        wire = self._sent.get(0, layout.nbytes)
-        nbytes = layout.pack(payload, wire)
-        host = self._sent_host.get(0, layout.nbytes)[:nbytes]
+        return self.pack_each([payload], layout)[0]
+
+    def pack_each(self, payloads: Sequence[Payload], layout: Layout) -> list[Bytes]:
+        """Pack all on the device, and wait once; otherwise as `pack`."""
+        wires, hosts = [], []
+        for i, payload in enumerate(payloads):
+            wire = self._sent.get(i, layout.nbytes)
+            nbytes = layout.pack(payload, wire)
+            wires.append(wire[:nbytes])
+            hosts.append(self._sent_host.get(i, layout.nbytes)[:nbytes])
         self._side.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._side):
-            host.copy_(wire[:nbytes], non_blocking=True)
+            for host, wire in zip(hosts, wires, strict=True):
+                host.copy_(wire, non_blocking=True)
         self._is_sent.record(self._side)
         self._is_sent.synchronize()
-        layout.check(host)
-        return _bytes(host)
+        for host in hosts:
+            layout.check(host)
+        return [_bytes(host) for host in hosts]
 
     def receive(self, count: int, nbytes: int) -> list[Bytes]:
         """Return the pinned receive buffers, once the last messages in them have reached the device."""

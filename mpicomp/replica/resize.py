@@ -6,6 +6,7 @@ All new ranks start from the same state. Rank 0 makes it from the files of all o
     momentum, second moments               the mean
     error memory                           the sum over the old ranks, divided evenly, so that the sum is kept
     public copies                          the consensus model, which every rank gets in one dense exchange
+    state particular to a rank             made anew, as at the start
     state that only servers hold           copied unchanged to every new server
     pending messages                       an error: a method that delays messages needs as many ranks as before
     counters and other numbers             those of the old rank 0
@@ -41,7 +42,8 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
 
     Args:
         checkpoint: of another number of ranks.
-        rules: by path: ``"sum"``, ``"model"`` or ``"servers"``; other paths take the mean.
+        rules: by path: ``"sum"``, ``"model"``, ``"servers"`` or ``"own"``, which is left as it is; other paths take the
+            mean.
         ranks: the new number of ranks.
 
     Raises:
@@ -56,6 +58,8 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
         if rules.get(path) == "servers":
             held = (cast(Tensor, hdf5.read(file, names=[path])[path]) for file in files)
             combined[path] = max(held, key=Tensor.numel)
+        elif rules.get(path) == "own":
+            continue  # each rank keeps its own, which may differ in shape
         elif isinstance(leaf, Tensor) and leaf.is_floating_point() and not path.startswith("random/"):
             total = leaf.to(torch.float64)
             for file in files[1:]:

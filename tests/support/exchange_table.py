@@ -64,6 +64,30 @@ def exchange_messages(world, schedule, steps=8):
         assert exchange.bytes_sent == sent
 
 
+def sending_each_neighbor_a_message_of_its_own(world):
+    directed = (np.eye(world.size) + np.roll(np.eye(world.size), 1, 0)) / 2
+    for schedule in (chain(world.size), complete(world.size), Topology("cycle", directed), RandomMatching(world.size)):
+        exchange = world.exchange(schedule)
+        sent = 0
+        for step in range(8):
+            topology = schedule(step)
+            mine = {target: message(3 * world.rank + target, step) for target in topology.targets(world.rank)}
+            pending = exchange.start_each(mine, VARIABLE, topology)
+            for payload in mine.values():
+                payload["value"].fill_(-1)
+            received = pending.wait()
+            assert list(received) == topology.sources(world.rank)
+            for source, payload in received.items():
+                assert_same(payload, message(3 * source + world.rank, step))
+            sent += sum(VARIABLE.nbytes_of(payload) for payload in mine.values())
+            assert exchange.bytes_sent == sent
+            # the same edges, with one message for all
+            received = exchange.start(message(world.rank, step), VARIABLE, topology).wait()
+            for source, payload in received.items():
+                assert_same(payload, message(source, step))
+            sent = exchange.bytes_sent
+
+
 def until_there(world, pending):
     """Look for messages on all ranks until they are there."""
     deadline = time.monotonic() + 30
@@ -325,6 +349,7 @@ def knowing_ones_place(world):
 
 
 TABLE = [
+    sending_each_neighbor_a_message_of_its_own,
     looking_for_messages,
     on_a_ring,
     on_a_chain,

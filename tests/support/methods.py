@@ -7,6 +7,7 @@ from mpicomp.algorithms import (
     ALGORITHMS,
     ASGD,
     DCASGD,
+    DEFATC,
     DGC,
     DPSGD,
     EFSGD,
@@ -23,6 +24,7 @@ from mpicomp.algorithms import (
     LocalSGD,
     MoTEF,
     OneBitAdam,
+    PowerGossip,
     PowerSGD,
 )
 from mpicomp.compression import COMPRESSORS as KINDS
@@ -92,6 +94,12 @@ DETERMINISTIC = {
     "sgp_overlapped": SGP(overlap=True),
     "sgp_topk": SGP(0.2, TOP),
     "sgp_topk_overlapped": SGP(0.2, TOP, overlap=True),
+    "def_atc": DEFATC(0.2, TOP),
+    "def_atc_damped": DEFATC(0.3, COMPRESSORS["qsgd"], damping=0.8),
+    "local_sgd_def_atc": LocalSGD(2, DEFATC(0.2, TOP)),
+    "power_gossip": PowerGossip(),
+    "power_gossip_rank_2": PowerGossip(rank=2, iterations=2, seed=3),
+    "local_sgd_power_gossip": LocalSGD(2, PowerGossip(iterations=2)),
     "ef_sgd": EFSGD(TOP),
     "ef_sgd_momentum": EFSGD(TOP, momentum=0.9),
     "ef_sgd_block": EFSGD(COMPRESSORS["block"]),

@@ -21,6 +21,7 @@ from mpicomp.exchange.loopback.mailbox import Links
 from mpicomp.topology import Schedule, Topology
 
 DIM = 24
+SHAPES = ((DIM // 2,), (2, DIM // 4))
 
 
 def curvature() -> np.ndarray:
@@ -40,9 +41,10 @@ class Quadratic:
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
 
     def __post_init__(self) -> None:
-        self.spec = Spec(("a", "b"), ((DIM // 2,), (2, DIM // 4)), self.x.dtype)
+        self.spec = Spec(tuple("abc"[: len(self.shapes)]), self.shapes, self.x.dtype)
         self.g = torch.zeros_like(self.x)
         self.m = torch.zeros_like(self.x)
         self.d = torch.as_tensor(curvature(), dtype=self.x.dtype)
@@ -84,6 +86,7 @@ def train(
     weight_decay: float = 0.0,
     start: np.ndarray | None = None,
     dtype: torch.dtype = torch.float64,
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
 ) -> Trained:
     """Run `algorithm` over the loopback from `start` (size, DIM), by default zero on all ranks.
 
@@ -95,7 +98,7 @@ def train(
         c = centers(world.size)[world.rank]
         x = np.zeros(DIM) if start is None else start[world.rank]
         tensors = torch.as_tensor(x.copy(), dtype=dtype), torch.as_tensor(c, dtype=dtype)
-        local = Quadratic(*tensors, *rates[:1], momentum=momentum, weight_decay=weight_decay)
+        local = Quadratic(*tensors, *rates[:1], momentum=momentum, weight_decay=weight_decay, shapes=shapes)
         exchange = world.exchange(schedule)
         state = algorithm.init(local, exchange)
         for local.lr in rates:

@@ -337,11 +337,11 @@ class WatchedStaging(DeviceStaging):
         self._gpu = gpu
         self._sending, self._receiving = [], []
 
-    def pack(self, payload, layout):
-        wire = super().pack(payload, layout)
-        self._gpu.host_reads(wire, "MPI begins to send")
-        self._sending = [wire]
-        return wire
+    def pack_each(self, payloads, layout):
+        self._sending = super().pack_each(payloads, layout)
+        for wire in self._sending:
+            self._gpu.host_reads(wire, "MPI begins to send")
+        return self._sending
 
     def receive(self, count, nbytes):
         self._receiving = super().receive(count, nbytes)

@@ -271,6 +271,16 @@ class StagedExchange:
         self.pending = self._exchange.start(layout.unpack(host), layout, topology)
         return self
 
+    def start_each(self, payloads, layout, topology):
+        wires = torch.zeros(len(payloads), layout.nbytes, dtype=torch.uint8, device=CUDA)
+        used = [layout.pack(payload, wire) for payload, wire in zip(payloads.values(), wires, strict=True)]
+        hosts = [host[:nbytes] for host, nbytes in zip(wires.cpu(), used, strict=True)]
+        for host in hosts:
+            layout.check(host)
+        unpacked = {target: layout.unpack(host) for target, host in zip(payloads, hosts, strict=True)}
+        self.pending = self._exchange.start_each(unpacked, layout, topology)
+        return self
+
     def test(self):
         return self.pending.test()
 

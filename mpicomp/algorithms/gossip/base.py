@@ -20,7 +20,7 @@ class Gossip(Algorithm[S]):
     """A method whose ranks mix their models with those of their neighbors.
 
     Attributes:
-        compressor: of its messages.
+        compressor: of its messages; a method that can send them in one way only has none.
 
     """
 

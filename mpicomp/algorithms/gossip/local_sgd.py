@@ -69,7 +69,7 @@ class LocalSGD(Algorithm[LocalSGDState]):
         if not isinstance(self.inner, Gossip):
             raise ConfigError(
                 f"algorithm.inner: {type(self.inner).__name__} has no mixing that could go without a gradient. Use a "
-                "gossip method: 'dpsgd', 'choco', 'adagossip' or 'deep_squeeze'."
+                "gossip method: 'dpsgd', 'choco', 'adagossip', 'deep_squeeze', 'def_atc' or 'power_gossip'."
             )
         self.inner.check_local_steps()
 

@@ -43,8 +43,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
+from mpicomp.algorithms.low_rank import LowRank, orthogonal
 from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
-from mpicomp.algorithms.sums.low_rank import LowRank
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -105,7 +105,9 @@ class PowerSGD(Algorithm[PowerSGDState]):
         if self.momentum:
             require_no_momentum("PowerSGD", local)
         generator = torch.Generator().manual_seed(self.seed)
-        right = torch.randn(self._low_rank(local.spec).right_numel, generator=generator, dtype=torch.float64)
+        low_rank = self._low_rank(local.spec)
+        numel = low_rank.right_numel + low_rank.whole_numel
+        right = torch.randn(numel, generator=generator, dtype=torch.float64)
         velocity = torch.zeros_like(local.x) if self.momentum else None
         return PowerSGDState(torch.zeros_like(local.x), right.to(local.x), velocity)
 
@@ -114,22 +116,33 @@ class PowerSGD(Algorithm[PowerSGDState]):
         yield None
         g, right, aggregator, low_rank = local.g, state.right, Aggregator(exchange), self._low_rank(local.spec)
         left = g.new_empty(low_rank.left_numel)
-        matrices, whole = low_rank.views(state.error.add_(g), g, left, right)  # M_k = G_k + E_k
-        for matrix in matrices:
-            torch.mm(matrix.m, matrix.q, out=matrix.p)  # M_k Q
+        error = state.error.add_(g)  # M_k = G_k + E_k
+        factors, sent = torch.split(right, [low_rank.right_numel, low_rank.whole_numel])
+        matrices = list(
+            zip(
+                low_rank.matrices(error),
+                low_rank.matrices(g),
+                low_rank.lefts(left),
+                low_rank.rights(factors),
+                strict=True,
+            )
+        )
+        whole = list(zip(low_rank.whole(error), low_rank.whole(g), low_rank.sent_whole(sent), strict=True))
+        for m, _, p, q in matrices:
+            torch.mm(m, q, out=p)  # M_k Q
         aggregator.mean_(left)
-        for matrix in matrices:
-            matrix.p.copy_(orthogonal(matrix.p))
-            torch.mm(matrix.m.T, matrix.p, out=matrix.q)  # M_k' P
-        for tensor in whole:
-            tensor.sent.copy_(tensor.m)
+        for m, _, p, q in matrices:
+            p.copy_(orthogonal(p))
+            torch.mm(m.T, p, out=q)  # M_k' P
+        for m, _, part in whole:
+            part.copy_(m)
         aggregator.mean_(right)
-        for matrix in matrices:
-            torch.mm(matrix.p, matrix.q.T, out=matrix.g)  # g = P Q'
-            matrix.m.sub_(matrix.g)  # E_k
-        for tensor in whole:
-            tensor.g.copy_(tensor.sent)
-            tensor.m.zero_()
+        for m, mean, p, q in matrices:
+            torch.mm(p, q.T, out=mean)  # g = P Q'
+            m.sub_(mean)  # E_k
+        for m, mean, part in whole:
+            mean.copy_(part)
+            m.zero_()
         if state.velocity is not None:
             g.add_(state.velocity.mul_(self.momentum).add_(g))
         local.update()
@@ -140,9 +153,3 @@ class PowerSGD(Algorithm[PowerSGDState]):
     def diagnostics(self, local: Local, state: PowerSGDState) -> dict[str, float]:
         """Return ``error_norm``, |E|."""
         return {"error_norm": float(state.error.norm())}
-
-
-def orthogonal(p: Tensor) -> Tensor:
-    """Return a matrix (m, r) with orthonormal columns whose span contains that of `p` (m, r), for m >= r."""
-    basis: Tensor = torch.linalg.qr(p if p.dtype == torch.float64 else p.float()).Q
-    return basis

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -62,19 +64,17 @@ class LoopbackExchange:
     @timed("exchange", "send")
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> LoopbackPending:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
-        if self._is_pending:
-            raise ExchangeError("an exchange is still pending: wait for it before the next one")
-        self._is_pending = True
-        self._scheduler.release(self._held)
-        self._held = []
-        targets = topology.targets(self.rank)
-        if targets:
-            wire = self._buffer(layout.nbytes)
-            nbytes = layout.pack(payload, wire)
-            if not wire.is_cpu:
-                layout.check(wire)
-            self._scheduler.post((self._number, self.rank), targets, Message(wire, nbytes, len(targets), self._pool))
-            self.bytes_sent += nbytes * len(targets)
+        self._begin()
+        if targets := topology.targets(self.rank):
+            self._send(payload, layout, targets)
+        return LoopbackPending(self, layout, topology.sources(self.rank))
+
+    @timed("exchange", "send")
+    def start_each(self, payloads: Mapping[int, Payload], layout: Layout, topology: Topology) -> LoopbackPending:
+        """Send each target its own payload, and begin to receive from the sources."""
+        self._begin()
+        for target in topology.targets(self.rank):
+            self._send(payloads[target], layout, [target])
         return LoopbackPending(self, layout, topology.sources(self.rank))
 
     @timed("exchange", "all_reduce")
@@ -82,6 +82,21 @@ class LoopbackExchange:
         """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
         mean_over_ranks_(self._scheduler, self.rank, x)
         self.bytes_sent += all_reduce_nbytes(x, self.size)
+
+    def _begin(self) -> None:
+        if self._is_pending:
+            raise ExchangeError("an exchange is still pending: wait for it before the next one")
+        self._is_pending = True
+        self._scheduler.release(self._held)
+        self._held = []
+
+    def _send(self, payload: Payload, layout: Layout, targets: list[int]) -> None:
+        wire = self._buffer(layout.nbytes)
+        nbytes = layout.pack(payload, wire)
+        if not wire.is_cpu:
+            layout.check(wire)
+        self._scheduler.post((self._number, self.rank), targets, Message(wire, nbytes, len(targets), self._pool))
+        self.bytes_sent += nbytes * len(targets)
 
     def _buffer(self, nbytes: int) -> Tensor:
         while self._pool:

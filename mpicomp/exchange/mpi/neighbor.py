@@ -1,4 +1,4 @@
-"""The neighbor exchange over MPI: one packed message to every target, one from every source.
+"""The neighbor exchange over MPI: one packed message to each target, one from each source.
 
 The communicator is Cartesian for grids and a distributed graph for other topologies. It documents and checks the
 neighborhood. The messages themselves use Irecv and Isend, one for each distinct neighbor: Open MPI 5.0.11's
@@ -9,7 +9,7 @@ faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.wait import test_all, wait_all
-from mpicomp.exchange.staging import make_staging
+from mpicomp.exchange.staging import Bytes, make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
 
@@ -70,6 +70,17 @@ class NeighborExchange:
     @timed("exchange", "send")
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> _NeighborPending:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
+        return self._start(lambda targets: [self._staging.pack(payload, layout)] * len(targets), layout, topology)
+
+    @timed("exchange", "send")
+    def start_each(self, payloads: Mapping[int, Payload], layout: Layout, topology: Topology) -> _NeighborPending:
+        """Send each target its own payload, and begin to receive from the sources."""
+        return self._start(
+            lambda targets: self._staging.pack_each([payloads[target] for target in targets], layout), layout, topology
+        )
+
+    def _start(self, pack: Callable[[list[int]], list[Bytes]], layout: Layout, topology: Topology) -> _NeighborPending:
+        """Begin to receive, and send what `pack` returns for the targets."""
         if self._pending is not None:
             raise ExchangeError("an exchange is still pending: wait for it before the next one")
         sources, targets = topology.sources(self.rank), topology.targets(self.rank)
@@ -78,9 +89,9 @@ class NeighborExchange:
         buffers = self._staging.receive(len(sources), layout.nbytes)
         requests = [self.comm.Irecv(buffer, source) for buffer, source in zip(buffers, sources, strict=True)]
         if targets:
-            wire = self._staging.pack(payload, layout)
-            requests += [self.comm.Isend(wire, target) for target in targets]
-            self.bytes_sent += wire.nbytes * len(targets)
+            wires = pack(targets)
+            requests += [self.comm.Isend(wire, target) for wire, target in zip(wires, targets, strict=True)]
+            self.bytes_sent += sum(wire.nbytes for wire in wires)
         self._pending = _NeighborPending(self, requests, layout, sources, targets)
         return self._pending
 

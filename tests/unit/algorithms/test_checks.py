@@ -1,13 +1,13 @@
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DPSGD, EFSGD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms import DEFATC, DPSGD, EFSGD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Cast, ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, Topology, exponential, random_digraph, ring, star
 
 
-@pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1), DEFATC(0.1)], ids=lambda m: m.name)
 class TestFixedSymmetricGraph:
     def test_directed_graph_is_refused(self, method):
         with pytest.raises(TopologyError, match=r"'exponential' has a directed graph .*'dpsgd'"):
@@ -69,7 +69,7 @@ def test_dpsgd_refuses_lossy_messages():
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, MoTEF, SGP])
+@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, SGP])
 def test_gamma_must_be_positive(method, gamma):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = .* must be a finite number > 0"):
         method(gamma=gamma)
@@ -95,7 +95,13 @@ def test_motef_checks_its_weight(weight):
         MoTEF(gamma=0.1, gradient_weight=weight)
 
 
-@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, MoTEF, SGP])
+@pytest.mark.parametrize("damping", [0.0, 1.1, float("nan")])
+def test_def_atc_checks_its_damping(damping):
+    with pytest.raises(ConfigError, match=r"algorithm.damping = .* must be in \(0, 1\]"):
+        DEFATC(gamma=0.1, damping=damping)
+
+
+@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, SGP])
 def test_methods_with_an_error_memory_take_no_second_one(method):
     with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DPSGD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms import DEFATC, DPSGD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.topology import (
     OnePeerExponential,
@@ -121,6 +121,20 @@ class TestTranscriptions:
             e = y + e - q
             x = y + 0.05 * (graph.mixing @ q - q)
         close(train(DeepSqueeze(0.05, TOP), graph, 30).x, x)
+
+    @pytest.mark.parametrize("zeta", [1.0, 0.6])
+    def test_def_atc(self, graph, zeta):
+        x, hat, e = (np.zeros((graph.size, DIM)) for _ in range(3))
+        for _ in range(30):
+            v = x - LR * gradients(x) - hat + e
+            q = top_k(v, KEPT)
+            e = v - q
+            hat = hat + zeta * q
+            x = 0.8 * hat + 0.2 * graph.mixing @ hat
+        trained = train(DEFATC(0.2, TOP, zeta), graph, 30)
+        close(trained.x, x)
+        for name, expected in (("x_hat", hat), ("s", graph.mixing @ hat), ("e", e)):
+            close(np.stack([getattr(state, name) for state in trained.states]), expected)
 
     @pytest.mark.parametrize("weight", [0.9, 1.0])
     def test_motef(self, graph, weight):
@@ -286,6 +300,22 @@ class TestIdentities:
     def test_adagossip_with_identity_and_huge_gamma_is_dpsgd(self):
         close(train(AdaGossip(gamma=1e30), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
 
+    def test_def_atc_with_identity_is_diffusion(self):
+        """Adapt then combine, with the weights (1 - gamma) I + gamma W; nothing is left out."""
+        trained = train(DEFATC(0.7), ring(5), 25)
+        close(trained.x, train(DPSGD(gamma=0.7), ring(5), 25).x)
+        assert max(state.e.abs().max() for state in trained.states) < 1e-15
+        close(train(DEFATC(1.0), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
+
+    def test_def_atc_damped_without_compression_moves_the_copies_part_of_the_way(self):
+        start = spread(5)
+        damped = train(DEFATC(1.0, damping=0.6, start="zero"), ring(5), 12, start=start).x
+        x, hat = start, np.zeros_like(start)
+        for _ in range(12):
+            hat = 0.4 * hat + 0.6 * (x - LR * gradients(x))
+            x = ring(5).mixing @ hat
+        close(damped, x)
+
     def test_motef_on_one_rank_steps_along_the_moving_average(self):
         """With lambda 1 and one rank the estimate is the gradient itself, but for rounding."""
         close(train(MoTEF(0.2, TOP, 1.0), ring(1), 15).x, train(SGD(), ring(1), 15).x, 1e-14)
@@ -301,6 +331,7 @@ class TestIdentities:
             Choco(0.1, RandomK(0.3, shared=False)),
             AdaGossip(0.05, TOP),
             DeepSqueeze(0.05, TOP),
+            DEFATC(0.2, TOP),
         ],
         ids=str,
     )
@@ -382,6 +413,29 @@ class TestConvergence:
         for method in (Choco(0.2, compressor), DPSGD()):
             assert np.abs(train(method, ring(6), 400, lr=0.05).x - optimum).max() > 1e-2
 
+    @pytest.mark.parametrize("zeta", [1.0, 0.7])
+    def test_def_atc_ends_where_dpsgd_does_and_half_as_far_at_half_the_rate(self, zeta):
+        """What D-PSGD leaves as it is solves x = M (x - lr D (x - c)), with M = (1 - gamma) I + gamma W."""
+        far, c = [], centers(5)
+        mixing = 0.6 * np.eye(5) + 0.4 * ring(5).mixing
+        for lr in (0.04, 0.02, 0.01):
+            fixed = [
+                np.linalg.solve(np.eye(5) - (1 - lr * d) * mixing, lr * d * mixing @ c[:, k])
+                for k, d in enumerate(curvature())
+            ]
+            x = train(DEFATC(0.4, TOP, zeta), ring(5), round(30 / lr), lr=lr).x
+            close(x, np.stack(fixed, axis=1), 1e-4)
+            far.append(np.linalg.norm(x - c.mean(axis=0)))
+        assert far[1] < 0.56 * far[0] and far[2] < 0.53 * far[1]  # towards 1/2
+
+    def test_the_mean_of_def_atc_moves_by_what_was_sent(self):
+        """Mean of x and e: what the mean gradient step adds, and mixing does not change."""
+        trained = train(DEFATC(0.3, TOP), ring(6), 40)
+        x, e = trained.x.mean(axis=0), np.stack([state.e for state in trained.states]).mean(axis=0)
+        before = train(DEFATC(0.3, TOP), ring(6), 39)
+        x_before, e_before = before.x.mean(axis=0), np.stack([state.e for state in before.states]).mean(axis=0)
+        close(x + e, x_before + e_before - LR * gradients(before.x).mean(axis=0))
+
     def test_consensus_of_choco_is_linear(self):
         start = spread(8)
         errors = []
@@ -421,6 +475,7 @@ class TestMemory:
             (Choco(0.1, TOP), 3),
             (AdaGossip(0.1, TOP), 4),
             (DeepSqueeze(0.05, TOP), 1),
+            (DEFATC(0.1, TOP), 3),
             (MoTEF(0.1, TOP), 8),
         ],
         ids=lambda value: getattr(value, "name", value),

@@ -9,7 +9,7 @@ from support import small
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import EfficientAdam, OneBitAdam, PowerSGD
-from mpicomp.algorithms.sums.powersgd import orthogonal
+from mpicomp.algorithms.low_rank import orthogonal
 from mpicomp.compression import QSGD, ErrorFeedback, LogGrid, PerTensor, SignNorm, TopK, UniformGrid
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback

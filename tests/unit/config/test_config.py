@@ -164,7 +164,8 @@ def test_steps_take_the_place_of_epochs(load):
         ),
         (
             ["algorithm.kind=local_sgd", "algorithm.inner=ef_sgd"],
-            "algorithm.inner = 'ef_sgd' is unknown. Known: adagossip, choco, deep_squeeze, dpsgd.",
+            "algorithm.inner = 'ef_sgd' is unknown. Known: adagossip, choco, deep_squeeze, def_atc, dpsgd, "
+            "power_gossip.",
         ),
         (
             ["algorithm.inner=choco", "algorithm.gamma=0.1"],

@@ -98,10 +98,10 @@ def test_the_sites_are_known():
     """The mutants below are made from what was called: should a call escape, this says so."""
     assert [site.split(", ")[0] + site.split(":")[1] for site in SITES] == [
         "receive synchronize",
-        "pack wait_stream",
-        "pack stream",
-        "pack record",
-        "pack synchronize",
+        "pack_each wait_stream",
+        "pack_each stream",
+        "pack_each record",
+        "pack_each synchronize",
         "unpack record",
     ]
 

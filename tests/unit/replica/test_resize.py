@@ -3,7 +3,18 @@ import pytest
 import torch
 from support import small
 
-from mpicomp.algorithms import EFSGD, SGP, AdaGossip, Choco, DeepSqueeze, EfficientAdam, LocalSGD, MoTEF
+from mpicomp.algorithms import (
+    DEFATC,
+    EFSGD,
+    SGP,
+    AdaGossip,
+    Choco,
+    DeepSqueeze,
+    EfficientAdam,
+    LocalSGD,
+    MoTEF,
+    PowerGossip,
+)
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
 from mpicomp.errors import CheckpointError
@@ -12,16 +23,16 @@ from mpicomp.replica.resize import load_resized
 from mpicomp.topology import from_graph, ring, star
 
 
-def trained(world, folder, algorithm):
-    gossip, closure = small.make(world, algorithm)
+def trained(world, folder, algorithm, topology=ring):
+    gossip, closure = small.make(world, algorithm, topology)
     for step in range(6):
         gossip.step(closure(step))
     gossip.save(folder)
     return copied(gossip.state_dict())
 
 
-def resized(world, folder, algorithm):
-    gossip, closure = small.make(world, algorithm, seed=1)
+def resized(world, folder, algorithm, topology=ring):
+    gossip, closure = small.make(world, algorithm, topology, seed=1)
     fresh = copied(gossip.state_dict())
     load_resized(gossip, Checkpoints(folder).latest())
     state = copied(gossip.state_dict())
@@ -40,9 +51,11 @@ def copied(state):
         Choco(0.2, TopK(0.2)),
         AdaGossip(0.01, TopK(0.2)),
         DeepSqueeze(0.05, TopK(0.2)),
+        DEFATC(0.2, TopK(0.2)),
         MoTEF(0.2, TopK(0.2)),
         SGP(0.2, TopK(0.2)),
         SGP(overlap=True),
+        PowerGossip(),
         Choco(0.1, RandomK(0.2, shared=False)),
         LocalSGD(2, Choco(0.1, RandomK(0.2, shared=False))),
         LocalSGD(2, DeepSqueeze(0.05, TopK(0.2))),
@@ -83,6 +96,16 @@ def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
     loopback.run(3, trained, tmp_path, algorithm)
     with pytest.raises(CheckpointError, match=r"each of 3 ranks that is under way \(algorithm\.overlap = true\)"):
         loopback.run(2, resized, tmp_path, algorithm)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_what_is_particular_to_a_rank_begins_anew_whatever_its_shape(tmp_path, size):
+    loopback.run(3, trained, tmp_path, PowerGossip(), star)
+    for fresh, state, losses in loopback.run(size, resized, tmp_path, PowerGossip(), star):
+        for path in ("algorithm/left", "algorithm/right"):
+            assert torch.equal(state[path], fresh[path])
+        assert state["algorithm/step"] == 6
+        assert sum(losses[-5:]) < sum(losses[:5])
 
 
 SERVED = EfficientAdam(TopK(0.2), downlink=TopK(0.2))
