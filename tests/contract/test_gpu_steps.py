@@ -63,6 +63,7 @@ MOST = {
     "power_gossip_rank_2": (2, 0, 56),
     "local_sgd_power_gossip": (2, 0, 56),
     "motef": (9, 42, 73),
+    "motef_auto": (9, 42, 77),
     "beer": (1, 16, 37),
     "sgp": (1, 0, 28),
     "sgp_overlapped": (1, 0, 29),

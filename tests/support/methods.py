@@ -89,6 +89,7 @@ DETERMINISTIC = {
     "adagossip_overlapped": AdaGossip(0.01, TOP, quasi_global_momentum=0.9, overlap=True),
     "deep_squeeze": DeepSqueeze(0.05, TOP),
     "motef": MoTEF(0.2, TOP),
+    "motef_auto": MoTEF("auto", TOP),
     "beer": MoTEF(0.1, COMPRESSORS["randk_private"], gradient_weight=1.0),
     "sgp": SGP(),
     "sgp_overlapped": SGP(overlap=True),

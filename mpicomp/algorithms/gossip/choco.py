@@ -54,7 +54,7 @@ from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
-from mpicomp.compression.message import Payload
+from mpicomp.compression.message import Layout, Payload, Spec
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.state import PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule
@@ -160,16 +160,31 @@ def send_difference(
     compressor: Compressor, local: Local, state: ChocoState, exchange: Exchange
 ) -> tuple[Payload, Pending]:
     """Form ``q_i = C(x_i - xhat_i)``, begin to exchange it, and have ``xhat_i += q_i``."""
-    automatic, layout = state.automatic, compressor.layout(local.spec)
+    own, layout = compress_difference_(
+        compressor, local.x, state.x_hat, local.spec, state.compressor, state.scratch, state.automatic
+    )
+    return own, exchange.start(own, layout, exchange.schedule(0))
+
+
+def compress_difference_(
+    compressor: Compressor,
+    x: Tensor,
+    x_hat: Tensor,
+    spec: Spec,
+    state: State,
+    scratch: Tensor,
+    automatic: AutomaticStep | None,
+) -> tuple[Payload, Layout]:
+    """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it."""
     measures = automatic is not None and automatic.measures
     if automatic and measures:
-        automatic.measure(0, local.x, state.x_hat)
-    own = compressor.compress_difference_(local.x, state.x_hat, local.spec, state.compressor, state.scratch)
+        automatic.measure(0, x, x_hat)
+    own, layout = compressor.compress_difference_(x, x_hat, spec, state, scratch), compressor.layout(spec)
     if automatic is None:
-        return own, exchange.start(own, layout, exchange.schedule(0))
+        return own, layout
     if measures:
-        automatic.measure(1, local.x, state.x_hat)
-    return own, exchange.start(automatic.attached(own), layout_with_delta(layout), exchange.schedule(0))
+        automatic.measure(1, x, x_hat)
+    return automatic.attached(own), layout_with_delta(layout)
 
 
 def add_messages_(

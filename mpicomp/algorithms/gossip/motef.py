@@ -22,8 +22,9 @@ The mean of v over the ranks is the mean of m in every step, and the mean of x m
 1 is BEER. Without compression and with gamma = 1 this is gradient tracking.
 
 Wire: one message with two compressed vectors, the same to every neighbor: twice CHOCO-SGD's bytes. Memory: m, v, two
-public copies, two sums and two scratch vectors. Needs symmetric doubly stochastic weights on a fixed connected graph
-and a contractive C. The public copies of v start at 0. Huang et al. 2024, arXiv 2405.20114; Zhao et al. 2022, arXiv
+public copies, two sums and two scratch vectors. ``gamma = "auto"`` finds a step for x and one for v
+(`mpicomp.algorithms.gossip.automatic_step`). Needs symmetric doubly stochastic weights on a fixed connected graph and
+a contractive C. The public copies of v start at 0. Huang et al. 2024, arXiv 2405.20114; Zhao et al. 2022, arXiv
 2201.13320 (BEER).
 
 In a script:
@@ -47,9 +48,16 @@ from mpicomp.algorithms.base import (
     Phases,
     require_fixed_symmetric,
     require_no_feedback,
-    require_positive,
 )
-from mpicomp.algorithms.gossip.choco import ChocoState, Start, compression_error, initial_copies
+from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma
+from mpicomp.algorithms.gossip.choco import (
+    ChocoState,
+    Start,
+    automatic_step,
+    compress_difference_,
+    compression_error,
+    initial_copies,
+)
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Layout, Payload
@@ -70,6 +78,7 @@ class MoTEFState(ChocoState):
         r: (n,) sum of the public copies of v in the neighborhood, weighted by the own row of W.
         tracking: state of the compressor of v.
         room: (n,) for the difference of v, while that of the model is in `scratch`.
+        automatic_of_v: what finds the consensus step of v; None where it is given.
         has_begun: whether m and v hold gradients.
 
     """
@@ -80,6 +89,7 @@ class MoTEFState(ChocoState):
     r: Tensor = field(metadata=OWN)
     tracking: State
     room: Tensor = field(metadata=SCRATCH)
+    automatic_of_v: AutomaticStep | None
     has_begun: bool = False
 
 
@@ -88,20 +98,20 @@ class MoTEF(Algorithm[MoTEFState]):
     """Gradient tracking with compressed differences, with any optimizer as the step.
 
     Attributes:
-        gamma: consensus step, > 0, dimensionless.
+        gamma: consensus step, > 0, dimensionless, or ``"auto"``.
         compressor: any contractive compressor.
         gradient_weight: lambda, of the new gradient in the moving average, in (0, 1]; 1 is BEER.
         start: as in `Choco`, for the public copies of the model.
 
     """
 
-    gamma: float
+    gamma: Gamma
     compressor: Compressor = Identity()
     gradient_weight: float = 0.9
     start: Start = "model"
 
     def __post_init__(self) -> None:
-        require_positive(gamma=self.gamma)
+        check_gamma(self.gamma)
         require_no_feedback("MoTEF", self.compressor)
         if not 0 < self.gradient_weight <= 1:
             raise ConfigError(f"algorithm.gradient_weight = {self.gradient_weight} must be in (0, 1]")
@@ -121,6 +131,8 @@ class MoTEF(Algorithm[MoTEFState]):
             r=r,
             tracking=self.compressor.init(local.spec, local.x.device, exchange.rank),
             room=room,
+            automatic=automatic_step(self.gamma, local, exchange),
+            automatic_of_v=automatic_step(self.gamma, local, exchange),
         )
 
     def phases(self, local: Local, state: MoTEFState, exchange: Exchange) -> Phases:
@@ -129,39 +141,50 @@ class MoTEF(Algorithm[MoTEFState]):
         if state.has_begun:
             news = torch.sub(local.g, state.m, out=state.scratch).mul_(self.gradient_weight)
             state.m.add_(news)
-            kernels.mix_(state.v, state.r, state.v_hat, self.gamma)
+            kernels.mix_(state.v, state.r, state.v_hat, self._gamma(state.automatic_of_v))
             state.v.add_(news)
         else:
             state.m.copy_(local.g)
             state.v.copy_(local.g)
             state.has_begun = True
         local.g.copy_(state.v)
-        kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
+        kernels.mix_(local.x, state.s, state.x_hat, self._gamma(state.automatic))
         local.update()
         self._exchange(local, state, exchange)
+
+    def _gamma(self, automatic: AutomaticStep | None) -> float:
+        """Return the consensus step of now, of x or of v."""
+        return float(self.gamma) if automatic is None else automatic.gamma
 
     def _exchange(self, local: Local, state: MoTEFState, exchange: Exchange) -> None:
         """Send both differences, and bring the public copies and their sums up to date."""
         compressor, spec = self.compressor, local.spec
         rank, topology = exchange.rank, exchange.schedule(0)
-        own = (
-            compressor.compress_difference_(local.x, state.x_hat, spec, state.compressor, state.scratch),
-            compressor.compress_difference_(state.v, state.v_hat, spec, state.tracking, state.room),
+        parts = (
+            (local.x, state.x_hat, state.s, state.compressor, state.scratch, state.automatic),
+            (state.v, state.v_hat, state.r, state.tracking, state.room, state.automatic_of_v),
         )
-        layout = Layout.concatenate([compressor.layout(spec)] * 2)
-        payload = {f"{i}.{name}": tensor for i, part in enumerate(own) for name, tensor in part.items()}
-        pending = exchange.start(payload, layout, topology)
-        for part, total in zip(own, (state.s, state.r), strict=True):
-            compressor.accumulate(part, spec, total, topology.weight(rank, rank))
-        for source, message in pending.wait().items():
-            for i, total in enumerate((state.s, state.r)):
-                compressor.accumulate(_part(message, i), spec, total, topology.weight(rank, source))
+        payload: Payload = {}
+        layouts = []
+        for i, (vector, copy, total, of_compressor, scratch, automatic) in enumerate(parts):
+            own, layout = compress_difference_(compressor, vector, copy, spec, of_compressor, scratch, automatic)
+            compressor.accumulate(own, spec, total, topology.weight(rank, rank))
+            payload |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            layouts.append(layout)
+        arrived = exchange.start(payload, Layout.concatenate(layouts), topology).wait()
+        for i, (_, _, total, _, _, automatic) in enumerate(parts):
+            messages = {source: _part(message, i) for source, message in arrived.items()}
+            for source, message in messages.items():
+                compressor.accumulate(message, spec, total, topology.weight(rank, source))
+            if automatic:
+                automatic.hear(messages.values())
 
     def diagnostics(self, local: Local, state: MoTEFState) -> dict[str, float]:
         """Return ``compression_error``, |x - xhat| / |x|, and ``tracking_error``, the same of v."""
         return {
             "compression_error": compression_error(local.x, state.x_hat, state.scratch),
             "tracking_error": compression_error(state.v, state.v_hat, state.scratch),
+            **({"gamma": state.automatic.gamma} if state.automatic else {}),
         }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import Choco
+from mpicomp.algorithms import Choco, MoTEF
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, UNKNOWN, eccentricity
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.errors import ConfigError
@@ -74,6 +74,14 @@ def test_ranks_that_do_not_move_have_nothing_to_say():
     assert state.automatic.gamma == pytest.approx(1 / state.automatic.mu)
 
 
-def test_gamma_is_a_number_or_found():
+@pytest.mark.parametrize("method", [Choco, MoTEF])
+def test_gamma_is_a_number_or_found(method):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = 'much' must be a number > 0, or 'auto'"):
-        Choco("much")
+        method("much")
+
+
+def test_gradient_tracking_finds_a_step_of_the_model_and_one_of_the_estimate():
+    trained = train(MoTEF("auto", TopK(ratio=0.125)), ring(6), 900, lr=0.05)
+    assert np.abs(trained.x - centers(6).mean(axis=0)).max() < 1e-6
+    steps = {(state.automatic.gamma, state.automatic_of_v.gamma) for state in trained.states}
+    assert len(steps) == 1 and all(0.05 < gamma < 0.7 for gamma in steps.pop())
