@@ -1,0 +1,61 @@
+"""The plot of a study's searches: how wide the range of good settings is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from definition import Study
+from runs import Outcome
+from tables import Finished
+
+DIVERGED = 0.0
+"""Where a run that diverged is drawn."""
+
+
+def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
+    """Draw the validation accuracy of the short runs over each setting, the others as chosen; None without settings."""
+    keys = list(dict.fromkeys(axis.key for cell, *_ in finished for axis in cell.method.axes))
+    settings = list(dict.fromkeys(cell.setting.name for cell, *_ in finished))
+    if not keys or study.decide_by == "loss":
+        return None
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "mpicomp", "font.size": 9}
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+    figure, rows = plt.subplots(
+        len(settings), len(keys), figsize=(4 * len(keys), 2.6 * len(settings)), squeeze=False, sharey="row"
+    )
+    for setting, row in zip(settings, rows, strict=True):
+        for key, axes in zip(keys, row, strict=True):
+            for i, (cell, choice, _) in enumerate(entry for entry in finished if entry[0].setting.name == setting):
+                if line := _line(key, choice.searched):
+                    factors = [value / choice.values[key] for value, _ in line]
+                    axes.plot(factors, [quality for _, quality in line], "o-", label=cell.method.title, color=f"C{i}")
+            axes.set(xscale="log", xlabel=f"{key} over its chosen value")
+        row[0].set(ylabel="validation accuracy (%)", title=_title(study, setting))
+    rows[0][-1].legend(frameon=False)
+    figure.tight_layout()
+    path = study.folder / "search.svg"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def _title(study: Study, name: str) -> str:
+    return next(setting.title for setting in study.settings if setting.name == name)
+
+
+def _line(key: str, searched: Sequence[Outcome]) -> list[tuple[float, float]]:
+    """Return value and accuracy, ascending, of the runs that differ from the best one in `key` alone."""
+    best = searched[0]["values"]
+    if key not in best:
+        return []
+    line = [
+        (outcome["values"][key], DIVERGED if outcome["diverged"] else 100 * outcome["accuracy"])
+        for outcome in searched
+        if all(outcome["values"][other] == best[other] for other in best if other != key)
+    ]
+    return sorted(line)
