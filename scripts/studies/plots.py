@@ -13,8 +13,8 @@ from definition import Study
 from runs import Outcome
 from tables import Finished
 
-DIVERGED = 0.0
-"""Where a run that diverged is drawn."""
+SHOWN = 10
+"""Points of accuracy below the best run that are shown; what is worse, or diverged, lies on the lower edge."""
 
 
 def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
@@ -30,11 +30,15 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     )
     for setting, row in zip(settings, rows, strict=True):
         for key, axes in zip(keys, row, strict=True):
+            best = max(100 * outcome["accuracy"] for outcome in _ended(finished, setting))
             for i, (cell, choice, _) in enumerate(entry for entry in finished if entry[0].setting.name == setting):
                 if line := _line(key, choice.searched):
                     factors = [value / choice.values[key] for value, _ in line]
-                    axes.plot(factors, [quality for _, quality in line], "o-", label=cell.method.title, color=f"C{i}")
-            axes.set(xscale="log", xlabel=f"{key} over its chosen value")
+                    shown = [max(quality, best - SHOWN) for _, quality in line]
+                    axes.plot(factors, shown, "o-", label=cell.method.title, color=f"C{i}", clip_on=False)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set(xlabel=f"{key} over its chosen value", ylim=(best - SHOWN, best + 1))
         row[0].set(ylabel="validation accuracy (%)", title=_title(study, setting))
     rows[0][-1].legend(frameon=False)
     figure.tight_layout()
@@ -48,13 +52,19 @@ def _title(study: Study, name: str) -> str:
     return next(setting.title for setting in study.settings if setting.name == name)
 
 
+def _ended(finished: Sequence[Finished], setting: str) -> list[Outcome]:
+    """Return the short runs of a setting that have not diverged."""
+    choices = [choice for cell, choice, _ in finished if cell.setting.name == setting]
+    return [outcome for choice in choices for outcome in choice.searched if not outcome["diverged"]]
+
+
 def _line(key: str, searched: Sequence[Outcome]) -> list[tuple[float, float]]:
     """Return value and accuracy, ascending, of the runs that differ from the best one in `key` alone."""
     best = searched[0]["values"]
     if key not in best:
         return []
     line = [
-        (outcome["values"][key], DIVERGED if outcome["diverged"] else 100 * outcome["accuracy"])
+        (outcome["values"][key], 0.0 if outcome["diverged"] else 100 * outcome["accuracy"])
         for outcome in searched
         if all(outcome["values"][other] == best[other] for other in best if other != key)
     ]
