@@ -25,7 +25,7 @@ def index_field(n: int, k: int) -> Field:
     plain = Field("indices", index_dtype(n), k)
     longest = index_code_nbytes(n, k)
     if longest + _COUNT < k * plain.dtype.itemsize:
-        return Field("indices", torch.uint8, longest, variable=True)
+        return Field("indices", torch.uint8, longest, variable=True, code_of=n)
     return plain
 
 
@@ -33,7 +33,8 @@ def any_index_field(n: int) -> Field:
     """Return the field ``indices``, a code, long enough for any number of indices below `n`."""
     # For one shift the code of more indices is the longer one, so look at the largest k of each.
     most = (n if shift == 0 else n * 493 // (1024 << shift - 1) for shift in range(index_shift(n, 1) + 1))
-    return Field("indices", torch.uint8, max((index_code_nbytes(n, k) for k in most), default=0), variable=True)
+    longest = max((index_code_nbytes(n, k) for k in most), default=0)
+    return Field("indices", torch.uint8, longest, variable=True, code_of=n)
 
 
 @traced("encode")

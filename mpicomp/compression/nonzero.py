@@ -16,6 +16,7 @@ from mpicomp import kernels
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
 from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.kernels.reference import trim_code
 from mpicomp.state import State
 from mpicomp.timing import timed
 
@@ -39,7 +40,10 @@ class Nonzero(Compressor):
         """Leave out the zeros; raise DivergenceError if there is a NaN."""
         values, indices = kernels.above(x, _smallest(x.dtype))
         code = write_indices(indices, spec.numel, any_index_field(spec.numel))
-        if values.numel() * x.element_size() + code.numel() < spec.numel * x.element_size():
+        room = (spec.numel - values.numel()) * x.element_size()
+        if code.numel() >= room and not code.is_cpu:
+            code = trim_code(code)
+        if code.numel() < room:
             return {"values": values, "indices": code}
         return {"values": x, "indices": code[:0]}
 

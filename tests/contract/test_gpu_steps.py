@@ -89,7 +89,7 @@ MOST = {
     "choco_topk_per_tensor": (5, 22, 44),
     "choco_topk_dense_1d": (5, 22, 62),
     "choco_block_topk": (2, 9, 28),
-    "choco_block_topk_statistical": (3, 10, 134),
+    "choco_block_topk_statistical": (1, 10, 138),
     "choco_sampled_topk": (8, 31, 57),
     "choco_randk_shared": (1, 8, 26),
     "choco_randk_private": (1, 8, 26),

@@ -267,18 +267,20 @@ class StagedExchange:
         wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
         nbytes = layout.pack(payload, wire)
         host = wire.cpu()[:nbytes]
-        layout.check(host)
-        self.pending = self._exchange.start(layout.unpack(host), layout, topology)
+        self.pending = self._exchange.start(layout.unpack(host[: layout.finish(host)]), layout, topology)
+        self.layout = layout
         return self
 
     def test(self):
         return self.pending.test()
 
     def wait(self):
-        return {
-            source: {name: StandIn(tensor.clone()) for name, tensor in message.items()}
-            for source, message in self.pending.wait().items()
-        }
+        received = self.pending.wait()
+        on_host = {field.name for field in self.layout.fields if field.on_host}
+        for message in received.values():
+            self.layout.check_codes(message)
+            message.update({name: t.clone() if name in on_host else StandIn(t.clone()) for name, t in message.items()})
+        return received
 
     def mean_(self, x):
         _through_host_(self._exchange.mean_, x)

@@ -76,9 +76,13 @@ class PerTensorTopK(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return ``scale`` if values have one, ``values``, ``indices`` of all tensors, and ``dense`` if any are."""
         plan = self._plan(spec)
-        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), scales=len(plan.counts))
-        dense = sum(part.stop - part.start for part in plan.dense)
-        return Layout((*values, plan.indices, *([Field("dense", spec.dtype, dense)] if plan.dense else [])))
+        parts = tuple(zip(spec.names, plan.counts, strict=True))
+        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), parts=parts)
+        if not plan.dense:
+            return Layout((*values, plan.indices))
+        whole = tuple((name, n) for name, n, k in zip(spec.names, plan.sizes, plan.counts, strict=True) if not k)
+        dense = Field("dense", spec.dtype, sum(n for _, n in whole), must_be="a number", parts=whole)
+        return Layout((*values, plan.indices, dense))
 
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Return the message for `x` (n,); DivergenceError names a tensor with a NaN."""

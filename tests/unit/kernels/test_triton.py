@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from support.kernel_table import TABLE, assert_same, sorted_top, vector
+from support.kernel_table import (
+    TABLE,
+    assert_same,
+    sorted_top,
+    ties_go_to_the_lowest_index,
+    top_k,
+    top_k_of_a_difference,
+    top_k_of_awkward_vectors,
+    vector,
+)
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -22,6 +31,12 @@ SIZES = [1, 7, 9, 1000, 4096, 8193]  # a tile has 4096 entries
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_interpreter_agrees_with_the_definitions(check, dtype):
     check(gpu, "cpu", dtype, SIZES)
+
+
+@pytest.mark.parametrize("check", [top_k, top_k_of_awkward_vectors, ties_go_to_the_lowest_index, top_k_of_a_difference])
+def test_long_vectors_are_sampled(check, monkeypatch):
+    monkeypatch.setattr(gpu, "_LONGEST_PART", 0)
+    check(gpu, "cpu", torch.float32, SIZES[3:])
 
 
 def test_many_parts_take_as_many_launches_as_one(monkeypatch):
@@ -44,11 +59,11 @@ def test_a_sample_gives_the_bound_and_may_be_wrong(k, sure, one_in, monkeypatch)
     monkeypatch.setattr(select, "_SURE", sure)
     monkeypatch.setattr(select, "_bound", lambda *args: looked_at.append(args[-1]) or bound(*args))
     x = vector(20_000)
-    assert_same(gpu.top_k(x, k), sorted_top(x, k))
+    assert_same(select.top_k(x, None, k), sorted_top(x, k))
     assert looked_at == one_in
 
 
 def test_programs_of_a_histogram_share_the_tiles(monkeypatch):
     monkeypatch.setattr(select, "_PROGRAMS", 2)
     x = vector(5 * 4096 + 1)
-    assert_same(gpu.top_k(x, 2000), sorted_top(x, 2000))
+    assert_same(select.top_k(x, None, 2000), sorted_top(x, 2000))
