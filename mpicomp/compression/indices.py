@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.message import Field, index_dtype
+from mpicomp.compression.message import Field, Payload, index_dtype
 from mpicomp.kernels.reference import index_code_nbytes, index_shift
 from mpicomp.timing import traced
 
@@ -38,18 +38,26 @@ def any_index_field(n: int) -> Field:
 
 
 @traced("encode")
-def write_indices(indices: Tensor, n: int, field: Field) -> Tensor:
-    """Return ascending `indices` (k,) int32 below `n` as `field` holds them."""
-    return kernels.encode_indices(indices, n) if field.dtype == torch.uint8 else indices.to(field.dtype)
+def write_indices(indices: Tensor, n: int, field: Field) -> Payload:
+    """Return ascending `indices` (k,) int32 below `n` as `field` holds them.
+
+    On a device a code has them beside it as they are, ``decoded``, which is not sent: there it takes several launches
+    to decode the own message, and the compiled version for the CPU does it while it adds.
+    """
+    if field.dtype != torch.uint8:
+        return {"indices": indices.to(field.dtype)}
+    code = kernels.encode_indices(indices, n)
+    return {"indices": code} if code.is_cpu else {"indices": code, "decoded": indices}
 
 
-def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float) -> None:
-    """Compute ``out[indices] += weight * values``, with the indices as they were written.
+def scatter_add_(out: Tensor, payload: Payload, values: Tensor, weight: float) -> None:
+    """Compute ``out[indices] += weight * values``, with the indices of `payload` as they were written.
 
     Raises:
         IndexError: damaged indices.
 
     """
+    indices = payload.get("decoded", payload["indices"])
     if indices.dtype == torch.uint8:
         kernels.add_coded_(out, indices, values, weight)
     else:

@@ -25,7 +25,7 @@ LONGEST = 2**31
 """Entries of the longest vector that indices of 32 bits reach."""
 
 Payload = dict[str, Tensor]
-"""A message: named, contiguous, one-dimensional tensors in the order of its layout."""
+"""A message: named, contiguous, one-dimensional tensors in the order of its layout, which names those that are sent."""
 
 
 @dataclass(frozen=True)

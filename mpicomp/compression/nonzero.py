@@ -39,7 +39,7 @@ class Nonzero(Compressor):
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Leave out the zeros; raise DivergenceError if there is a NaN."""
         values, indices = kernels.above(x, _smallest(x.dtype))
-        code = write_indices(indices, spec.numel, any_index_field(spec.numel))
+        code = write_indices(indices, spec.numel, any_index_field(spec.numel))["indices"]
         room = (spec.numel - values.numel()) * x.element_size()
         if code.numel() >= room and not code.is_cpu:
             code = trim_code(code)
@@ -50,11 +50,11 @@ class Nonzero(Compressor):
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``."""
-        values, code = payload["values"], payload["indices"]
-        if values.numel() == spec.numel and not code.numel():
+        values = payload["values"]
+        if values.numel() == spec.numel and not payload["indices"].numel():
             out.add_(values, alpha=weight)
         else:
-            scatter_add_(out, code, values, weight)
+            scatter_add_(out, payload, values, weight)
 
 
 def _smallest(dtype: torch.dtype) -> float:

@@ -100,7 +100,7 @@ class PerTensorTopK(Compressor):
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``, and add the uncompressed tensors."""
         plan = self._plan(spec)
-        scatter_add_(out, payload["indices"], read_values(payload, out.dtype, plan.counts), weight)
+        scatter_add_(out, payload, read_values(payload, out.dtype, plan.counts), weight)
         self._add_dense(payload, plan, out, weight)
 
     def _select(self, x: Tensor, y: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class PerTensorTopK(Compressor):
     def _message(self, x: Tensor, y: Tensor | None, values: Tensor, indices: Tensor, spec: Spec) -> Payload:
         plan = self._plan(spec)
         payload = write_values(values, self.inner.values, plan.counts)
-        payload["indices"] = write_indices(indices, spec.numel, plan.indices)
+        payload.update(write_indices(indices, spec.numel, plan.indices))
         if plan.dense:
             payload["dense"] = torch.cat([x[part] if y is None else x[part] - y[part] for part in plan.dense])
         return payload
