@@ -47,6 +47,9 @@ def start(x):
         select.top_k(x, x, 3)
     gpu.top_k(x, 3)
     gpu.top_k_of_parts(x, x, (1000, 2000), (3, 2000))
+    select_parts._SHORT = 0
+    gpu.top_k(x, 3)
+    gpu.top_k_of_parts(x, x, (1000, 2000), (3, 2000))
     table = torch.tensor([[0, 64, 64, 640, 9, 0]])
     gpu.top_k_of_blocks(x, x, table, 9)
     packed = gpu.pack_codes(torch.zeros(9, dtype=torch.int16), 12)

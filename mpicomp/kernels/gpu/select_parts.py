@@ -7,6 +7,9 @@
 A tile belongs to one part, and a table says to which. What a histogram says of t[p] is found by every program of the
 next kernel, for its own part, rather than by a launch between the two. See `select` for magnitudes, the order of ties,
 and `y`. The host waits for nothing.
+
+Where all parts are short, as the tensors of a ResNet-20 are, one launch does all of it: a program has a part, and goes
+over its tiles once for each digit and once more to write.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
-from mpicomp.kernels.gpu.compiled import BLOCK, jit, launch, tiles
+from mpicomp.kernels.gpu.compiled import BLOCK, jit, launch, offsets, tiles
 from mpicomp.kernels.gpu.select import _bits, _entries, _magnitudes
 
 _DIGIT = 8
 """Bits of a histogram."""
+
+_SHORT = 2**16
+"""Entries of a part up to which one program selects from all of it; chosen, not measured on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class _Table:
         part: (tiles,) int32 the part that a tile belongs to.
         begin: (tiles,) int64 its first entry.
         end: (tiles,) int64 where its part ends.
-        first: (parts,) int64 the first tile of a part.
+        start: (parts,) int64 the first entry of a part.
+        size: (parts,) int64 how many it has.
+        first: (parts,) int64 its first tile.
         rank: (parts,) int64 how many entries are wanted of it.
         out: (parts,) int64 where they begin in the output.
 
@@ -44,6 +52,8 @@ class _Table:
     part: Tensor
     begin: Tensor
     end: Tensor
+    start: Tensor
+    size: Tensor
     first: Tensor
     rank: Tensor
     out: Tensor
@@ -57,7 +67,7 @@ def _table(sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.device
     ends, first = length.cumsum(0), number.cumsum(0) - number
     part = torch.repeat_interleave(torch.arange(len(sizes)), number)
     begin = (ends - length)[part] + (torch.arange(len(part)) - first[part]) * BLOCK
-    columns = part.int(), begin, ends[part], first, rank, rank.cumsum(0) - rank
+    columns = part.int(), begin, ends[part], ends - length, length, first, rank, rank.cumsum(0) - rank
     return _Table(*(column.to(device) for column in columns))
 
 
@@ -68,12 +78,16 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
     values, indices = x.new_empty(kept), torch.empty(kept, dtype=torch.int32, device=x.device)
     if not programs:
         return values, indices
+    search = {"WIDTH": _DIGIT, "BLOCK": BLOCK}
+    if max(sizes) <= _SHORT:
+        columns = table.start, table.size, table.rank, table.out
+        launch(_select_part, parts, x, y, *columns, values, indices, DIGITS=digits, **search)
+        return values, indices
     room = torch.zeros(parts * (2 * (digits + 1) + digits * 2**_DIGIT), dtype=torch.int64, device=x.device)
     states = room[: 2 * (digits + 1) * parts].view(digits + 1, parts, 2)
     histograms = room[states.numel() :].view(digits, parts, 2**_DIGIT)
     tallies = torch.empty(2, programs, dtype=torch.int32, device=x.device)
     vectors = x, y, table.part, table.begin, table.end, table.first, table.rank
-    search = {"WIDTH": _DIGIT, "BLOCK": BLOCK}
     for digit in range(digits):
         shift = (digits - 1 - digit) * _DIGIT
         launch(_histogram, programs, *vectors, states, histograms, parts, DIGIT=digit, SHIFT=shift, **search)
@@ -81,6 +95,65 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
     ends = tallies.cumsum(1)
     launch(_emit, programs, *vectors, table.out, states[digits], ends, values, indices, BLOCK=BLOCK)
     return values, indices
+
+
+@jit
+def _pick(count: tensor, passed: tensor, wanted: tensor, WIDTH: tl.constexpr) -> tuple[tensor, tensor]:
+    """Return the bin of the last wanted entry, and how many entries are in bins above; `passed` are above them all."""
+    bins = tl.arange(0, 1 << WIDTH)
+    reach = passed + tl.cumsum(count, reverse=True)  # entries in this bin or above it: falls with the bin
+    digit = tl.sum((reach >= wanted).to(tl.int64)) - 1
+    return digit, passed + tl.sum(tl.where(bins > digit, count, 0))
+
+
+@jit
+def _select_part(
+    x: tensor,
+    y: tensor,
+    start: tensor,
+    size: tensor,
+    rank: tensor,
+    out: tensor,
+    values: tensor,
+    indices: tensor,
+    DIGITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Write the entries of a part above its last wanted magnitude, and the first equal ones."""
+    p = tl.program_id(0)
+    begin = tl.load(start + p)
+    n = tl.load(size + p)
+    wanted = tl.load(rank + p)
+    low = tl.cast(0, tl.int64)
+    passed = tl.cast(0, tl.int64)
+    for digit in tl.static_range(DIGITS):
+        shift = (DIGITS - 1 - digit) * WIDTH
+        count = tl.zeros((1 << WIDTH,), tl.int64)
+        for tile in range(tl.cdiv(n, BLOCK)):
+            i = offsets(tile, BLOCK)
+            inside = i < n
+            bits = _magnitudes(_entries(x, y, begin + i, inside))
+            fits = inside & ((bits >> shift >> WIDTH) == (low.to(bits.dtype) >> shift >> WIDTH))
+            digits = (bits >> shift) & ((1 << WIDTH) - 1)
+            count += tl.histogram(digits.to(tl.int32), 1 << WIDTH, mask=fits).to(tl.int64)
+        found, passed = _pick(count, passed, wanted, WIDTH)
+        low |= found << shift
+    place = tl.load(out + p) - 1
+    room = wanted - passed
+    equal = tl.cast(0, tl.int64)
+    for tile in range(tl.cdiv(n, BLOCK)):
+        i = offsets(tile, BLOCK)
+        inside = (i < n) & (wanted > 0)  # if nothing is, low is not a magnitude
+        entries = _entries(x, y, begin + i, inside)
+        bits = _magnitudes(entries)
+        ties = inside & (bits == low.to(bits.dtype))
+        kept = (inside & (bits > low.to(bits.dtype))) | (ties & (equal + tl.cumsum(ties.to(tl.int32)) <= room))
+        at = place + tl.cumsum(kept.to(tl.int32))
+        tl.store(values + at, entries, mask=kept)
+        tl.store(indices + at, (begin + i).to(tl.int32), mask=kept)
+        place += tl.sum(kept.to(tl.int32))
+        equal += tl.sum(ties.to(tl.int32))
 
 
 @jit
@@ -103,15 +176,12 @@ def _known(
     low = tl.cast(0, tl.int64)
     if DIGIT > 0:
         row = tl.cast(p, tl.int64) + (DIGIT - 1) * parts
-        bins = tl.arange(0, 1 << WIDTH)
-        count = tl.load(histograms + (row << WIDTH) + bins)
-        passed = tl.load(states + 2 * row + 1)
-        reach = passed + tl.cumsum(count, reverse=True)  # entries in this bin or above it: falls with the bin
-        digit = tl.sum((reach >= tl.load(rank + p)).to(tl.int64)) - 1
+        count = tl.load(histograms + (row << WIDTH) + tl.arange(0, 1 << WIDTH))
+        digit, passed = _pick(count, tl.load(states + 2 * row + 1), tl.load(rank + p), WIDTH)
         low = tl.load(states + 2 * row) | digit << SHIFT
         found = states + 2 * (row + parts)
         tl.store(found, low, mask=is_first)
-        tl.store(found + 1, passed + tl.sum(tl.where(bins > digit, count, 0)), mask=is_first)
+        tl.store(found + 1, passed, mask=is_first)
     return low
 
 

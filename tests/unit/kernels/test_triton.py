@@ -10,6 +10,7 @@ from support.kernel_table import (
     top_k,
     top_k_of_a_difference,
     top_k_of_awkward_vectors,
+    top_k_of_parts,
     vector,
 )
 
@@ -39,13 +40,21 @@ def test_long_vectors_are_sampled(check, monkeypatch):
     check(gpu, "cpu", torch.float32, SIZES[3:])
 
 
-def test_many_parts_take_as_many_launches_as_one(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_parts_are_searched_by_many_programs(dtype, monkeypatch):
+    monkeypatch.setattr(select_parts, "_SHORT", 0)
+    top_k_of_parts(gpu, "cpu", dtype, SIZES)
+
+
+@pytest.mark.parametrize(("short", "launches"), [(1000, 1), (0, 6)])
+def test_many_parts_take_as_many_launches_as_one(short, launches, monkeypatch):
+    monkeypatch.setattr(select_parts, "_SHORT", short)
     started, launch = [], select_parts.launch
     monkeypatch.setattr(select_parts, "launch", lambda *args, **rest: (started.append(args[0]), launch(*args, **rest)))
     x = vector(600)
     for sizes in ((600,), (10,) * 60):
         gpu.top_k_of_parts(x, None, sizes, [size // 10 for size in sizes])
-    assert started[: len(started) // 2] == started[len(started) // 2 :]
+    assert len(started) == 2 * launches and started[:launches] == started[launches:]
 
 
 @pytest.mark.parametrize(
