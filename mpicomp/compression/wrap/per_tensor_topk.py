@@ -34,27 +34,40 @@ class _Plan:
         sizes: entries of each.
         counts: how many are selected of each.
         dense: where the tensors lie that are sent as they are.
+        parts: the names of the tensors, and their counts.
         indices: the field of the indices.
+        dense_fields: that of the tensors that are sent as they are, if there are any.
 
     """
 
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
     dense: tuple[slice, ...]
+    parts: tuple[tuple[str, int], ...]
     indices: Field
+    dense_fields: tuple[Field, ...]
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(ratio: float, dense_1d: bool, spec: Spec) -> _Plan:
-    counts, dense, start = [], [], 0
+    counts, dense, whole_parts, start = [], [], [], 0
     for part in spec.parts:
         whole = dense_1d and part.is_vector
         counts.append(0 if whole else kept(part.numel, ratio))
         if whole:
             dense.append(slice(start, start + part.numel))
+            whole_parts.append((part.names[0], part.numel))
         start += part.numel
     sizes = tuple(part.numel for part in spec.parts)
-    return _Plan(sizes, tuple(counts), tuple(dense), index_field(spec.numel, sum(counts)))
+    field = Field("dense", spec.dtype, sum(n for _, n in whole_parts), must_be="a number", parts=tuple(whole_parts))
+    return _Plan(
+        sizes,
+        tuple(counts),
+        tuple(dense),
+        tuple(zip(spec.names, counts, strict=True)),
+        index_field(spec.numel, sum(counts)),
+        (field,) if dense else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,8 @@ class PerTensorTopK(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return ``scale`` if values have one, ``values``, ``indices`` of all tensors, and ``dense`` if any are."""
         plan = self._plan(spec)
-        parts = tuple(zip(spec.names, plan.counts, strict=True))
-        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), parts=parts)
-        if not plan.dense:
-            return Layout((*values, plan.indices))
-        whole = tuple((name, n) for name, n, k in zip(spec.names, plan.sizes, plan.counts, strict=True) if not k)
-        dense = Field("dense", spec.dtype, sum(n for _, n in whole), must_be="a number", parts=whole)
-        return Layout((*values, plan.indices, dense))
+        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), parts=plan.parts)
+        return Layout((*values, plan.indices, *plan.dense_fields))
 
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Return the message for `x` (n,); DivergenceError names a tensor with a NaN."""
