@@ -148,7 +148,7 @@ class Layout:
         return self._end({name: tensor.numel() for name, tensor in payload.items()})
 
     @traced("pack")
-    def pack(self, payload: Payload, wire: Tensor) -> int:
+    def pack(self, payload: Payload, wire: Tensor, non_blocking: bool = True) -> int:
         """Copy `payload` to the front of `wire`, a uint8 vector of at least `nbytes`; return the bytes used."""
         end = 0
         counts = {name: tensor.numel() for name, tensor in payload.items()}
@@ -164,7 +164,7 @@ class Layout:
             if field.on_host:
                 wire[offset:end].view(field.dtype).fill_(tensor.item())  # a copy to a device would wait for it
             else:
-                wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=True)
+                wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=non_blocking)
         return end
 
     @traced("unpack")
@@ -206,7 +206,7 @@ class Layout:
                 tensor = trim_code(tensor)
             payload[field.name] = tensor.clone() if has_moved else tensor  # it would be copied over itself
             has_moved |= bool(field.code_of)
-        return self.pack(payload, wire) if has_moved else wire.numel()
+        return self.pack(payload, wire, non_blocking=False) if has_moved else wire.numel()
 
     def check_codes(self, payload: Payload) -> None:
         """Raise IndexError if a code in `payload`, which is in host memory, is damaged: a device would have to wait."""
