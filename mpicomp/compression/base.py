@@ -115,7 +115,7 @@ class Compressor(ABC):
 
     def decompress(self, payload: Payload, spec: Spec) -> Tensor:
         """Return Q(x) as a new vector (n,)."""
-        out = torch.zeros(spec.numel, dtype=spec.dtype, device=next(iter(payload.values())).device)
+        out = torch.zeros(spec.numel, dtype=spec.dtype, device=[*payload.values()][-1].device)
         self.accumulate(payload, spec, out)
         return out
 

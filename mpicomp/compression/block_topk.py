@@ -123,7 +123,8 @@ class BlockTopK(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return ``scale`` or ``means`` if values have them, ``values``, and ``indices``: places, in bit planes."""
         plan = self._plan(spec, torch.device("cpu"))
-        values = value_fields(self.values, spec.dtype, plan.total, scales=len(plan.counts))
+        parts = tuple(zip(spec.names, plan.counts, strict=True))
+        values = value_fields(self.values, spec.dtype, plan.total, parts=parts)
         return Layout((*values, Field("indices", torch.uint8, packed_nbytes(plan.total, self._bits))))
 
     @timed("compress")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.compression.message import Field, index_dtype
+from mpicomp.compression.message import Field, Payload, index_dtype
 from mpicomp.kernels.reference import index_code_nbytes, index_shift
 from mpicomp.timing import traced
 
@@ -25,7 +25,7 @@ def index_field(n: int, k: int) -> Field:
     plain = Field("indices", index_dtype(n), k)
     longest = index_code_nbytes(n, k)
     if longest + _COUNT < k * plain.dtype.itemsize:
-        return Field("indices", torch.uint8, longest, variable=True)
+        return Field("indices", torch.uint8, longest, variable=True, code_of=n)
     return plain
 
 
@@ -33,22 +33,31 @@ def any_index_field(n: int) -> Field:
     """Return the field ``indices``, a code, long enough for any number of indices below `n`."""
     # For one shift the code of more indices is the longer one, so look at the largest k of each.
     most = (n if shift == 0 else n * 493 // (1024 << shift - 1) for shift in range(index_shift(n, 1) + 1))
-    return Field("indices", torch.uint8, max((index_code_nbytes(n, k) for k in most), default=0), variable=True)
+    longest = max((index_code_nbytes(n, k) for k in most), default=0)
+    return Field("indices", torch.uint8, longest, variable=True, code_of=n)
 
 
 @traced("encode")
-def write_indices(indices: Tensor, n: int, field: Field) -> Tensor:
-    """Return ascending `indices` (k,) int32 below `n` as `field` holds them."""
-    return kernels.encode_indices(indices, n) if field.dtype == torch.uint8 else indices.to(field.dtype)
+def write_indices(indices: Tensor, n: int, field: Field) -> Payload:
+    """Return ascending `indices` (k,) int32 below `n` as `field` holds them.
+
+    On a device a code has them beside it as they are, ``decoded``, which is not sent: there it takes several launches
+    to decode the own message, and the compiled version for the CPU does it while it adds.
+    """
+    if field.dtype != torch.uint8:
+        return {"indices": indices.to(field.dtype)}
+    code = kernels.encode_indices(indices, n)
+    return {"indices": code} if code.is_cpu else {"indices": code, "decoded": indices}
 
 
-def scatter_add_(out: Tensor, indices: Tensor, values: Tensor, weight: float) -> None:
-    """Compute ``out[indices] += weight * values``, with the indices as they were written.
+def scatter_add_(out: Tensor, payload: Payload, values: Tensor, weight: float) -> None:
+    """Compute ``out[indices] += weight * values``, with the indices of `payload` as they were written.
 
     Raises:
         IndexError: damaged indices.
 
     """
+    indices = payload.get("decoded", payload["indices"])
     if indices.dtype == torch.uint8:
         kernels.add_coded_(out, indices, values, weight)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from mpicomp.errors import DivergenceError
-from mpicomp.kernels.reference import NAN, NOT_FINITE
+from mpicomp.kernels.reference import NAN, NOT_FINITE, check_code, trim_code
 from mpicomp.timing import traced
 
 LONGEST = 2**31
 """Entries of the longest vector that indices of 32 bits reach."""
 
 Payload = dict[str, Tensor]
-"""A message: named, contiguous, one-dimensional tensors in the order of its layout."""
+"""A message: named, contiguous, one-dimensional tensors in the order of its layout, which names those that are sent."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class Field:
         must_be: what the entries must be, and are unless the vector has a NaN, or an infinity. Compressors raise
             DivergenceError; on a device, where they would have to wait, who sends the message does.
         parts: names of tensors, and how many consecutive entries come from each, for that error.
+        code_of: the entries of the vector, if this is the code of its indices of ``values``, with zeros behind it where
+            a device made it; else 0.
+        on_host: whether the tensor, of one number, stays in host memory, as the host must know it to read the message.
 
     """
 
@@ -89,6 +92,8 @@ class Field:
     variable: bool = False
     must_be: Literal["", "a number", "finite"] = ""
     parts: tuple[tuple[str, int], ...] = ()
+    code_of: int = 0
+    on_host: bool = False
 
     def check(self, entries: Tensor) -> None:
         """Raise DivergenceError unless `entries` are what they must be; names the tensor."""
@@ -143,7 +148,7 @@ class Layout:
         return self._end({name: tensor.numel() for name, tensor in payload.items()})
 
     @traced("pack")
-    def pack(self, payload: Payload, wire: Tensor) -> int:
+    def pack(self, payload: Payload, wire: Tensor, non_blocking: bool = True) -> int:
         """Copy `payload` to the front of `wire`, a uint8 vector of at least `nbytes`; return the bytes used."""
         end = 0
         counts = {name: tensor.numel() for name, tensor in payload.items()}
@@ -156,12 +161,15 @@ class Layout:
             if field.variable:
                 wire[count_at : count_at + 4].view(torch.int32).fill_(numel)
             end = offset + numel * field.dtype.itemsize
-            wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=True)
+            if field.on_host:
+                wire[offset:end].view(field.dtype).fill_(tensor.item())  # a copy to a device would wait for it
+            else:
+                wire[offset:end].view(field.dtype).copy_(tensor, non_blocking=non_blocking)
         return end
 
     @traced("unpack")
     def unpack(self, wire: Tensor) -> Payload:
-        """Return the payload in `wire`; its tensors are views of `wire`."""
+        """Return the payload in `wire`; its tensors are views of `wire`, but for those that must be on the host."""
         payload: Payload = {}
         offset = 0
         for field in self.fields:
@@ -173,21 +181,40 @@ class Layout:
                 offset += 4
             offset = _aligned(offset, field.dtype.itemsize)
             end = offset + numel * field.dtype.itemsize
-            payload[field.name] = wire[offset:end].view(field.dtype)
+            view = wire[offset:end].view(field.dtype)
+            payload[field.name] = view.cpu() if field.on_host else view
             offset = end
         return payload
 
-    def check(self, wire: Tensor) -> None:
-        """Check a message that was packed on a device, and has come to the host in `wire`.
+    def finish(self, wire: Tensor) -> int:
+        """Check a message that was packed on a device, and has come to the host in `wire`; return the bytes used.
+
+        They are fewer than before by the zeros behind codes.
 
         Raises:
             DivergenceError: a NaN or an infinity among what was compressed.
 
         """
-        if any(field.must_be for field in self.fields):
-            payload = self.unpack(wire)
-            for field in self.fields:
-                field.check(payload[field.name])
+        if not any(field.must_be or field.code_of for field in self.fields):
+            return wire.numel()
+        payload = self.unpack(wire)
+        has_moved = False
+        for field in self.fields:
+            tensor = payload[field.name]
+            field.check(tensor)
+            if field.code_of:
+                tensor = trim_code(tensor)
+            payload[field.name] = tensor.clone() if has_moved else tensor  # it would be copied over itself
+            has_moved |= bool(field.code_of)
+        return self.pack(payload, wire, non_blocking=False) if has_moved else wire.numel()
+
+    def check_codes(self, payload: Payload) -> None:
+        """Raise IndexError if a code in `payload`, which is in host memory, is damaged: a device would have to wait."""
+        for field in self.fields:
+            code = payload[field.name]
+            if field.code_of and code.numel():
+                values = payload[field.name.partition("indices")[0] + "values"]
+                check_code(code, values.numel(), field.code_of)
 
     @staticmethod
     def concatenate(layouts: Sequence[Layout], names: Sequence[str] = ()) -> Layout:
@@ -197,13 +224,10 @@ class Layout:
         """
         return Layout(
             tuple(
-                Field(
-                    f"{i}.{field.name}",
-                    field.dtype,
-                    field.numel,
-                    field.variable,
-                    field.must_be,
-                    ((names[i], field.numel),) if names else field.parts,
+                replace(
+                    field,
+                    name=f"{i}.{field.name}",
+                    parts=((names[i], field.numel),) if names else field.parts,
                 )
                 for i, layout in enumerate(layouts)
                 for field in layout.fields

@@ -16,6 +16,7 @@ from mpicomp import kernels
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.indices import any_index_field, scatter_add_, write_indices
 from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.kernels.reference import trim_code
 from mpicomp.state import State
 from mpicomp.timing import timed
 
@@ -38,19 +39,22 @@ class Nonzero(Compressor):
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Leave out the zeros; raise DivergenceError if there is a NaN."""
         values, indices = kernels.above(x, _smallest(x.dtype))
-        code = write_indices(indices, spec.numel, any_index_field(spec.numel))
-        if values.numel() * x.element_size() + code.numel() < spec.numel * x.element_size():
+        code = write_indices(indices, spec.numel, any_index_field(spec.numel))["indices"]
+        room = (spec.numel - values.numel()) * x.element_size()
+        if code.numel() >= room and not code.is_cpu:
+            code = trim_code(code)
+        if code.numel() < room:
             return {"values": values, "indices": code}
         return {"values": x, "indices": code[:0]}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``."""
-        values, code = payload["values"], payload["indices"]
-        if values.numel() == spec.numel and not code.numel():
+        values = payload["values"]
+        if values.numel() == spec.numel and not payload["indices"].numel():
             out.add_(values, alpha=weight)
         else:
-            scatter_add_(out, code, values, weight)
+            scatter_add_(out, payload, values, weight)
 
 
 def _smallest(dtype: torch.dtype) -> float:

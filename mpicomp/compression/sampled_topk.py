@@ -88,12 +88,12 @@ class SampledTopK(Compressor):
             values, chosen = _top_k(values, k)
             indices = indices[chosen.long()]
         values, indices = values[:k], indices[:k].contiguous()
-        return {"values": values, "indices": write_indices(indices, n, any_index_field(n))}
+        return {"values": values, **write_indices(indices, n, any_index_field(n))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``."""
-        scatter_add_(out, payload["indices"], payload["values"], weight)
+        scatter_add_(out, payload, payload["values"], weight)
 
     def _threshold(self, x: Tensor, start: int) -> float:
         """Return the threshold: the magnitude of the smallest entry of the sample that is kept."""

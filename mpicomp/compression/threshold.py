@@ -57,9 +57,9 @@ class HardThreshold(Compressor):
         """Select the large entries; raise DivergenceError for a NaN, which no comparison would select."""
         values, indices = _above(x, self.threshold)
         n = spec.numel
-        return {**write_values(values, self.values), "indices": write_indices(indices, n, any_index_field(n))}
+        return {**write_values(values, self.values), **write_indices(indices, n, any_index_field(n))}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``."""
-        scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)
+        scatter_add_(out, payload, read_values(payload, out.dtype), weight)

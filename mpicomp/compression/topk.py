@@ -63,9 +63,9 @@ class TopK(Compressor):
 
     def _message(self, values: Tensor, indices: Tensor, spec: Spec) -> Payload:
         field = index_field(spec.numel, len(indices))
-        return {**write_values(values, self.values), "indices": write_indices(indices, spec.numel, field)}
+        return {**write_values(values, self.values), **write_indices(indices, spec.numel, field)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``."""
-        scatter_add_(out, payload["indices"], read_values(payload, out.dtype), weight)
+        scatter_add_(out, payload, read_values(payload, out.dtype), weight)

@@ -58,18 +58,26 @@ def _check(values: str, known: tuple[str, ...]) -> None:
 
 
 def value_fields(
-    values: FixedValues, dtype: torch.dtype, k: int, variable: bool = False, scales: int = 1
+    values: FixedValues,
+    dtype: torch.dtype,
+    k: int,
+    variable: bool = False,
+    parts: tuple[tuple[str, int], ...] | None = None,
 ) -> tuple[Field, ...]:
-    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (scales,) where it is needed.
+    """Return the fields ``values`` (k,), or at most that many, and ``scale`` (parts,) where it is needed.
 
-    Statistical values are packed, and have ``means`` (4 scales,), those of a tensor one after the other.
+    Statistical values are packed, and have ``means`` (4 parts,), those of a tensor one after the other. `parts` are the
+    names of tensors that have a scale of their own, and how many consecutive values are of each; None is one scale.
     """
-    if values == "full":
-        return (Field("values", dtype, k, variable),)
+    scales, names = 1 if parts is None else len(parts), [name for name, _ in parts or ()]
     if values == "statistical":
-        return Field("means", torch.float32, _BINS * scales), Field("values", torch.uint8, packed_nbytes(k, _BITS))
-    sent = Field("values", getattr(torch, values), k, variable)
-    return (Field("scale", torch.float32, scales), sent) if values == "int8" else (sent,)
+        means = Field("means", torch.float32, _BINS * scales, False, "finite", tuple((name, _BINS) for name in names))
+        return means, Field("values", torch.uint8, packed_nbytes(k, _BITS))
+    if values == "int8":
+        scale = Field("scale", torch.float32, scales, False, "a number", tuple((name, 1) for name in names))
+        return scale, Field("values", torch.int8, k, variable)
+    sent = dtype if values == "full" else getattr(torch, values)
+    return (Field("values", sent, k, variable, "a number", parts or ()),)
 
 
 def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -> Payload:
@@ -78,7 +86,8 @@ def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -
     `counts` gives the number of consecutive entries of each scale; without it there is one scale for all.
 
     Raises:
-        DivergenceError: infinity among statistical values.
+        DivergenceError: infinity among statistical values. Where that would have to wait for a device, the means are
+            not finite, and who sends them raises the error.
 
     """
     if values == "full":
@@ -115,20 +124,23 @@ def _write_statistical(x: Tensor, counts: tuple[int, ...]) -> Payload:
     """Return the bins of `x` (k,), packed, and their means."""
     group, wide = _groups(counts, x.device), x.double()
     unit = wide.new_zeros(len(counts)).scatter_reduce_(0, group, wide.abs(), "amax")
-    finite(float(unit.max()) if len(counts) else 0.0)
+    if x.is_cpu and len(counts):
+        finite(float(unit.max()))
     parts = wide / unit.masked_fill(unit == 0, 1.0)[group]
     number = _numbers(counts, x.device)
     center = _sums(parts, group, len(counts)) / number
     offset = parts - center[group]
     width = 6 / _BINS * sqrt(_sums(offset.square(), group, len(counts)) / number)
-    bins = (offset / width.masked_fill(width == 0, 1.0)[group]).round_().add_(_BINS // 2).clamp_(0, _BINS - 1).long()
+    bins = (offset / width.masked_fill(width == 0, 1.0)[group]).round_().add_(_BINS // 2).clamp_(0, _BINS - 1)
+    bins = bins.nan_to_num_(0.0).long()
     place = group * _BINS + bins
     members = torch.zeros(_BINS * len(counts), dtype=torch.int64, device=x.device)
     members.index_add_(0, place, torch.ones_like(place))
     means = (_sums(parts, place, len(members)) / members.clamp_min(1)).view(-1, _BINS) * unit[:, None]
     largest = torch.finfo(torch.float32).max
     packed = kernels.pack_codes(bins.to(torch.int16), _BITS)
-    return {"means": means.clamp_(-largest, largest).float().flatten(), "values": packed}
+    means = means.clamp_(-largest, largest).masked_fill_(~unit.isfinite()[:, None], torch.nan)
+    return {"means": means.float().flatten(), "values": packed}
 
 
 def _sums(x: Tensor, group: Tensor, groups: int) -> Tensor:

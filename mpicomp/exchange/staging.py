@@ -157,9 +157,7 @@ class DeviceStaging:
                 host.copy_(wire, non_blocking=True)
         self._is_sent.record(self._side)
         self._is_sent.synchronize()
-        for host in hosts:
-            layout.check(host)
-        return [_bytes(host) for host in hosts]
+        return [_bytes(host[: layout.finish(host)]) for host in hosts]
 
     def receive(self, count: int, nbytes: int) -> list[Bytes]:
         """Return the pinned receive buffers, once the last messages in them have reached the device."""
@@ -167,13 +165,18 @@ class DeviceStaging:
         return [_bytes(self._received_host.get(i, nbytes)) for i in range(count)]
 
     def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
-        """Copy to the device on the current stream, which is where the payloads are read next."""
+        """Copy to the device on the current stream, which is where the payloads are read next.
+
+        Raises:
+            IndexError: indices are damaged, which the device alone would know when it reads them.
+
+        """
         payloads = []
         for i, nbytes in enumerate(sizes):
             host = self._received_host.get(i, nbytes)
             wire = self._received.get(i, nbytes)
             wire.copy_(host, non_blocking=True)
-            payloads.append(_like(layout.unpack(host), host, wire))
+            payloads.append(_like(layout, host, wire))
         self._is_received.record(self._streams.current_stream(self._device))
         return payloads
 
@@ -183,15 +186,18 @@ class DeviceStaging:
         _bytes(host)[:] = data
         wire = torch.empty(data.size, dtype=torch.uint8, device=self._device)
         wire.copy_(host, non_blocking=True)
-        return _like(layout.unpack(host), host, wire)
+        return _like(layout, host, wire)
 
 
-def _like(views: Payload, host: Tensor, wire: Tensor) -> Payload:
-    """Return views of `wire` that lie as `views` lie in `host`: counts are read on the host, without a device sync."""
-    payload = {}
-    for name, view in views.items():
+def _like(layout: Layout, host: Tensor, wire: Tensor) -> Payload:
+    """Return the payload in `wire`, a copy of `host`, from which counts and codes are read without a device sync."""
+    payload = layout.unpack(host)
+    layout.check_codes(payload)
+    for field in layout.fields:
+        view = payload[field.name]
         begin = view.data_ptr() - host.data_ptr() if view.numel() else 0
-        payload[name] = wire[begin : begin + view.numel() * view.element_size()].view(view.dtype)
+        there = wire[begin : begin + view.numel() * view.element_size()].view(view.dtype)
+        payload[field.name] = view.clone() if field.on_host else there
     return payload
 
 

@@ -22,6 +22,7 @@ DAMAGED = "the indices of a message do not fit the vector: it is damaged, or its
 
 _BLOCK = 2**16  # entries that stay in the cache
 _FOLD = 2**10  # entries that are summed by folding
+_ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 _MASK = 2**32 - 1
 _ODD = 0x9E3779B1  # 2**32 / golden ratio, odd: a bijection modulo powers of two
 
@@ -32,7 +33,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Ties go to the lowest index, so that all devices choose the same. `k` is in ``[0, n]``.
 
     Raises:
-        DivergenceError: `x` has a NaN, which cannot be ordered.
+        DivergenceError: `x` has a NaN, which cannot be ordered. Where that would have to wait for a device, a NaN is
+            larger than all numbers, and who sends the values raises the error.
 
     """
     magnitude = _magnitude(x)
@@ -57,7 +59,7 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
     parts sum to n.
 
     Raises:
-        DivergenceError: there is a NaN, even in a part whose count is 0.
+        DivergenceError: there is a NaN, even in a part whose count is 0; or as of `top_k`.
 
     """
     values, indices = [x[:0]], [torch.empty(0, dtype=torch.int32, device=x.device)]
@@ -90,7 +92,7 @@ def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> t
     places ascend in each; ties go to the lowest place.
 
     Raises:
-        DivergenceError: a NaN in a block.
+        DivergenceError: a NaN in a block; or as of `top_k`.
 
     """
     values, places = x.new_empty(total), torch.empty(total, dtype=torch.int16, device=x.device)
@@ -222,7 +224,8 @@ def encode_indices(indices: Tensor, n: int) -> Tensor:
 
     ``gap_i = index_i - index_{i-1} - 1`` is cut into its `index_shift` low bits, packed by `pack_codes`, and the rest
     q, which is q zeros and a one in the second stream. Expected bits are within 1.5 % of the entropy of a random choice
-    for k/n from 0.1 % to 10 %.
+    for k/n from 0.1 % to 10 %. On a device, which alone knows its length, the code may have zeros behind it, up to
+    `index_code_nbytes`; `trim_code` removes them.
     """
     if not len(indices):
         return torch.empty(0, dtype=torch.uint8, device=indices.device)
@@ -238,7 +241,8 @@ def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
     """Return the `k` indices, int32, from a `code` of `encode_indices`.
 
     Raises:
-        IndexError: the code is damaged.
+        IndexError: the code is damaged. Where that would have to wait for a device, the indices may be any, and who
+            receives the code calls `check_code`.
 
     """
     shift = index_shift(n, k)
@@ -252,6 +256,23 @@ def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
     if k and int(indices[-1]) >= n:
         raise IndexError(DAMAGED)
     return indices.int()
+
+
+def trim_code(code: Tensor) -> Tensor:
+    """Return a `code` of indices without the zeros that a device leaves behind it; waits for the device."""
+    return code[: len(bytes(code.cpu().numpy()).rstrip(b"\0"))]  # the last byte of a code has the bit of its last index
+
+
+def check_code(code: Tensor, k: int, n: int) -> None:
+    """Raise IndexError unless a `code`, in host memory, has `k` indices, the last of them below `n`."""
+    shift, planes = index_shift(n, k), packed_nbytes(k, index_shift(n, k))
+    stream = bytes(code[planes:].numpy()).rstrip(b"\0")
+    ones = _ONES[code.numpy()]
+    if int(ones[planes:].sum()) != k:
+        raise IndexError(DAMAGED)
+    low = sum(int(plane.sum()) << i for i, plane in enumerate(ones[:planes].reshape(shift, -1))) if shift else 0
+    if k and (8 * len(stream) - 9 + stream[-1].bit_length() + 1 - k << shift) + low + k > n:
+        raise IndexError(DAMAGED)
 
 
 def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -> None:

@@ -316,7 +316,7 @@ def test_top_k_breaks_ties_by_lowest_index(values, ratio):
     k = max(1, int(len(x) * ratio + 1e-9))
     expected = np.sort(np.argsort(-np.abs(x.numpy()), kind="stable")[:k])
     sent = torch.zeros(len(x))
-    scatter_add_(sent, payload["indices"], torch.ones(k), 1.0)
+    scatter_add_(sent, payload, torch.ones(k), 1.0)
     assert sent.nonzero().flatten().tolist() == expected.tolist()
 
 

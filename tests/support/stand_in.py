@@ -267,17 +267,17 @@ class StagedExchange:
         wire = torch.zeros(layout.nbytes, dtype=torch.uint8, device=CUDA)
         nbytes = layout.pack(payload, wire)
         host = wire.cpu()[:nbytes]
-        layout.check(host)
-        self.pending = self._exchange.start(layout.unpack(host), layout, topology)
+        self.pending = self._exchange.start(layout.unpack(host[: layout.finish(host)]), layout, topology)
+        self.layout = layout
         return self
 
     def start_each(self, payloads, layout, topology):
         wires = torch.zeros(len(payloads), layout.nbytes, dtype=torch.uint8, device=CUDA)
         used = [layout.pack(payload, wire) for payload, wire in zip(payloads.values(), wires, strict=True)]
         hosts = [host[:nbytes] for host, nbytes in zip(wires.cpu(), used, strict=True)]
-        for host in hosts:
-            layout.check(host)
-        unpacked = {target: layout.unpack(host) for target, host in zip(payloads, hosts, strict=True)}
+        finished = [host[: layout.finish(host)] for host in hosts]
+        unpacked = {target: layout.unpack(host) for target, host in zip(payloads, finished, strict=True)}
+        self.layout = layout
         self.pending = self._exchange.start_each(unpacked, layout, topology)
         return self
 
@@ -285,10 +285,12 @@ class StagedExchange:
         return self.pending.test()
 
     def wait(self):
-        return {
-            source: {name: StandIn(tensor.clone()) for name, tensor in message.items()}
-            for source, message in self.pending.wait().items()
-        }
+        received = self.pending.wait()
+        on_host = {field.name for field in self.layout.fields if field.on_host}
+        for message in received.values():
+            self.layout.check_codes(message)
+            message.update({name: t.clone() if name in on_host else StandIn(t.clone()) for name, t in message.items()})
+        return received
 
     def mean_(self, x):
         _through_host_(self._exchange.mean_, x)

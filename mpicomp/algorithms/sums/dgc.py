@@ -210,7 +210,7 @@ class DGC(GradientSum[DGCState]):
         elif self.clip == "rms":
             square = g.norm().square().reshape(1)
             Aggregator(exchange).mean_(square)
-            limit = float(square.sqrt())
+            limit = square.sqrt()
             g.clamp_(-limit, limit)
         return g
 

@@ -18,6 +18,7 @@ from mpicomp.cli import debug_option
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, seconds, write_json
 from mpicomp.compression import QSGD, Compressor, SignNorm, Spec, TopK
 from mpicomp.compression.ratio import kept
+from mpicomp.kernels.reference import trim_code
 
 RATIOS = (0.1, 0.01, 0.001)
 """The fractions of the entries that top-k is measured with."""
@@ -244,7 +245,7 @@ def _codes(x: Tensor, ratio: float) -> Iterator[Operation]:
     """Yield encoding and decoding of the indices of the largest entries."""
     n, k = len(x), kept(len(x), ratio)
     _, indices = kernels.top_k(x, k)
-    code = kernels.encode_indices(indices, n)
+    code = trim_code(kernels.encode_indices(indices, n))
     bits, share = 8 * len(code) / k, k / n
     entropy = -(math.log2(share) + (1 / share - 1) * math.log2(1 - share)) if k < n else None
     for name, run in (

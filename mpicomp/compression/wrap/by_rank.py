@@ -168,7 +168,9 @@ class _Common:
             merged = [_longest([field for field in alike if field.dtype == dtype]) for dtype in dtypes]
             if len(merged) > 1:
                 merged = [
-                    Field(f"{each.name}.{str(each.dtype).removeprefix('torch.')}", each.dtype, each.numel, True)
+                    dataclasses.replace(
+                        each, name=f"{each.name}.{str(each.dtype).removeprefix('torch.')}", variable=True
+                    )
                     for each in merged
                 ]
                 doubled[alike[0].name] = merged
@@ -204,7 +206,8 @@ def _longest(fields: Sequence[Field]) -> Field:
     """Return a field that can hold the content of any of `fields`, which share name and type."""
     numel = max(field.numel for field in fields)
     is_variable = any(field.variable or field.numel != numel for field in fields)
-    return Field(fields[0].name, fields[0].dtype, numel, is_variable)
+    parts = fields[0].parts if all(field.parts == fields[0].parts for field in fields) else ()
+    return dataclasses.replace(fields[0], numel=numel, variable=is_variable, parts=parts)
 
 
 def _without_strength(compressor: Compressor) -> Compressor:

@@ -25,7 +25,6 @@ from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import kept
-from mpicomp.kernels.reference import number
 from mpicomp.timing import timed
 
 
@@ -65,7 +64,11 @@ class PerTensorBlock(Compressor):
         """Return the fields ``seed`` (1,), ``ratio`` (1,), and ``values``, the blocks of all tensors."""
         numel = sum(self._lengths(spec, self.inner.ratio))
         return Layout(
-            (Field("seed", torch.int64, 1), Field("ratio", torch.float64, 1), Field("values", spec.dtype, numel))
+            (
+                Field("seed", torch.int64, 1, on_host=True),
+                Field("ratio", torch.float64, 1, on_host=True),
+                Field("values", spec.dtype, numel),
+            )
         )
 
     @timed("compress")
@@ -74,8 +77,8 @@ class PerTensorBlock(Compressor):
         seed, ratio = mix64(self.inner.seed, state.step) >> 1, self.inner.ratio
         state.step += 1
         return {
-            "seed": number(seed, torch.int64, x.device),
-            "ratio": number(ratio, torch.float64, x.device),
+            "seed": torch.tensor([seed]),
+            "ratio": torch.tensor([ratio], dtype=torch.float64),
             "values": torch.cat([x[piece] for piece in self._pieces(seed, ratio, spec)]) if spec.parts else x[:0],
         }
 

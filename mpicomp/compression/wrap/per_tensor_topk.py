@@ -34,27 +34,40 @@ class _Plan:
         sizes: entries of each.
         counts: how many are selected of each.
         dense: where the tensors lie that are sent as they are.
+        parts: the names of the tensors, and their counts.
         indices: the field of the indices.
+        dense_fields: that of the tensors that are sent as they are, if there are any.
 
     """
 
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
     dense: tuple[slice, ...]
+    parts: tuple[tuple[str, int], ...]
     indices: Field
+    dense_fields: tuple[Field, ...]
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(ratio: float, dense_1d: bool, spec: Spec) -> _Plan:
-    counts, dense, start = [], [], 0
+    counts, dense, whole_parts, start = [], [], [], 0
     for part in spec.parts:
         whole = dense_1d and part.is_vector
         counts.append(0 if whole else kept(part.numel, ratio))
         if whole:
             dense.append(slice(start, start + part.numel))
+            whole_parts.append((part.names[0], part.numel))
         start += part.numel
     sizes = tuple(part.numel for part in spec.parts)
-    return _Plan(sizes, tuple(counts), tuple(dense), index_field(spec.numel, sum(counts)))
+    field = Field("dense", spec.dtype, sum(n for _, n in whole_parts), must_be="a number", parts=tuple(whole_parts))
+    return _Plan(
+        sizes,
+        tuple(counts),
+        tuple(dense),
+        tuple(zip(spec.names, counts, strict=True)),
+        index_field(spec.numel, sum(counts)),
+        (field,) if dense else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,9 +89,8 @@ class PerTensorTopK(Compressor):
     def layout(self, spec: Spec) -> Layout:
         """Return ``scale`` if values have one, ``values``, ``indices`` of all tensors, and ``dense`` if any are."""
         plan = self._plan(spec)
-        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), scales=len(plan.counts))
-        dense = sum(part.stop - part.start for part in plan.dense)
-        return Layout((*values, plan.indices, *([Field("dense", spec.dtype, dense)] if plan.dense else [])))
+        values = value_fields(self.inner.values, spec.dtype, sum(plan.counts), parts=plan.parts)
+        return Layout((*values, plan.indices, *plan.dense_fields))
 
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Return the message for `x` (n,); DivergenceError names a tensor with a NaN."""
@@ -96,7 +108,7 @@ class PerTensorTopK(Compressor):
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Compute ``out[indices] += weight * values``, and add the uncompressed tensors."""
         plan = self._plan(spec)
-        scatter_add_(out, payload["indices"], read_values(payload, out.dtype, plan.counts), weight)
+        scatter_add_(out, payload, read_values(payload, out.dtype, plan.counts), weight)
         self._add_dense(payload, plan, out, weight)
 
     def _select(self, x: Tensor, y: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -111,7 +123,7 @@ class PerTensorTopK(Compressor):
     def _message(self, x: Tensor, y: Tensor | None, values: Tensor, indices: Tensor, spec: Spec) -> Payload:
         plan = self._plan(spec)
         payload = write_values(values, self.inner.values, plan.counts)
-        payload["indices"] = write_indices(indices, spec.numel, plan.indices)
+        payload.update(write_indices(indices, spec.numel, plan.indices))
         if plan.dense:
             payload["dense"] = torch.cat([x[part] if y is None else x[part] - y[part] for part in plan.dense])
         return payload

@@ -175,7 +175,7 @@ class _StarAverage(_Average[Star]):
         if self._answer is None:
             if not self._pending.test():
                 return False
-            device = next(iter(self._own.values())).device
+            device = [*self._own.values()][-1].device
             is_summed_here = self._is_hub and not self._compressor.has_common_support
             self._turn(torch.empty(self._spec.numel if is_summed_here else 0, dtype=self._spec.dtype, device=device))
         return self._pending.test()

@@ -22,6 +22,9 @@ from mpicomp.kernels.reference import FEISTEL_ROUNDS, feistel_half, packed_nbyte
 
 _GROUPS = BLOCK // 8
 
+_LONGEST_PART = 2**22
+"""Entries up to which six passes over a vector are made rather than two and a wait; chosen, not measured on a GPU."""
+
 
 def _plain(x: Tensor, like: Tensor | None = None) -> Tensor:
     """Return `x`; ValueError unless it is contiguous, and of the type, length and device of `like`."""
@@ -35,22 +38,28 @@ def _plain(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `reference.top_k`."""
-    return select.top_k(_plain(x), None, k)
+    """See `reference.top_k`; up to 4 million entries without a wait, where a NaN is larger than all numbers."""
+    return _top_k(_plain(x), None, k)
 
 
 def top_k_of_difference(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `reference.top_k_of_difference`; the difference is not formed."""
-    return select.top_k(_plain(x), _plain(y, x), k)
+    """See `reference.top_k_of_difference`; the difference is not formed. Waits as `top_k` does."""
+    return _top_k(_plain(x), _plain(y, x), k)
+
+
+def _top_k(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    if len(x) <= _LONGEST_PART or k == 0:
+        return select_parts.top_k_of_parts(x, y, (len(x),), (k,))
+    return select.top_k(x, y, k)
 
 
 def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """See `reference.top_k_of_parts`; as many launches for a hundred parts as for one."""
+    """See `reference.top_k_of_parts`; as many launches for a hundred parts as for one, and no wait to find NaNs."""
     return select_parts.top_k_of_parts(_plain(x), None if y is None else _plain(y, x), sizes, counts)
 
 
 def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """See `reference.top_k_of_blocks`; one launch."""
+    """See `reference.top_k_of_blocks`; one launch, and no wait to find NaNs."""
     return blocks.top_k_of_blocks(_plain(x), None if y is None else _plain(y, x), _plain(table), total)
 
 
@@ -87,12 +96,12 @@ def add_block_(out: Tensor, offset: Tensor, values: Tensor, weight: float = 1.0)
 
 
 def encode_indices(indices: Tensor, n: int) -> Tensor:
-    """See `reference.encode_indices`; waits for the device, which alone knows the length."""
+    """See `reference.encode_indices`; there are zeros behind the code."""
     return codes.encode(_plain(indices), n)
 
 
 def decode_indices(code: Tensor, k: int, n: int) -> Tensor:
-    """See `reference.decode_indices`; waits for the device, which alone knows whether the code is damaged."""
+    """See `reference.decode_indices`; does not wait to see whether the code is damaged."""
     return codes.decode(_plain(code), k, n)
 
 

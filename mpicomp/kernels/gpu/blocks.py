@@ -4,7 +4,7 @@
     keep the entries above t, and of those equal to t the first ones
 
 A program has a block, whose entries stay in its registers. See `select` for magnitudes and for `y`, and
-`reference.BLOCK_COLUMNS` for the table of blocks. The host waits once, for the number of NaNs.
+`reference.BLOCK_COLUMNS` for the table of blocks. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
-from mpicomp.errors import DivergenceError
 from mpicomp.kernels.gpu.compiled import BLOCK, jit, launch, offsets, tiles
 from mpicomp.kernels.gpu.pack import matrix, store_codes
 from mpicomp.kernels.gpu.select import _bits, _entries, _magnitudes
-from mpicomp.kernels.reference import LARGEST_BLOCK, NAN, packed_nbytes
+from mpicomp.kernels.reference import LARGEST_BLOCK, packed_nbytes
 
 _GROUPS = BLOCK // 8
 _PLACES = 256
@@ -28,10 +27,7 @@ _PLACES = 256
 def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return values and places of the largest entries of each block; see `reference.top_k_of_blocks`."""
     values, places = x.new_empty(total), torch.empty(total, dtype=torch.int16, device=x.device)
-    nans = torch.zeros(max(1, len(table)), dtype=torch.int32, device=x.device)
-    launch(_select, len(table), x, y, table, values, places, nans, BITS=_bits(x), BLOCK=LARGEST_BLOCK)
-    if int(nans.sum()):
-        raise DivergenceError(NAN)
+    launch(_select, len(table), x, y, table, values, places, BITS=_bits(x), BLOCK=LARGEST_BLOCK)
     return values, places
 
 
@@ -57,11 +53,10 @@ def _select(
     table: tensor,
     values: tensor,
     places: tensor,
-    nans: tensor,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write the largest entries of a block, and how many NaNs it has."""
+    """Write the largest entries of a block."""
     block = tl.program_id(0)
     row = table + tl.cast(block, tl.int64) * 6
     start = tl.load(row)
@@ -86,7 +81,6 @@ def _select(
     at = tl.load(row + 5) + tl.cumsum(kept.to(tl.int32)) - 1
     tl.store(values + at, entries, mask=kept)
     tl.store(places + at, place.to(tl.int16), mask=kept)
-    tl.store(nans + block, tl.sum((inside & (entries != entries)).to(tl.int32)))
 
 
 @jit

@@ -4,8 +4,12 @@
     count the entries above t[p], and those equal to it, in every tile
     keep those above, and of those equal the first ones, after the sums of the counts of the tiles before
 
-A tile belongs to one part, and a table says to which. See `select` for magnitudes, the order of ties, and `y`. The host
-waits once, for the number of NaNs.
+A tile belongs to one part, and a table says to which. What a histogram says of t[p] is found by every program of the
+next kernel, for its own part, rather than by a launch between the two. See `select` for magnitudes, the order of ties,
+and `y`. The host waits for nothing.
+
+Where all parts are short, as the tensors of a ResNet-20 are, one launch does all of it: a program has a part, and goes
+over its tiles once for each digit and once more to write.
 """
 
 from __future__ import annotations
@@ -19,13 +23,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
-from mpicomp.errors import DivergenceError
-from mpicomp.kernels.gpu.compiled import BLOCK, jit, launch, tiles
+from mpicomp.kernels.gpu.compiled import BLOCK, jit, launch, offsets, tiles
 from mpicomp.kernels.gpu.select import _bits, _entries, _magnitudes
-from mpicomp.kernels.reference import NAN
 
 _DIGIT = 8
 """Bits of a histogram."""
+
+_SHORT = 2**16
+"""Entries of a part up to which one program selects from all of it; chosen, not measured on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ class _Table:
         part: (tiles,) int32 the part that a tile belongs to.
         begin: (tiles,) int64 its first entry.
         end: (tiles,) int64 where its part ends.
-        first: (parts,) int64 the first tile of a part.
+        start: (parts,) int64 the first entry of a part.
+        size: (parts,) int64 how many it has.
+        first: (parts,) int64 its first tile.
         rank: (parts,) int64 how many entries are wanted of it.
         out: (parts,) int64 where they begin in the output.
 
@@ -45,6 +52,8 @@ class _Table:
     part: Tensor
     begin: Tensor
     end: Tensor
+    start: Tensor
+    size: Tensor
     first: Tensor
     rank: Tensor
     out: Tensor
@@ -58,7 +67,7 @@ def _table(sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.device
     ends, first = length.cumsum(0), number.cumsum(0) - number
     part = torch.repeat_interleave(torch.arange(len(sizes)), number)
     begin = (ends - length)[part] + (torch.arange(len(part)) - first[part]) * BLOCK
-    columns = part.int(), begin, ends[part], first, rank, rank.cumsum(0) - rank
+    columns = part.int(), begin, ends[part], ends - length, length, first, rank, rank.cumsum(0) - rank
     return _Table(*(column.to(device) for column in columns))
 
 
@@ -69,21 +78,111 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
     values, indices = x.new_empty(kept), torch.empty(kept, dtype=torch.int32, device=x.device)
     if not programs:
         return values, indices
-    state = torch.zeros(parts, 2, dtype=torch.int64, device=x.device)
-    histograms = torch.zeros(digits, parts, 2**_DIGIT, dtype=torch.int64, device=x.device)
-    place = table.part, table.begin, table.end
-    for digit, histogram in enumerate(histograms, start=1):
-        shift = {"SHIFT": (digits - digit) * _DIGIT, "WIDTH": _DIGIT}
-        launch(_histogram, programs, x, y, *place, state, histogram, **shift, BLOCK=BLOCK)
-        launch(_pick, parts, state, histogram, table.rank, **shift)
-    tallies = torch.zeros(3, programs, dtype=torch.int32, device=x.device)
-    launch(_count, programs, x, y, *place, state, tallies, BLOCK=BLOCK)
+    search = {"WIDTH": _DIGIT, "BLOCK": BLOCK}
+    if max(sizes) <= _SHORT:
+        columns = table.start, table.size, table.rank, table.out
+        launch(_select_part, parts, x, y, *columns, values, indices, DIGITS=digits, **search)
+        return values, indices
+    room = torch.zeros(parts * (2 * (digits + 1) + digits * 2**_DIGIT), dtype=torch.int64, device=x.device)
+    states = room[: 2 * (digits + 1) * parts].view(digits + 1, parts, 2)
+    histograms = room[states.numel() :].view(digits, parts, 2**_DIGIT)
+    tallies = torch.empty(2, programs, dtype=torch.int32, device=x.device)
+    vectors = x, y, table.part, table.begin, table.end, table.first, table.rank
+    for digit in range(digits):
+        shift = (digits - 1 - digit) * _DIGIT
+        launch(_histogram, programs, *vectors, states, histograms, parts, DIGIT=digit, SHIFT=shift, **search)
+    launch(_count, programs, *vectors, states, histograms, parts, tallies, DIGITS=digits, **search)
     ends = tallies.cumsum(1)
-    if int(ends[2, -1]):
-        raise DivergenceError(NAN)
-    wanted = table.first, table.rank, table.out
-    launch(_emit, programs, x, y, *place, *wanted, state, ends, values, indices, BLOCK=BLOCK)
+    launch(_emit, programs, *vectors, table.out, states[digits], ends, values, indices, BLOCK=BLOCK)
     return values, indices
+
+
+@jit
+def _pick(count: tensor, passed: tensor, wanted: tensor, WIDTH: tl.constexpr) -> tuple[tensor, tensor]:
+    """Return the bin of the last wanted entry, and how many entries are in bins above; `passed` are above them all."""
+    bins = tl.arange(0, 1 << WIDTH)
+    reach = passed + tl.cumsum(count, reverse=True)  # entries in this bin or above it: falls with the bin
+    digit = tl.sum((reach >= wanted).to(tl.int64)) - 1
+    return digit, passed + tl.sum(tl.where(bins > digit, count, 0))
+
+
+@jit
+def _select_part(
+    x: tensor,
+    y: tensor,
+    start: tensor,
+    size: tensor,
+    rank: tensor,
+    out: tensor,
+    values: tensor,
+    indices: tensor,
+    DIGITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Write the entries of a part above its last wanted magnitude, and the first equal ones."""
+    p = tl.program_id(0)
+    begin = tl.load(start + p)
+    n = tl.load(size + p)
+    wanted = tl.load(rank + p)
+    low = tl.cast(0, tl.int64)
+    passed = tl.cast(0, tl.int64)
+    for digit in tl.static_range(DIGITS):
+        shift = (DIGITS - 1 - digit) * WIDTH
+        count = tl.zeros((1 << WIDTH,), tl.int64)
+        for tile in range(tl.cdiv(n, BLOCK)):
+            i = offsets(tile, BLOCK)
+            inside = i < n
+            bits = _magnitudes(_entries(x, y, begin + i, inside))
+            fits = inside & ((bits >> shift >> WIDTH) == (low.to(bits.dtype) >> shift >> WIDTH))
+            digits = (bits >> shift) & ((1 << WIDTH) - 1)
+            count += tl.histogram(digits.to(tl.int32), 1 << WIDTH, mask=fits).to(tl.int64)
+        found, passed = _pick(count, passed, wanted, WIDTH)
+        low |= found << shift
+    place = tl.load(out + p) - 1
+    room = wanted - passed
+    equal = tl.cast(0, tl.int64)
+    for tile in range(tl.cdiv(n, BLOCK)):
+        i = offsets(tile, BLOCK)
+        inside = (i < n) & (wanted > 0)  # if nothing is, low is not a magnitude
+        entries = _entries(x, y, begin + i, inside)
+        bits = _magnitudes(entries)
+        ties = inside & (bits == low.to(bits.dtype))
+        kept = (inside & (bits > low.to(bits.dtype))) | (ties & (equal + tl.cumsum(ties.to(tl.int32)) <= room))
+        at = place + tl.cumsum(kept.to(tl.int32))
+        tl.store(values + at, entries, mask=kept)
+        tl.store(indices + at, (begin + i).to(tl.int32), mask=kept)
+        place += tl.sum(kept.to(tl.int32))
+        equal += tl.sum(ties.to(tl.int32))
+
+
+@jit
+def _known(
+    states: tensor,
+    histograms: tensor,
+    rank: tensor,
+    parts: tensor,
+    p: tensor,
+    is_first: tensor,
+    DIGIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tensor:
+    """Return the magnitude of the last wanted entry of part `p` by its digits before DIGIT, the others being zeros.
+
+    The first tile of a part writes that down for the next kernel, and how many entries are in bins above. SHIFT is the
+    lowest bit of the last digit known.
+    """
+    low = tl.cast(0, tl.int64)
+    if DIGIT > 0:
+        row = tl.cast(p, tl.int64) + (DIGIT - 1) * parts
+        count = tl.load(histograms + (row << WIDTH) + tl.arange(0, 1 << WIDTH))
+        digit, passed = _pick(count, tl.load(states + 2 * row + 1), tl.load(rank + p), WIDTH)
+        low = tl.load(states + 2 * row) | digit << SHIFT
+        found = states + 2 * (row + parts)
+        tl.store(found, low, mask=is_first)
+        tl.store(found + 1, passed, mask=is_first)
+    return low
 
 
 @jit
@@ -93,56 +192,58 @@ def _histogram(
     part: tensor,
     begin: tensor,
     end: tensor,
-    state: tensor,
-    counts: tensor,
+    first: tensor,
+    rank: tensor,
+    states: tensor,
+    histograms: tensor,
+    parts: tensor,
+    DIGIT: tl.constexpr,
     SHIFT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Count the bits from SHIFT on of the entries of a tile, if the bits before are those of the state of its part."""
+    """Count the bits from SHIFT on of the entries of a tile, if the bits before are those known of its part."""
     tile = tl.program_id(0)
     p = tl.load(part + tile)
     i = tl.load(begin + tile) + tl.arange(0, BLOCK)
     inside = i < tl.load(end + tile)
     bits = _magnitudes(_entries(x, y, i, inside))
-    low = tl.load(state + 2 * p).to(bits.dtype)
+    is_first = tile == tl.load(first + p)
+    low = _known(states, histograms, rank, parts, p, is_first, DIGIT, SHIFT + WIDTH, WIDTH).to(bits.dtype)
     fits = inside & ((bits >> SHIFT >> WIDTH) == (low >> SHIFT >> WIDTH))
     digit = (bits >> SHIFT) & ((1 << WIDTH) - 1)
     total = tl.histogram(digit.to(tl.int32), 1 << WIDTH, mask=fits)
-    bins = (p << WIDTH) + tl.arange(0, 1 << WIDTH)
-    tl.atomic_add(counts + bins, total.to(tl.int64), mask=total > 0, sem="relaxed")
-
-
-@jit
-def _pick(state: tensor, counts: tensor, rank: tensor, SHIFT: tl.constexpr, WIDTH: tl.constexpr) -> None:
-    """Find the bin of the last wanted entry of a part, and bring its state up to date.
-
-    That is the magnitude as far as it is known, and how many entries are in bins above its own.
-    """
-    p = tl.program_id(0)
-    bins = tl.arange(0, 1 << WIDTH)
-    count = tl.load(counts + (p << WIDTH) + bins)
-    passed = tl.load(state + 2 * p + 1)
-    reach = passed + tl.cumsum(count, reverse=True)
-    digit = tl.sum((reach >= tl.load(rank + p)).to(tl.int64)) - 1
-    tl.store(state + 2 * p, tl.load(state + 2 * p) | digit << SHIFT)
-    tl.store(state + 2 * p + 1, passed + tl.sum(tl.where(bins > digit, count, 0)))
+    counts = histograms + ((tl.cast(p, tl.int64) + DIGIT * parts) << WIDTH)
+    tl.atomic_add(counts + tl.arange(0, 1 << WIDTH), total.to(tl.int64), mask=total > 0, sem="relaxed")
 
 
 @jit
 def _count(
-    x: tensor, y: tensor, part: tensor, begin: tensor, end: tensor, state: tensor, tallies: tensor, BLOCK: tl.constexpr
+    x: tensor,
+    y: tensor,
+    part: tensor,
+    begin: tensor,
+    end: tensor,
+    first: tensor,
+    rank: tensor,
+    states: tensor,
+    histograms: tensor,
+    parts: tensor,
+    tallies: tensor,
+    DIGITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """Count the entries of a tile above the magnitude in the state of its part, those equal to it, and NaNs."""
+    """Count the entries of a tile above the last wanted magnitude of its part, and those equal to it."""
     tile = tl.program_id(0)
+    p = tl.load(part + tile)
     i = tl.load(begin + tile) + tl.arange(0, BLOCK)
     inside = i < tl.load(end + tile)
-    entries = _entries(x, y, i, inside)
-    bits = _magnitudes(entries)
-    low = tl.load(state + 2 * tl.load(part + tile)).to(bits.dtype)
+    bits = _magnitudes(_entries(x, y, i, inside))
+    is_first = tile == tl.load(first + p)
+    low = _known(states, histograms, rank, parts, p, is_first, DIGITS, 0, WIDTH).to(bits.dtype)
     tl.store(tallies + tile, tl.sum((inside & (bits > low)).to(tl.int32)))
     tl.store(tallies + tl.num_programs(0) + tile, tl.sum((inside & (bits == low)).to(tl.int32)))
-    tl.store(tallies + 2 * tl.num_programs(0) + tile, tl.sum((entries != entries).to(tl.int32)))
 
 
 @jit

@@ -15,8 +15,8 @@ def test_the_shorter_of_numbers_and_code_is_sent(n):
         assert field.numel * field.dtype.itemsize + 7 * field.variable <= plain
         indices = torch.randperm(n)[:k].sort().values.int()
         written = write_indices(indices, n, field)
-        assert written.dtype == field.dtype
-        assert len(written) <= field.numel if field.variable else len(written) == k
+        assert written.keys() == {"indices"} and written["indices"].dtype == field.dtype
+        assert len(written["indices"]) <= field.numel if field.variable else len(written["indices"]) == k
         out = torch.zeros(n)
         scatter_add_(out, written, torch.arange(1.0, k + 1), 1.0)
         assert torch.equal(out[indices.long()], torch.arange(1.0, k + 1))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.simulated_gpu import SimulatedGpu, WatchedStaging
 
-from mpicomp.compression.message import Field, Layout
+from mpicomp.compression.message import Field, Layout, Spec
+from mpicomp.compression.topk import TopK
 from mpicomp.exchange.staging import HostStaging
 
 COUNTS = [(3, 9), (0, 2), (60, 50), (7,), (), (200, 1), (200, 200)]
@@ -92,6 +93,24 @@ def test_everything_is_ordered_and_arrives(is_late):
     assert gpu.accesses > 500 and gpu.ordered > 300
     assert (gpu.delayed > 100) == is_late
     assert gpu.are_blocking == [True, True]
+
+
+def test_a_damaged_code_is_refused_as_it_arrives():
+    """Only the device would know later, and nobody would wait for it to say so."""
+    compressor, spec = TopK(0.1), Spec.flat(1000)
+    layout = compressor.layout(spec)
+    wire = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    wire = wire[: layout.pack(compressor.compress(torch.arange(1000.0), spec, None), wire)]
+    with SimulatedGpu() as gpu:
+        staging = WatchedStaging(gpu)
+        staging.load(wire.numpy(), layout)
+        wire[-1] ^= 255
+        with pytest.raises(IndexError, match="damaged"):
+            staging.load(wire.numpy(), layout)
+        (buffer,) = staging.receive(1, layout.nbytes)
+        buffer[: len(wire)] = wire.numpy()
+        with pytest.raises(IndexError, match="damaged"):
+            staging.unpack(layout, [len(wire)])
 
 
 def test_the_sites_are_known():

@@ -19,7 +19,7 @@ CAPABILITIES = [80, 90, 100]
 
 # At most so many bytes of shared memory a program, and registers a thread, in float32 and float64.
 BOUNDS = {
-    "_count": (32, 64),
+    "_count": (64, 88),
     "_count_bits": (2048, 32),
     "_emit": (16384, 160),
     "_find_bits": (512, 56),
@@ -30,6 +30,7 @@ BOUNDS = {
     "_pack": (512, 40),
     "_pick": (256, 104),
     "_select": (512, 128),
+    "_select_part": (1024, 255),
     "_set_bits": (8192, 64),
     "_split": (8192, 96),
     "adaptive_mix": (0, 184),

@@ -265,6 +265,27 @@ def test_damaged_codes_are_refused(version):
             version.decode_indices(wrong, k, n)
 
 
+@pytest.mark.parametrize(("n", "k"), [(5000, 300), (5000, 3), (300, 200), (7, 7), (9, 1)])
+def test_a_check_of_a_code_finds_what_decoding_would(n, k):
+    """It may refuse more: it counts bits that decoding does not look at, behind the low bits of the last indices."""
+    code, generator = cpu.encode_indices(chosen(n, k), n), np.random.default_rng(2)
+    reference.check_code(code, k, n)
+    reference.check_code(torch.cat([code, torch.zeros(5, dtype=torch.uint8)]), k, n)
+    last = cpu.encode_indices(torch.arange(n - k, n).int(), n)
+    reference.check_code(last, k, n)
+    wrong_ones = [code[:-1], torch.cat([code, torch.ones(1, dtype=torch.uint8)])]
+    for _ in range(100):
+        wrong = last.clone()
+        wrong[generator.integers(len(wrong))] ^= 1 << int(generator.integers(8))
+        wrong_ones.append(wrong)
+    for wrong in wrong_ones:
+        try:
+            cpu.decode_indices(wrong, k, n)
+        except IndexError:
+            with pytest.raises(IndexError, match="damaged"):
+                reference.check_code(wrong, k, n)
+
+
 @both
 @pytest.mark.parametrize("n", [0, 1, 7, 15, 17, 2**16 + 5])
 def test_mixing_is_the_same_bit_for_bit(dtype, n):
