@@ -43,7 +43,7 @@ def test_same_bits_and_no_races(name, monkeypatch):
     assert len(gpus) == len(found.x)
     for gpu in gpus:
         assert gpu.races == []
-        assert gpu.delayed >= 60 and gpu.ordered >= 20  # 20 messages packed, copied to the host, and loaded
+        assert gpu.delayed >= 54 and gpu.ordered >= 18  # at least 18 messages packed, copied to the host, and loaded
 
 
 @pytest.mark.parametrize("name", ["asgd", "dc_gossip"])

@@ -440,7 +440,7 @@ def test_signs(version, dtype, n):
     packed = version.pack_signs(x)
     assert same(packed, reference.pack_bits(x >= 0))
     out = vector(n, dtype, 1)
-    step = torch.tensor(float(SCALE) / 3, dtype=dtype)
+    step = torch.tensor(float(SCALE) * (1 / 3), dtype=dtype)
     expected = out + torch.where(x >= 0, step, -step)
     version.add_signs_(out, packed, SCALE, 1 / 3)
     assert same(out, expected)
