@@ -18,10 +18,10 @@ if torch.cuda.is_available():
 
 from support import small
 from support.interpreter import like_a_gpu  # noqa: F401
-from support.methods import ASYNCHRONOUS, DETERMINISTIC
+from support.methods import ALL_REDUCE, ASYNCHRONOUS, DETERMINISTIC, graph_for
 from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
-from mpicomp.algorithms import ALGORITHMS, SSGD, AsynchronousAlgorithm, DCGossip, LocalSGD, OneBitAdam
+from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.mailbox import Links
@@ -35,7 +35,7 @@ from mpicomp.topology import ring, star
 GRADIENTS = 3
 """Of each rank that computes any, in an asynchronous run."""
 
-METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), "ssgd": SSGD(), **ASYNCHRONOUS}
+METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), **ALL_REDUCE, **ASYNCHRONOUS}
 
 MOST = {
     # of a step on 2 ranks: waits for the GPU, launches of own kernels, operations of torch (19 are the optimizer's)
@@ -198,7 +198,7 @@ class Most:
 def train(world, algorithm, device):
     """Return the parameters and the counts of a step."""
     local = flat_model(algorithm, device)
-    exchange = world.exchange(ring(world.size))
+    exchange = world.exchange(graph_for(algorithm)(world.size))
     state = algorithm.init(local, exchange)
     most = Most(device)
     for step in range(steps_of(algorithm)):
@@ -251,7 +251,7 @@ def steps_of(algorithm):
     """As many as it takes until it has sent what it sends."""
     if isinstance(algorithm, OneBitAdam):
         return algorithm.freeze_step + 2
-    return 3 if isinstance(algorithm, LocalSGD) else 2
+    return 3 if hasattr(algorithm, "period") else 2
 
 
 @pytest.fixture
