@@ -44,7 +44,7 @@ MOST = {
     "local_sgd_choco": (5, 26, 45),
     "local_sgd_choco_random": (1, 8, 26),
     "local_sgd_adagossip": (5, 26, 45),
-    "local_sgd_deep_squeeze": (6, 18, 50),
+    "local_sgd_deep_squeeze": (6, 28, 52),
     "diloco": (1, 0, 26),
     "diloco_dpsgd": (1, 0, 30),
     "diloco_choco": (5, 26, 51),
