@@ -11,9 +11,11 @@ from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import Choco
 from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.def_atc import DEFATC
+from mpicomp.algorithms.gossip.diloco import DiLoCo
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
+from mpicomp.algorithms.gossip.noloco import NoLoCo
 from mpicomp.algorithms.gossip.power_gossip import PowerGossip
 from mpicomp.algorithms.gossip.sgp import SGP
 from mpicomp.algorithms.sgd import SGD
@@ -23,11 +25,15 @@ from mpicomp.algorithms.sums.efficient_adam import EfficientAdam
 from mpicomp.algorithms.sums.gmc import GMC
 from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
 from mpicomp.algorithms.sums.powersgd import PowerSGD
+from mpicomp.algorithms.sums.sparse_loco import SparseLoCo
 from mpicomp.algorithms.sums.ssgd import SSGD
 
 ALGORITHMS: dict[str, type] = {
     "sgd": SGD,
     "local_sgd": LocalSGD,
+    "diloco": DiLoCo,
+    "noloco": NoLoCo,
+    "sparse_loco": SparseLoCo,
     "ssgd": SSGD,
     "dpsgd": DPSGD,
     "choco": Choco,
@@ -74,12 +80,15 @@ __all__ = [
     "Choco",
     "DCGossip",
     "DeepSqueeze",
+    "DiLoCo",
     "EfficientAdam",
     "Gossip",
     "Local",
     "LocalSGD",
     "MoTEF",
+    "NoLoCo",
     "OneBitAdam",
     "PowerGossip",
     "PowerSGD",
+    "SparseLoCo",
 ]

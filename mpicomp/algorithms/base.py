@@ -158,6 +158,19 @@ def require_no_feedback(name: str, compressor: Compressor) -> None:
         )
 
 
+def require_period(period: int) -> None:
+    """Raise ConfigError unless `period` is at least 1."""
+    if period < 1:
+        raise ConfigError(f"algorithm.period = {period} must be at least 1: the steps between two exchanges")
+
+
+def require_fraction(**values: float) -> None:
+    """Raise ConfigError for the first of `values` (keys of the section ``algorithm``) that is not in [0, 1)."""
+    for key, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"algorithm.{key} = {value} must be in [0, 1)")
+
+
 def require_positive(**values: float) -> None:
     """Raise ConfigError for the first of `values` (keys of the section ``algorithm``) that is not finite and > 0."""
     for key, value in values.items():

@@ -285,7 +285,8 @@ class AlgorithmSection(Section):
 
     kind: str = "dpsgd"
     inner: str | None = None
-    """The method by which ``"local_sgd"`` mixes; its parameters are then keys, too. D-PSGD by default."""
+    """The method by which ``"local_sgd"`` (by default D-PSGD) and ``"diloco"`` (by default none) mix; its parameters
+    are then keys, too."""
 
     @classmethod
     def specialized(cls, values: Values) -> type[Section]:
@@ -297,7 +298,7 @@ class AlgorithmSection(Section):
         if inner is not None and not goes_around:
             raise ConfigError(
                 f"algorithm.inner = {inner!r}: algorithm.kind = {kind!r} does not go around another algorithm. "
-                "Leave algorithm.inner out, or use algorithm.kind = 'local_sgd'."
+                "Leave algorithm.inner out, or use algorithm.kind = 'local_sgd' or 'diloco'."
             )
         return super().specialized(values)
 
@@ -309,7 +310,8 @@ class AlgorithmSection(Section):
 
         """
         target = self.chosen()
-        holds_another = "inner" in inspect.signature(target).parameters
+        around = inspect.signature(target).parameters.get("inner")
+        holds_another = around is not None and (self.inner is not None or around.default is not None)
         inner = self.inner or "dpsgd"
         sender = find("algorithm.inner", inner, GOSSIP) if holds_another else target
         takes, beside = inspect.signature(sender).parameters, {}

@@ -176,7 +176,9 @@ def distribute(
 
 
 def with_compressor(algorithm: AnyAlgorithm, compressor: Compressor) -> AnyAlgorithm:
-    """Return `algorithm` with `compressor` in the place of its own."""
-    if not hasattr(algorithm, "compressor"):
+    """Return `algorithm` with `compressor` in the place of its own, or of that of the algorithm inside."""
+    if isinstance(inner := getattr(algorithm, "inner", None), Algorithm):
+        return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), inner=with_compressor(inner, compressor)))
+    if "compressor" not in {field.name for field in dataclasses.fields(cast(Any, algorithm))}:
         raise ConfigError(f"{algorithm.name} sends uncompressed messages: leave out compressor (compression.kind)")
     return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), compressor=compressor))

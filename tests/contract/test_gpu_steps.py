@@ -18,10 +18,10 @@ if torch.cuda.is_available():
 
 from support import small
 from support.interpreter import like_a_gpu  # noqa: F401
-from support.methods import ASYNCHRONOUS, DETERMINISTIC
+from support.methods import ALL_REDUCE, ASYNCHRONOUS, DETERMINISTIC, graph_for
 from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
-from mpicomp.algorithms import ALGORITHMS, SSGD, AsynchronousAlgorithm, DCGossip, LocalSGD, OneBitAdam
+from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.mailbox import Links
@@ -35,7 +35,7 @@ from mpicomp.topology import ring, star
 GRADIENTS = 3
 """Of each rank that computes any, in an asynchronous run."""
 
-METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), "ssgd": SSGD(), **ASYNCHRONOUS}
+METHODS = {**DETERMINISTIC, "sgd": ALGORITHMS["sgd"](), **ALL_REDUCE, **ASYNCHRONOUS}
 
 MOST = {
     # of a step on 2 ranks: waits for the GPU, launches of own kernels, operations of torch (19 are the optimizer's)
@@ -45,6 +45,12 @@ MOST = {
     "local_sgd_choco_random": (1, 8, 26),
     "local_sgd_adagossip": (1, 10, 33),
     "local_sgd_deep_squeeze": (1, 9, 34),
+    "diloco": (1, 0, 26),
+    "diloco_dpsgd": (1, 0, 30),
+    "diloco_choco": (1, 10, 39),
+    "noloco": (1, 0, 30),
+    "sparse_loco": (1, 9, 41),
+    "sparse_loco_statistical": (1, 9, 147),
     "dpsgd": (1, 0, 23),
     "dpsgd_overlapped": (1, 0, 23),
     "dpsgd_float16": (1, 0, 26),
@@ -131,8 +137,10 @@ WAITS = {
     "algorithms/gossip/choco:send_difference": SENT,
     "algorithms/gossip/deep_squeeze:DeepSqueeze.mix": SENT,
     "algorithms/gossip/def_atc:DEFATC.mix": SENT,
+    "algorithms/gossip/diloco:DiLoCo._outer_step": SENT,
     "algorithms/gossip/dpsgd:DPSGD._start": SENT,
     "algorithms/gossip/motef:MoTEF._exchange": SENT,
+    "algorithms/gossip/noloco:NoLoCo._outer_step": SENT,
     "algorithms/gossip/sgp:SGP._start": SENT,
     "algorithms/gossip/power_gossip:_iterate_": SENT,
     "algorithms/sums/ssgd:SSGD.phases": SENT,
@@ -202,9 +210,9 @@ class Most:
 def train(world, algorithm, device):
     """Return the parameters and the counts of a step."""
     local = flat_model(algorithm, device)
-    exchange = world.exchange(ring(world.size))
+    exchange = world.exchange(graph_for(algorithm)(world.size))
     state = algorithm.init(local, exchange)
-    most = Most(device, algorithm.period if isinstance(algorithm, LocalSGD) else 1)
+    most = Most(device, getattr(algorithm, "period", 1))
     for step in range(steps_of(algorithm)):
         gradient = gradient_of(local, world, step, device)
         local.gradient = lambda meanwhile=None, gradient=gradient: local.g.copy_(gradient)
@@ -255,7 +263,7 @@ def steps_of(algorithm):
     """As many as it takes until it has sent what it sends."""
     if isinstance(algorithm, OneBitAdam):
         return algorithm.freeze_step + 2
-    return 2 * (algorithm.period if isinstance(algorithm, LocalSGD) else 1)
+    return 2 * getattr(algorithm, "period", 1)
 
 
 @pytest.fixture

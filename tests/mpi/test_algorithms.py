@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support import small
-from support.methods import DETERMINISTIC
+from support.methods import ALL_REDUCE, DETERMINISTIC
 
-from mpicomp.algorithms import EFSGD, SGP, SSGD, Choco, DeepSqueeze
+from mpicomp.algorithms import EFSGD, SGP, Choco, DeepSqueeze
 from mpicomp.compression import HardThreshold, Identity, TopK, allocate
 from mpicomp.exchange import loopback
 from mpicomp.topology import OnePeerExponential, chain, random_digraph, star, torus
@@ -18,7 +18,7 @@ def both(world, *args):
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_same_bits_on_a_ring(world, name):
+def test_same_bits(world, name):
     for (x, loss, sent), (x_loop, loss_loop, sent_loop) in zip(*both(world, DETERMINISTIC[name]), strict=True):
         assert torch.equal(x, x_loop)
         assert torch.equal(loss, loss_loop)
@@ -57,7 +57,8 @@ def digraph(size):
     return random_digraph(size, degree=1 if size < 3 else 2)
 
 
-def test_all_reduce_agrees_to_rounding(world):
-    for (x, _, sent), (x_loop, _, sent_loop) in zip(*both(world, SSGD()), strict=True):
+@pytest.mark.parametrize("name", ALL_REDUCE)
+def test_all_reduce_agrees_to_rounding(world, name):
+    for (x, _, sent), (x_loop, _, sent_loop) in zip(*both(world, ALL_REDUCE[name]), strict=True):
         torch.testing.assert_close(x, x_loop, rtol=1e-6, atol=1e-6)
         assert sent == sent_loop

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from support import small
-from support.methods import DETERMINISTIC
+from support.methods import ALL_REDUCE, DETERMINISTIC
 
-from mpicomp.algorithms import DPSGD, SSGD
+from mpicomp.algorithms import DPSGD
 from mpicomp.errors import CheckpointError
 
-METHODS = {**DETERMINISTIC, "ssgd": SSGD()}
+METHODS = {**DETERMINISTIC, **ALL_REDUCE}
 OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, amsgrad=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),

@@ -12,6 +12,7 @@ from mpicomp.algorithms import (
     DPSGD,
     EFSGD,
     GMC,
+    SGD,
     SGP,
     SSGD,
     AdaGossip,
@@ -20,12 +21,15 @@ from mpicomp.algorithms import (
     Choco,
     DCGossip,
     DeepSqueeze,
+    DiLoCo,
     EfficientAdam,
     LocalSGD,
     MoTEF,
+    NoLoCo,
     OneBitAdam,
     PowerGossip,
     PowerSGD,
+    SparseLoCo,
 )
 from mpicomp.compression import COMPRESSORS as KINDS
 from mpicomp.compression import (
@@ -43,6 +47,7 @@ from mpicomp.compression import (
     TopK,
     UniformGrid,
 )
+from mpicomp.topology import RandomMatching, ring
 
 COMPRESSORS = {
     # every kind as it is by default, if all its parameters have one; of the others, and of other values, examples
@@ -69,7 +74,6 @@ COMPRESSORS = {
 
 TOP = COMPRESSORS["topk"]
 
-# SSGD is left out: MPI chooses the order of its sums.
 DETERMINISTIC = {
     "local_sgd": LocalSGD(period=2),
     "local_sgd_float16": LocalSGD(3, DPSGD(compressor=COMPRESSORS["float16"])),
@@ -77,6 +81,11 @@ DETERMINISTIC = {
     "local_sgd_choco_random": LocalSGD(2, Choco(0.1, COMPRESSORS["randk_private"])),
     "local_sgd_adagossip": LocalSGD(3, AdaGossip(0.01, TOP)),
     "local_sgd_deep_squeeze": LocalSGD(2, DeepSqueeze(0.05, TOP)),
+    "diloco_dpsgd": DiLoCo(2, outer_momentum=0.5, inner=DPSGD()),
+    "diloco_choco": DiLoCo(2, outer_momentum=0.5, nesterov=False, inner=Choco(0.2, TOP)),
+    "noloco": NoLoCo(2),
+    "sparse_loco": SparseLoCo(TOP, period=2),
+    "sparse_loco_statistical": SparseLoCo(COMPRESSORS["block_topk_statistical"], period=2),
     "dpsgd": DPSGD(),
     "dpsgd_overlapped": DPSGD(order="combine_then_adapt"),
     "dpsgd_float16": DPSGD(compressor=COMPRESSORS["float16"]),
@@ -124,8 +133,17 @@ DETERMINISTIC = {
     **{f"choco_{name}": Choco(0.1, c) for name, c in COMPRESSORS.items() if not isinstance(c, ErrorFeedback)},
 }
 
+ALL_REDUCE = {"ssgd": SSGD(), "diloco": DiLoCo(2, outer_momentum=0.5)}
+"""MPI chooses the order of their sums."""
+
 SYNCHRONOUS = {kind for kind in ALGORITHMS.values() if issubclass(kind, Algorithm)}
-assert {type(method) for method in DETERMINISTIC.values()} | {SSGD, ALGORITHMS["sgd"]} == SYNCHRONOUS
+assert {type(method) for method in [*DETERMINISTIC.values(), *ALL_REDUCE.values()]} | {SGD} == SYNCHRONOUS
+
+
+def graph_for(method):
+    """A graph on which `method` can train: a ring, or what its messages need."""
+    return RandomMatching if isinstance(method, NoLoCo) else ring
+
 
 ASYNCHRONOUS = {
     "asgd": ASGD(),

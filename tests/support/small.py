@@ -1,13 +1,13 @@
 """A small model with batch norm on a fixed problem, trained through the drop-in."""
 
 import torch
+from support.methods import graph_for
 from torch import nn
 
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 from mpicomp.state import TORCH_GENERATOR
-from mpicomp.topology import ring
 
 CENTERS = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
 
@@ -28,14 +28,14 @@ def batch(step, rank):
     return CENTERS[labels] + 0.3 * torch.randn(16, 6, generator=draw), labels
 
 
-def make(world, algorithm, topology=ring, seed=0, **options) -> tuple[Distributed, callable]:
+def make(world, algorithm, topology=None, seed=0, **options) -> tuple[Distributed, callable]:
     """Return a model under `algorithm`, and a function that gives the closure of a step."""
     model = network(seed)
     has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
     takes_own_steps = isinstance(algorithm, TwoWayAdam)
     momentum = 0.0 if has_own_momentum or takes_own_steps else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
-    gossip = distribute(model, optimizer, algorithm, topology, world=world, **options)
+    gossip = distribute(model, optimizer, algorithm, topology or graph_for(algorithm), world=world, **options)
 
     def closure(step):
         inputs, labels = batch(step, world.rank)
@@ -44,7 +44,7 @@ def make(world, algorithm, topology=ring, seed=0, **options) -> tuple[Distribute
     return gossip, closure
 
 
-def train(world, algorithm, steps=10, topology=ring):
+def train(world, algorithm, steps=10, topology=None):
     """Train and return the flat parameters, the last loss and the bytes sent."""
     gossip, closure = make(world, algorithm, topology)
     loss = torch.tensor(0.0)

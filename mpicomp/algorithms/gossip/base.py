@@ -3,7 +3,7 @@
     y_i = x_i - lr u_i          the local step
     x_i = mix(y_i)              the method: messages to the neighbors, and a move towards their models
 
-`mix` has no gradient in it, so that another method may go around it and mix less often (`LocalSGD`).
+`mix` has no gradient in it, so that another method may go around it and mix less often (`LocalSGD`, `DiLoCo`).
 """
 
 from __future__ import annotations
@@ -43,3 +43,13 @@ class Gossip(Algorithm[S]):
                 f"algorithm.overlap = true: {self.name} would send behind one gradient, and local steps take several "
                 "between two mixings. Leave it out."
             )
+
+
+def check_inner(inner: object) -> None:
+    """Raise ConfigError unless `inner` is a gossip method that can mix after several local steps."""
+    if not isinstance(inner, Gossip):
+        raise ConfigError(
+            f"algorithm.inner: {type(inner).__name__} has no mixing that could go without a gradient. Use a gossip "
+            "method: 'dpsgd', 'choco', 'adagossip', 'deep_squeeze', 'def_atc' or 'power_gossip'."
+        )
+    inner.check_local_steps()

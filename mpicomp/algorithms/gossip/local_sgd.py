@@ -26,11 +26,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_period
+from mpicomp.algorithms.gossip.base import Gossip, check_inner
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
 from mpicomp.compression.base import Compressor
-from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import State
 from mpicomp.topology.base import Schedule
@@ -64,14 +63,8 @@ class LocalSGD(Algorithm[LocalSGDState]):
     inner: Gossip[Any] = DPSGD()
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise ConfigError(f"algorithm.period = {self.period} must be at least 1: the steps between mixings")
-        if not isinstance(self.inner, Gossip):
-            raise ConfigError(
-                f"algorithm.inner: {type(self.inner).__name__} has no mixing that could go without a gradient. Use a "
-                "gossip method: 'dpsgd', 'choco', 'adagossip', 'deep_squeeze', 'def_atc' or 'power_gossip'."
-            )
-        self.inner.check_local_steps()
+        require_period(self.period)
+        check_inner(self.inner)
 
     @property
     def compressor(self) -> Compressor:

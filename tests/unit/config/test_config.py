@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpicomp.algorithms import ALGORITHMS, DPSGD, Choco, LocalSGD
+from mpicomp.algorithms import ALGORITHMS, DPSGD, Choco, DiLoCo, LocalSGD
 from mpicomp.compression import COMPRESSORS, Cast, ErrorFeedback, PerTensor, TopK
 from mpicomp.config.config import RunConfig
 from mpicomp.config.parameters import Choice
@@ -126,6 +126,16 @@ def test_local_sgd_goes_around_the_inner_algorithm(load):
     assert half.check(4)[1] == LocalSGD(4, DPSGD(gamma=0.5, compressor=Cast()))
 
 
+def test_diloco_goes_around_an_inner_algorithm_or_none(load):
+    assert load("algorithm.kind=diloco", "algorithm.period=3").check(4)[1] == DiLoCo(3)
+    settings = ("algorithm.inner=choco", "algorithm.gamma=0.3", "compression.kind=topk", "compression.ratio=0.1")
+    config = load("algorithm.kind=diloco", "algorithm.period=3", *settings)
+    assert config.check(4)[1] == DiLoCo(3, inner=Choco(0.3, TopK(0.1)))
+    assert RunConfig.from_toml(config.to_toml()) == config
+    plain = load("algorithm.kind=diloco", "algorithm.inner=dpsgd", "compression.kind=cast")
+    assert plain.check(4)[1] == DiLoCo(inner=DPSGD(compressor=Cast()))
+
+
 def test_an_empty_value_removes_a_key(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(SMALL + "[topology]\nkind = 'torus'\nndim = 2\n")
@@ -175,6 +185,11 @@ def test_steps_take_the_place_of_epochs(load):
             ["algorithm.kind=local_sgd", "algorithm.inner=choco", "algorithm.gamma=0.1", "algorithm.overlap=true"],
             "algorithm.overlap = true: Choco would send behind one gradient, and local steps take several",
         ),
+        (
+            ["algorithm.kind=diloco", "compression.kind=topk", "compression.ratio=0.1"],
+            "algorithm.kind = 'diloco' has no use for the section [compression], so leave it out",
+        ),
+        (["algorithm.kind=diloco", "algorithm.outer_lr=0"], "algorithm.outer_lr = 0.0 must be a finite number > 0"),
         (
             ["algorithm.kind=local_sgd", "compression.kind=topk", "compression.ratio=0.1"],
             "compression.kind = 'TopK' would not converge. Use 'identity' or 'cast', or 'choco',",

@@ -3,7 +3,7 @@ import torch
 from support import small
 from torch import nn
 
-from mpicomp.algorithms import DPSGD, SSGD, Choco
+from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD
 from mpicomp.compression import ByRank, TopK, allocate
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange import loopback
@@ -41,11 +41,12 @@ def test_a_topology_may_be_a_function_or_a_graph():
         assert loopback.run(3, lambda world, t=topology: linear(world, topology=t).schedule.name) == ["ring"] * 3
 
 
-def test_a_compressor_takes_the_place_of_the_algorithms():
+@pytest.mark.parametrize("around", [lambda inner: inner, lambda inner: LocalSGD(4, inner), lambda c: DiLoCo(inner=c)])
+def test_a_compressor_takes_the_place_of_the_algorithms(around):
     def serve(world):
-        return linear(world, Choco(gamma=0.2), compressor=TopK(ratio=0.5)).algorithm
+        return linear(world, around(Choco(gamma=0.2)), compressor=TopK(ratio=0.5)).algorithm
 
-    assert loopback.run(2, serve) == [Choco(0.2, TopK(0.5))] * 2
+    assert loopback.run(2, serve) == [around(Choco(0.2, TopK(0.5)))] * 2
 
 
 def test_a_script_of_ones_own_shares_out_by_its_volumes():
@@ -63,6 +64,7 @@ def test_a_script_of_ones_own_shares_out_by_its_volumes():
     ("options", "error", "message"),
     [
         ({"algorithm": SSGD(), "compressor": TopK(0.5)}, ConfigError, "SSGD sends uncompressed messages"),
+        ({"algorithm": DiLoCo(), "compressor": TopK(0.5)}, ConfigError, "DiLoCo sends uncompressed messages"),
         ({"topology": ring(7)}, TopologyError, "'ring' has 7 ranks, but there are 5"),
         ({"algorithm": Choco(0.1), "topology": exponential}, TopologyError, "directed graph"),
     ],

@@ -10,10 +10,13 @@ from mpicomp.algorithms import (
     AdaGossip,
     Choco,
     DeepSqueeze,
+    DiLoCo,
     EfficientAdam,
     LocalSGD,
     MoTEF,
+    NoLoCo,
     PowerGossip,
+    SparseLoCo,
 )
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
@@ -59,13 +62,17 @@ def copied(state):
         Choco(0.1, RandomK(0.2, shared=False)),
         LocalSGD(2, Choco(0.1, RandomK(0.2, shared=False))),
         LocalSGD(2, DeepSqueeze(0.05, TopK(0.2))),
+        DiLoCo(2, outer_momentum=0.5),
+        DiLoCo(2, outer_momentum=0.5, inner=Choco(0.2, TopK(0.2))),
+        NoLoCo(2),
+        SparseLoCo(TopK(0.2), period=2),
     ],
 )
 def test_what_becomes_of_the_state(tmp_path, algorithm, size):
     old = loopback.run(3, trained, tmp_path, algorithm)
     new = loopback.run(size, resized, tmp_path, algorithm)
 
-    at = "algorithm/inner/" if isinstance(algorithm, LocalSGD) else "algorithm/"
+    at = "algorithm/inner/" if hasattr(algorithm, "inner") else "algorithm/"
     messages = 3 if isinstance(algorithm, LocalSGD) else 6
 
     def mean(path):
@@ -80,15 +87,17 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
                 assert torch.equal(state[copy], state["model/parameters"])
         if f"{at}v" in state:
             assert torch.allclose(state[f"{at}v"].double(), mean(f"{at}v"), atol=1e-9)
+        for slow in {"algorithm/phi", "algorithm/v", "algorithm/delta"} & state.keys():
+            assert torch.allclose(state[slow], mean(slow).float(), atol=1e-6)
         if f"{at}w" in state:
             assert state[f"{at}w"] == 1
         if f"{at}compressor/stream" in state:
             assert state[f"{at}compressor/stream"] == fresh[f"{at}compressor/stream"]
             assert state[f"{at}compressor/step"] == messages
         assert sum(losses[-5:]) < sum(losses[:5])
-    if f"{at}e" in old[0]:
-        kept = sum(state[f"{at}e"].double() for _, state, _ in new)
-        assert torch.allclose(kept, sum(state[f"{at}e"].double() for state in old), atol=1e-6)
+    for e in {f"{at}e", f"{at}feedback/residual"} & old[0].keys():
+        kept = sum(state[e].double() for _, state, _ in new)
+        assert torch.allclose(kept, sum(state[e].double() for state in old), atol=1e-6)
 
 
 def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
