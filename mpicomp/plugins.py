@@ -17,6 +17,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from operator import attrgetter
 from pathlib import Path
@@ -113,7 +114,7 @@ def make(
 
 def _check(chosen: str, section: str, factory: Factory, given: int, own: Mapping[str, object]) -> list[str]:
     """Return the parameters of `factory` after the first `given`; raise ConfigError unless `own` fits them."""
-    every = list(inspect.signature(factory).parameters.values())
+    every = _parameters(factory)
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if sum(p.kind in by_position for p in every[:given]) < given and all(p.kind is not p.VAR_POSITIONAL for p in every):
         raise ConfigError(f"{chosen} must take {given} argument{'s' * (given > 1)} by position, before its parameters")
@@ -130,6 +131,12 @@ def _check(chosen: str, section: str, factory: Factory, given: int, own: Mapping
         if parameter.default is parameter.empty and parameter.name not in own:
             raise ConfigError(f"{section}.{parameter.name} is missing: {chosen} needs it")
     return takes
+
+
+@lru_cache
+def _parameters(factory: Factory) -> list[inspect.Parameter]:
+    """Return the parameters of `factory`; found once, because every rank of a loopback asks."""
+    return list(inspect.signature(factory).parameters.values())
 
 
 def _offered(key: str) -> dict[str, list[EntryPoint]]:

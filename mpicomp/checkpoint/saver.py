@@ -101,14 +101,17 @@ class Saver:
         return self._writer.busy
 
     @traced("checkpoint", "")
-    def start(self, step: int, leaves: Mapping[str, Leaf]) -> None:
-        """Copy the state in memory and begin to write it; wait first for an earlier checkpoint, if it is pending."""
+    def start(self, step: int, leaves: Mapping[str, Leaf], in_place: bool = False) -> None:
+        """Copy the state in memory and begin to write it; wait first for an earlier checkpoint, if it is pending.
+
+        With `in_place`, the state is not copied if it is on the CPU, and must stay as it is until `finish` returns.
+        """
         self.publish()
         can_begin = self._world.broadcast(self._begin(step) if self._world.rank == 0 else False)
         if can_begin:
             self._step = step
             path = self._folder.temporary(step) / rank_file(self._world.rank)
-            self._writer.start(path, leaves, _attributes(self._world, step))
+            self._writer.start(path, leaves, _attributes(self._world, step), in_place)
 
     def publish(self) -> None:
         """Gather the results of writing; rank 0 publishes or discards the checkpoint in the background."""
@@ -132,7 +135,7 @@ class Saver:
         return self._world.broadcast(self._is_sound)
 
     def close(self) -> None:
-        """End the threads, after `finish`."""
+        """End the thread and give memory back, after `finish`."""
         self._writer.close()
         self._publisher.shutdown()
 

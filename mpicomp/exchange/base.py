@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -179,8 +181,8 @@ class Gather(Protocol):
     def test(self) -> bool:
         """Return whether the numbers of all ranks are here, without waiting; if so, `wait` returns at once."""
 
-    def wait(self) -> list[list[float]]:
-        """Return the numbers by rank; collective on all ranks."""
+    def wait(self) -> npt.NDArray[np.float64]:
+        """Return the numbers, (ranks, numbers of each), not to be changed; collective on all ranks."""
 
 
 class Counter(Protocol):

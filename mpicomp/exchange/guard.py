@@ -35,9 +35,9 @@ def agree(world: World, error: MpicompError | None) -> None:
     code of the first rank that failed, and names the ranks.
     """
     failures = world.all_gather(None if error is None else (type(error), str(error)))
-    failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
-    if not failed:
+    if not any(failures):
         return
+    failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
     kind = next(iter(failed.values()))[0]
     verdict = kind(_summary({rank: message for rank, (_, message) in failed.items()}, world.size))
     _agreed.add(verdict)

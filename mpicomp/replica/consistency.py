@@ -52,8 +52,8 @@ def require_same_tensors(world: World, local: FlatModel) -> None:
 
     """
     tensors = [*local.model.named_parameters(), *local.model.named_buffers()]
-    first, *others = world.all_gather({plain_name(name): f"{t.dtype} {tuple(t.shape)}" for name, t in tensors})
-    agree(world, next((e for rank, other in enumerate(others, 1) if (e := _other_tensor(first, other, rank))), None))
+    own = {plain_name(name): f"{t.dtype} {tuple(t.shape)}" for name, t in tensors}
+    _agree_on_first(world, _other_tensor(world.broadcast(own), own, world.rank))
 
 
 def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int) -> ConfigError | None:
@@ -73,8 +73,8 @@ def require_same_model(world: World, local: FlatModel) -> None:
         ConfigError: on all ranks; names the rank that differs, and the difference.
 
     """
-    first, *others = world.all_gather(compared(local))
-    agree(world, next((e for rank, other in enumerate(others, 1) if (e := _difference(first, other, rank))), None))
+    own = compared(local)
+    _agree_on_first(world, _difference(world.broadcast(own), own, world.rank))
 
 
 def _difference(first: Compared, other: Compared, rank: int) -> ConfigError | None:
@@ -98,6 +98,13 @@ def _difference(first: Compared, other: Compared, rank: int) -> ConfigError | No
             "alone, such as loading or initializing them after mpicomp.distribute()"
         )
     return None
+
+
+def _agree_on_first(world: World, error: ConfigError | None) -> None:
+    """Raise on all ranks the error of the first rank that has one: all others may differ from rank 0 alike."""
+    first = next(filter(None, world.all_gather(error)), None)
+    if first is not None:
+        agree(world, first)
 
 
 def _shown(rates: tuple[float, ...]) -> str:

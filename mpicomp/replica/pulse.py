@@ -27,5 +27,6 @@ class Pulse:
             self._pending, self._last = self._world.start_gather(numbers()), now
         if not self._pending.test():
             return None
-        rows, self._pending = self._pending.wait(), None
+        rows: list[list[float]] = self._pending.wait().tolist()
+        self._pending = None
         return rows

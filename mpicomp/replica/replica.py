@@ -245,7 +245,7 @@ class Replica(ABC):
             own = nested.pack({} if extra is None else extra, "extra")
             leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
             saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
-        saver.start(step, leaves)
+        saver.start(step, leaves, in_place=True)
         is_sound = saver.finish()
         saver.close()
         if not is_sound:

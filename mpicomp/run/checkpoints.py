@@ -67,11 +67,14 @@ class RunCheckpoints:
         """Return whether to store a checkpoint after `step` steps."""
         return bool(agreed.save) or self._multiples(step) > self._passed
 
-    def save(self, step: int, leaves: Mapping[str, Leaf]) -> None:
-        """Begin to store `leaves`; collective on all ranks."""
+    def save(self, step: int, leaves: Mapping[str, Leaf], in_place: bool = False) -> None:
+        """Begin to store `leaves`; collective on all ranks.
+
+        With `in_place`, they must stay as they are until `end` returns, and are not copied in memory.
+        """
         self._passed = self._multiples(step)
         if self._saver:
-            self._saver.start(step, leaves)
+            self._saver.start(step, leaves, in_place)
             if self._run.world.is_simulated:  # simulated time must not depend on when the thread has written
                 self._saver.publish()
             self._last_save = time.monotonic()

@@ -17,7 +17,7 @@ from mpicomp.replica.meter import Meter
 from mpicomp.replica.record import Callback, Record, report
 from mpicomp.replica.replica import Replica
 from mpicomp.replica.resize import load_resized
-from mpicomp.run.evaluation import evaluate
+from mpicomp.run.evaluation import evaluate, evaluates_own
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result, summary
@@ -122,7 +122,9 @@ class RunContext:
 
         """
         config, world = self.config, self.world
-        own = evaluate(replica.local.model, self.setup.dataset, world.device)
+        own = None
+        if evaluates_own(world.rank, world.size):
+            own = evaluate(replica.local.model, self.setup.dataset, world.device).accuracy
         assert last.loss is not None
         result = Result(
             algorithm=config.algorithm.kind,
@@ -133,7 +135,7 @@ class RunContext:
             seconds=max(world.all_gather(meter.total_seconds)),
             train_loss=last.loss,
             test_accuracy=last.test_accuracy,
-            test_accuracy_local=world.all_gather(own.accuracy),
+            test_accuracy_local=world.all_gather(own),
             bytes_sent=world.all_gather(replica.bytes_sent),
             consensus_distance=replica.consensus_distance(),
             parameters=replica.local.spec.numel,

@@ -19,6 +19,10 @@ EVALUATION_NUMBERS = 2**24
 """The outputs of a model that may be in memory at a time, unless a single sample has more; 64 MiB in float32."""
 
 
+OWN_MODELS = 64
+"""How many ranks evaluate their own models at the end of a run; all, if there are no more."""
+
+
 class Score(NamedTuple):
     """The score of a model: the sum of the losses, the number of right predictions, and the number of all.
 
@@ -38,6 +42,11 @@ class Score(NamedTuple):
     def loss(self) -> float | None:
         """The mean loss; None if there are no predictions."""
         return self.loss_sum / self.total if self.total else None
+
+
+def evaluates_own(rank: int, size: int) -> bool:
+    """Return whether `rank` evaluates its own model on all samples: of many ranks, `OWN_MODELS` at equal distances."""
+    return size <= OWN_MODELS or rank * OWN_MODELS % size < OWN_MODELS
 
 
 @torch.no_grad()

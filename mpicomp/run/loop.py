@@ -131,12 +131,13 @@ class _BetweenSteps:
     def end(self, step: int) -> None:
         """Store the last checkpoint and wait for it; raise CheckpointError if that failed."""
         self._agreement.finish()
-        self._save(step)
+        self._save(step, is_last=True)
         self._checkpoints.end(step)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, is_last: bool = False) -> None:
         leaves = self._run.leaves(self._gossip, self._gossip.meter)
-        self._checkpoints.save(step, leaves | {"data/course": self._run.setup.assignment.history.to_json()})
+        leaves["data/course"] = self._run.setup.assignment.history.to_json()
+        self._checkpoints.save(step, leaves, in_place=is_last)
 
 
 def _restore_assignment(setup: Setup, stored_size: int, history: str, steps: int, size: int) -> None:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from mpicomp.replica.record import Record
 
 BYTES_PER_PARAMETER = 4
+
+LISTED_RANKS = 64
+"""Files list a number of each rank up to so many ranks; of more, they have the `distribution`."""
+
+QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class Result:
         seconds: of training, without evaluation.
         train_loss: of the last steps.
         test_accuracy: of the averaged model, in [0, 1]; None where the data set has no accuracy.
-        test_accuracy_local: of each rank's own model.
+        test_accuracy_local: of each rank's own model; None where it was not evaluated (`evaluates_own`). In
+            result.json of more than 64 ranks the `distribution`, as of the other numbers by rank.
         bytes_sent: for each rank.
         consensus_distance: ``sqrt(mean_i |x_i - xbar|^2)`` at the end.
         parameters: trainable entries of the model.
@@ -50,12 +60,12 @@ class Result:
     seconds: float
     train_loss: float
     test_accuracy: float | None
-    test_accuracy_local: list[float | None]
-    bytes_sent: list[int]
+    test_accuracy_local: list[float | None] | dict[str, float]
+    bytes_sent: list[int] | dict[str, float]
     consensus_distance: float
     parameters: int
     spectral_gap: float
-    gradients: list[int] = field(default_factory=list)
+    gradients: list[int] | dict[str, float] = field(default_factory=list)
     delays: dict[str, list[int]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     test_loss: float | None = None
@@ -69,8 +79,29 @@ class Result:
 
 
 def to_json(report: Record | Result, indent: int | None = None) -> str:
-    """Return the fields as a JSON object; NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(_finite(dataclasses.asdict(report)), indent=indent, allow_nan=False)
+    """Return the fields as a JSON object; NaN and infinity, which JSON does not have, become null.
+
+    Lists of a number for each of more than `LISTED_RANKS` ranks become their `distribution`, and the histograms
+    ``delays`` of their edges one histogram, ``"all"``.
+    """
+    fields = dataclasses.asdict(report)
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) > LISTED_RANKS and not isinstance(value[0], str):
+            fields[name] = distribution(value)
+    if len({edge.partition("<")[0] for edge in fields["delays"]}) > LISTED_RANKS:
+        fields["delays"] = {"all": [sum(late) for late in zip_longest(*fields["delays"].values(), fillvalue=0)]}
+    return json.dumps(_finite(fields), indent=indent, allow_nan=False)
+
+
+def distribution(values: Sequence[float | None] | Mapping[str, float]) -> dict[str, float]:
+    """Return how many numbers are known (``count``), their mean and `QUANTILES`; of a distribution, itself."""
+    if isinstance(values, Mapping):
+        return dict(values)
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"count": 0}
+    quantiles = np.quantile(known, list(QUANTILES.values())).tolist()
+    return {"count": len(known), "mean": fmean(known), **dict(zip(QUANTILES, quantiles, strict=True))}
 
 
 def _finite(value: Any) -> Any:
@@ -84,24 +115,32 @@ def _finite(value: Any) -> Any:
 def summary(result: Result, folder: Path) -> list[str]:
     """Return the last lines of a run: accuracy or loss, traffic compared with an all-reduce, the run folder."""
     ranks = f"{result.ranks} ranks" if result.ranks > 1 else "1 rank"
-    own = [f"{count}" if count else "none" for count in result.gradients]
+    own = _gradients(result.gradients)
     return [
         f"Trained {result.steps} steps on {ranks} in {result.seconds:.1f} s.",
         *([f"Lost on the way: {', '.join(result.lost)}."] if result.lost else []),
-        *([f"Gradients by rank: {', '.join(own)}."] if own else []),
+        *([own] if own else []),
         *_quality(result),
         _traffic(result),
         f"Results: {folder}",
     ]
 
 
+def _gradients(counts: Sequence[int] | Mapping[str, float]) -> str:
+    if len(counts) <= LISTED_RANKS and not isinstance(counts, Mapping):
+        return f"Gradients by rank: {', '.join(f'{count}' if count else 'none' for count in counts)}." if counts else ""
+    spread = distribution(counts)
+    return f"Gradients of a rank: {spread['min']:.0f} to {spread['max']:.0f}, {spread['mean']:.1f} on average."
+
+
 def _quality(result: Result) -> list[str]:
     model, split = "", result.evaluated_on.capitalize()
     if result.ranks > 1:
-        model = " of the hub's model" if 0 in result.gradients else " of the averaged model"
+        has_hub = distribution(result.gradients).get("min") == 0
+        model = " of the hub's model" if has_hub else " of the averaged model"
     if result.test_accuracy is not None:
-        local = [accuracy for accuracy in result.test_accuracy_local if accuracy is not None]
-        own = f" ({min(local):.2%} to {max(local):.2%} of the ranks' own)" if local and model else ""
+        local = distribution(result.test_accuracy_local)
+        own = f" ({local['min']:.2%} to {local['max']:.2%} of the ranks' own)" if local["count"] and model else ""
         return [f"{split} accuracy: {result.test_accuracy:.2%}{model}{own}."]
     if result.test_loss is None:
         return []
@@ -110,12 +149,13 @@ def _quality(result: Result) -> list[str]:
 
 
 def _traffic(result: Result) -> str:
-    sent, dense = fmean(result.bytes_sent), result.all_reduce_nbytes
+    spread, dense = distribution(result.bytes_sent), result.all_reduce_nbytes
+    sent = spread["mean"]
     if not sent:
         return "Nothing was sent."
     each = f"Each rank sent {readable_bytes(sent)}"
-    if not math.isclose(min(result.bytes_sent), max(result.bytes_sent)):
-        each += f" on average (at most {readable_bytes(max(result.bytes_sent))})"
+    if not math.isclose(spread["min"], spread["max"]):
+        each += f" on average (at most {readable_bytes(spread['max'])})"
     return (
         f"{each}; an uncompressed all-reduce would have sent {readable_bytes(dense)}, {dense / sent:.3g} times as much."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -27,7 +27,7 @@ from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
 
 _loading = threading.Lock()
-_loaded: dict[str, Dataset] = {}
+_loaded: dict[str, tuple[Dataset, Callable[..., list[Indices]]]] = {}
 
 
 @dataclass
@@ -92,13 +92,13 @@ class Setup:
 def set_up(config: RunConfig, world: World) -> Setup:
     """Check everything, cheap checks first, and build what this rank needs; no communication."""
     schedule, algorithm = config.check(world.size)
-    dataset = _load(config)
+    dataset, split = _load(config)
     trainers = sharers = world.size
     if isinstance(algorithm, AsynchronousAlgorithm):
         trainers = len(algorithm.trainers(world.size))
         sharers = 1 if algorithm.share == "by_speed" else trainers
     assignment = BatchAssignment(
-        lru_cache(partial(config.data.split, dataset.train_labels, seed=config.run.seed)),
+        partial(split, seed=config.run.seed),
         len(dataset.train),
         sharers,
         config.training.batch_size,
@@ -123,14 +123,14 @@ def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) ->
     return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), **found)) if found else algorithm
 
 
-def _load(config: RunConfig) -> Dataset:
-    """Return the data set; ranks that are threads of one process share it."""
+def _load(config: RunConfig) -> tuple[Dataset, Callable[..., list[Indices]]]:
+    """Return the data set, and what splits it over ranks; ranks that are threads of one process share both."""
     key = config.data.model_dump_json()
     with _loading:
         if key not in _loaded:
             dataset = config.data.load()
             _loaded.clear()
-            _loaded[key] = dataset
+            _loaded[key] = dataset, lru_cache(partial(config.data.split, dataset.train_labels))
         return _loaded[key]
 
 

@@ -149,5 +149,5 @@ class Agreement:
         pending, self._pending = self._pending, None
         if pending is None:
             return Status()
-        *statuses, self._slowest_us = (int(max(column)) for column in zip(*pending.wait(), strict=True))
+        *statuses, self._slowest_us = map(int, pending.wait().max(axis=0))
         return Status(*statuses)

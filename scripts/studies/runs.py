@@ -11,11 +11,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import tomli_w
 from definition import Sections, Study, StudyError, digest
+
+from mpicomp.run.result import distribution
 
 DIVERGED = 5
 """The exit code of a run whose loss is not a number."""
@@ -109,7 +110,7 @@ def train(config: Sections, size: int, simulate: bool) -> Outcome:
 
 def summary(result: dict[str, Any], records: list[dict[str, Any]]) -> Outcome:
     """Return what a study stores of a run: the last figures, and the curve over its evaluations."""
-    own = [accuracy for accuracy in result["test_accuracy_local"] if accuracy is not None]
+    own = distribution(result["test_accuracy_local"])
     curve = [
         [
             round(r["epoch"], 3),
@@ -123,10 +124,10 @@ def summary(result: dict[str, Any], records: list[dict[str, Any]]) -> Outcome:
     ]
     return {
         "accuracy": result["test_accuracy"],
-        "own_accuracy": round(fmean(own), 5) if own else None,
+        "own_accuracy": round(own["mean"], 5) if own["count"] else None,
         "loss": _rounded(result["test_loss"]),
         "steps": result["steps"],
-        "bytes_per_rank": round(fmean(result["bytes_sent"])),
+        "bytes_per_rank": round(distribution(result["bytes_sent"])["mean"]),
         "consensus_distance": _rounded(result["consensus_distance"]),
         "curve": curve,
     }

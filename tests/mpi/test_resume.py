@@ -171,7 +171,7 @@ def test_a_failed_write_is_an_error_on_every_rank_and_leaves_the_last_checkpoint
 def test_numbers_travel_while_others_are_gathered(world):
     pending = world.start_gather([world.rank, -0.5])
     assert world.all_gather(world.rank) == list(range(world.size))
-    assert pending.wait() == [[rank, -0.5] for rank in range(world.size)]
+    assert pending.wait().tolist() == [[rank, -0.5] for rank in range(world.size)]
     assert pending.test()
 
 

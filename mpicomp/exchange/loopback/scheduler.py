@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from mpicomp.errors import ExchangeError
@@ -59,7 +61,8 @@ class PendingGather:
     """A non-blocking all-gather: the numbers given so far."""
 
     def __init__(self, size: int) -> None:
-        self.values: list[list[float]] = [[] for _ in range(size)]
+        self.values: list[Sequence[float]] = [()] * size
+        self.rows: npt.NDArray[np.float64] = np.empty((0, 0))
         self.missing = size
         self.waiting: list[RankThread] = []
         self.unread = size
@@ -166,7 +169,7 @@ class Scheduler:
                     self._wake(thread)
             return list(current.values)
 
-    def give(self, rank: int, number: int, values: list[float]) -> None:
+    def give(self, rank: int, number: int, values: Sequence[float]) -> None:
         """Give this rank's part of gather `number`."""
         with self._lock:
             self._check_alive()
@@ -174,6 +177,7 @@ class Scheduler:
             pending.values[rank] = values
             pending.missing -= 1
             if not pending.missing:
+                pending.rows = np.array(pending.values, dtype=np.float64)
                 for thread in pending.waiting:
                     self._wake(thread)
                 self._notify_all()
@@ -183,7 +187,7 @@ class Scheduler:
         with self._lock:
             return number not in self._gathers or not self._gathers[number].missing
 
-    def collect(self, rank: int, number: int) -> list[list[float]]:
+    def collect(self, rank: int, number: int) -> npt.NDArray[np.float64]:
         """Wait for all parts of gather `number` and return them; to be called once on each rank."""
         with self._lock:
             pending = self._gathers[number]
@@ -195,7 +199,7 @@ class Scheduler:
             pending.unread -= 1
             if not pending.unread:
                 del self._gathers[number]
-            return pending.values
+            return pending.rows
 
     def count(self, number: int, start: int) -> int:
         """Return the next value of counter `number`, which begins at `start`."""

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -108,15 +110,15 @@ class LoopbackGather:
         self._scheduler = scheduler
         self._rank = rank
         self._number = number
-        self._rows: list[list[float]] | None = None
-        scheduler.give(rank, number, [float(value) for value in values])
+        self._rows: npt.NDArray[np.float64] | None = None
+        scheduler.give(rank, number, values)
 
     def test(self) -> bool:
         """Return whether the numbers of all ranks are here."""
         return self._rows is not None or self._scheduler.is_given(self._number)
 
-    def wait(self) -> list[list[float]]:
-        """Return the numbers by rank."""
+    def wait(self) -> npt.NDArray[np.float64]:
+        """Return the numbers by rank, one array for all ranks."""
         if self._rows is None:
             self._rows = self._scheduler.collect(self._rank, self._number)
         return self._rows

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -143,10 +144,10 @@ class MpiGather:
         """Return whether all ranks have given theirs."""
         return self._world.test(self._request)
 
-    def wait(self) -> list[list[float]]:
+    def wait(self) -> npt.NDArray[np.float64]:
         """Return the numbers by rank."""
         self._world.wait(self._request, "gather")
-        return [[float(value) for value in row] for row in self._all]
+        return self._all
 
 
 def _bytes(host: Tensor) -> Any:

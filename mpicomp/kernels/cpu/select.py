@@ -14,7 +14,7 @@ Every function here takes the vector as ``x``, or as ``x - y`` without forming i
 
 from __future__ import annotations
 
-import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -39,21 +39,18 @@ _FEW, _FEWER_BINS = 2**12, 2**8
 """Of fewer entries than these, so many bins are made: clearing and searching more would take longer."""
 
 
-class _Scratch(threading.local):
-    """Room for candidates, kept by each thread: fresh pages would cost as much as the selection."""
-
-    bytes: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-
-    def arrays(self, count: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-        """Return `count` values and as many indices, with any content."""
-        nbytes = count * (dtype.itemsize + 4)
-        if len(self.bytes) < nbytes:
-            self.bytes = np.empty(nbytes, np.uint8)
-        middle = count * dtype.itemsize
-        return self.bytes[:middle].view(dtype), self.bytes[middle:nbytes].view(np.int32)
+_rooms: list[npt.NDArray[np.uint8]] = []
+"""Room for candidates that no thread uses now. It is kept, because fresh pages would cost as much as the selection, and
+passed on, because of the many ranks of a loopback few run at a time."""
 
 
-_scratch = _Scratch()
+def _take_room(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return at least `nbytes` bytes with any content, the last ones given back to `_rooms` if they suffice."""
+    with suppress(IndexError):
+        room = _rooms.pop()
+        if len(room) >= nbytes:
+            return room
+    return np.empty(nbytes, np.uint8)
 
 
 def top_k(x: Array, y: Array | None, k: int, values: Array, indices: Array) -> bool:
@@ -69,8 +66,12 @@ def top_k(x: Array, y: Array | None, k: int, values: Array, indices: Array) -> b
     sample = min(_LARGEST_SAMPLE, max(_LEAST_SAMPLE, n // _ONE_IN))
     rank = _above(k * sample / n)
     if n >= _SAMPLED_FROM and rank < sample:
-        candidates = _scratch.arrays(int(_above(rank) * n / sample), x.dtype)
+        count = int(_above(rank) * n / sample)
+        middle, stop = count * x.dtype.itemsize, count * (x.dtype.itemsize + 4)
+        room = _take_room(stop)
+        candidates = room[:middle].view(x.dtype), room[middle:stop].view(np.int32)
         done = _top_k_of_candidates(x, y, k, sample, rank, *candidates, values, indices)
+        _rooms.append(room)
         if done >= 0:
             return bool(done)
     return _top_k_of_all(x, y, k, values, indices)

@@ -34,6 +34,15 @@ def test_the_state_may_change_while_it_is_written(tmp_path, write, monkeypatch):
     assert hdf5.read(tmp_path / "a.h5", digest)["x"].eq(1).all()
 
 
+def test_the_last_state_is_written_without_a_copy(tmp_path, write):
+    x = torch.randn(1000)
+    write.start(tmp_path / "a.h5", {"x": x}, {})
+    first = write.wait()
+    write.start(tmp_path / "b.h5", {"x": x}, {}, in_place=True)
+    assert not write._copies
+    assert write.wait() == first
+
+
 def test_memory_is_kept_from_one_file_to_the_next(tmp_path, write):
     x = torch.randn(1000)
     write.start(tmp_path / "a.h5", {"x": x}, {})

@@ -1,6 +1,7 @@
 """Records, results and what a user sees of a run."""
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from mpicomp.replica.record import Record, report
 from mpicomp.run import progress
+from mpicomp.run.evaluation import evaluates_own
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result, readable_bytes, readable_time, summary, to_json
 
@@ -259,3 +261,41 @@ def test_a_language_model_has_a_perplexity_and_no_accuracy(clock):
     assert "loss  2.5000  test loss  2.2500  perplexity  9.4877  sent" in out.file.getvalue()
     shown = summary(result(test_accuracy=None, test_loss=2.25, test_perplexity=math.exp(2.25)), Path("runs/1"))
     assert "Test loss: 2.25 (perplexity 9.488) of the averaged model." in shown
+
+
+def test_numbers_of_many_ranks_are_written_as_a_distribution():
+    many = result(
+        ranks=101,
+        bytes_sent=list(range(1000, 1101)),
+        test_accuracy_local=[None] * 37 + [rank / 63 for rank in range(64)],
+        gradients=[0, *[7] * 100],
+        delays={f"{rank}<{(rank + 1) % 101}": [1] * (1 + rank % 2) for rank in range(101)},
+        lost=["rank 101 on a"],
+    )
+    stored = json.loads(to_json(many))
+    assert stored["bytes_sent"] == {
+        "count": 101,
+        "mean": 1050,
+        "min": 1000,
+        "5%": 1005,
+        "25%": 1025,
+        "median": 1050,
+        "75%": 1075,
+        "95%": 1095,
+        "max": 1100,
+    }
+    assert (stored["test_accuracy_local"]["count"], stored["test_accuracy_local"]["max"]) == (64, 1)
+    assert stored["delays"] == {"all": [101, 50]}
+    assert stored["lost"] == ["rank 101 on a"]
+    assert "Gradients of a rank: 0 to 7, 6.9 on average." in summary(many, Path("runs/a"))
+    # A run that has ended shows what its file has kept.
+    assert summary(Result(**stored), Path("runs/a")) == summary(many, Path("runs/a"))
+    no_accuracy = result(ranks=65, test_accuracy_local=[None] * 65)
+    assert json.loads(to_json(no_accuracy))["test_accuracy_local"] == {"count": 0}
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 100, 1024])
+def test_of_many_ranks_some_evaluate_their_own_models(size):
+    chosen = [rank for rank in range(size) if evaluates_own(rank, size)]
+    assert len(chosen) == min(size, 64) and chosen[0] == 0
+    assert {b - a for a, b in itertools.pairwise(chosen)} <= {max(1, size // 64), -(-size // 64)}
