@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def call(*words, **options):
         **{"env": ENVIRONMENT, **options},
     )
     return done.returncode, done.stdout
+
+
+def test_parts_are_read_one_behind_the_other_and_nothing_behind_the_last(tmp_path):
+    loader = SourceFileLoader("gpu_campaign", str(SCRIPT))
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(script)
+    files = [tmp_path / name for name in "abc"]
+    for file, content in zip(files, (b"one", b"", b"two"), strict=True):
+        file.write_bytes(content)
+    joined = script.Joined(files)
+    assert [joined.read(2) for _ in range(6)] == [b"on", b"e", b"tw", b"o", b"", b""]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from mpicomp.replica.resize import load_resized
 from mpicomp.topology import from_graph, ring, star
 
 
-def trained(world, folder, algorithm, topology=ring):
+def trained(world, folder, algorithm, topology=None):
     gossip, closure = small.make(world, algorithm, topology)
     for step in range(6):
         gossip.step(closure(step))
@@ -34,7 +34,7 @@ def trained(world, folder, algorithm, topology=ring):
     return copied(gossip.state_dict())
 
 
-def resized(world, folder, algorithm, topology=ring):
+def resized(world, folder, algorithm, topology=None):
     gossip, closure = small.make(world, algorithm, topology, seed=1)
     fresh = copied(gossip.state_dict())
     load_resized(gossip, Checkpoints(folder).latest())
