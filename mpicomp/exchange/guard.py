@@ -12,10 +12,12 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 from mpicomp.errors import MpicompError
 from mpicomp.exchange.base import Stopped, World
+
+T = TypeVar("T")
 
 _INTERRUPTED = 130
 """The exit code of a program ended by Ctrl-C."""
@@ -28,7 +30,16 @@ _failed: weakref.WeakSet[World] = weakref.WeakSet()
 """Worlds whose program ends with an error."""
 
 
-def agree(world: World, error: MpicompError | None) -> None:
+class Ranks(Protocol):
+    """What an agreement needs of all ranks; a `World` has it."""
+
+    size: int
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank; collective on all ranks."""
+
+
+def agree(world: Ranks, error: MpicompError | None) -> None:
     """Raise an error on every rank if one rank has an error; collective on all ranks.
 
     For set-up, where each rank checks what only it can see (its data, its device). The error has the class and the exit

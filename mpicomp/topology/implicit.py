@@ -24,7 +24,30 @@ MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 WORD = (1 << 64) - 1
 
 
-class Complete(Topology):
+class Implicit(Topology):
+    """A graph whose weights are symmetric by its rule; its rows sum to one, and so do its columns."""
+
+    def targets(self, rank: int) -> list[int]:
+        """Return the sources of `rank`."""
+        return self.sources(rank)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_column_stochastic(self) -> bool:
+        """True: columns are rows."""
+        return True
+
+    @property
+    def is_doubly_stochastic(self) -> bool:
+        """True: columns are rows."""
+        return True
+
+
+class Complete(Implicit):
     """The graph with all edges, and one weight for all others.
 
     Args:
@@ -58,25 +81,6 @@ class Complete(Topology):
         """Return all other ranks, ascending."""
         return [*range(rank), *range(rank + 1, self.size)]
 
-    def targets(self, rank: int) -> list[int]:
-        """Return all other ranks, ascending."""
-        return self.sources(rank)
-
-    @property
-    def is_symmetric(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def is_column_stochastic(self) -> bool:
-        """True: columns are rows."""
-        return True
-
-    @property
-    def is_doubly_stochastic(self) -> bool:
-        """True: columns are rows."""
-        return True
-
     @property
     def is_connected(self) -> bool:
         """True."""
@@ -96,7 +100,7 @@ class Complete(Topology):
             yield block
 
 
-class Matching(Topology):
+class Matching(Implicit):
     """Disjoint pairs that average, with weights 1/2; with an odd number of ranks one has no partner.
 
     A pseudo-random permutation P of the ranks pairs the ranks of the places 0 and 1, 2 and 3, and so on: the partner of
@@ -173,25 +177,6 @@ class Matching(Topology):
         """Return the partner of `rank`, if it has one."""
         partner = self.partner(rank)
         return [] if partner is None else [partner]
-
-    def targets(self, rank: int) -> list[int]:
-        """Return the partner of `rank`, if it has one."""
-        return self.sources(rank)
-
-    @property
-    def is_symmetric(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def is_column_stochastic(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def is_doubly_stochastic(self) -> bool:
-        """True."""
-        return True
 
     @property
     def edges_digest(self) -> str:

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from definition import Study
-from runs import Outcome
+from outcomes import Outcome
 from tables import Finished
 
 SHOWN = 10

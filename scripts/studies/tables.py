@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 from definition import Method, Study
-from runs import Outcome
+from outcomes import Outcome
 from scipy import stats
 from tune import Cell, Choice, first_at
 

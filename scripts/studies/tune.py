@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from definition import TUNING_SEED, Method, Sections, Study
-from runs import Outcome, Runs
+from outcomes import Outcome, Runs
 from search import Values, search
 
 STABLE_WITHIN = 0.01

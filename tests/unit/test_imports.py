@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
+
 import mpicomp
 
 ROOT = Path(mpicomp.__file__).parent
@@ -55,6 +57,13 @@ def test_imports_go_left():
             if parts[0] == "mpicomp" and len(parts) > 1 and parts[1] in ORDER and ORDER.index(parts[1]) > own:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Not even for types alone: files that need each other's names are one thing, or a third one's."""
+    names = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in modules() if p.stem != "__init__"}
+    graph = nx.DiGraph((own, name) for own, path in names.items() for name in imports(path) if name in names)
+    assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
 
 
 def test_only_exchange_and_doctor_import_mpi4py():

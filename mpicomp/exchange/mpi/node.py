@@ -21,7 +21,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -29,13 +29,11 @@ from torch import Tensor
 
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.guard import agree
+from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.wait import poll, spin, wait_all
 from mpicomp.exchange.node_sums import Backend, describe
 from mpicomp.exchange.watchdog import Waiting
-
-if TYPE_CHECKING:
-    from mpicomp.exchange.mpi.world import MpiWorld
 
 LIMIT_S = 120.0
 """Seconds in which the ranks of a node must have found each other and added up a first number."""
@@ -63,7 +61,7 @@ class NodeGroup:
 
     """
 
-    def __init__(self, world: MpiWorld, node: MPI.Intracomm, backend: Backend, device: torch.device) -> None:
+    def __init__(self, world: Communicator, node: MPI.Intracomm, backend: Backend, device: torch.device) -> None:
         self._world = world
         self._node = node
         self._backend = backend

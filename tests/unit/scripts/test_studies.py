@@ -14,10 +14,10 @@ from mpicomp.config.config import RunConfig
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "studies"))
 
-import runs as study_runs  # noqa: E402
+import outcomes as study_outcomes  # noqa: E402
 import tables  # noqa: E402
 from definition import Study, StudyError  # noqa: E402
-from runs import OutOfTime, Runs  # noqa: E402
+from outcomes import OutOfTime, Runs  # noqa: E402
 from search import Axis, search  # noqa: E402
 from tune import Cell, first_at  # noqa: E402
 
@@ -160,7 +160,7 @@ def trained(monkeypatch):
             return {"diverged": True}
         return outcome(0.5 + gamma + 0.01 * config["run"]["seed"] / 100, epochs)
 
-    monkeypatch.setattr(study_runs, "train", train)
+    monkeypatch.setattr(study_outcomes, "train", train)
     return configs
 
 
