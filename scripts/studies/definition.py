@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class StudyError(Exception):
 
 
 @dataclass(frozen=True)
-class Method:
+class Variant:
     """A method or a setting: a part of the configuration, a title, and for a method what is searched for."""
 
     name: str
@@ -54,8 +54,9 @@ class Study:
             evaluations has come to N %.
         reference: the method with which the others are compared.
         check: the method and setting of the short run that CI repeats.
-        settings: the columns: data, ratio, graph.
-        methods: the rows.
+        common: the sections of the configuration that all runs have.
+        settings: data, ratio, graph; each has a table of its own.
+        methods: the rows of the tables.
 
     """
 
@@ -73,17 +74,17 @@ class Study:
     reference: str
     check: tuple[str, str]
     common: Sections
-    settings: tuple[Method, ...]
-    methods: tuple[Method, ...]
+    settings: tuple[Variant, ...]
+    methods: tuple[Variant, ...]
 
-    def cells(self) -> Iterator[tuple[Method, Method]]:
+    def cells(self) -> Iterator[tuple[Variant, Variant]]:
         """Yield every setting with every method that is run in it."""
         for setting in self.settings:
             for method in self.methods:
                 if method.settings is None or setting.name in method.settings:
                     yield setting, method
 
-    def config(self, setting: Method, method: Method, values: Values, **training: Any) -> Sections:
+    def config(self, setting: Variant, method: Variant, values: Values, **training: Any) -> Sections:
         """Return the configuration of a run, without seed and length but for `training`."""
         config = copy.deepcopy(self.common)
         for part in (setting.sections, method.sections):
@@ -94,7 +95,7 @@ class Study:
         config.setdefault("training", {}).update(training)
         return config
 
-    def size(self, setting: Method, method: Method) -> int:
+    def size(self, setting: Variant, method: Variant) -> int:
         """Return how many ranks are started."""
         ranks = method.ranks or setting.ranks or self.ranks
         kind = self.config(setting, method, {}).get("topology", {}).get("kind")
@@ -110,23 +111,25 @@ class Study:
             raise StudyError(f"{path}: {error}") from error
         values: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
         values |= {"finalists": 2, "common": {}, "reference": "", **table}
-        try:
-            settings = tuple(_method(path, "settings", *pair) for pair in values.pop("settings").items())
-            methods = tuple(_method(path, "methods", *pair) for pair in values.pop("methods").items())
-            check, seeds = tuple(values.pop("check")), tuple(values.pop("seeds"))
-            study = cls(folder=folder, settings=settings, methods=methods, check=check, seeds=seeds, **values)
-        except (KeyError, TypeError) as error:
-            raise StudyError(f"{path}: a key is missing or unknown: {error}") from error
-        names = {setting.name for setting in settings}
-        for method in methods:
+        known = [field.name for field in fields(cls) if field.name != "folder"]
+        if unknown := [key for key in values if key not in known]:
+            raise StudyError(f"{path}: {unknown[0]} is unknown; a study has {', '.join(known)}")
+        if missing := [key for key in known if key not in values]:
+            raise StudyError(f"{path}: {missing[0]} is missing")
+        for key in ("settings", "methods"):
+            values[key] = tuple(_variant(path, key, *pair) for pair in values[key].items())
+        values |= {"check": tuple(values["check"]), "seeds": tuple(values["seeds"])}
+        study = cls(folder=folder, **values)
+        names = {setting.name for setting in study.settings}
+        for method in study.methods:
             if unknown := sorted(set(method.settings or ()) - names):
                 raise StudyError(f"{path}: methods.{method.name}.settings names {unknown[0]!r}, which is no setting")
         if study.check not in {(s.name, m.name) for s, m in study.cells()}:
-            raise StudyError(f"{path}: check = {list(check)} must be a setting and a method of it")
+            raise StudyError(f"{path}: check = {list(study.check)} must be a setting and a method of it")
         return study
 
 
-def _method(path: Path, key: str, name: str, table: Sections) -> Method:
+def _variant(path: Path, key: str, name: str, table: Sections) -> Variant:
     axes = []
     for axis, given in table.pop("search", {}).items():
         if set(given) != {"start", "factor"} or not given["start"] > 0 or not given["factor"] > 1:
@@ -135,7 +138,7 @@ def _method(path: Path, key: str, name: str, table: Sections) -> Method:
     title, ranks, chosen = table.pop("title", name), table.pop("ranks", None), table.pop("settings", None)
     if wrong := [entry for entry, value in table.items() if not isinstance(value, dict)]:
         raise StudyError(f"{path}: {key}.{name}.{wrong[0]} is no section of a configuration")
-    return Method(name, title, table, tuple(axes), ranks, None if chosen is None else tuple(chosen))
+    return Variant(name, title, table, tuple(axes), ranks, None if chosen is None else tuple(chosen))
 
 
 def merge_(into: Sections, part: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import tomli_w
-from definition import Method, Study
+from definition import Study, Variant
 from outcomes import Outcome
 from scipy import stats
 from tune import Cell, Choice, first_at
@@ -18,7 +18,7 @@ Finished = tuple[Cell, Choice, list[Outcome]]
 CONFIDENCE = 0.95
 
 
-def table(study: Study, setting: Method, finished: Sequence[Finished]) -> list[str]:
+def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[str]:
     """Return the lines of the table of a setting, in Markdown."""
     quality = "test loss" if study.decide_by == "loss" else "test accuracy (%)"
     target = study.decide_by.removeprefix("time to ") if study.decide_by.startswith("time to") else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from definition import TUNING_SEED, Method, Sections, Study
+from definition import TUNING_SEED, Sections, Study, Variant
 from outcomes import Outcome, Runs
 from search import Values, search
 
@@ -46,8 +46,8 @@ class Cell:
     """A method in a setting."""
 
     runs: Runs
-    setting: Method
-    method: Method
+    setting: Variant
+    method: Variant
 
     @property
     def study(self) -> Study:

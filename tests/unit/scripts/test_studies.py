@@ -126,8 +126,8 @@ def test_the_configurations_of_all_studies_are_sound(path, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("points = 5", "", "points"),
-        ("points = 5", "pints = 5", "pints"),
+        ("points = 5", "", "points is missing"),
+        ("points = 5", "pints = 5", "pints is unknown; a study has title, ranks"),
         ('settings = ["plain"]', 'settings = ["plane"]', "methods.two.settings names 'plane'"),
         ('check = ["plain", "one"]', 'check = ["other", "two"]', "check"),
         ("{ start = 0.2, factor = 2 }", "{ start = 0.2, factor = 1 }", "methods.one.search.'algorithm.gamma'"),
