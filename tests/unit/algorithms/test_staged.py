@@ -41,9 +41,10 @@ def test_same_bits_and_no_races(name, monkeypatch):
     assert np.array_equal(found.x, expected.x)
     assert found.served == expected.served
     assert len(gpus) == len(found.x)
+    messages = 18 if name == "ad_psgd" else 20  # a passive rank has as many as chance asks it for
     for gpu in gpus:
         assert gpu.races == []
-        assert gpu.delayed >= 54 and gpu.ordered >= 18  # at least 18 messages packed, copied to the host, and loaded
+        assert gpu.delayed >= 3 * messages and gpu.ordered >= messages  # packed, copied to the host, and loaded
 
 
 @pytest.mark.parametrize("name", ["asgd", "dc_gossip"])
