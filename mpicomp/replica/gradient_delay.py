@@ -17,6 +17,7 @@ Spread = Literal["fixed", "jitter", "uniform", "exponential"]
 twice the mean, or exponential."""
 
 JITTER = 0.05
+"""Of the mean, to both sides."""
 
 
 SLICE_S = 2e-3
