@@ -14,14 +14,8 @@ from mpicomp.run.loop import train
 
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 GRADIENT_S, LATENCY_S, BYTES_PER_S = 0.1, 0.003, 1e5
-SHORT = [
-    "training.steps=6",
-    "schedule.kind=constant",
-    "schedule.warmup=",
-    "run.log_every=3",
-    "run.evaluate_every_epochs=0.02",
-    "checkpoint.every_minutes=0",
-]
+SHORT = ["training.steps=6", "schedule.kind=constant", "schedule.warmup=", "checkpoint.every_minutes=0"]
+SHORT += ["run.log_every=3", "run.evaluate_every_epochs=0.02"]
 TIMES = [f"simulation.gradient_s={GRADIENT_S}", f"simulation.latency_s={LATENCY_S}"]
 TIMES += [f"simulation.bytes_per_s={BYTES_PER_S}"]
 
