@@ -173,7 +173,7 @@ class _Request:
     "--simulate",
     type=click.IntRange(min=1),
     metavar="N",
-    help="As --loopback, with the simulated time of the section [simulation]: for asynchronous methods.",
+    help="As --loopback, in simulated time: gradients and messages take as long as the section [simulation] says.",
 )
 @click.option(
     "--trace", is_flag=True, help="Write a timeline of the first steps into RUN_DIR/trace, to open in ui.perfetto.dev."

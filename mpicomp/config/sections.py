@@ -37,7 +37,7 @@ from mpicomp.config.signals import signal_number
 from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.clipping import Clip
@@ -486,7 +486,8 @@ class SimulationSection(Section):
     """``[simulation]``: the durations of gradients and messages with ``--simulate``."""
 
     gradient_s: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """The mean time of a gradient, in seconds; the section ``[slow]`` makes it longer."""
+    """The mean time of a gradient, in seconds, with what a rank computes beside it: compression and update. The section
+    ``[slow]`` makes it longer."""
 
     spread: Spread = "fixed"
     """The distribution of the time: ``"fixed"``, or with this mean ``"jitter"`` (within 5 %), ``"uniform"`` (from zero
@@ -496,7 +497,7 @@ class SimulationSection(Section):
     """Seconds from the end of sending a message to its arrival."""
 
     bytes_per_s: float = Field(float("inf"), gt=0)
-    """The bandwidth of a link; each pair of ranks has one link in each direction."""
+    """The bandwidth of a rank's link to the network, in each direction: 12.5e6 for 100 Mbit/s."""
 
     def gradient(self) -> Values:
         """Return the arguments for `GradientDelay` that set simulated time."""

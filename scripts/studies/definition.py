@@ -19,6 +19,10 @@ TUNING_SEED = 100
 """The seed of all runs that choose settings; the table has others."""
 
 
+WITH_HUB = ("asgd", "dc_asgd")
+"""Methods whose rank 0 computes no gradients: it comes on top of the ranks of a study."""
+
+
 class StudyError(Exception):
     """A study that cannot be run; the message names file and key."""
 
@@ -43,7 +47,7 @@ class Study:
         folder: of the study.
         title: of its table.
         ranks: how many ranks train.
-        simulate: whether time is simulated, for asynchronous methods; a hub comes on top of the ranks.
+        simulate: whether time is simulated.
         epochs: of a run of the table.
         short_epochs: of a run of the search.
         points: the budget of the search, in runs, of each method in each setting.
@@ -98,8 +102,8 @@ class Study:
     def size(self, setting: Variant, method: Variant) -> int:
         """Return how many ranks are started."""
         ranks = method.ranks or setting.ranks or self.ranks
-        kind = self.config(setting, method, {}).get("topology", {}).get("kind")
-        return ranks + (self.simulate and kind == "star" and ranks > 1)
+        has_hub = self.config(setting, method, {})["algorithm"]["kind"] in WITH_HUB
+        return ranks + (has_hub and ranks > 1)
 
     @classmethod
     def read(cls, folder: Path) -> Study:

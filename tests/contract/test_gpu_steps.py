@@ -24,7 +24,7 @@ from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_s
 from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
 from mpicomp.algorithms.sums.two_way import TwoWayAdam
 from mpicomp.exchange import loopback
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.mailbox import slots
 from mpicomp.kernels import gpu
 from mpicomp.replica.clipping import Clip

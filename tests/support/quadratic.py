@@ -17,7 +17,7 @@ from mpicomp.algorithms import Algorithm, AsynchronousAlgorithm
 from mpicomp.compression import Spec
 from mpicomp.exchange.base import Mailbox, World
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.topology import Schedule, Topology
 
 DIM = 24

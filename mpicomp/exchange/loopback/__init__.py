@@ -8,7 +8,8 @@ package, so they must not wait by other means. When all remaining ranks wait for
 returned, the run fails instead of hanging.
 """
 
-from mpicomp.exchange.loopback.mailbox import Delays, Links
+from mpicomp.exchange.loopback.mailbox import Delays
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.loopback.world import LoopbackWorld, run
 
 __all__ = ["Delays", "Links", "LoopbackWorld", "run"]

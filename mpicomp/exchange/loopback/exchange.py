@@ -66,22 +66,24 @@ class LoopbackExchange:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
         self._begin()
         if targets := topology.targets(self.rank):
-            self._send(payload, layout, targets)
+            message = self._pack(payload, layout, len(targets))
+            self._post(dict.fromkeys(targets, message))
         return LoopbackPending(self, layout, topology.sources(self.rank))
 
     @timed("exchange", "send")
     def start_each(self, payloads: Mapping[int, Payload], layout: Layout, topology: Topology) -> LoopbackPending:
         """Send each target its own payload, and begin to receive from the sources."""
         self._begin()
-        for target in topology.targets(self.rank):
-            self._send(payloads[target], layout, [target])
+        self._post({target: self._pack(payloads[target], layout) for target in topology.targets(self.rank)})
         return LoopbackPending(self, layout, topology.sources(self.rank))
 
     @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
         mean_over_ranks_(self._scheduler, self.rank, x)
-        self.bytes_sent += all_reduce_nbytes(x, self.size)
+        nbytes = all_reduce_nbytes(x, self.size)
+        self._scheduler.all_reduce(self.rank, nbytes)
+        self.bytes_sent += nbytes
 
     def _begin(self) -> None:
         if self._is_pending:
@@ -90,13 +92,16 @@ class LoopbackExchange:
         self._scheduler.release(self._held)
         self._held = []
 
-    def _send(self, payload: Payload, layout: Layout, targets: list[int]) -> None:
+    def _pack(self, payload: Payload, layout: Layout, readers: int = 1) -> Message:
         wire = self._buffer(layout.nbytes)
         nbytes = layout.pack(payload, wire)
         if not wire.is_cpu:
             nbytes = layout.finish(wire[:nbytes])
-        self._scheduler.post((self._number, self.rank), targets, Message(wire, nbytes, len(targets), self._pool))
-        self.bytes_sent += nbytes * len(targets)
+        return Message(wire, nbytes, readers, self._pool)
+
+    def _post(self, messages: Mapping[int, Message]) -> None:
+        self._scheduler.post((self._number, self.rank), messages)
+        self.bytes_sent += sum(message.nbytes for message in messages.values())
 
     def _buffer(self, nbytes: int) -> Tensor:
         while self._pool:

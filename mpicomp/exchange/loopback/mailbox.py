@@ -5,7 +5,7 @@ target, so writes arrive late, in part and out of order, as far as a transport m
 and the random numbers depend on the seed and the edge. On one core (``loopback.run(..., cores=1)``) ranks run in a
 fixed order, so runs with the same seed are identical.
 
-In simulated time, a message arrives when a link of a given speed has transmitted it.
+In simulated time, a message arrives when the network has transmitted it.
 """
 
 from __future__ import annotations
@@ -124,20 +124,6 @@ class LoopbackTransport:
         """Do nothing: the memory belongs to this process."""
 
 
-@dataclass(frozen=True)
-class Links:
-    """The network of a simulation: one link for each ordered pair of ranks.
-
-    Attributes:
-        latency_s: seconds from the end of sending to the arrival.
-        bytes_per_s: the bandwidth of a link.
-
-    """
-
-    latency_s: float = 0.0
-    bytes_per_s: float = math.inf
-
-
 class Clock(Protocol):
     """The clock of a simulation."""
 
@@ -147,12 +133,12 @@ class Clock(Protocol):
     def await_mail(self, rank: int, until_ns: int) -> None:
         """Let `rank` sleep until `until_ns`, or until something arrives."""
 
-    def notify(self, rank: int, at_ns: int) -> None:
-        """Note that something will arrive at `rank` at `at_ns`."""
+    def send(self, source: int, target: int, nbytes: int) -> int:
+        """Send a message over the simulated network and return when it arrives; `target` wakes then if it waits."""
 
 
 class SimulatedTransport:
-    """The memory of one rank in simulated time: a write arrives whole when its link has transmitted it."""
+    """The memory of one rank in simulated time: a write arrives whole when the network has transmitted it."""
 
     how = "simulation"
     needs_poke = False
@@ -162,28 +148,21 @@ class SimulatedTransport:
         self,
         rank: int,
         slots: Slots,
-        links: Links,
         clock: Clock,
         meet: Callable[[_Memory | None], Sequence[_Memory | None]],
     ) -> None:
         self._rank = rank
-        self._links = links
         self._clock = clock
         self._meet = meet
         self._mine = _Memory(slots)
         self.memory = self._mine.bytes
         self._all = [memory for memory in meet(self._mine) if memory is not None]
-        self._free_at_ns: dict[int, int] = {}
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
-        """Send `data` over the link to `target`, after the writes that the link still transmits."""
-        memory, now_ns = self._all[target], self._clock.now_ns()
+        """Send `data` to `target`."""
+        memory = self._all[target]
         begin = memory.slots.note(self._rank) if index is None else memory.slots.message(self._rank, index)
-        free_at_ns = max(now_ns, self._free_at_ns.get(target, 0)) + round(1e9 * data.size / self._links.bytes_per_s)
-        due_ns = free_at_ns + round(1e9 * self._links.latency_s)
-        self._free_at_ns[target] = free_at_ns
-        memory.add(begin, data, due_ns)
-        self._clock.notify(target, due_ns)
+        memory.add(begin, data, self._clock.send(self._rank, target, data.size))
 
     def poll(self) -> None:
         """Apply the writes that have arrived by now."""
@@ -199,7 +178,6 @@ class SimulatedTransport:
         """Wait for all ranks, then apply all writes that are still on their way."""
         self._meet(None)
         self._mine.arrive(math.inf)
-        self._free_at_ns.clear()
         self._meet(None)
 
     def free(self) -> None:

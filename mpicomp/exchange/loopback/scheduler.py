@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -114,10 +114,10 @@ class Scheduler:
             self._hand_on_core()
             self._check_progress()
 
-    def post(self, sender: Sender, targets: Iterable[int], message: Message) -> None:
-        """Put `message` into the inbox of each of `targets`."""
+    def post(self, sender: Sender, messages: Mapping[int, Message]) -> None:
+        """Put each target's message into its inbox."""
         with self._lock:
-            for target in targets:
+            for target, message in messages.items():
                 thread = self._threads[target]
                 thread.inbox[sender].append(message)
                 if sender in thread.missing:
@@ -223,6 +223,9 @@ class Scheduler:
             self._make_ready(thread)
             self._await_core(thread)
             self._check_alive()
+
+    def all_reduce(self, rank: int, nbytes: int) -> None:
+        """Do nothing: the sum has taken its time. In simulated time, this sleeps as long as an all-reduce takes."""
 
     def make_transport(self, rank: int, slots: Slots) -> LoopbackTransport | SimulatedTransport:
         """Return a transport over the memory of a mailbox."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from mpicomp.exchange.loopback.mailbox import Links, SimulatedTransport
-from mpicomp.exchange.loopback.scheduler import RankThread, Scheduler
+from mpicomp.exchange.loopback.mailbox import SimulatedTransport
+from mpicomp.exchange.loopback.network import Links, Network
+from mpicomp.exchange.loopback.scheduler import Message, RankThread, Scheduler, Sender
 from mpicomp.exchange.mailbox.slots import Slots
 from mpicomp.exchange.watchdog import Waiting
 
@@ -18,12 +21,15 @@ class SimulatedScheduler(Scheduler):
 
     One rank runs at a time, and ranks that wake at the same moment run in rank order. So events have the same order in
     every run, on any machine, and a run that continues from a checkpoint is identical to one that was not interrupted.
-    Computing itself takes no simulated time: a rank calls `sleep` for as long as its computation is to take.
+    Computing itself takes no simulated time: a rank calls `sleep` for as long as its computation is to take. Messages
+    take as long as the `Network` says. Other collective operations (agreements, evaluations) wait for the last rank and
+    until all ports are free, and take no time of their own.
     """
 
     def __init__(self, size: int, links: Links) -> None:
         super().__init__(size, cores=1)
-        self._links = links
+        self._network = Network(size, links)
+        self._arrivals: defaultdict[tuple[Sender, int], deque[int]] = defaultdict(deque)
         self._now_ns = 0
         self._events: list[tuple[int, int, int, int]] = []
         self._decided = 0
@@ -43,21 +49,49 @@ class SimulatedScheduler(Scheduler):
     def gather(self, rank: int, value: T, operation: str) -> list[T]:
         """Return the values of all ranks; the ranks continue in rank order, in whatever order they arrived."""
         values = super().gather(rank, value, operation)
-        self.sleep(rank, 0.0)
+        # All ports are free then: a run that continues from a checkpoint, before which all meet, has the same times.
+        self._nap(rank, max(self._now_ns, self._network.free_ns()), is_awaiting_mail=False)
         return values
+
+    def post(self, sender: Sender, messages: Mapping[int, Message]) -> None:
+        """Send each target its message."""
+        nbytes = {target: message.nbytes for target, message in messages.items()}
+        for target, arrival_ns in self._network.send(sender[1], nbytes, self._now_ns).items():
+            self._arrivals[sender, target].append(arrival_ns)
+        super().post(sender, messages)
+
+    def take(self, rank: int, senders: Sequence[Sender]) -> list[Message]:
+        """Wait for the arrival of the next message from each of `senders` and return them."""
+        messages = super().take(rank, senders)
+        arrived_ns = max((self._arrivals[sender, rank].popleft() for sender in senders), default=0)
+        if arrived_ns > self._now_ns:
+            self._nap(rank, arrived_ns, is_awaiting_mail=False)
+        return messages
+
+    def is_there(self, rank: int, senders: Sequence[Sender]) -> bool:
+        """Return whether `take` would return without waiting."""
+        return super().is_there(rank, senders) and all(
+            self._arrivals[sender, rank][0] <= self._now_ns for sender in senders
+        )
+
+    def all_reduce(self, rank: int, nbytes: int) -> None:
+        """Sleep for the time of an all-reduce in which each rank sends `nbytes`."""
+        self._nap(rank, self._now_ns + self._network.all_reduce_ns(nbytes), is_awaiting_mail=False)
 
     def await_mail(self, rank: int, until_ns: int) -> None:
         """Sleep until `until_ns`, or until something arrives at `rank`."""
         self._nap(rank, until_ns, is_awaiting_mail=True)
 
-    def notify(self, rank: int, at_ns: int) -> None:
-        """Note that something will arrive at `rank` at `at_ns`."""
+    def send(self, source: int, target: int, nbytes: int) -> int:
+        """Send a message of a mailbox and return when it arrives; `target` wakes then if it waits for mail."""
         with self._lock:
-            self._notify(self._threads[rank], at_ns)
+            arrival_ns = self._network.send(source, {target: nbytes}, self._now_ns)[target]
+            self._notify(self._threads[target], arrival_ns)
+            return arrival_ns
 
     def make_transport(self, rank: int, slots: Slots) -> SimulatedTransport:
         """Return a transport over the memory of a mailbox."""
-        return SimulatedTransport(rank, slots, self._links, self, lambda value: self.gather(rank, value, "mailbox"))
+        return SimulatedTransport(rank, slots, self, lambda value: self.gather(rank, value, "mailbox"))
 
     def _nap(self, rank: int, until_ns: int, is_awaiting_mail: bool) -> None:
         with self._lock:

@@ -16,7 +16,8 @@ from torch import Tensor
 from mpicomp.exchange.base import Stopped, check_schedule
 from mpicomp.exchange.guard import is_agreed
 from mpicomp.exchange.loopback.exchange import LoopbackExchange, mean_over_ranks_
-from mpicomp.exchange.loopback.mailbox import Delays, Links
+from mpicomp.exchange.loopback.mailbox import Delays
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.loopback.scheduler import Scheduler
 from mpicomp.exchange.loopback.simulated_time import SimulatedScheduler
 from mpicomp.exchange.mailbox.slots import SlotMailbox, slots_of
@@ -175,7 +176,7 @@ def run(
         cores: how many ranks may run at a time; None for the number of cores. With one, runs are repeatable.
         delays: of the mailbox's messages.
         simulated: the links of a simulated network; time is then simulated, one rank runs at a time, and runs are
-            repeatable. Only messages of mailboxes take simulated time.
+            repeatable.
 
     Raises:
         ExchangeError: all ranks wait for each other (deadlock).

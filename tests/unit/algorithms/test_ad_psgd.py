@@ -9,7 +9,8 @@ from mpicomp.algorithms import ADPSGD, DPSGD
 from mpicomp.compression import Cast, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Delays, Links
+from mpicomp.exchange.loopback.mailbox import Delays
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.topology import chain, complete, complete_bipartite, exponential, hypercube, ring, star
 
 LR = 0.1

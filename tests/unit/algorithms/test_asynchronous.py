@@ -15,7 +15,7 @@ from mpicomp.algorithms.asynchronous.base import DelayCompensation
 from mpicomp.compression import Identity, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.topology import OnePeerExponential, Topology, chain, complete, complete_bipartite, induced, ring, star
 
 LR = 0.1

@@ -12,7 +12,7 @@ from support.quadratic import DIM, Quadratic, serve_until_done
 from mpicomp.algorithms import ADPSGD, DCGossip
 from mpicomp.compression import TopK
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.topology import ring
 
 LR = 0.1

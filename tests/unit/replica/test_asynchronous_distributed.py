@@ -9,7 +9,7 @@ from mpicomp.algorithms import ADPSGD, ASGD, DCASGD, Choco, DCGossip
 from mpicomp.compression import TopK, UniformGrid
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.replica.distribute import distribute
 from mpicomp.topology import chain, complete_bipartite, ring, star
 

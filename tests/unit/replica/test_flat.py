@@ -5,7 +5,7 @@ from torch import nn
 from mpicomp.algorithms import ADPSGD, DPSGD
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.flat import FlatModel
 from mpicomp.topology import ring

@@ -13,7 +13,7 @@ from mpicomp.compression import ByRank, HardThreshold, PerTensor, TopK
 from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds
 from mpicomp.config.config import RunConfig
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.run.loop import train
 from mpicomp.run.setup import header, set_up
 

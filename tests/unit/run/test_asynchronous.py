@@ -14,7 +14,7 @@ from mpicomp.cli import main
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.replica.meter import Meter
 from mpicomp.run.context import meter_leaves
 from mpicomp.run.folder import RunFolder

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from mpicomp.cli import main
 from mpicomp.exchange import loopback
-from mpicomp.exchange.loopback.mailbox import Links
+from mpicomp.exchange.loopback.network import Links
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.trace import LIMIT, compare_clocks, merge
 

@@ -1,0 +1,102 @@
+"""Simulated time of synchronous methods: a step takes as long as gradients, ports and latency say."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mpicomp.checkpoint.folder import Checkpoints
+from mpicomp.config.config import RunConfig
+from mpicomp.exchange.loopback import run
+from mpicomp.exchange.loopback.network import Links, Network
+from mpicomp.run.folder import RunFolder
+from mpicomp.run.loop import train
+
+METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
+GRADIENT_S, LATENCY_S, BYTES_PER_S = 0.1, 0.003, 1e5
+SHORT = ["training.steps=6", "schedule.kind=constant", "schedule.warmup=", "checkpoint.every_minutes=0"]
+SHORT += ["run.log_every=3", "run.evaluate_every_epochs=0.02"]
+TIMES = [f"simulation.gradient_s={GRADIENT_S}", f"simulation.latency_s={LATENCY_S}"]
+TIMES += [f"simulation.bytes_per_s={BYTES_PER_S}"]
+
+
+def simulate(path, size, *overrides, folder=None, checkpoint=None):
+    """Return the result of a short run."""
+    config = RunConfig.load(path, [*SHORT, *TIMES, *overrides])
+    if folder and not folder.path.exists():
+        folder = RunFolder.create(folder.path)
+        folder.save_config(config)
+    links = config.simulation.links()
+    return run(size, partial(_train, config, folder=folder, checkpoint=checkpoint), simulated=links)[0]
+
+
+def _train(config, world, folder, checkpoint):
+    return train(config, world, folder, checkpoint=checkpoint)
+
+
+def transmission_s(result):
+    """Return the seconds of a step in which a rank's port sends."""
+    return result.bytes_sent[0] / result.steps / BYTES_PER_S
+
+
+@pytest.mark.parametrize(("topology", "size"), [("ring", 4), ("torus", 16), ("complete", 4)])
+def test_a_step_is_the_gradient_then_the_messages_one_after_another(topology, size):
+    result = simulate(METHODS / "dpsgd.toml", size, f"topology.kind={topology}")
+    assert result.seconds / result.steps == pytest.approx(GRADIENT_S + transmission_s(result) + LATENCY_S, rel=1e-6)
+
+
+def test_a_hub_is_as_slow_as_its_own_port():
+    # Three workers send a message each, which arrive one after another; then the hub sends three.
+    result = simulate(METHODS / "gmc.toml", 4, "topology.kind=star", "compression.kind=identity", "compression.ratio=")
+    message_s = result.bytes_sent[1] / result.steps / BYTES_PER_S
+    assert result.bytes_sent[0] == 3 * result.bytes_sent[1]
+    assert result.seconds / result.steps == pytest.approx(GRADIENT_S + 6 * message_s + 2 * LATENCY_S, rel=1e-6)
+
+
+def test_an_all_reduce_takes_its_bytes_and_the_latency_of_all_its_steps():
+    result = simulate(METHODS / "ssgd.toml", 4)
+    expected = GRADIENT_S + transmission_s(result) + 6 * LATENCY_S
+    assert result.seconds / result.steps == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient_s", [0.001, 1.0])
+def test_messages_with_overlap_travel_during_the_gradient(gradient_s):
+    dense = ["compression.kind=identity", "compression.ratio=", "algorithm.overlap=true"]
+    result = simulate(METHODS / "choco.toml", 4, *dense, f"simulation.gradient_s={gradient_s}")
+    expected = max(gradient_s, transmission_s(result) + LATENCY_S)
+    assert result.seconds / result.steps == pytest.approx(expected, rel=0.01)
+
+
+def test_all_wait_for_a_slow_rank():
+    result = simulate(METHODS / "dpsgd.toml", 4, "slow.ranks=[2]", "slow.factor=4")
+    # Ranks that are ahead wait in the first steps; the last record waits for the slow one.
+    assert result.seconds / result.steps == pytest.approx(4 * GRADIENT_S + transmission_s(result) + LATENCY_S, rel=0.02)
+
+
+def test_what_is_learned_does_not_depend_on_the_links():
+    slow, fast = (simulate(METHODS / "choco.toml", 4, *more) for more in ([], ["simulation.bytes_per_s=1e12"]))
+    assert slow.seconds > 1.1 * fast.seconds
+    assert (slow.train_loss, slow.bytes_sent) == (fast.train_loss, fast.bytes_sent)
+
+
+def test_a_run_that_continues_has_the_same_seconds(tmp_path):
+    stops = ["checkpoint.every_steps=3", "checkpoint.every_minutes="]
+    whole, half = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "half")
+    simulate(METHODS / "choco.toml", 4, *stops, folder=whole)
+    simulate(METHODS / "choco.toml", 4, *stops, "training.steps=3", folder=half)
+    checkpoint = Checkpoints(half.checkpoints_path).latest()
+    simulate(METHODS / "choco.toml", 4, *stops, folder=half, checkpoint=checkpoint)
+    assert len(whole.records()) > 3
+    for continued, uninterrupted in zip(half.records(), whole.records(), strict=True):
+        assert continued["seconds"] == pytest.approx(uninterrupted["seconds"], abs=1e-12)
+
+
+def test_ports_share_what_is_sent_at_once_and_serve_the_rest_in_order():
+    network = Network(4, Links(latency_s=0.5, bytes_per_s=100.0))
+    second = 10**9
+    assert network.send(0, {1: 100, 3: 100}, now_ns=0) == {1: 2.5 * second, 3: 2.5 * second}
+    assert network.send(2, {1: 100, 3: 100}, now_ns=0) == {1: 2.5 * second, 3: 2.5 * second}  # ports take in both
+    assert network.send(0, {2: 100}, now_ns=0) == {2: 3.5 * second}  # after the first two, out of the same port
+    assert network.send(3, {1: 100}, now_ns=second) == {1: 3.5 * second}  # after the others, into the same port
+    assert network.free_ns() == 3 * second
+    assert network.send(1, {0: 100}, now_ns=5 * second) == {0: 6.5 * second}
