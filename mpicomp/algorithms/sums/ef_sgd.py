@@ -27,14 +27,15 @@ Without compression this is SGD with momentum and weight decay on the mean gradi
 DEF (Xu et al., ``anxuthu/DEF``) adds it to g_k, ahead of the compression, which is the same up to errors. With weight
 decay made a part of g_k, the trajectories are those of that code (recorded, compared to 2e-6).
 
-``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`).
+``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`);
+with ``smallest_ratio`` the ratio of C changes (see `mpicomp.algorithms.sums.ratio_control`).
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); a message then moves the model by the
 rate of the step in which it arrives. The control for GMC and DGC: momentum before the compression, from the own
 gradients alone.
 
 Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e``, and ``u`` with momentum, and ``b`` with weight decay, too;
-``error_average`` one vector more.
+``error_average`` and ``smallest_ratio`` one vector more each.
 Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
 
 In a script:

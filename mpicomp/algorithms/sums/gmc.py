@@ -34,7 +34,8 @@ lambda = 0.3 is that of the scripts of DEF's authors. With ``momentum = 0`` it g
 (recorded, compared to 2e-6), also when g_k is made the momentum of rank k, which DEF has in the place of the global.
 Treat ``detachment`` beside the global momentum as unverified.
 
-``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`).
+``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`);
+with ``smallest_ratio`` the ratio of C changes (see `mpicomp.algorithms.sums.ratio_control`).
 
 The model that is evaluated and stored is x_t, which all ranks hold, with ``detachment`` too. DEF's code
 (``anxuthu/DEF``) evaluates ``x_t - lr sum_k w_k e_k`` with equal w_k instead, the model once all that was left out has
@@ -43,7 +44,8 @@ errors; so figures of GMC+ may differ from those of that code. That code also mu
 EF-SGD here does, which makes a difference where the rate decays; and it adds weight decay to g_k, at x~ and ahead of
 the compression, where it is the optimizer's here.
 
-Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``; ``error_average`` one vector more.
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``; ``error_average`` and
+``smallest_ratio`` one vector more each.
 
 In a script:
 
