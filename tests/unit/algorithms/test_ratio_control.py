@@ -29,6 +29,7 @@ def test_transcription(graph, overlap, least_gain):
     n, ratios, level = graph.size, [0.5, 0.25, 0.125], 0
     x, e, waiting, seen = np.zeros(DIM), np.zeros((n, DIM)), [], []
     had = carried = heard = 0
+    gain = 1.0
     for _ in range(STEPS):
         p = e + curvature() * (np.tile(x, (n, 1)) - centers(n))
         for stage in ("receive", "send") if overlap else ("send", "receive"):
@@ -44,16 +45,19 @@ def test_transcription(graph, overlap, least_gain):
                 carried = 0.95 * carried + np.linalg.norm(q, axis=1).mean()
                 heard += 1
                 if heard % 3 == 0:
-                    if carried < least_gain * had:
+                    gain = carried / had
+                    if gain < least_gain:
                         level = max(level - 1, 0)
                     elif heard % 6 == 0:
                         level = min(level + 1, 2)
                     had = carried = 0
     assert len(set(seen)) > 1
     method = EFSGD(TopK(0.5), overlap=overlap, **{**CONTROL, "least_gain": least_gain})
-    x_trained, found = run(method, graph)
-    np.testing.assert_allclose(x_trained, np.tile(x, (n, 1)), rtol=0, atol=1e-12)
-    assert found == [ratios[level]] * n
+    trained = train(method, graph, STEPS)
+    np.testing.assert_allclose(trained.x, np.tile(x, (n, 1)), rtol=0, atol=1e-12)
+    found = [method.diagnostics(None, state) for state in trained.states]
+    assert [numbers["ratio"] for numbers in found] == [ratios[level]] * n
+    assert [numbers["gain"] for numbers in found] == pytest.approx([gain] * n)
 
 
 @pytest.mark.parametrize("graph", [ring(4), star(4), star(3)], ids=lambda g: f"{g.name}{g.size}")
