@@ -41,7 +41,7 @@ from torch import Tensor
 from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
-from mpicomp.compression.message import Payload
+from mpicomp.compression.message import Layout, Payload, Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator, PendingAverage, plan
@@ -163,18 +163,29 @@ class GradientSum(AggregatedAlgorithm[G]):
 
     def init_delayed(self, local: Local, steps: Sequence[int] = (0,)) -> Tensor | None:
         """Return room for the messages of these steps; None without overlap."""
+        return self.room_for([self.compressor_at(step).layout(local.spec) for step in steps], local)
+
+    def room_for(self, layouts: Sequence[Layout], local: Local) -> Tensor | None:
+        """Return room for a message of any of these layouts; None without overlap."""
         if not self.overlap:
             return None
-        nbytes = max(self.compressor_at(step).layout(local.spec).nbytes for step in steps)
+        nbytes = max(layout.nbytes for layout in layouts)
         return torch.zeros(nbytes, dtype=torch.uint8, device=local.x.device)
+
+    def reader(self, step: int, local: Local, state: G) -> tuple[Compressor, Spec]:
+        """Return what reads the messages of a step, and the spec of their sum."""
+        return self.compressor_at(step), local.spec
+
+    def receive(self, pending: PendingAverage, local: Local, state: G) -> None:
+        """Wait for a sum, and put it in ``local.g``."""
+        pending.wait(local.g)
 
     def start_delayed_sum(self, local: Local, state: G, exchange: Exchange) -> PendingAverage | None:
         """Begin ``Q_{k-1} = sum_i w_i q_{k-1}`` with the message of the last step; None in the first, or no overlap."""
         if state.delayed is None or state.steps == 0:
             return None
-        last = state.steps - 1
-        q = self.compressor_at(last).layout(local.spec).unpack(state.delayed)
-        return self._start_sum(q, last, local, exchange)
+        compressor, spec = self.reader(state.steps - 1, local, state)
+        return self._start_sum(compressor.layout(spec).unpack(state.delayed), compressor, spec, exchange)
 
     def update(self, local: Local, state: G) -> None:
         """Take the optimizer's step with the sum in ``local.g``."""
@@ -183,21 +194,21 @@ class GradientSum(AggregatedAlgorithm[G]):
     def update_with_delayed_sum(self, delayed: PendingAverage | None, local: Local, state: G) -> None:
         """``x_{k+1} = x_k - lr_k u(Q_{k-1})``, which overwrites ``local.g``; nothing if there is no `delayed` sum."""
         if delayed is not None:
-            delayed.wait(local.g)
+            self.receive(delayed, local, state)
             self.update(local, state)
 
     def sum_and_update(self, q: Payload, local: Local, state: G, exchange: Exchange) -> None:
         """``Q_k = sum_i w_i q_k;  x_{k+1} = x_k - lr_k u(Q_k)``; with overlap, keep `q` for the next step instead."""
+        compressor, spec = self.reader(state.steps, local, state)
         if state.delayed is None:
-            self._start_sum(q, state.steps, local, exchange).wait(local.g)
+            self.receive(self._start_sum(q, compressor, spec, exchange), local, state)
             self.update(local, state)
         else:
-            self.compressor_at(state.steps).layout(local.spec).pack(q, state.delayed)
+            compressor.layout(spec).pack(q, state.delayed)
         state.steps += 1
 
-    def _start_sum(self, q: Payload, step: int, local: Local, exchange: Exchange) -> PendingAverage:
-        weights = self.rank_weights(exchange.size)
-        return Aggregator(exchange).start(q, self.compressor_at(step), local.spec, weights)
+    def _start_sum(self, q: Payload, compressor: Compressor, spec: Spec, exchange: Exchange) -> PendingAverage:
+        return Aggregator(exchange).start(q, compressor, spec, self.rank_weights(exchange.size))
 
 
 def require_no_momentum(name: str, local: Local) -> None:

@@ -27,11 +27,15 @@ Without compression this is SGD with momentum and weight decay on the mean gradi
 DEF (Xu et al., ``anxuthu/DEF``) adds it to g_k, ahead of the compression, which is the same up to errors. With weight
 decay made a part of g_k, the trajectories are those of that code (recorded, compared to 2e-6).
 
+``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`);
+with ``smallest_ratio`` the ratio of C changes (see `mpicomp.algorithms.sums.ratio_control`).
+
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); a message then moves the model by the
 rate of the step in which it arrives. The control for GMC and DGC: momentum before the compression, from the own
 gradients alone.
 
-Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e``, and ``u`` with momentum, and ``b`` with weight decay, too.
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e``, and ``u`` with momentum, and ``b`` with weight decay, too;
+``error_average`` and ``smallest_ratio`` one vector more each.
 Stich et al. 2018, arXiv 1809.07599; Karimireddy et al. 2019, arXiv 1901.09847, Algorithm 2.
 
 In a script:
@@ -50,13 +54,12 @@ from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.base import (
-    GradientSum,
     add_decay_momentum_,
     decay_momentum,
     require_momentum,
     require_no_momentum,
 )
-from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
+from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import IN_FLIGHT
@@ -76,7 +79,7 @@ class EFSGDState:
 
     """
 
-    feedback: FeedbackState
+    feedback: ErrorMemory
     rates: list[float]
     velocity: Tensor | None
     decay: Tensor | None
@@ -85,7 +88,7 @@ class EFSGDState:
 
 
 @dataclass(frozen=True)
-class EFSGD(GradientSum[EFSGDState]):
+class EFSGD(ErrorMemorySum[EFSGDState]):
     """SGD on sums of compressed gradients.
 
     Attributes:
@@ -104,14 +107,13 @@ class EFSGD(GradientSum[EFSGDState]):
         self.rank_weights(exchange.size)  # raises what is wrong with them
         if self.momentum:
             require_no_momentum("EF-SGD", local)
-        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        feedback = self.init_memory(local, exchange)
         velocity = torch.zeros_like(local.x) if self.momentum else None
         rates = [float(group["lr"]) for _, group in local.groups]
         return EFSGDState(feedback, rates, velocity, decay_momentum(local, self.momentum), self.init_delayed(local))
 
     def phases(self, local: Local, state: EFSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
-        feedback = ErrorFeedback(self.compressor)
         delayed = self.start_delayed_sum(local, state, exchange)
         yield delayed.test if delayed else None
         u = local.g  # u_k
@@ -119,31 +121,28 @@ class EFSGD(GradientSum[EFSGDState]):
             u = state.velocity.mul_(self.momentum).add_(u)
         self._add_(u, local, state)  # p_k, in the place of e_k
         self.update_with_delayed_sum(delayed, local, state)
-        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        q = self.compress_sum(local, state)  # q_k and e_k
         self.sum_and_update(q, local, state, exchange)
 
     def _add_(self, u: Tensor, local: Local, state: EFSGDState) -> None:
         """``p_k = (lr' / lr) e_k + u_k``, in the place of e_k."""
-        groups, rates = local.groups, state.rates
+        groups, rates, e = local.groups, state.rates, state.feedback.residual
         if len(groups) != len(rates):
             raise ConfigError(
                 f"the optimizer's groups are now {len(groups)} parts of the model, and were {len(rates)}: EF-SGD keeps "
                 "the learning rate of each part, so arrange the groups before training"
             )
         for i, (part, group) in enumerate(groups):
-            if lr := float(group["lr"]):
-                e = state.feedback.residual[part]
-                if lr != rates[i]:
-                    e.mul_(rates[i] / lr)
-                    rates[i] = lr
-                e.add_(u[part])
+            if (lr := float(group["lr"])) and lr != rates[i]:
+                e[part].mul_(rates[i] / lr)
+                rates[i] = lr
+        self.keep_error(state)
+        for part, group in groups:
+            if group["lr"]:
+                e[part].add_(u[part])
 
     def update(self, local: Local, state: EFSGDState) -> None:
         """Take the optimizer's step with the sum in ``local.g`` and the momentum of the weight decay."""
         if state.decay is not None:
             add_decay_momentum_(local, state.decay, self.momentum)
         local.update()
-
-    def diagnostics(self, local: Local, state: EFSGDState) -> dict[str, float]:
-        """Return ``error_norm``, |e|."""
-        return {"error_norm": float(state.feedback.residual.norm())}

@@ -34,6 +34,9 @@ lambda = 0.3 is that of the scripts of DEF's authors. With ``momentum = 0`` it g
 (recorded, compared to 2e-6), also when g_k is made the momentum of rank k, which DEF has in the place of the global.
 Treat ``detachment`` beside the global momentum as unverified.
 
+``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`);
+with ``smallest_ratio`` the ratio of C changes (see `mpicomp.algorithms.sums.ratio_control`).
+
 The model that is evaluated and stored is x_t, which all ranks hold, with ``detachment`` too. DEF's code
 (``anxuthu/DEF``) evaluates ``x_t - lr sum_k w_k e_k`` with equal w_k instead, the model once all that was left out has
 been sent, and goes on from x_t. Here checkpoint, export and evaluation are of one model, and none takes a dense sum of
@@ -41,7 +44,8 @@ errors; so figures of GMC+ may differ from those of that code. That code also mu
 EF-SGD here does, which makes a difference where the rate decays; and it adds weight decay to g_k, at x~ and ahead of
 the compression, where it is the optimizer's here.
 
-Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``.
+Wire: see `mpicomp.exchange.sums.aggregate`. Memory: ``e`` and ``x_{t-1}``; ``error_average`` and
+``smallest_ratio`` one vector more each.
 
 In a script:
 
@@ -58,8 +62,9 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.base import GradientSum, require_momentum, require_no_momentum
-from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
+from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
+from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import IN_FLIGHT, PUBLIC_COPY
@@ -77,14 +82,14 @@ class GMCState:
 
     """
 
-    feedback: FeedbackState
+    feedback: ErrorMemory
     previous: Tensor = field(metadata=PUBLIC_COPY)
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
 
 
 @dataclass(frozen=True)
-class GMC(GradientSum[GMCState]):
+class GMC(ErrorMemorySum[GMCState]):
     """Global momentum compression.
 
     Attributes:
@@ -116,14 +121,14 @@ class GMC(GradientSum[GMCState]):
         """Return an error of zero, and the model as that of the step before: there is no momentum yet."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("GMC", local)
-        feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
-        return GMCState(feedback, local.x.clone(), self.init_delayed(local))
+        return GMCState(self.init_memory(local, exchange), local.x.clone(), self.init_delayed(local))
 
     def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         feedback, x, previous = ErrorFeedback(self.compressor), local.x, state.previous
         delayed = self.start_delayed_sum(local, state, exchange)
         detached = self._detached_point(local, state) if self.detachment else None
+        self.keep_error(state)
         if not self.overlap:
             self._add_momentum_(local, state)  # of x_t - x_{t-1}
         previous.copy_(x)
@@ -136,7 +141,7 @@ class GMC(GradientSum[GMCState]):
         self.update_with_delayed_sum(delayed, local, state)
         if self.overlap:
             self._add_momentum_(local, state)  # of x_{t+1} - x_t
-        q = feedback.compress_sum(local.spec, state.feedback)  # q_k and e_k
+        q = self.compress_sum(local, state)  # q_k and e_k
         self.sum_and_update(q, local, state, exchange)
 
     def _detached_point(self, local: Local, state: GMCState) -> Tensor:
@@ -152,7 +157,3 @@ class GMC(GradientSum[GMCState]):
         for part, group in local.groups:
             if group["lr"]:  # a schedule that begins at zero has made no step yet
                 state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
-
-    def diagnostics(self, local: Local, state: GMCState) -> dict[str, float]:
-        """Return ``error_norm``, |e|."""
-        return {"error_norm": float(state.feedback.residual.norm())}

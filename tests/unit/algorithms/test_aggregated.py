@@ -47,6 +47,39 @@ class TestTranscriptions:
         close(trained.x, everywhere(x, n))
         close(np.stack([state.feedback.residual for state in trained.states]), e)
 
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("mu", [0.0, 0.9])
+    def test_loco(self, graph, mu, overlap):
+        """The listing, with an error in the unit of a gradient and a reset after every seventh message."""
+        n, beta = graph.size, 0.8
+        x, last, e, u = np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM)), np.zeros((n, DIM))
+        for step in range(30):
+            u = mu * u + gradients(everywhere(x, n))
+            q = top_k(u + e, KEPT)
+            e = beta * e + (1 - beta) * (u + e - q)
+            if step % 7 == 6:
+                e = np.zeros((n, DIM))
+            arrived, last = (last, q.mean(axis=0)) if overlap else (q.mean(axis=0), last)
+            x = x - LR * arrived
+        method = EFSGD(TOP, momentum=mu, overlap=overlap, error_average=beta, error_reset_steps=7)
+        trained = train(method, graph, 30)
+        close(trained.x, everywhere(x, n))
+        close(np.stack([state.feedback.residual for state in trained.states]), e)
+
+    def test_loco_adds_a_part_of_all_that_is_not_sent_and_loses_nothing(self, graph):
+        """Its other form, in the unit of a parameter, with a rate that changes."""
+        n, beta, rates = graph.size, 0.8, [0.0, 0.05, *(0.1 / (1 + 0.2 * t) for t in range(28))]
+        x, unsent = np.zeros(DIM), np.zeros((n, DIM))
+        for lr in rates:
+            moved = lr * gradients(everywhere(x, n))
+            q = top_k(moved + (1 - beta) * unsent, KEPT)
+            unsent = unsent + moved - q
+            x = x - q.mean(axis=0)
+        trained = train(EFSGD(TOP, error_average=beta), graph, 30, lr=rates)
+        close(trained.x, everywhere(x, n))
+        errors = np.stack([state.feedback.residual for state in trained.states])
+        close(rates[-1] * errors / (1 - beta), unsent)
+
     @pytest.mark.parametrize("mu", [0.0, 0.9])
     def test_ef_sgd_whose_rate_changes(self, graph, mu):
         """The listing of the papers: the error is of what moves the model, lr u."""
@@ -104,6 +137,27 @@ class TestTranscriptions:
             e = p - q
             before, x = x, x - LR * q.mean(axis=0)
         trained = train(GMC(TOP, momentum=0.9, detachment=detachment), graph, 30)
+        close(trained.x, everywhere(x, n), 1e-10)
+        close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_gmc_with_the_error_memory_of_loco(self, graph, overlap):
+        n = graph.size
+        x, before, last, e = np.zeros(DIM), np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM))
+        for step in range(30):
+            new = gradients(everywhere(x, n) - 0.3 * LR * e)
+            if overlap:
+                before, x = x, x - LR * last
+            new = new - 0.6 / LR * (x - before)
+            q = top_k(e + new, KEPT)
+            e = 0.5 * e + 0.5 * (e + new - q)
+            if step % 7 == 6:
+                e = np.zeros((n, DIM))
+            last = q.mean(axis=0)
+            if not overlap:
+                before, x = x, x - LR * last
+        memory = {"error_average": 0.5, "error_reset_steps": 7}
+        trained = train(GMC(TOP, momentum=0.6, detachment=0.3, overlap=overlap, **memory), graph, 30)
         close(trained.x, everywhere(x, n), 1e-10)
         close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
 
@@ -232,6 +286,27 @@ class TestIdentities:
             mean = gradients(everywhere(x, 3)).mean(axis=0)
             before, x = x, x - (0.1 if step < 20 else 0.01) * mean + 0.9 * (x - before)
         close(np.stack(loopback.run(3, serve)), everywhere(x, 3))
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_loco_that_averages_over_one_message_is_ef_sgd_bit_for_bit(self, overlap):
+        """1 - 1e-300 is 1: the average takes the whole new error, as it is."""
+        plain = train(EFSGD(TOP, momentum=0.5, overlap=overlap), ring(4), 30)
+        loco = train(EFSGD(TOP, momentum=0.5, overlap=overlap, error_average=1e-300), ring(4), 30)
+        assert (plain.x == loco.x).all()
+
+    @pytest.mark.parametrize("method", [EFSGD, GMC])
+    def test_loco_without_compression_has_no_error(self, method):
+        plain = train(method(momentum=0.5), star(3), 30)
+        loco = train(method(momentum=0.5, error_average=0.8, error_reset_steps=4), star(3), 30)
+        assert (plain.x == loco.x).all()
+
+    def test_a_reset_after_every_message_remembers_nothing(self):
+        forgets = train(EFSGD(TOP, error_reset_steps=1), star(3), 1)
+        assert all(not state.feedback.residual.any() for state in forgets.states)
+        x = np.zeros(DIM)
+        for _ in range(30):
+            x = x - LR * top_k(gradients(everywhere(x, 3)), KEPT).mean(axis=0)
+        close(train(EFSGD(TOP, error_reset_steps=1), star(3), 30).x, everywhere(x, 3))
 
     def test_gmc_plus_without_an_error_is_gmc_bit_for_bit(self):
         a, b = (train(GMC(Identity(), detachment=detachment), ring(5), 20) for detachment in (0.0, 1.0))
@@ -405,13 +480,15 @@ class TestTraffic:
     ("method", "decay", "vectors"),
     [
         *((EFSGD(TOP), 0, 1), (EFSGD(TOP, momentum=0.9), 0, 2), (GMC(TOP), 0, 2), (DGC(TOP), 0, 3)),
+        *((EFSGD(TOP, error_average=0.8), 0, 2), (GMC(TOP, error_average=0.8), 0, 3)),
         *((EFSGD(TOP), 0.1, 1), (EFSGD(TOP, momentum=0.9), 0.1, 3), (GMC(TOP), 0.1, 2), (DGC(TOP), 0.1, 4)),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_memory(method, decay, vectors):
     (state, *_) = train(method, ring(5), 1, weight_decay=decay).states
-    held = [*flatten(state).values(), getattr(state, "scratch", None)]
+    memory = getattr(state, "feedback", None)
+    held = [*flatten(state).values(), getattr(state, "scratch", None), getattr(memory, "previous", None)]
     assert [len(leaf) for leaf in held if isinstance(leaf, torch.Tensor)] == [DIM] * vectors
 
 
@@ -471,6 +548,15 @@ class TestBadInput:
     def test_parameters(self, arguments, message):
         with pytest.raises(ConfigError, match=message):
             DGC(TOP, **arguments)
+
+    @pytest.mark.parametrize("method", [EFSGD, GMC])
+    @pytest.mark.parametrize(
+        "arguments", [{"error_average": 1.0}, {"error_average": -0.1}, {"error_reset_steps": -1}], ids=str
+    )
+    def test_error_memory(self, method, arguments):
+        ((key, value),) = arguments.items()
+        with pytest.raises(ConfigError, match=rf"algorithm\.{key} = {value} must be"):
+            method(TOP, **arguments)
 
     def test_detachment(self):
         with pytest.raises(ConfigError, match=r"algorithm\.detachment"):

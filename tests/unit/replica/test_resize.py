@@ -66,6 +66,7 @@ def copied(state):
         DiLoCo(2, outer_momentum=0.5, inner=Choco(0.2, TopK(0.2))),
         NoLoCo(2),
         SparseLoCo(TopK(0.2), period=2),
+        EFSGD(TopK(0.2), error_average=0.5, smallest_ratio=0.1, ratio_period=4, gain_window=4, least_gain=0.1),
     ],
 )
 def test_what_becomes_of_the_state(tmp_path, algorithm, size):
@@ -89,6 +90,9 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
             assert torch.allclose(state[f"{at}v"].double(), mean(f"{at}v"), atol=1e-9)
         for slow in {"algorithm/phi", "algorithm/v", "algorithm/delta"} & state.keys():
             assert torch.allclose(state[slow], mean(slow).float(), atol=1e-6)
+        if f"{at}feedback/ratio/level" in state:
+            assert (state[f"{at}feedback/ratio/level"], state[f"{at}feedback/ratio/messages"]) == (1, 6)
+            assert torch.equal(state[f"{at}feedback/ratio/norms"], old[0][f"{at}feedback/ratio/norms"])
         if f"{at}w" in state:
             assert state[f"{at}w"] == 1
         if f"{at}compressor/stream" in state:
