@@ -19,6 +19,8 @@ TUNING_SEED = 100
 """The seed of all runs that choose settings; the table has others."""
 
 
+DECIDE_BY = ("accuracy", "loss", "time")
+
 WITH_HUB = ("asgd", "dc_asgd")
 """Methods whose rank 0 computes no gradients: it comes on top of the ranks of a study."""
 
@@ -36,6 +38,7 @@ class Variant:
     sections: Sections
     axes: tuple[Axis, ...] = ()
     ranks: int | None = None
+    epochs: int | None = None
     settings: tuple[str, ...] | None = None
 
 
@@ -54,8 +57,9 @@ class Study:
         finalists: how many of the best points of the search are run at full length.
         seeds: of the table.
         validation: how many training samples are held out to choose settings by.
-        decide_by: ``"accuracy"``, ``"loss"``, or ``"time to N %"``: the epochs until the mean accuracy of three
-            evaluations has come to N %.
+        decide_by: ``"accuracy"``, ``"loss"``, or ``"time"``: the epochs until the mean accuracy of three evaluations
+            has come to the target.
+        target: an accuracy in percent; the table then has epochs, seconds and megabytes to it.
         reference: the method with which the others are compared.
         check: the method and setting of the short run that CI repeats.
         common: the sections of the configuration that all runs have.
@@ -75,6 +79,7 @@ class Study:
     seeds: tuple[int, ...]
     validation: int
     decide_by: str
+    target: float | None
     reference: str
     check: tuple[str, str]
     common: Sections
@@ -114,12 +119,14 @@ class Study:
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StudyError(f"{path}: {error}") from error
         values: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
-        values |= {"finalists": 2, "common": {}, "reference": "", **table}
+        values |= {"finalists": 2, "target": None, "common": {}, "reference": "", **table}
         known = [field.name for field in fields(cls) if field.name != "folder"]
         if unknown := [key for key in values if key not in known]:
             raise StudyError(f"{path}: {unknown[0]} is unknown; a study has {', '.join(known)}")
         if missing := [key for key in known if key not in values]:
             raise StudyError(f"{path}: {missing[0]} is missing")
+        if values["decide_by"] not in DECIDE_BY or (values["decide_by"] == "time" and values["target"] is None):
+            raise StudyError(f"{path}: decide_by must be one of {', '.join(DECIDE_BY)}; time needs a target, in percent")
         for key in ("settings", "methods"):
             values[key] = tuple(_variant(path, key, *pair) for pair in values[key].items())
         values |= {"check": tuple(values["check"]), "seeds": tuple(values["seeds"])}
@@ -139,10 +146,11 @@ def _variant(path: Path, key: str, name: str, table: Sections) -> Variant:
         if set(given) != {"start", "factor"} or not given["start"] > 0 or not given["factor"] > 1:
             raise StudyError(f"{path}: {key}.{name}.search.{axis!r} needs start > 0 and factor > 1")
         axes.append(Axis(axis, float(given["start"]), float(given["factor"])))
-    title, ranks, chosen = table.pop("title", name), table.pop("ranks", None), table.pop("settings", None)
+    title, chosen = table.pop("title", name), table.pop("settings", None)
+    ranks, epochs = table.pop("ranks", None), table.pop("epochs", None)
     if wrong := [entry for entry, value in table.items() if not isinstance(value, dict)]:
         raise StudyError(f"{path}: {key}.{name}.{wrong[0]} is no section of a configuration")
-    return Variant(name, title, table, tuple(axes), ranks, None if chosen is None else tuple(chosen))
+    return Variant(name, title, table, tuple(axes), ranks, epochs, None if chosen is None else tuple(chosen))
 
 
 def merge_(into: Sections, part: Mapping[str, Any]) -> None:

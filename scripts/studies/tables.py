@@ -16,14 +16,18 @@ from tune import Cell, Choice, first_at
 
 Finished = tuple[Cell, Choice, list[Outcome]]
 CONFIDENCE = 0.95
+SECONDS = 5
+"""The place of the seconds in a row of a curve."""
 
 
 def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[str]:
     """Return the lines of the table of a setting, in Markdown."""
     quality = "test loss" if study.decide_by == "loss" else "test accuracy (%)"
-    target = study.decide_by.removeprefix("time to ") if study.decide_by.startswith("time to") else ""
-    columns = ["method", "chosen", quality, "ranks' own (%)", "MB sent a rank", f"at {2 * study.epochs} epochs"]
-    columns += [f"epochs to {target}", f"MB a rank to {target}"] if target else []
+    columns = ["method", "chosen", quality, "ranks' own (%)", "MB sent a rank", *seconds_heads(study, "seconds")]
+    columns += ["twice the length"]
+    if study.target:
+        target = f"to {study.target:g} %"
+        columns += [f"epochs {target}", f"MB a rank {target}", *seconds_heads(study, f"seconds {target}")]
     reference = next((outcomes for cell, _, outcomes in finished if cell.method.name == study.reference), None)
     columns += ["difference"] if reference else []
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
@@ -31,8 +35,8 @@ def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[
         name = cell.method.title + ("" if choice.is_inside else " (optimum at an edge)")
         chosen = ", ".join(f"{key.split('.')[1]} {value:g}" for key, value in choice.values.items())
         cells = [name, chosen, *summary(study, outcomes), doubled(study, choice)]
-        if target:
-            cells += reached(outcomes, float(target.split()[0]) / 100)
+        if study.target:
+            cells += reached(study, outcomes)
         if reference:
             cells.append("" if outcomes is reference else difference(study, outcomes, reference))
         lines.append(f"| {' | '.join(cells)} |")
@@ -44,10 +48,11 @@ def summary(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
     ended = [outcome for outcome in outcomes if not outcome["diverged"]]
     lost = f" ({len(outcomes) - len(ended)} of {len(outcomes)} diverged)" if len(ended) < len(outcomes) else ""
     if not ended:
-        return [f"-{lost}", "-", "-"]
+        return [f"-{lost}", *["-"] * (3 if study.simulate else 2)]
     own = [100 * outcome["own_accuracy"] for outcome in ended if outcome["own_accuracy"] is not None]
     sent = fmean(outcome["bytes_per_rank"] for outcome in ended) / 1e6
-    return [spread(qualities(study, ended)) + lost, spread(own), f"{sent:.1f}"]
+    seconds = [f"{fmean(outcome['curve'][-1][SECONDS] for outcome in ended):.0f}"] if study.simulate else []
+    return [spread(qualities(study, ended)) + lost, spread(own), f"{sent:.1f}", *seconds]
 
 
 def qualities(study: Study, outcomes: Sequence[Outcome]) -> list[float]:
@@ -61,11 +66,19 @@ def doubled(study: Study, choice: Choice) -> str:
     return f"{double - full:+.2f}"
 
 
-def reached(outcomes: Sequence[Outcome], accuracy: float) -> list[str]:
-    """Return the epochs and megabytes to an accuracy."""
-    rows = [row for outcome in outcomes if not outcome["diverged"] and (row := first_at(outcome["curve"], accuracy))]
+def reached(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the epochs, megabytes and simulated seconds to the target."""
+    assert study.target is not None
+    ended = [outcome for outcome in outcomes if not outcome["diverged"]]
+    rows = [row for outcome in ended if (row := first_at(outcome["curve"], study.target / 100))]
     never = f" ({len(outcomes) - len(rows)} of {len(outcomes)} never)" if len(rows) < len(outcomes) else ""
-    return [spread([row[0] for row in rows]) + never, spread([row[2] / 1e6 for row in rows])]
+    seconds = [spread([row[SECONDS] for row in rows], 0)] if study.simulate else []
+    return [spread([row[0] for row in rows]) + never, spread([row[2] / 1e6 for row in rows]), *seconds]
+
+
+def seconds_heads(study: Study, head: str) -> list[str]:
+    """Return the head of a column of simulated seconds, if there is one."""
+    return [head] if study.simulate else []
 
 
 def difference(study: Study, outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> str:
@@ -91,7 +104,7 @@ def write_tuned(finished: Sequence[Finished]) -> None:
         study = cell.study
         path = study.folder / cell.setting.name / f"{cell.method.name}.toml"
         path.parent.mkdir(exist_ok=True)
-        config = cell.config(choice.values, 0, epochs=study.epochs)
+        config = cell.config(choice.values, 0, epochs=cell.epochs)
         how = "simulate" if study.simulate else "loopback"
         path.write_text(
             f"# {cell.method.title}; {cell.setting.title}. Written by scripts/study {study.folder.as_posix()}:\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -59,13 +58,23 @@ class Cell:
         """The name of the cell, ``"SETTING/METHOD"``."""
         return f"{self.setting.name}/{self.method.name}"
 
+    @property
+    def epochs(self) -> int:
+        """The epochs of a run of the table."""
+        return self.method.epochs or self.study.epochs
+
+    @property
+    def short_epochs(self) -> int:
+        """The epochs of a run of the search: the same part of the table's runs for all methods."""
+        return max(1, self.study.short_epochs * self.epochs // self.study.epochs)
+
     def choose(self) -> Choice | None:
         """Choose the settings by the validation samples; None if no setting is stable. Raises OutOfTime."""
         study = self.study
         short: dict[str, Outcome] = {}
 
         def shortly(values: Values) -> float:
-            short[str(values)] = self.validated(values, study.short_epochs)
+            short[str(values)] = self.validated(values, self.short_epochs)
             return self.score(short[str(values)])
 
         points, is_inside = search(self.method.axes, study.points, shortly)
@@ -73,12 +82,12 @@ class Cell:
         # The best of a short search may be too bold for a long run: then the next ones are tried in their order.
         following = [values for values, outcome in zip(points, searched, strict=True) if not outcome["diverged"]]
         finalists = following[: study.finalists]
-        finalists.sort(key=lambda values: self.score(self.validated(values, study.epochs)), reverse=True)
+        finalists.sort(key=lambda values: self.score(self.validated(values, self.epochs)), reverse=True)
         refused: list[Values] = []
         for values in finalists + following[study.finalists :]:
-            full = self.validated(values, study.epochs)
+            full = self.validated(values, self.epochs)
             if not full["diverged"]:
-                double = self.validated(values, 2 * study.epochs)
+                double = self.validated(values, 2 * self.epochs)
                 if self.is_stable(full, double):
                     return Choice(values, is_inside, searched, full, double, refused)
             refused.append(values)
@@ -87,7 +96,7 @@ class Cell:
     def final(self, choice: Choice) -> list[Outcome]:
         """Return the outcomes of all seeds on the test samples. Raises OutOfTime."""
         return [
-            self._run(choice.values, self.study.epochs, seed, validation=0, purpose="table")
+            self._run(choice.values, self.epochs, seed, validation=0, purpose="table")
             for seed in self.study.seeds
         ]
 
@@ -122,8 +131,9 @@ class Cell:
             return -math.inf
         if self.study.decide_by == "loss":
             return -float(outcome["loss"])
-        if match := re.fullmatch(r"time to ([\d.]+) %", self.study.decide_by):
-            reached = first_at(outcome["curve"], float(match[1]) / 100)
+        if self.study.decide_by == "time":
+            assert self.study.target is not None
+            reached = first_at(outcome["curve"], self.study.target / 100)
             return -reached[0] if reached else -1000 + float(outcome["accuracy"])
         return float(outcome["accuracy"])
 

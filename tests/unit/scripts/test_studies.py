@@ -127,6 +127,7 @@ def test_the_configurations_of_all_studies_are_sound(path, tmp_path):
     ("old", "new", "message"),
     [
         ("points = 5", "", "points is missing"),
+        ("points = 5", "points = 5\ndecide_by = \"time\"", "decide_by must be one of"),
         ("points = 5", "pints = 5", "pints is unknown; a study has title, ranks"),
         ('settings = ["plain"]', 'settings = ["plane"]', "methods.two.settings names 'plane'"),
         ('check = ["plain", "one"]', 'check = ["other", "two"]', "check"),
@@ -143,7 +144,7 @@ def test_a_wrong_definition_names_the_key(tmp_path, old, new, message):
 
 
 def outcome(accuracy, epochs=4):
-    curve = [[epoch, 10 * epoch, 1000 * epoch, accuracy, 1.0] for epoch in range(1, epochs + 1)]
+    curve = [[epoch, 10 * epoch, 1000 * epoch, accuracy, 1.0, 0.5 * epoch] for epoch in range(1, epochs + 1)]
     figures = {"diverged": False, "accuracy": accuracy, "own_accuracy": accuracy, "loss": 1.0, "steps": 10 * epochs}
     return figures | {"bytes_per_rank": 1000 * epochs, "consensus_distance": 0.0, "curve": curve}
 
@@ -208,3 +209,23 @@ def test_differences_are_paired_by_seed(study):
     assert tables.difference(study, others, reference) == "+1.00 ± 0.00"
     assert tables.difference(study, [{"diverged": True}, outcome(0.61)], reference) == "-"
     assert tables.summary(study, [{"diverged": True}, outcome(0.61)])[0] == "61.00 (1 of 2 diverged)"
+
+
+def test_a_method_may_have_a_length_of_its_own(study, trained):
+    text = (study.folder / "study.toml").read_text().replace("[methods.one]", "[methods.one]\nepochs = 8")
+    (study.folder / "study.toml").write_text(text)
+    study = Study.read(study.folder)
+    setting, method = next(study.cells())
+    cell = Cell(Runs(study, math.inf), setting, method)
+    cell.final(cell.choose())
+    assert sorted({config["training"]["epochs"] for config in trained}) == [2, 8, 16]
+
+
+def test_seconds_and_bytes_to_a_target(study):
+    text = 'simulate = true\ntarget = 60\n' + (study.folder / "study.toml").read_text()
+    (study.folder / "study.toml").write_text(text)
+    study = Study.read(study.folder)
+    setting, method = next(study.cells())
+    outcomes = [outcome(0.61), outcome(0.61), outcome(0.5)]
+    assert tables.reached(study, outcomes) == ["3.00 ± 0.00 (1 of 3 never)", "0.00 ± 0.00", "2 ± 0"]
+    assert tables.summary(study, outcomes)[-1] == "2"
