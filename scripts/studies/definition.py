@@ -125,8 +125,9 @@ class Study:
             raise StudyError(f"{path}: {unknown[0]} is unknown; a study has {', '.join(known)}")
         if missing := [key for key in known if key not in values]:
             raise StudyError(f"{path}: {missing[0]} is missing")
-        if values["decide_by"] not in DECIDE_BY or (values["decide_by"] == "time" and values["target"] is None):
-            raise StudyError(f"{path}: decide_by must be one of {', '.join(DECIDE_BY)}; time needs a target, in percent")
+        decide_by = values["decide_by"]
+        if decide_by not in DECIDE_BY or (decide_by == "time" and values["target"] is None):
+            raise StudyError(f"{path}: decide_by must be one of {', '.join(DECIDE_BY)}; time needs a target in percent")
         for key in ("settings", "methods"):
             values[key] = tuple(_variant(path, key, *pair) for pair in values[key].items())
         values |= {"check": tuple(values["check"]), "seeds": tuple(values["seeds"])}

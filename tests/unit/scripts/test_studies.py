@@ -225,7 +225,6 @@ def test_seconds_and_bytes_to_a_target(study):
     text = 'simulate = true\ntarget = 60\n' + (study.folder / "study.toml").read_text()
     (study.folder / "study.toml").write_text(text)
     study = Study.read(study.folder)
-    setting, method = next(study.cells())
     outcomes = [outcome(0.61), outcome(0.61), outcome(0.5)]
     assert tables.reached(study, outcomes) == ["3.00 ± 0.00 (1 of 3 never)", "0.00 ± 0.00", "2 ± 0"]
     assert tables.summary(study, outcomes)[-1] == "2"
