@@ -95,10 +95,7 @@ class Cell:
 
     def final(self, choice: Choice) -> list[Outcome]:
         """Return the outcomes of all seeds on the test samples. Raises OutOfTime."""
-        return [
-            self._run(choice.values, self.epochs, seed, validation=0, purpose="table")
-            for seed in self.study.seeds
-        ]
+        return [self._run(choice.values, self.epochs, seed, validation=0, purpose="table") for seed in self.study.seeds]
 
     def validated(self, values: Values, epochs: int) -> Outcome:
         """Return the outcome of a run that is judged by the validation samples."""

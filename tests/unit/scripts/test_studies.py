@@ -127,7 +127,7 @@ def test_the_configurations_of_all_studies_are_sound(path, tmp_path):
     ("old", "new", "message"),
     [
         ("points = 5", "", "points is missing"),
-        ("points = 5", "points = 5\ndecide_by = \"time\"", "decide_by must be one of"),
+        ("points = 5", 'points = 5\ndecide_by = "time"', "decide_by must be one of"),
         ("points = 5", "pints = 5", "pints is unknown; a study has title, ranks"),
         ('settings = ["plain"]', 'settings = ["plane"]', "methods.two.settings names 'plane'"),
         ('check = ["plain", "one"]', 'check = ["other", "two"]', "check"),
@@ -222,7 +222,7 @@ def test_a_method_may_have_a_length_of_its_own(study, trained):
 
 
 def test_seconds_and_bytes_to_a_target(study):
-    text = 'simulate = true\ntarget = 60\n' + (study.folder / "study.toml").read_text()
+    text = "simulate = true\ntarget = 60\n" + (study.folder / "study.toml").read_text()
     (study.folder / "study.toml").write_text(text)
     study = Study.read(study.folder)
     outcomes = [outcome(0.61), outcome(0.61), outcome(0.5)]
