@@ -42,10 +42,10 @@ ALGORITHMS = {"gossip": "Choco(0.2, TopK(0.5), overlap=True)", "sum": "EFSGD(Top
 
 
 def run(body="pass", after="", prepare="", algorithm="gossip"):
-    """Return the exit code and what was printed, of a script on 3 ranks."""
+    """Return the exit code and what was printed, of a script on 2 ranks: one at fault, and one that waits for it."""
     program = PROGRAM.replace("PREPARE", prepare).replace("ALGORITHM", ALGORITHMS[algorithm])
     program = program.replace("TIMEOUT_S", str(TIMEOUT_S)).replace("BODY", body).replace("AFTER", after)
-    done = run_command(MPIEXEC, "-n", 3, sys.executable, "-c", program)
+    done = run_command(MPIEXEC, "-n", 2, sys.executable, "-c", program)
     output = done.stdout
     seconds = [time.time() - float(start) for start in re.findall(r"starts at (\d+\.\d+)", output)]
     assert not seconds or min(seconds) < TIMEOUT_S + END_S, output
@@ -54,10 +54,10 @@ def run(body="pass", after="", prepare="", algorithm="gossip"):
 
 def test_a_script_without_a_fault_goes_on_to_the_end():
     code, output = run()
-    assert code == 0 and output.count("went on to the end") == 3, output
+    assert code == 0 and output.count("went on to the end") == 2, output
 
 
-WAITS = r"rank [02] on \S+: no progress for .*: waits for rank 1 on \S+ \(PID \d+\).*hang_timeout_s"
+WAITS = r"rank 0 on \S+: no progress for .*: waits for rank 1 on \S+ \(PID \d+\).*hang_timeout_s"
 
 ENDED = {
     # pytorch/pytorch#38174: a rank has fewer batches, and waits at the end for its own process to be over

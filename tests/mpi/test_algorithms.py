@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import small
+from support.libraries import at_these_ranks
 from support.methods import ALL_REDUCE, DETERMINISTIC
 
 from mpicomp.algorithms import EFSGD, SGP, Choco, DeepSqueeze
@@ -17,7 +18,7 @@ def both(world, *args):
     return ours, loopback.run(world.size, small.train, *args) if world.rank == 0 else ours
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", at_these_ranks(DETERMINISTIC))
 def test_same_bits(world, name):
     for (x, loss, sent), (x_loop, loss_loop, sent_loop) in zip(*both(world, DETERMINISTIC[name]), strict=True):
         assert torch.equal(x, x_loop)

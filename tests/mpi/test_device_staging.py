@@ -6,6 +6,7 @@ Copies between the GPU and the host run as late as they may; what has not been c
 import pytest
 import torch
 from support import exchange_table, mailbox_table, small
+from support.libraries import at_these_ranks
 from support.methods import DETERMINISTIC
 from support.simulated_gpu import on_simulated_gpu, simulate_staging
 
@@ -39,7 +40,7 @@ def compare(world, algorithm, topology=None):
     return gpu
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", at_these_ranks(DETERMINISTIC))
 def test_same_bits_and_no_races(world, name):
     gpu = compare(world, DETERMINISTIC[name])
     if world.size > 1 and name not in SENDS_NOTHING:

@@ -5,11 +5,12 @@ depends on the library or on the number of ranks, not on the pair of them.
 """
 
 import pytest
+from support.libraries import IS_OPEN_MPI
 from support.script_table import params
 
 from mpicomp.exchange.mpi.library import MPI
 
-SIZE = 3 if MPI.Get_library_version().startswith("Open MPI") else 2
+SIZE = 3 if IS_OPEN_MPI else 2
 
 
 def is_for(row):
