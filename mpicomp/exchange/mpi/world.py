@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import check_schedule
+from mpicomp.exchange.base import Groups, check_schedule
 from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mailbox.window import WindowCounter
@@ -19,6 +19,7 @@ from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
+from mpicomp.exchange.mpi.node_shards import MpiNode
 from mpicomp.exchange.mpi.survivors import Survivors
 from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
@@ -80,6 +81,10 @@ class MpiWorld(Communicator):
         """Return the exchange over the edges of `schedule`."""
         check_schedule(schedule, self.size)
         return NeighborExchange(self, schedule, self.device, self.node_group)
+
+    def node(self, groups: Groups) -> MpiNode:
+        """Return the node of this rank; collective on all ranks."""
+        return MpiNode(self, groups, self.device)
 
     def node_group(self) -> NodeGroup | None:
         """Return what adds up dense vectors inside nodes; None for MPI alone. Collective on all ranks.
