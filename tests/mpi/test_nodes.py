@@ -42,5 +42,18 @@ def test_an_all_reduce_between_nodes(four):
     assert torch.allclose(x, expected, rtol=1e-12)
 
 
+def test_gloo_inside_nodes(four, world):
+    """What takes the place of NCCL on the CPU: ranks of a node hold the same bits, near those of MPI."""
+    if four is None:
+        return
+    by_gloo = MpiWorld(four.comm, device="cpu", node_sums="gloo")
+    groups = [[0, 2], [1, 3]]
+    x, _ = train_nodes(by_gloo, METHODS["choco"], groups)
+    expected, _ = loopback.run(RANKS, train_nodes, METHODS["choco"], groups)[four.rank]
+    assert torch.allclose(x, expected, rtol=1e-12)
+    bits = [values.numpy().tobytes() for values in by_gloo.all_gather(x)]
+    assert bits[0] == bits[2] and bits[1] == bits[3]
+
+
 def _plain(value):
     return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -13,6 +13,7 @@ from mpicomp.exchange.base import Groups, check_schedule, mean_in_order
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
+from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule
 
@@ -20,12 +21,18 @@ from mpicomp.topology.base import Schedule
 class MpiNode:
     """The `Node` of an MPI rank. Making one is collective on all ranks.
 
-    Between ranks of one machine, MPI passes messages through shared memory. Vectors of a GPU go through the host.
+    Between ranks of one machine, MPI passes messages through shared memory. Vectors of a GPU go through the host,
+    unless there is a `group`.
 
     Args:
         world: all ranks.
         groups: the ranks of each node.
         device: of the vectors.
+
+    Attributes:
+        inside: the ranks of the node.
+        is_on_one_machine: whether these are on the machine of this rank.
+        group: adds up inside the node, in an order of its own; None for MPI.
 
     """
 
@@ -35,7 +42,9 @@ class MpiNode:
         self.place = groups[self.number].index(world.rank)
         self.size = len(groups[self.number])
         self._device = device
-        self._inside = _Part(world, self.number, groups[self.number])
+        self.inside = _Part(world, self.number, groups[self.number])
+        self.is_on_one_machine = set(self.inside.all_gather(world.host)) == {world.host}
+        self.group: NodeGroup | None = None
         self._between = _Part(world, self.place, [group[self.place] for group in groups])
 
     def exchange(self, schedule: Schedule) -> NeighborExchange:
@@ -45,25 +54,32 @@ class MpiNode:
 
     @timed("exchange", "mean_shard")
     def mean_shard_(self, x: Tensor, shards: Sequence[slice]) -> None:
-        """Average the shard of this rank over the ranks of the node, in float64 and in their order."""
+        """Average the shard of this rank over the ranks of the node; by MPI in float64 and in their order."""
+        if self.group:
+            self.group.reduce_([x.detach()[shard] for shard in shards])
+            x.detach()[shards[self.place]] /= self.size
+            return
         host = x.detach().cpu()
         counts = _nbytes(host, shards)
         own = shards[self.place]
         gathered = torch.empty((self.size, own.stop - own.start), dtype=x.dtype)
         received = np.full(self.size, counts[self.place])
-        request = self._inside.comm.Ialltoallv(
+        request = self.inside.comm.Ialltoallv(
             [_bytes(host), counts, MPI.BYTE], [_bytes(gathered.view(-1)), received, MPI.BYTE]
         )
-        self._inside.wait(request, "reduce-scatter inside the node")
-        x[own] = mean_in_order(list(gathered)).to(x.device)
+        self.inside.wait(request, "reduce-scatter inside the node")
+        x.detach()[own] = mean_in_order(list(gathered)).to(x.device)
 
     @timed("exchange", "gather_shards")
     def gather_shards_(self, x: Tensor, shards: Sequence[slice]) -> None:
         """Overwrite each shard with that of the rank that owns it."""
+        if self.group:
+            self.group.broadcast_([x.detach()[shard] for shard in shards])
+            return
         own = x.detach()[shards[self.place]].cpu()
         whole = torch.empty(x.shape, dtype=x.dtype)
-        request = self._inside.comm.Iallgatherv(_bytes(own), [_bytes(whole), _nbytes(whole, shards), MPI.BYTE])
-        self._inside.wait(request, "all-gather inside the node")
+        request = self.inside.comm.Iallgatherv(_bytes(own), [_bytes(whole), _nbytes(whole, shards), MPI.BYTE])
+        self.inside.wait(request, "all-gather inside the node")
         x.detach().copy_(whole)
 
 

@@ -14,7 +14,7 @@ from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import PerTensor, TopK
 from mpicomp.compression.message import Spec
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import CheckpointError, ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.node import checked_groups, groups_of, groups_of_size
 from mpicomp.replica.node_shard import cut, part_of
@@ -118,6 +118,17 @@ def test_a_run_continues_bit_for_bit(name, tmp_path):
     whole, half = (Checkpoints(folder.path / "checkpoints").latest() for folder in folders)
     assert whole.manifest.step == half.manifest.step == 20
     assert_same_checkpoint(whole, half)
+
+
+def test_shards_are_not_dealt_to_other_ranks(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    config = configured("choco")
+    folder.save_config(config)
+    run(6, lambda world: train(config, world, folder))
+    checkpoint = Checkpoints(folder.path / "checkpoints").latest()
+    longer = configured("choco", "training.steps=30")
+    with pytest.raises(CheckpointError, match="--resize cannot deal"):
+        run(4, lambda world: train(longer, world, folder, checkpoint=checkpoint, resize=True))
 
 
 @pytest.mark.parametrize(
