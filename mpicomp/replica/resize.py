@@ -78,7 +78,8 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
     """Give every rank the state that `combine` makes, and return it; collective on all ranks.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way; ranks hold shards.
+        CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way, or
+            ranks hold shards.
 
     """
     if gossip.node is not None:
