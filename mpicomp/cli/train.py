@@ -300,8 +300,9 @@ def _prepare_folder(
     checkpoint.
     """
     path, error, has_ended = None, None, False
+    groups = config.topology.groups(world)
     try:
-        config.check(world.size)
+        config.check(world.size, groups)
         if world.rank == 0:
             folder, has_ended = _open_folder(config, request, checkpoint)
             path = folder.path

@@ -46,7 +46,7 @@ from mpicomp.config.sections import (
     shown,
 )
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Groups, World
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.topology.base import Schedule
 
@@ -154,22 +154,41 @@ class RunConfig:
         delay.sleep = world.sleep
         return delay
 
-    def check(self, size: int) -> tuple[Schedule, AnyAlgorithm]:
+    def check(self, size: int, groups: Groups | None = None) -> tuple[Schedule, AnyAlgorithm]:
         """Return graph and algorithm for `size` ranks, and check that they fit; allocates nothing large.
+
+        Args:
+            size: how many ranks there are.
+            groups: the ranks of each node, if the graph joins nodes.
 
         Raises:
             ConfigError: the graph does not exist at this size, or the algorithm cannot use it.
 
         """
-        schedule = self.topology.build(size)
+        schedule = self.topology.build(size if groups is None else len(groups))
         algorithm = self.algorithm.build(self.compression.build(), self.downlink.build())
         algorithm.check(schedule)
+        if groups is not None:
+            self._check_nodes(algorithm)
         if isinstance(algorithm, AsynchronousAlgorithm):
             self._check_asynchronous(algorithm, size)
             self._check_allocation(algorithm, size)
         if self.run.on_peer_loss == "continue":
             self._check_survivable(algorithm, size)
         return schedule, algorithm
+
+    def _check_nodes(self, algorithm: AnyAlgorithm) -> None:
+        """Raise ConfigError if the ranks of a node cannot hold one model together."""
+        if isinstance(algorithm, AsynchronousAlgorithm):
+            raise ConfigError(
+                f"topology.level = 'node' does not go with algorithm.kind = {self.algorithm.kind!r}: the ranks of a "
+                "node take every step together. Take a synchronous method, e.g. 'choco', or topology.level = 'rank'"
+            )
+        if self.compression.allocation != "uniform" or getattr(algorithm, "weights", None) == "volume":
+            raise ConfigError(
+                "topology.level = 'node': ratios and weights by the samples of a rank (compression.allocation, "
+                "algorithm.weights) are for graphs that join ranks. Leave them out, or set topology.level = 'rank'"
+            )
 
     def _check_survivable(self, algorithm: AnyAlgorithm, size: int) -> None:
         """Raise ConfigError if the ranks cannot continue when one of them dies."""

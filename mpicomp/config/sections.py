@@ -37,7 +37,9 @@ from mpicomp.config.signals import signal_number
 from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.loopback.network import Links
+from mpicomp.exchange.node import groups_by_host, groups_of_size
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.clipping import Clip
@@ -225,9 +227,27 @@ class TopologySection(Section):
 
     kind: str = "ring"
 
+    level: Literal["rank", "node"] = "rank"
+    """What the graph joins: ranks; or ``"node"``: nodes, each of several ranks that hold one model and share its
+    messages."""
+
+    node_size: NonNegativeInt = 0
+    """How many consecutive ranks a node has, with ``level = "node"``; 0: the ranks of a host are a node."""
+
     def build(self, size: int) -> Schedule:
-        """Return the graph over `size` ranks; raise TopologyError if there is none."""
+        """Return the graph over `size` ranks or nodes; raise TopologyError if there is none."""
         return make_topology(self.kind, size, **self.arguments())
+
+    def groups(self, world: World) -> Groups | None:
+        """Return the ranks of each node, None if the graph joins ranks; collective on all ranks.
+
+        Raises:
+            ConfigError: on every rank: the ranks do not divide into nodes of equal size.
+
+        """
+        if self.level == "rank":
+            return None
+        return groups_of_size(world.size, self.node_size) if self.node_size else groups_by_host(world)
 
 
 class CompressorSection(Section):
@@ -497,7 +517,10 @@ class SimulationSection(Section):
     """Seconds from the end of sending a message to its arrival."""
 
     bytes_per_s: float = Field(float("inf"), gt=0)
-    """The bandwidth of a rank's link to the network, in each direction: 12.5e6 for 100 Mbit/s."""
+    """The bandwidth of a node's link to the network, in each direction: 12.5e6 for 100 Mbit/s."""
+
+    node_size: PositiveInt = 1
+    """How many consecutive ranks share a link to the network. Messages between them take no time."""
 
     def gradient(self) -> Values:
         """Return the arguments for `GradientDelay` that set simulated time."""
@@ -505,7 +528,7 @@ class SimulationSection(Section):
 
     def links(self) -> Links:
         """Return the simulated network."""
-        return Links(self.latency_s, self.bytes_per_s)
+        return Links(self.latency_s, self.bytes_per_s, self.node_size)
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -73,6 +73,36 @@ class Exchange(Protocol):
         """
 
 
+Groups = tuple[tuple[int, ...], ...]
+"""The ranks of each node, ascending; every rank belongs to one."""
+
+
+class Node(Protocol):
+    """The node of a rank, seen from this rank. Methods are collective on the ranks of the node, `exchange` on all.
+
+    Attributes:
+        number: of the node among all nodes.
+        place: of the rank in its node, and the number of its shard.
+        size: how many ranks the node has, the same for all nodes.
+        groups: the ranks of all nodes.
+
+    """
+
+    number: int
+    place: int
+    size: int
+    groups: Groups
+
+    def exchange(self, schedule: Schedule) -> Exchange:
+        """Return the exchange between nodes over the edges of `schedule`: its ranks are the numbers of nodes."""
+
+    def mean_shard_(self, x: Tensor, shards: Sequence[slice]) -> None:
+        """Average `x` (n,) over the ranks of the node, in place, but only in the shard of this rank."""
+
+    def gather_shards_(self, x: Tensor, shards: Sequence[slice]) -> None:
+        """Overwrite each shard of `x` (n,) with that of the rank that owns it."""
+
+
 @dataclass(frozen=True)
 class Mail:
     """A message received from a mailbox.
@@ -232,6 +262,9 @@ class World(Protocol):
 
     def exchange(self, schedule: Schedule) -> Exchange:
         """Return the exchange over the edges of `schedule`; both must have the same number of ranks."""
+
+    def node(self, groups: Groups) -> Node:
+        """Return the node of this rank, given the ranks of every node."""
 
     def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> Mailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.

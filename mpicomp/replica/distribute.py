@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -34,6 +34,7 @@ from mpicomp.compression.wrap.by_rank import require_size
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook
+from mpicomp.exchange.node import checked_groups, groups_by_host
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.exchange.placement import DeviceKind
 from mpicomp.exchange.watchdog import Watchdog
@@ -65,6 +66,7 @@ def distribute(
     buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
+    groups: Sequence[Sequence[int]] | Literal["host"] | None = None,
     node_sums: NodeSums = "auto",
     hang_timeout_s: float = 600.0,
 ) -> Distributed: ...
@@ -96,6 +98,7 @@ def distribute(
     buffers: Buffers = "averaged",
     device: DeviceKind | None = None,
     allow_shared_gpu: bool = False,
+    groups: Sequence[Sequence[int]] | Literal["host"] | None = None,
     node_sums: NodeSums = "auto",
     hang_timeout_s: float = 600.0,
 ) -> Distributed:
@@ -121,6 +124,9 @@ def distribute(
         device: where to train: ``"cpu"``, ``"cuda"`` for the GPU of this rank, ``"auto"`` for a GPU if there is one;
             the model is moved there. By default it stays where it is.
         allow_shared_gpu: whether several ranks may use one GPU.
+        groups: the ranks of each node, if `topology` joins nodes that hold one model each: lists of ranks, or
+            ``"host"`` for the ranks of each machine. The ranks of a node average their gradients, and each exchanges
+            its shard of the model with the same shard of neighbor nodes. For synchronous algorithms.
         node_sums: what adds up dense vectors inside a node, before MPI does between nodes: ``"nccl"``, ``"gloo"`` on
             the CPU, ``"mpi"``, or ``"auto"`` for NCCL if every rank has a GPU of its own and a node has several ranks.
             For `SSGD`, and for `buffers` every so many steps. If you pass `world`, that of `world` holds.
@@ -148,11 +154,16 @@ def distribute(
     place(model, optimizer, world, is_moved=device is not None)
     if compressor is not None:
         algorithm = with_compressor(algorithm, compressor)
+    nodes = None
+    if groups is not None:
+        nodes = groups_by_host(world) if groups == "host" else checked_groups(groups, world.size)
+    size = len(nodes) if nodes else world.size
     is_schedule = isinstance(getattr(topology, "union", None), Topology)  # a class has a property there, not a graph
-    schedule = cast(Schedule, topology if is_schedule else topology(world.size))
-    require_size(getattr(algorithm, "compressor", Identity()), world.size)
-    if schedule.size != world.size:
-        raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {world.size}")
+    schedule = cast(Schedule, topology if is_schedule else topology(size))
+    require_size(getattr(algorithm, "compressor", Identity()), size)
+    if schedule.size != size:
+        what = "nodes" if nodes else "ranks"
+        raise TopologyError(f"topology {schedule.name!r} has {schedule.size} ranks, but there are {size} {what}")
     if isinstance(buffers, int) and buffers < 1:
         raise ConfigError(f"buffers = {buffers} must be 'averaged', 'own', or a number of steps that is at least 1")
     if clip is not None and clip.after_sum and not algorithm.updates_with_sum:
@@ -160,11 +171,13 @@ def distribute(
             f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
         )
     if isinstance(algorithm, AsynchronousAlgorithm):
+        if nodes:
+            raise ConfigError(f"groups: {algorithm.name} has no common steps, which the ranks of a node take together")
         if isinstance(buffers, int):
             raise ConfigError(f"buffers = {buffers}: {algorithm.name} has no common steps. Use 'averaged' or 'own'.")
         gossip: Distributed = AsynchronousDistributed(model, optimizer, algorithm, schedule, world, is_own_world)
     else:
-        gossip = Distributed(model, optimizer, algorithm, schedule, world)
+        gossip = Distributed(model, optimizer, algorithm, schedule, world, world.node(nodes) if nodes else None)
     gossip.watchdog = watchdog
     gossip.local.clip, gossip.local.clip_sum = (None, clip) if clip and clip.after_sum else (clip, None)
     gossip.averages_buffers = buffers != "own"

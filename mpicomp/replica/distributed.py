@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mpicomp.algorithms.asynchronous.base import AnyAlgorithm
 from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import Gather, World
+from mpicomp.exchange.base import Gather, Node, World
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
 from mpicomp.replica.flat import Hook
 from mpicomp.replica.meter import Meter
+from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.optimizer import DistributedOptimizer
 from mpicomp.replica.record import Record
 from mpicomp.replica.replica import Replica
@@ -41,8 +42,9 @@ class Distributed(Replica):
         algorithm: AnyAlgorithm,
         schedule: Schedule,
         world: World,
+        node: Node | None = None,
     ) -> None:
-        super().__init__(model, optimizer, algorithm, schedule, world)
+        super().__init__(model, optimizer, algorithm, schedule, world, node)
         self._algorithm = algorithm
         self._phases: Phases | None = None
         self._meanwhile: Meanwhile = None
@@ -152,13 +154,24 @@ class Distributed(Replica):
 
     def _connect(self) -> None:
         assert isinstance(self.algorithm, Algorithm)
-        self.link = self._exchange = self.world.exchange(self.schedule)
-        self.state = self.algorithm.init(self.local, self._exchange)
+        connected = self.world if self.node is None else self.node
+        self.link = self._exchange = connected.exchange(self.schedule)
+        self.state = self.algorithm.init(self.part, self._exchange)
 
     def _make_phases(self) -> Phases:
         """Return the phases of a step."""
         assert isinstance(self.algorithm, Algorithm)
-        return self.algorithm.phases(self.local, self.state, self._exchange)
+        phases = self.algorithm.phases(self.part, self.state, self._exchange)
+        return self._between_nodes(phases, self.part) if isinstance(self.part, NodeShard) else phases
+
+    def _between_nodes(self, phases: Phases, shard: NodeShard) -> Phases:
+        """Do the phases of an algorithm that works on a shard; see `mpicomp.replica.node_shard`."""
+        for meanwhile in phases:
+            if self._algorithm.moves_model_for_gradient:
+                shard.share_model()
+            yield meanwhile
+            shard.share_gradient()
+        shard.share_model()
 
     def begin(self) -> None:
         """Begin a step, unless it has begun; collective on all ranks.
@@ -197,7 +210,7 @@ class Distributed(Replica):
     def _skip(self) -> None:
         """Take part in the exchange of this step without a gradient."""
         self.local.zero_grad()
-        self.local.skips_update = not self._algorithm.ranks_stay_equal
+        self.local.skips_update = not self._algorithm.ranks_stay_equal and self.node is None
 
     def _end(self) -> None:
         """Finish the step: restore frozen parameters, show the new ones, count the step, average buffers if due."""
@@ -210,7 +223,7 @@ class Distributed(Replica):
             self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:
             for buffer in self.local.buffers():
-                self._exchange.mean_(buffer.view(-1))
+                (self._exchange if self.node is None else self.world).mean_(buffer.view(-1))
         if self._ends is not None:
             self._ends.wait()
             self._ends = None

@@ -149,7 +149,7 @@ class Meter:
                 mean if own is None else own,
                 replica.bytes_sent,
                 seconds,
-                replica.algorithm.diagnostics(replica.local, replica.state),
+                replica.algorithm.diagnostics(replica.part, replica.state),
             )
         )
         # Computed once: a thousand ranks of a loopback would each take the means of a thousand rows.

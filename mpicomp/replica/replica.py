@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
+from mpicomp.algorithms.base import Local
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Node, World
 from mpicomp.exchange.guard import together
 from mpicomp.replica.consistency import require_same_tensors
 from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.state import (
     algorithm_leaves,
     load_algorithm_,
@@ -48,6 +50,8 @@ class Replica(ABC):
         algorithm: the training method.
         schedule: the graph of each step.
         local: the flat model.
+        part: what the algorithm works on: the flat model, or the shard of it that falls to this rank of a node.
+        node: the node that holds one model; None if each rank holds one.
         link: the transport of messages.
         state: of the algorithm.
         averages_buffers: whether the averaged model has averaged batch-norm statistics, or each rank's own.
@@ -65,14 +69,17 @@ class Replica(ABC):
         algorithm: AnyAlgorithm,
         schedule: Schedule,
         world: World,
+        node: Node | None = None,
     ) -> None:
         algorithm.check(schedule)
         self.world = world
+        self.node = node
         self.algorithm = algorithm
         self.schedule = schedule
         with together(world):
             self.local = FlatModel(model, optimizer)
         require_same_tensors(world, self.local)
+        self.part: Local = self.local if node is None else NodeShard(self.local, node)
         world.broadcast_(self.local.x)
         for tensor in self.local.untrained():
             common = tensor.detach().contiguous()
@@ -190,7 +197,7 @@ class Replica(ABC):
         """Return what checkpoints of this rank belong to; `config` is the text of a configuration, if there is one."""
         return RunIdentity(
             algorithm=repr(self.algorithm),
-            topology=topology_name(self.schedule),
+            topology=topology_name(self.schedule) + (f", nodes of {self.node.size} ranks" if self.node else ""),
             model=f"{type(self.local.model).__name__} with {self.local.spec.numel:,} parameters",
             config=config,
         )

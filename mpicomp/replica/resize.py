@@ -78,9 +78,15 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
     """Give every rank the state that `combine` makes, and return it; collective on all ranks.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way.
+        CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way, or
+            ranks hold shards.
 
     """
+    if gossip.node is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds a shard of each of {checkpoint.manifest.size} ranks (topology.level = 'node'): "
+            "start as many, --resize cannot deal them to others"
+        )
     rules = {f"algorithm/{path}": rule for path, rule in resize_rules(gossip.state).items()}
     if "refused" in rules.values():
         raise CheckpointError(

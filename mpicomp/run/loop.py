@@ -64,8 +64,9 @@ def train(
     use_clock(world.now)
     timeline = Timeline(world, folder.trace_path if folder else None, trace_steps)
     with Watchdog(world, config.run.hang_timeout_s) as watchdog, timeline:
+        groups = config.topology.groups(world)
         with together(world):
-            setup = set_up(config, world)
+            setup = set_up(config, world, groups)
         watchdog.moved()
         run = RunContext(config, world, setup, watchdog, folder, progress, callbacks, requests, checkpoint, resize)
         if isinstance(setup.algorithm, AsynchronousAlgorithm):
@@ -76,7 +77,8 @@ def train(
 def _train_in_step(run: RunContext) -> Result | None:
     """Train with a synchronous algorithm: all ranks do the same number of steps."""
     config, world, setup = run.config, run.world, run.setup
-    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+    node = world.node(setup.groups) if setup.groups else None
+    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
     gossip.local.delay = config.gradient_delay(world)
     gossip.local.clip = config.training.clip()
     seed_random(config.run.seed, world.rank)

@@ -21,7 +21,7 @@ from mpicomp.config.sections import TrainingSection
 from mpicomp.data.datasets import Dataset
 from mpicomp.data.partition import Indices
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Groups, World
 from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
@@ -39,6 +39,7 @@ class Setup:
         assignment: the samples of each training rank at each step; all take from one queue if its size is 1.
         trainers: how many ranks train.
         schedule: the graph of each step.
+        groups: the ranks of each node, if the graph joins nodes.
         algorithm: the training method.
         model: on the device of the rank.
         optimizer: over the parameters of `model`.
@@ -50,6 +51,7 @@ class Setup:
     assignment: BatchAssignment
     trainers: int
     schedule: Schedule
+    groups: Groups | None
     algorithm: AnyAlgorithm
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -89,9 +91,9 @@ class Setup:
         return loss
 
 
-def set_up(config: RunConfig, world: World) -> Setup:
+def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Setup:
     """Check everything, cheap checks first, and build what this rank needs; no communication."""
-    schedule, algorithm = config.check(world.size)
+    schedule, algorithm = config.check(world.size, groups)
     dataset, split = _load(config)
     trainers = sharers = world.size
     if isinstance(algorithm, AsynchronousAlgorithm):
@@ -108,7 +110,7 @@ def set_up(config: RunConfig, world: World) -> Setup:
     algorithm = with_volumes(algorithm, volumes, config.compression.allocation)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    return Setup(dataset, assignment, trainers, schedule, algorithm, model, optimizer, config.training)
+    return Setup(dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training)
 
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
@@ -139,12 +141,13 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     n, steps = sum(p.numel() for p in setup.model.parameters() if p.requires_grad), setup.steps
     resumed = [f"Going on after step {start}, from a checkpoint."] if start else []
     simulated = ", simulated time" if world.is_simulated else ""
+    nodes = f" in {len(setup.groups)} nodes" if setup.groups else ""
     allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
     is_pile = setup.assignment.size == 1 < setup.trainers
     length = f"{steps} batches" if is_pile else f"{steps} steps"
     each = f"samples, from one queue for {setup.trainers} ranks" if is_pile else "samples a rank"
     return [
-        f"{config.algorithm.kind} on {world.size} ranks ({config.topology.kind}, spectral gap "
+        f"{config.algorithm.kind} on {world.size} ranks{nodes} ({config.topology.kind}, spectral gap "
         f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
         f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",

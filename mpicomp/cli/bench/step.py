@@ -119,8 +119,9 @@ def step(
 
 def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, length: int) -> Steps:
     with guard(world, debug=debug):
+        groups = config.topology.groups(world)
         with together(world):
-            setup = set_up(config, world)
+            setup = set_up(config, world, groups)
             if isinstance(setup.algorithm, AsynchronousAlgorithm):
                 raise ConfigError(
                     f"algorithm.kind = {config.algorithm.kind!r}: its ranks have no common steps; bench step times "
@@ -132,7 +133,8 @@ def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, 
 def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: int) -> Steps:
     """Measure the steps of `setup`; collective on all ranks."""
     assert not isinstance(setup.algorithm, AsynchronousAlgorithm)
-    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world)
+    node = world.node(setup.groups) if setup.groups else None
+    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
     gossip.local.delay = config.gradient_delay(world)
     alone = _Alone(setup, config)
     seed_random(config.run.seed, world.rank)

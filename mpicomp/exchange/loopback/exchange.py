@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from mpicomp.compression.message import Layout, Payload
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import all_reduce_nbytes, check_message, check_schedule, mean_in_order
-from mpicomp.exchange.loopback.scheduler import Message, Scheduler
+from mpicomp.exchange.loopback.scheduler import Message, Scheduler, Sender
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
 
@@ -46,12 +46,31 @@ class LoopbackPending:
 
 
 class LoopbackExchange:
-    """The `Exchange` between the threads of one process."""
+    """The `Exchange` between the threads of one process.
 
-    def __init__(self, scheduler: Scheduler, rank: int, number: int, schedule: Schedule, device: torch.device) -> None:
-        check_schedule(schedule, scheduler.size)
+    Args:
+        scheduler: of all threads.
+        rank: this one, among the ranks of the exchange.
+        number: of the exchange, the same on all ranks.
+        schedule: the graph of each step.
+        device: of the payloads.
+        threads: the number of the thread of each rank; by default rank i is thread i.
+
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        rank: int,
+        number: int,
+        schedule: Schedule,
+        device: torch.device,
+        threads: Sequence[int] | None = None,
+    ) -> None:
+        self._threads = range(scheduler.size) if threads is None else threads
+        check_schedule(schedule, len(self._threads))
         self.rank = rank
-        self.size = scheduler.size
+        self.size = len(self._threads)
         self.schedule = schedule
         self.bytes_sent = 0
         self._scheduler = scheduler
@@ -80,9 +99,9 @@ class LoopbackExchange:
     @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
-        mean_over_ranks_(self._scheduler, self.rank, x)
+        mean_over_ranks_(self._scheduler, self._threads[self.rank], x, self._threads)
         nbytes = all_reduce_nbytes(x, self.size)
-        self._scheduler.all_reduce(self.rank, nbytes)
+        self._scheduler.all_reduce(self._threads[self.rank], nbytes, self.size)
         self.bytes_sent += nbytes
 
     def _begin(self) -> None:
@@ -100,7 +119,8 @@ class LoopbackExchange:
         return Message(wire, nbytes, readers, self._pool)
 
     def _post(self, messages: Mapping[int, Message]) -> None:
-        self._scheduler.post((self._number, self.rank), messages)
+        thread = self._threads[self.rank]
+        self._scheduler.post((self._number, thread), {self._threads[to]: m for to, m in messages.items()})
         self.bytes_sent += sum(message.nbytes for message in messages.values())
 
     def _buffer(self, nbytes: int) -> Tensor:
@@ -111,21 +131,28 @@ class LoopbackExchange:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _is_there(self, sources: list[int]) -> bool:
-        return self._scheduler.is_there(self.rank, [(self._number, source) for source in sources])
+        return self._scheduler.is_there(self._threads[self.rank], self._senders(sources))
 
     def _take(self, sources: list[int]) -> list[Message]:
         assert self._is_pending, "waited for twice"
-        self._held = self._scheduler.take(self.rank, [(self._number, source) for source in sources])
+        self._held = self._scheduler.take(self._threads[self.rank], self._senders(sources))
         self._is_pending = False
         return self._held
 
+    def _senders(self, sources: list[int]) -> list[Sender]:
+        return [(self._number, self._threads[source]) for source in sources]
 
-def mean_over_ranks_(scheduler: Scheduler, rank: int, x: Tensor) -> None:
-    """Average `x` over all ranks: one rank for each core averages a piece, and every rank copies all pieces."""
-    vectors = scheduler.gather(rank, x.detach().view(-1), "mean_")
-    workers = min(scheduler.size, scheduler.cores)
-    begin, end = (len(vectors[rank]) * min(i, workers) // workers for i in (rank, rank + 1))
-    mean = mean_in_order([vector[begin:end] for vector in vectors]) if rank < workers else None
+
+def mean_over_ranks_(scheduler: Scheduler, rank: int, x: Tensor, among: Sequence[int]) -> None:
+    """Average `x` over the ranks `among` which this one is: some average a piece, and all copy all pieces.
+
+    Collective on all ranks, which may form several such sets.
+    """
+    everyone = scheduler.gather(rank, x.detach().view(-1), "mean_")
+    vectors, place = [everyone[other] for other in among], among.index(rank)
+    workers = min(len(among), scheduler.cores)
+    begin, end = (len(vectors[place]) * min(i, workers) // workers for i in (place, place + 1))
+    mean = mean_in_order([vector[begin:end] for vector in vectors]) if place < workers else None
     means = scheduler.gather(rank, mean, "mean_")
     # The second gather is also a barrier: no rank overwrites its vector before all have read it.
-    torch.cat([mean for mean in means if mean is not None], out=vectors[rank])
+    torch.cat([mean for mean in (means[other] for other in among) if mean is not None], out=vectors[place])

@@ -1,15 +1,16 @@
 """The network of a simulation: when a message arrives.
 
-Each rank has one port to the network, as a host has one network card. The port sends at `Links.bytes_per_s` and, at the
-same time, receives at the same speed. What a rank sends to several targets at once shares its port and ends together;
-what it sends later follows:
+Each node, of one rank or of several, has one port to the network, as a host has one network card. The port sends at
+`Links.bytes_per_s` and, at the same time, receives at the same speed. What a rank sends to several targets at once
+shares the port and ends together; what is sent later follows:
 
     begin  = max(now, the time at which the source's port is free to send)
     end    = begin + (bytes to all targets) / bytes_per_s
 
-The target's port takes messages in while they are being sent, in the order in which their sending was asked for:
+The target's port takes messages in while they are being sent. What arrives in one busy period of a port, in which it is
+never idle, takes as long as all its bytes do:
 
-    received = max(end, max(begin, the time at which the target's port is free to receive) + bytes / bytes_per_s)
+    received = max(end, begin of the busy period + (bytes in it so far) / bytes_per_s)
     arrival  = received + latency
 
 So a rank that sends to four neighbors takes four times as long as one that sends to a single one, and a hub is as slow
@@ -31,40 +32,50 @@ class Links:
     Attributes:
         latency_s: seconds from the end of sending to the arrival.
         bytes_per_s: the bandwidth in each direction.
+        node_size: how many consecutive ranks share a port. Messages between them take no time.
 
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
+    node_size: int = 1
 
 
 class Network:
     """The ports of all ranks, and when they are free. Times are whole nanoseconds, so that sums are exact."""
 
     def __init__(self, size: int, links: Links) -> None:
-        self._size = size
-        self._links = links
-        self._free_to_send_ns = [0] * size
-        self._free_to_receive_ns = [0] * size
+        self.links = links
+        ports = -(-size // links.node_size)
+        self._free_to_send_ns = [0] * ports
+        self._busy = [(0, 0)] * ports  # with receiving: since when, and for how long
 
     def send(self, source: int, nbytes: Mapping[int, int], now_ns: int) -> dict[int, int]:
         """Send messages of so many bytes to several targets at once and return when each arrives."""
-        begin_ns = max(now_ns, self._free_to_send_ns[source])
-        end_ns = self._free_to_send_ns[source] = begin_ns + self._transmission_ns(sum(nbytes.values()))
-        arrivals = {}
-        for target, size in nbytes.items():
-            free_ns = max(begin_ns, self._free_to_receive_ns[target]) + self._transmission_ns(size)
-            self._free_to_receive_ns[target] = free_ns
-            arrivals[target] = max(end_ns, free_ns) + round(1e9 * self._links.latency_s)
+        port = source // self.links.node_size
+        outside = {target: size for target, size in nbytes.items() if target // self.links.node_size != port}
+        begin_ns = max(now_ns, self._free_to_send_ns[port])
+        end_ns = begin_ns + self._transmission_ns(sum(outside.values()))
+        if outside:
+            self._free_to_send_ns[port] = end_ns
+        arrivals = dict.fromkeys(nbytes, now_ns)
+        for target, size in outside.items():
+            theirs = target // self.links.node_size
+            since_ns, lasts_ns = self._busy[theirs]
+            if begin_ns >= since_ns + lasts_ns:  # the port is idle by then
+                since_ns, lasts_ns = begin_ns, 0
+            since_ns, lasts_ns = min(since_ns, begin_ns), lasts_ns + self._transmission_ns(size)
+            self._busy[theirs] = since_ns, lasts_ns
+            arrivals[target] = max(end_ns, since_ns + lasts_ns) + round(1e9 * self.links.latency_s)
         return arrivals
 
-    def all_reduce_ns(self, nbytes: int) -> int:
-        """Return how long an all-reduce takes in which each rank sends `nbytes`, by 2 (size - 1) steps in a ring."""
-        return self._transmission_ns(nbytes) + 2 * (self._size - 1) * round(1e9 * self._links.latency_s)
+    def all_reduce_ns(self, nbytes: int, size: int) -> int:
+        """Return how long an all-reduce in a ring takes, by 2 (size - 1) steps in which each rank sends `nbytes`."""
+        return self._transmission_ns(nbytes) + 2 * (size - 1) * round(1e9 * self.links.latency_s)
 
     def free_ns(self) -> int:
         """Return when all ports are free."""
-        return max(*self._free_to_send_ns, *self._free_to_receive_ns)
+        return max(*self._free_to_send_ns, *(since_ns + lasts_ns for since_ns, lasts_ns in self._busy))
 
     def _transmission_ns(self, nbytes: int) -> int:
-        return round(1e9 * nbytes / self._links.bytes_per_s)
+        return round(1e9 * nbytes / self.links.bytes_per_s)

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpicomp.exchange.base import Stopped, check_schedule
+from mpicomp.exchange.base import Groups, Stopped, check_schedule
 from mpicomp.exchange.guard import is_agreed
 from mpicomp.exchange.loopback.exchange import LoopbackExchange, mean_over_ranks_
 from mpicomp.exchange.loopback.mailbox import Delays
 from mpicomp.exchange.loopback.network import Links
+from mpicomp.exchange.loopback.node import LoopbackNode
 from mpicomp.exchange.loopback.scheduler import Scheduler
 from mpicomp.exchange.loopback.simulated_time import SimulatedScheduler
 from mpicomp.exchange.mailbox.slots import SlotMailbox, slots_of
@@ -47,6 +48,11 @@ class LoopbackWorld:
         """Return the exchange over the edges of `schedule`."""
         self._exchanges += 1
         return LoopbackExchange(self._scheduler, self.rank, self._exchanges, schedule, self.device)
+
+    def node(self, groups: Groups) -> LoopbackNode:
+        """Return the node of this rank."""
+        self._exchanges += 2  # one number inside the node, and one between nodes
+        return LoopbackNode(self._scheduler, self.rank, self._exchanges - 1, groups, self.device)
 
     def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> SlotMailbox:
         """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
@@ -92,7 +98,7 @@ class LoopbackWorld:
 
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and in the order of ranks."""
-        mean_over_ranks_(self._scheduler, self.rank, x)
+        mean_over_ranks_(self._scheduler, self.rank, x, range(self.size))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

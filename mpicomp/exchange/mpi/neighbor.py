@@ -9,7 +9,7 @@ faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class NeighborExchange:
         schedule: the graph of each step.
         device: of the payloads.
         node_group: returns what adds up inside nodes, None for MPI alone; called on all ranks.
+        names: the rank that each rank is called by in reports; by default its own.
 
     Attributes:
         comm: the communicator of the neighborhood.
@@ -50,6 +51,7 @@ class NeighborExchange:
         schedule: Schedule,
         device: torch.device,
         node_group: Callable[[], NodeGroup | None],
+        names: Sequence[int] | None = None,
     ) -> None:
         self.rank = world.rank
         self.size = world.size
@@ -62,6 +64,7 @@ class NeighborExchange:
         )
         self.is_polite = world.is_polite
         self._node_group = node_group
+        self._names = range(world.size) if names is None else names
         self._staging = make_staging(device)
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
@@ -119,7 +122,7 @@ class NeighborExchange:
         sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
         payloads = self._staging.unpack(layout, sizes)
         for source, size, payload in zip(sources, sizes, payloads, strict=True):
-            check_message(payload, layout, size, source)
+            check_message(payload, layout, size, self._names[source])
         return dict(zip(sources, payloads, strict=True))
 
 
@@ -156,7 +159,7 @@ class _NeighborPending:
         assert self._exchange._pending is self, "waited for twice"
         if not self._is_complete:
             self._complete()
-            peers = [*self._sources, *self._targets]
+            peers = [self._exchange._names[peer] for peer in (*self._sources, *self._targets)]
             wait_all(self._requests, self._statuses, is_polite=self._exchange.is_polite, peers=peers)
         return self._exchange._finish(self._statuses, self._layout, self._sources)
 

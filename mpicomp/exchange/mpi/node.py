@@ -96,14 +96,23 @@ class NodeGroup:
             x /= self._world.size
             return
         shards = x.tensor_split(self._shards)
-        owned = [(owner, shard) for owner, shard in enumerate(shards) if shard.numel()]
-        self._inside(lambda group: [group.reduce([shard], _to(owner)) for owner, shard in owned])
+        self.reduce_(shards)
         if self._owners and shards[self._place].numel():
             host = shards[self._place].cpu()
             request = self._owners.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
             wait_all([request], is_polite=self._world.is_polite, operation="sum between nodes")
             host /= self._world.size
             shards[self._place].copy_(host)
+        self.broadcast_(shards)
+
+    def reduce_(self, shards: Sequence[Tensor]) -> None:
+        """Add up shard i over the ranks of the node, on rank i; the others' shards are used up. Collective on them."""
+        owned = [(owner, shard) for owner, shard in enumerate(shards) if shard.numel()]
+        self._inside(lambda group: [group.reduce([shard], _to(owner)) for owner, shard in owned])
+
+    def broadcast_(self, shards: Sequence[Tensor]) -> None:
+        """Overwrite shard i by that of rank i of the node; collective on the ranks of the node."""
+        owned = [(owner, shard) for owner, shard in enumerate(shards) if shard.numel()]
         self._inside(lambda group: [group.broadcast([shard], _from(owner)) for owner, shard in owned])
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from mpicomp.errors import ExchangeError
-from mpicomp.exchange.base import check_schedule
+from mpicomp.exchange.base import Groups, check_schedule
 from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mailbox.window import WindowCounter
@@ -19,6 +19,7 @@ from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
+from mpicomp.exchange.mpi.node_shards import MpiNode
 from mpicomp.exchange.mpi.survivors import Survivors
 from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
@@ -81,6 +82,16 @@ class MpiWorld(Communicator):
         check_schedule(schedule, self.size)
         return NeighborExchange(self, schedule, self.device, self.node_group)
 
+    def node(self, groups: Groups) -> MpiNode:
+        """Return the node of this rank; collective on all ranks.
+
+        What adds up dense vectors inside nodes does so here, too, if the ranks of each node are on one machine.
+        """
+        node = MpiNode(self, groups, self.device)
+        if self.node_sums and all(self.all_gather(node.is_on_one_machine)):
+            node.group = self._make_group(MPI.Intracomm(node.inside.comm.Dup()))
+        return node
+
     def node_group(self) -> NodeGroup | None:
         """Return what adds up dense vectors inside nodes; None for MPI alone. Collective on all ranks.
 
@@ -92,16 +103,22 @@ class MpiWorld(Communicator):
 
         """
         if self.node_sums and not self._node_group:
-            node = MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank))
-            try:
-                self._node_group = NodeGroup(self, node, self.node_sums, self.device)
-            except ExchangeError as error:
-                if not self._may_fall_back:
-                    raise
-                self.node_sums = None
-                if self.rank == 0:
-                    print(f"mpicomp: warning: dense sums by MPI alone: {error}", file=sys.stderr, flush=True)
+            self._node_group = self._make_group(
+                MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank))
+            )
         return self._node_group
+
+    def _make_group(self, node: MPI.Intracomm) -> NodeGroup | None:
+        assert self.node_sums
+        try:
+            return NodeGroup(self, node, self.node_sums, self.device)
+        except ExchangeError as error:
+            if not self._may_fall_back:
+                raise
+            self.node_sums = None
+            if self.rank == 0:
+                print(f"mpicomp: warning: dense sums by MPI alone: {error}", file=sys.stderr, flush=True)
+            return None
 
     def mailbox(
         self,

@@ -1,0 +1,105 @@
+"""A node over MPI: its ranks share a communicator, and the ranks of one place on all nodes share another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpicomp.exchange.base import Groups, check_schedule, mean_in_order
+from mpicomp.exchange.mpi.communicator import Communicator
+from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.neighbor import NeighborExchange
+from mpicomp.exchange.mpi.node import NodeGroup
+from mpicomp.timing import timed
+from mpicomp.topology.base import Schedule
+
+
+class MpiNode:
+    """The `Node` of an MPI rank. Making one is collective on all ranks.
+
+    Between ranks of one machine, MPI passes messages through shared memory. Vectors of a GPU go through the host,
+    unless there is a `group`.
+
+    Args:
+        world: all ranks.
+        groups: the ranks of each node.
+        device: of the vectors.
+
+    Attributes:
+        inside: the ranks of the node.
+        is_on_one_machine: whether these are on the machine of this rank.
+        group: adds up inside the node, in an order of its own; None for MPI.
+
+    """
+
+    def __init__(self, world: Communicator, groups: Groups, device: torch.device) -> None:
+        self.groups = groups
+        self.number = next(number for number, group in enumerate(groups) if world.rank in group)
+        self.place = groups[self.number].index(world.rank)
+        self.size = len(groups[self.number])
+        self._device = device
+        self.inside = _Part(world, self.number, groups[self.number])
+        self.is_on_one_machine = set(self.inside.all_gather(world.host)) == {world.host}
+        self.group: NodeGroup | None = None
+        self._between = _Part(world, self.place, [group[self.place] for group in groups])
+
+    def exchange(self, schedule: Schedule) -> NeighborExchange:
+        """Return the exchange between nodes over the edges of `schedule`."""
+        check_schedule(schedule, len(self.groups))
+        return NeighborExchange(self._between, schedule, self._device, lambda: None, self._between.members)
+
+    @timed("exchange", "mean_shard")
+    def mean_shard_(self, x: Tensor, shards: Sequence[slice]) -> None:
+        """Average the shard of this rank over the ranks of the node; by MPI in float64 and in their order."""
+        if self.group:
+            self.group.reduce_([x.detach()[shard] for shard in shards])
+            x.detach()[shards[self.place]] /= self.size
+            return
+        host = x.detach().cpu()
+        counts = _nbytes(host, shards)
+        own = shards[self.place]
+        gathered = torch.empty((self.size, own.stop - own.start), dtype=x.dtype)
+        received = np.full(self.size, counts[self.place])
+        request = self.inside.comm.Ialltoallv(
+            [_bytes(host), counts, MPI.BYTE], [_bytes(gathered.view(-1)), received, MPI.BYTE]
+        )
+        self.inside.wait(request, "reduce-scatter inside the node")
+        x.detach()[own] = mean_in_order(list(gathered)).to(x.device)
+
+    @timed("exchange", "gather_shards")
+    def gather_shards_(self, x: Tensor, shards: Sequence[slice]) -> None:
+        """Overwrite each shard with that of the rank that owns it."""
+        if self.group:
+            self.group.broadcast_([x.detach()[shard] for shard in shards])
+            return
+        own = x.detach()[shards[self.place]].cpu()
+        whole = torch.empty(x.shape, dtype=x.dtype)
+        request = self.inside.comm.Iallgatherv(_bytes(own), [_bytes(whole), _nbytes(whole, shards), MPI.BYTE])
+        self.inside.wait(request, "all-gather inside the node")
+        x.detach().copy_(whole)
+
+
+class _Part(Communicator):
+    """Some of the ranks of a world, with numbers of their own; they wait as in that world."""
+
+    def __init__(self, world: Communicator, color: int, members: Sequence[int]) -> None:
+        self.members = list(members)
+        self.comm = MPI.Intracomm(world.comm.Split(color, key=world.rank))
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        self.host = world.host
+        self.is_polite = world.is_polite
+        self.wait = world.wait  # type: ignore[method-assign]
+
+
+def _nbytes(x: Tensor, shards: Sequence[slice]) -> Any:
+    return np.array([(shard.stop - shard.start) * x.element_size() for shard in shards])
+
+
+def _bytes(host: Tensor) -> Any:
+    return host.view(torch.uint8).numpy()
