@@ -1,0 +1,370 @@
+"""What a step of each method would take over given links: measured computing, simulated messages.
+
+The gradient and the optimizer's step are measured on the model and a batch of a configuration. Each method then does
+steps with its own code, with that gradient: what it computes is measured, what it sends is counted, and its messages
+travel in simulated time (`mpicomp.exchange.loopback.network`). There, a gradient takes its measured seconds, and
+messages with overlap travel meanwhile.
+
+One rank is enough (`mpicomp.exchange.loopback.symmetric`): it hears from its neighbors what it sends itself. So a plan
+for 64 ranks takes memory for one model, and the time of one rank's steps; a sum round a ring is relayed and added up as
+often as with all of them. Of an irregular graph, it is the rank with the most neighbors. Sums are planned on a ring.
+
+DistributedDataParallel adds up buckets of gradients as the backward pass makes them, in their order:
+
+    end_b = max(time at which bucket b is complete, end_{b - 1}) + time of an all-reduce of bucket b
+    step = max(gradient, end of the last bucket) + optimizer's step
+
+with torch's sizes of buckets, 1 MiB for the first and 25 MiB for the others (Li et al. 2020, arXiv 2006.15704).
+
+What is not seen: ranks of unequal speed, links that others use, and computing that the transport of messages itself
+takes from the ranks. How much a step learns differs from method to method; this is about its seconds alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpicomp.algorithms import DPSGD, GMC, SSGD, AdaGossip, Algorithm, Choco, DiLoCo, LocalSGD, PowerSGD
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.topk import TopK
+from mpicomp.config.config import RunConfig
+from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.exchange.base import all_reduce_nbytes
+from mpicomp.exchange.loopback.network import Links, Network
+from mpicomp.exchange.loopback.symmetric import SymmetricExchange
+from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.gradient_delay import GradientDelay
+from mpicomp.topology import ring
+from mpicomp.topology.base import Schedule
+
+DDP = "DDP"
+
+MARGIN = 1.15
+"""A step that takes up to so many times as long as another one counts as equally fast: plans are not more accurate."""
+
+LOCAL_PERIOD = 8
+"""Steps from one mixing of local SGD to the next."""
+
+_RATIO = 0.01
+_OVERLAP = ((False, ""), (True, ", overlap"))
+_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
+_GRADIENTS = 7
+_LEAST_STEPS = 4
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that a plan looks at.
+
+    Attributes:
+        name: its name in the table.
+        make: makes the algorithm; raises ConfigError if that cannot have the compressor.
+        is_dense: whether it sends all of a model or gradient in every step.
+        on_ring: whether it is planned on a ring, whatever the graph of the configuration.
+        has_own_momentum: whether the optimizer must have none.
+        period: steps from one time that it sends to the next.
+
+    """
+
+    name: str
+    make: Callable[[], Algorithm]  # type: ignore[type-arg]
+    is_dense: bool = False
+    on_ring: bool = False
+    has_own_momentum: bool = False
+    period: int = 1
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What a rank computes in every step, measured.
+
+    Attributes:
+        gradient_s: seconds of forward and backward pass.
+        update_s: seconds of the optimizer's step.
+        copy_s: seconds of a copy of the parameters.
+        gradient: (n,) a gradient.
+        buckets: of `DistributedDataParallel`: the seconds from the begin of the forward pass at which each is complete,
+            and its number of bytes.
+
+    """
+
+    gradient_s: float
+    update_s: float
+    copy_s: float
+    gradient: Tensor
+    buckets: tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step of a method takes.
+
+    Attributes:
+        name: of the method.
+        seconds: of a step.
+        computing_s: the part of it in which the rank computes.
+        nbytes: bytes that a rank sends in a step.
+        is_dense: as in `Method`.
+        period: as in `Method`.
+
+    """
+
+    name: str
+    seconds: float
+    computing_s: float
+    nbytes: float
+    is_dense: bool
+    period: int = 1
+
+    @property
+    def waiting_s(self) -> float:
+        """The part of the step in which the rank waits for messages."""
+        return self.seconds - self.computing_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of all methods.
+
+    Attributes:
+        ranks: the number of ranks.
+        computing: what each rank computes in every step.
+        predictions: by method, in the order in which methods change training, the least first.
+        refused: by the name of each method that cannot be used here, why.
+
+    """
+
+    ranks: int
+    computing: Computing
+    predictions: tuple[Prediction, ...]
+    refused: dict[str, str]
+
+
+def methods(compressor: Compressor) -> list[Method]:
+    """Return the methods of a plan but DDP, those first that change training least; they compress by `compressor`."""
+    ratio = getattr(compressor, "ratio", None)
+    how = f"{100 * ratio:g} %" if isinstance(ratio, float) else type(compressor).__name__
+    gossip: dict[str, Callable[..., Algorithm]] = {  # type: ignore[type-arg]
+        "CHOCO": partial(Choco, 0.01),
+        "AdaGossip": partial(AdaGossip, 0.001),
+    }
+    return [
+        Method("all-reduce after the gradient (ssgd)", SSGD, is_dense=True),
+        Method("PowerSGD, rank 2", PowerSGD, on_ring=True, has_own_momentum=True),
+        *(
+            Method(f"GMC, {how}{mark}", partial(GMC, compressor, overlap=overlap), on_ring=True, has_own_momentum=True)
+            for overlap, mark in _OVERLAP
+        ),
+        Method("D-PSGD", DPSGD, is_dense=True),
+        Method("D-PSGD, overlap", partial(DPSGD, order="combine_then_adapt"), is_dense=True),
+        *(
+            Method(f"{name}, {how}{mark}", partial(make, compressor, overlap=overlap))
+            for name, make in gossip.items()
+            for overlap, mark in _OVERLAP
+        ),
+        Method(f"local SGD, every {LOCAL_PERIOD} steps", partial(LocalSGD, LOCAL_PERIOD), period=LOCAL_PERIOD),
+        Method(f"DiLoCo, every {DiLoCo.period} steps", DiLoCo, period=DiLoCo.period),
+    ]
+
+
+def plan(
+    config: RunConfig,
+    ranks: int,
+    links: Links,
+    sums: Links | None = None,
+    device: torch.device | str = "cpu",
+    stopwatch: Callable[[], float] = time.perf_counter,
+) -> Plan:
+    """Measure here what a rank computes, and return what a step of each method would take.
+
+    Args:
+        config: gives model, data, batch, optimizer, graph and compressor; without a compressor, it is top-k of 1 %. Its
+            method is not looked at.
+        ranks: their number, at least 2.
+        links: of messages between neighbors.
+        sums: of MPI's all-reduces; by default as `links`. DDP has the faster of the two.
+        device: on which a rank computes.
+        stopwatch: the time in seconds, when the device has done what it was given.
+
+    Raises:
+        ConfigError: there are fewer than two ranks, or fewer samples than in a batch.
+        TopologyError: the graph does not exist with so many ranks.
+
+    """
+    if ranks < 2:
+        raise ConfigError(f"--ranks {ranks}: a plan is about messages between ranks; give at least 2")
+    sums = sums or links
+    schedule = config.topology.build(ranks)
+    dataset = config.data.load()
+    size = config.training.batch_size
+    if size > len(dataset.train):
+        raise ConfigError(
+            f"training.batch_size = {size}: data.kind = {dataset.kind!r} has {len(dataset.train)} samples"
+        )
+    inputs, targets = dataset.batch("train", np.arange(size), device, (config.run.seed, 0, 0, 0))
+    model = config.model.build(dataset, config.run.seed).to(device)
+    computing = measure(model, config.optimizer.build, lambda model: dataset.loss(model(inputs), targets), stopwatch)
+    compressor = config.compression.build()
+    fastest = max(links, sums, key=lambda way: way.bytes_per_s)  # its all-reduce is not MPI's, and fills the link
+    predictions, refused = [predict_ddp(computing, ranks, fastest)], {}
+    for method in methods(TopK(_RATIO) if isinstance(compressor, Identity) else compressor):
+        own, build = copy.deepcopy(model), config.optimizer.build
+        optimizer = torch.optim.SGD(own.parameters(), lr=config.optimizer.lr) if method.has_own_momentum else build(own)
+        graph = ring(ranks) if method.on_ring else schedule
+        try:
+            predictions.append(predict(method, FlatModel(own, optimizer), computing, graph, links, sums, stopwatch))
+        except (ConfigError, TopologyError) as error:
+            refused[method.name] = str(error)
+    return Plan(ranks, computing, tuple(predictions), refused)
+
+
+def measure(
+    model: nn.Module,
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    loss: Callable[[nn.Module], Tensor],
+    stopwatch: Callable[[], float],
+) -> Computing:
+    """Measure gradient and optimizer's step on a copy of `model`: medians."""
+    model = copy.deepcopy(model)
+    local = FlatModel(model, build_optimizer(model))
+    local.closure = partial(loss, model)
+    times: dict[str, list[float]] = {"gradient": [], "update": [], "copy": []}
+    room = torch.empty_like(local.x)
+    for _ in range(1 + _GRADIENTS):
+        moments = [stopwatch()]
+        for action in (local.gradient, local.update, lambda: room.copy_(local.x)):
+            action()
+            moments.append(stopwatch())
+        for part, (begin, end) in zip(times, pairwise(moments), strict=True):
+            times[part].append(end - begin)
+    medians = {part: statistics.median(seconds[1:]) for part, seconds in times.items()}
+    buckets = _buckets(local, medians["gradient"], stopwatch)
+    return Computing(medians["gradient"], medians["update"], medians["copy"], local.g.clone(), buckets)
+
+
+def _buckets(local: FlatModel, gradient_s: float, stopwatch: Callable[[], float]) -> tuple[tuple[float, int], ...]:
+    """Return when each bucket is complete, as the parts of one gradient fall into `gradient_s`, and its bytes."""
+    arrived: list[tuple[float, int]] = []
+    begin = stopwatch()
+
+    def note(parameter: Tensor) -> None:
+        arrived.append((stopwatch() - begin, parameter.numel() * parameter.element_size()))
+
+    trained = [p for p in local.model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(note) for p in trained]  # type: ignore[no-untyped-call]
+    begin = stopwatch()
+    local.gradient()
+    whole_s = stopwatch() - begin
+    for hook in hooks:
+        hook.remove()
+    scale = gradient_s / whole_s if whole_s else 0.0
+    buckets: list[tuple[float, int]] = []
+    filled = 0
+    for number, (at_s, nbytes) in enumerate(arrived):
+        filled += nbytes
+        if filled >= (_BUCKET if buckets else _FIRST_BUCKET) or number == len(arrived) - 1:
+            buckets.append((scale * at_s, filled))
+            filled = 0
+    return tuple(buckets)
+
+
+def predict_ddp(computing: Computing, ranks: int, links: Links) -> Prediction:
+    """Return what a step of `DistributedDataParallel` takes; the equation is above."""
+    network, end_s, sent = Network(ranks, links), 0.0, 0
+    for complete_s, nbytes in computing.buckets:
+        part = all_reduce_nbytes(torch.empty(nbytes, dtype=torch.uint8, device="meta"), ranks)
+        end_s = max(end_s, complete_s) + network.all_reduce_ns(part) / 1e9
+        sent += part
+    computing_s = computing.gradient_s + computing.update_s
+    seconds = max(computing.gradient_s, end_s) + computing.update_s
+    return Prediction(DDP, seconds, computing_s, sent, is_dense=True)
+
+
+def predict(
+    method: Method,
+    local: FlatModel,
+    computing: Computing,
+    schedule: Schedule,
+    links: Links,
+    sums: Links,
+    stopwatch: Callable[[], float],
+) -> Prediction:
+    """Return what a step of `method` takes: medians over rounds of steps, after a first round.
+
+    Raises:
+        ConfigError: the method cannot have this compressor or optimizer.
+        TopologyError: it cannot use this graph.
+
+    """
+    algorithm = method.make()
+    algorithm.check(schedule)
+    exchange = SymmetricExchange(_busiest(schedule), schedule, links, sums, stopwatch)
+    steps = Steps(algorithm, local, exchange, computing.gradient, computing.gradient_s)
+    length = max(method.period, _LEAST_STEPS)
+    steps.run(length)
+    rounds = [steps.run(length) for _ in range(_ROUNDS)]
+    seconds, waiting_s, nbytes = (statistics.median(figures) / length for figures in zip(*rounds, strict=True))
+    return Prediction(method.name, seconds, seconds - waiting_s, nbytes, method.is_dense, method.period)
+
+
+class Steps:
+    """The steps of a method on one rank, in simulated time, always with the same gradient.
+
+    Args:
+        algorithm: the method.
+        local: the model.
+        exchange: has the simulated time.
+        gradient: (n,) the gradient of each step.
+        gradient_s: the seconds that it takes.
+
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,  # type: ignore[type-arg]
+        local: FlatModel,
+        exchange: SymmetricExchange,
+        gradient: Tensor,
+        gradient_s: float,
+    ) -> None:
+        self._algorithm, self._local, self._exchange, self._gradient = algorithm, local, exchange, gradient
+        self._state = algorithm.init(local, exchange)
+        self._delay = GradientDelay(gradient_s=gradient_s)
+        self._delay.sleep = exchange.sleep
+        exchange.skip()
+
+    def run(self, count: int) -> tuple[float, float, int]:
+        """Do `count` steps; return their seconds, those of waiting among them, and the bytes sent."""
+        exchange = self._exchange
+        begin, waited, sent = exchange.now(), exchange.waited_s, exchange.bytes_sent
+        for _ in range(count):
+            for meanwhile in self._algorithm.phases(self._local, self._state, exchange):
+                exchange.now()
+                self._local.g.copy_(self._gradient)
+                exchange.skip()  # the copy stands for the gradient, whose time comes now
+                self._delay.keep(0.0, meanwhile)
+        return exchange.now() - begin, exchange.waited_s - waited, exchange.bytes_sent - sent
+
+
+def choose(predictions: Sequence[Prediction]) -> Prediction:
+    """Return the first of `predictions` that is as fast as the fastest, within `MARGIN`."""
+    fastest_s = min(prediction.seconds for prediction in predictions)
+    return next(prediction for prediction in predictions if prediction.seconds <= MARGIN * fastest_s)
+
+
+def _busiest(schedule: Schedule) -> int:
+    """Return the rank with the most neighbors in the first graph."""
+    topology = schedule(0)
+    return max(range(topology.size), key=lambda rank: len(topology.targets(rank)) + len(topology.sources(rank)))
