@@ -211,7 +211,7 @@ def _report(
     facts, computing, out = machine(device), found.computing, console()
     print_machine(out, facts)
     out.print(
-        f"{' '.join([str(path), *overrides])}: {computing.gradient.numel():,} parameters; ms: gradient "
+        f"{' '.join([str(path), *overrides])}: {computing.parameters:,} parameters; ms: gradient "
         f"{1e3 * computing.gradient_s:.2f}, optimizer {1e3 * computing.update_s:.2f}, a copy of the parameters "
         f"{1e3 * computing.copy_s:.2f}",
         soft_wrap=True,

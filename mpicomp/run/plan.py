@@ -1,9 +1,9 @@
 """What a step of each method would take over given links: measured computing, simulated messages.
 
 The gradient and the optimizer's step are measured on the model and a batch of a configuration. Each method then does
-steps with its own code, with that gradient: what it computes is measured, what it sends is counted, and its messages
-travel in simulated time (`mpicomp.exchange.loopback.network`). There, a gradient takes its measured seconds, and
-messages with overlap travel meanwhile.
+steps with its own code: what it computes is measured, what it sends is counted, and its messages travel in simulated
+time (`mpicomp.exchange.loopback.network`). There, a gradient takes its measured seconds, and messages with overlap
+travel meanwhile.
 
 One rank is enough (`mpicomp.exchange.loopback.symmetric`): it hears from its neighbors what it sends itself. So a plan
 for 64 ranks takes memory for one model, and the time of one rank's steps; a sum round a ring is relayed and added up as
@@ -59,9 +59,8 @@ LOCAL_PERIOD = 8
 _RATIO = 0.01
 _OVERLAP = ((False, ""), (True, ", overlap"))
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
-_GRADIENTS = 7
-_LEAST_STEPS = 4
-_ROUNDS = 3
+_GRADIENTS = 15
+_WARM, _ROUND, _STEPS = 4, 4, 12
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Computing:
         gradient_s: seconds of forward and backward pass.
         update_s: seconds of the optimizer's step.
         copy_s: seconds of a copy of the parameters.
-        gradient: (n,) a gradient.
+        parameters: their number.
         buckets: of `DistributedDataParallel`: the seconds from the begin of the forward pass at which each is complete,
             and its number of bytes.
 
@@ -103,7 +102,7 @@ class Computing:
     gradient_s: float
     update_s: float
     copy_s: float
-    gradient: Tensor
+    parameters: int
     buckets: tuple[tuple[float, int], ...]
 
 
@@ -215,7 +214,11 @@ def plan(
         )
     inputs, targets = dataset.batch("train", np.arange(size), device, (config.run.seed, 0, 0, 0))
     model = config.model.build(dataset, config.run.seed).to(device)
-    computing = measure(model, config.optimizer.build, lambda model: dataset.loss(model(inputs), targets), stopwatch)
+
+    def loss(own: nn.Module) -> Tensor:
+        return dataset.loss(own(inputs), targets)
+
+    computing = measure(model, config.optimizer.build, loss, stopwatch)
     compressor = config.compression.build()
     fastest = max(links, sums, key=lambda way: way.bytes_per_s)  # its all-reduce is not MPI's, and fills the link
     predictions, refused = [predict_ddp(computing, ranks, fastest)], {}
@@ -223,8 +226,10 @@ def plan(
         own, build = copy.deepcopy(model), config.optimizer.build
         optimizer = torch.optim.SGD(own.parameters(), lr=config.optimizer.lr) if method.has_own_momentum else build(own)
         graph = ring(ranks) if method.on_ring else schedule
+        local = FlatModel(own, optimizer)
+        local.closure = partial(loss, own)
         try:
-            predictions.append(predict(method, FlatModel(own, optimizer), computing, graph, links, sums, stopwatch))
+            predictions.append(predict(method, local, computing, graph, links, sums, stopwatch))
         except (ConfigError, TopologyError) as error:
             refused[method.name] = str(error)
     return Plan(ranks, computing, tuple(predictions), refused)
@@ -242,16 +247,18 @@ def measure(
     local.closure = partial(loss, model)
     times: dict[str, list[float]] = {"gradient": [], "update": [], "copy": []}
     room = torch.empty_like(local.x)
-    for _ in range(1 + _GRADIENTS):
+    local.gradient()  # the first one takes longer
+    local.update()
+    for _ in range(_GRADIENTS):
         moments = [stopwatch()]
         for action in (local.gradient, local.update, lambda: room.copy_(local.x)):
             action()
             moments.append(stopwatch())
         for part, (begin, end) in zip(times, pairwise(moments), strict=True):
             times[part].append(end - begin)
-    medians = {part: statistics.median(seconds[1:]) for part, seconds in times.items()}
+    medians = {part: statistics.median(seconds) for part, seconds in times.items()}
     buckets = _buckets(local, medians["gradient"], stopwatch)
-    return Computing(medians["gradient"], medians["update"], medians["copy"], local.g.clone(), buckets)
+    return Computing(medians["gradient"], medians["update"], medians["copy"], local.x.numel(), buckets)
 
 
 def _buckets(local: FlatModel, gradient_s: float, stopwatch: Callable[[], float]) -> tuple[tuple[float, int], ...]:
@@ -301,7 +308,10 @@ def predict(
     sums: Links,
     stopwatch: Callable[[], float],
 ) -> Prediction:
-    """Return what a step of `method` takes: medians over rounds of steps, after a first round.
+    """Return what a step of `method` takes: medians over rounds of steps, after a few that are not counted.
+
+    ``local.closure`` computes the loss. The gradients are computed, too, because what follows finds the caches as they
+    leave them, but each counts as the measured seconds of all.
 
     Raises:
         ConfigError: the method cannot have this compressor or optimizer.
@@ -311,23 +321,23 @@ def predict(
     algorithm = method.make()
     algorithm.check(schedule)
     exchange = SymmetricExchange(_busiest(schedule), schedule, links, sums, stopwatch)
-    steps = Steps(algorithm, local, exchange, computing.gradient, computing.gradient_s)
-    length = max(method.period, _LEAST_STEPS)
-    steps.run(length)
-    rounds = [steps.run(length) for _ in range(_ROUNDS)]
+    steps = Steps(algorithm, local, exchange, local.gradient, computing.gradient_s)
+    steps.run(_WARM)
+    length = max(method.period, _ROUND)
+    rounds = [steps.run(length) for _ in range(max(1, _STEPS // length))]
     seconds, waiting_s, nbytes = (statistics.median(figures) / length for figures in zip(*rounds, strict=True))
     return Prediction(method.name, seconds, seconds - waiting_s, nbytes, method.is_dense, method.period)
 
 
 class Steps:
-    """The steps of a method on one rank, in simulated time, always with the same gradient.
+    """The steps of a method on one rank, in simulated time.
 
     Args:
         algorithm: the method.
         local: the model.
         exchange: has the simulated time.
-        gradient: (n,) the gradient of each step.
-        gradient_s: the seconds that it takes.
+        gradient: computes ``local.g``.
+        gradient_s: the simulated seconds that it takes.
 
     """
 
@@ -336,7 +346,7 @@ class Steps:
         algorithm: Algorithm,  # type: ignore[type-arg]
         local: FlatModel,
         exchange: SymmetricExchange,
-        gradient: Tensor,
+        gradient: Callable[[], object],
         gradient_s: float,
     ) -> None:
         self._algorithm, self._local, self._exchange, self._gradient = algorithm, local, exchange, gradient
@@ -352,8 +362,8 @@ class Steps:
         for _ in range(count):
             for meanwhile in self._algorithm.phases(self._local, self._state, exchange):
                 exchange.now()
-                self._local.g.copy_(self._gradient)
-                exchange.skip()  # the copy stands for the gradient, whose time comes now
+                self._gradient()
+                exchange.skip()
                 self._delay.keep(0.0, meanwhile)
         return exchange.now() - begin, exchange.waited_s - waited, exchange.bytes_sent - sent
 

@@ -29,7 +29,9 @@ def model():
 
 
 def gradient(local):
-    return torch.randn(local.x.shape, generator=torch.Generator().manual_seed(2))
+    """What writes the same gradient into every model."""
+    g = torch.randn(local.x.shape, generator=torch.Generator().manual_seed(2))
+    return lambda: local.g.copy_(g)
 
 
 def in_simulated_time(algorithm, schedule, count):
@@ -38,10 +40,10 @@ def in_simulated_time(algorithm, schedule, count):
     def train(world):
         local, exchange = model(), world.exchange(schedule)
         state, delay = algorithm.init(local, exchange), GradientDelay(gradient_s=GRADIENT_S)
-        delay.sleep = world.sleep
+        delay.sleep, compute = world.sleep, gradient(local)
         for _ in range(count):
             for meanwhile in algorithm.phases(local, state, exchange):
-                local.g.copy_(gradient(local))
+                compute()
                 delay.keep(0.0, meanwhile)
         return world.now(), exchange.bytes_sent
 
@@ -122,7 +124,7 @@ def test_what_a_rank_computes_is_part_of_its_step():
 
 def test_ddp_sums_buckets_one_after_another_as_they_are_complete():
     buckets = ((0.02, 100_000), (0.03, 20_000), (0.2, 40_000))
-    computing = Computing(0.2, 0.01, 0.0, torch.zeros(1), buckets)
+    computing = Computing(0.2, 0.01, 0.0, 40_000, buckets)
     found = predict_ddp(computing, 4, LINKS)
     # Each rank sends 1.5 vectors at 1 byte/us, in 6 steps of 3 ms: the first two sums end at 0.02 + 0.168 + 0.048 s.
     assert found.seconds == pytest.approx(0.236 + 0.078 + 0.01)
