@@ -25,7 +25,7 @@ from mpicomp.exchange.guard import guard, together
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.placement import device_of, only_gpu
-from mpicomp.run.plan import DDP, MARGIN, Plan, Prediction, choose
+from mpicomp.run.plan import DDP, MARGIN, Plan, Prediction, choose, choose_rarer
 from mpicomp.run.plan import plan as plan_steps
 from mpicomp.run.result import readable_bytes
 
@@ -149,7 +149,7 @@ def mean_plan(world: World, own: Plan) -> Plan:
     """Return the mean of the plans of all ranks, the same on all of them; collective on all ranks."""
     seconds = world.all_gather(
         (
-            [own.computing.gradient_s, own.computing.update_s, own.computing.copy_s],
+            [own.computing.gradient_s, own.computing.copy_s],
             [(prediction.seconds, prediction.computing_s) for prediction in own.predictions],
         )
     )
@@ -160,7 +160,7 @@ def mean_plan(world: World, own: Plan) -> Plan:
     ]
     return dataclasses.replace(
         own,
-        computing=dataclasses.replace(own.computing, gradient_s=measured[0], update_s=measured[1], copy_s=measured[2]),
+        computing=dataclasses.replace(own.computing, gradient_s=measured[0], copy_s=measured[1]),
         predictions=tuple(
             dataclasses.replace(prediction, seconds=step_s, computing_s=computing_s)
             for prediction, (step_s, computing_s) in zip(own.predictions, steps, strict=True)
@@ -179,13 +179,15 @@ def verdict(predictions: Sequence[Prediction]) -> list[str]:
         lines = [f"Do not compress here: {choice.name} has {gain}, and no compressed step is much faster."]
     else:
         lines = [f"Choice: {choice.name}, {gain}."]
-    every = choose([prediction for prediction in predictions if prediction.period == 1])
-    if every is not choice:
-        lines.append(f"Of those that send in every step: {every.name}, {ddp.seconds / every.seconds:.3g} times.")
+    rarer = choose_rarer(predictions)
+    if rarer:
+        lines.append(
+            f"With an exchange only once in many steps: {rarer.name}, {ddp.seconds / rarer.seconds:.3g} times."
+        )
     return [
         *lines,
-        f"The choice is the first row within {100 * (MARGIN - 1):.0f} % of the fastest; rows that change training "
-        "least come first. How much a step learns is another question: docs/which_method.md.",
+        f"The choice is the first row within {100 * (MARGIN - 1):.0f} % of the fastest that send in every step; rows "
+        "that change training least come first. How much a step learns is another question: docs/which_method.md.",
     ]
 
 
@@ -212,7 +214,7 @@ def _report(
     print_machine(out, facts)
     out.print(
         f"{' '.join([str(path), *overrides])}: {computing.parameters:,} parameters; ms: gradient "
-        f"{1e3 * computing.gradient_s:.2f}, optimizer {1e3 * computing.update_s:.2f}, a copy of the parameters "
+        f"{1e3 * computing.gradient_s:.2f}, a copy of the parameters "
         f"{1e3 * computing.copy_s:.2f}",
         soft_wrap=True,
         markup=False,
@@ -252,7 +254,6 @@ def _report(
                 "links": asdict(links),
                 "sums": asdict(sums),
                 "gradient_s": computing.gradient_s,
-                "update_s": computing.update_s,
                 "copy_s": computing.copy_s,
                 "predictions": [asdict(prediction) for prediction in found.predictions],
                 "refused": found.refused,

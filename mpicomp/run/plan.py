@@ -1,6 +1,6 @@
 """What a step of each method would take over given links: measured computing, simulated messages.
 
-The gradient and the optimizer's step are measured on the model and a batch of a configuration. Each method then does
+The gradient is measured on the model and a batch of a configuration. Each method then does
 steps with its own code: what it computes is measured, what it sends is counted, and its messages travel in simulated
 time (`mpicomp.exchange.loopback.network`). There, a gradient takes its measured seconds, and messages with overlap
 travel meanwhile.
@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,6 +59,7 @@ _RATIO = 0.01
 _OVERLAP = ((False, ""), (True, ", overlap"))
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 _GRADIENTS = 15
+_MOST_WARM, _WARM_S = 100, 0.5
 _WARM, _ROUND, _STEPS = 4, 4, 12
 
 
@@ -91,7 +91,6 @@ class Computing:
 
     Attributes:
         gradient_s: seconds of forward and backward pass.
-        update_s: seconds of the optimizer's step.
         copy_s: seconds of a copy of the parameters.
         parameters: their number.
         buckets: of `DistributedDataParallel`: the seconds from the begin of the forward pass at which each is complete,
@@ -100,7 +99,6 @@ class Computing:
     """
 
     gradient_s: float
-    update_s: float
     copy_s: float
     parameters: int
     buckets: tuple[tuple[float, int], ...]
@@ -221,7 +219,8 @@ def plan(
     computing = measure(model, config.optimizer.build, loss, stopwatch)
     compressor = config.compression.build()
     fastest = max(links, sums, key=lambda way: way.bytes_per_s)  # its all-reduce is not MPI's, and fills the link
-    predictions, refused = [predict_ddp(computing, ranks, fastest)], {}
+    predictions: list[Prediction] = []
+    refused: dict[str, str] = {}
     for method in methods(TopK(_RATIO) if isinstance(compressor, Identity) else compressor):
         own, build = copy.deepcopy(model), config.optimizer.build
         optimizer = torch.optim.SGD(own.parameters(), lr=config.optimizer.lr) if method.has_own_momentum else build(own)
@@ -232,7 +231,9 @@ def plan(
             predictions.append(predict(method, local, computing, graph, links, sums, stopwatch))
         except (ConfigError, TopologyError) as error:
             refused[method.name] = str(error)
-    return Plan(ranks, computing, tuple(predictions), refused)
+    update_s = max(0.0, predictions[0].computing_s - computing.gradient_s)  # of the all-reduce, which goes everywhere
+    ddp = predict_ddp(computing, update_s, ranks, fastest)
+    return Plan(ranks, computing, (ddp, *predictions), refused)
 
 
 def measure(
@@ -241,24 +242,30 @@ def measure(
     loss: Callable[[nn.Module], Tensor],
     stopwatch: Callable[[], float],
 ) -> Computing:
-    """Measure gradient and optimizer's step on a copy of `model`: medians."""
+    """Measure the gradient on a copy of `model`, as the optimizer moves it: medians."""
     model = copy.deepcopy(model)
     local = FlatModel(model, build_optimizer(model))
     local.closure = partial(loss, model)
-    times: dict[str, list[float]] = {"gradient": [], "update": [], "copy": []}
     room = torch.empty_like(local.x)
-    local.gradient()  # the first one takes longer
-    local.update()
+    begin = stopwatch()
+    for _ in range(_MOST_WARM):  # the allocator of memory learns what a step needs
+        local.gradient()
+        local.update()
+        if stopwatch() - begin > _WARM_S:
+            break
+    gradients, copies = [], []
     for _ in range(_GRADIENTS):
         moments = [stopwatch()]
-        for action in (local.gradient, local.update, lambda: room.copy_(local.x)):
-            action()
-            moments.append(stopwatch())
-        for part, (begin, end) in zip(times, pairwise(moments), strict=True):
-            times[part].append(end - begin)
-    medians = {part: statistics.median(seconds) for part, seconds in times.items()}
-    buckets = _buckets(local, medians["gradient"], stopwatch)
-    return Computing(medians["gradient"], medians["update"], medians["copy"], local.x.numel(), buckets)
+        local.gradient()
+        moments.append(stopwatch())
+        room.copy_(local.x)
+        moments.append(stopwatch())
+        gradients.append(moments[1] - moments[0])
+        copies.append(moments[2] - moments[1])
+        local.update()
+    gradient_s, copy_s = statistics.median(gradients), statistics.median(copies)
+    buckets = _buckets(local, gradient_s, stopwatch)
+    return Computing(gradient_s, copy_s, local.x.numel(), buckets)
 
 
 def _buckets(local: FlatModel, gradient_s: float, stopwatch: Callable[[], float]) -> tuple[tuple[float, int], ...]:
@@ -287,15 +294,15 @@ def _buckets(local: FlatModel, gradient_s: float, stopwatch: Callable[[], float]
     return tuple(buckets)
 
 
-def predict_ddp(computing: Computing, ranks: int, links: Links) -> Prediction:
-    """Return what a step of `DistributedDataParallel` takes; the equation is above."""
+def predict_ddp(computing: Computing, update_s: float, ranks: int, links: Links) -> Prediction:
+    """Return what a step of `DistributedDataParallel` takes, with `update_s` of the optimizer; see above."""
     network, end_s, sent = Network(ranks, links), 0.0, 0
     for complete_s, nbytes in computing.buckets:
         part = all_reduce_nbytes(torch.empty(nbytes, dtype=torch.uint8, device="meta"), ranks)
         end_s = max(end_s, complete_s) + network.all_reduce_ns(part) / 1e9
         sent += part
-    computing_s = computing.gradient_s + computing.update_s
-    seconds = max(computing.gradient_s, end_s) + computing.update_s
+    computing_s = computing.gradient_s + update_s
+    seconds = max(computing.gradient_s, end_s) + update_s
     return Prediction(DDP, seconds, computing_s, sent, is_dense=True)
 
 
@@ -369,7 +376,18 @@ class Steps:
 
 
 def choose(predictions: Sequence[Prediction]) -> Prediction:
-    """Return the first of `predictions` that is as fast as the fastest, within `MARGIN`."""
+    """Return the first that is as fast as the fastest, within `MARGIN`, of those that send in every step."""
+    return _first_of_fast([prediction for prediction in predictions if prediction.period == 1])
+
+
+def choose_rarer(predictions: Sequence[Prediction]) -> Prediction | None:
+    """Return the like of those that send once in many steps, if it is faster than the choice by more than `MARGIN`."""
+    rarer = [prediction for prediction in predictions if prediction.period > 1]
+    found = _first_of_fast(rarer) if rarer else None
+    return found if found and MARGIN * found.seconds < choose(predictions).seconds else None
+
+
+def _first_of_fast(predictions: Sequence[Prediction]) -> Prediction:
     fastest_s = min(prediction.seconds for prediction in predictions)
     return next(prediction for prediction in predictions if prediction.seconds <= MARGIN * fastest_s)
 

@@ -124,12 +124,12 @@ def test_what_a_rank_computes_is_part_of_its_step():
 
 def test_ddp_sums_buckets_one_after_another_as_they_are_complete():
     buckets = ((0.02, 100_000), (0.03, 20_000), (0.2, 40_000))
-    computing = Computing(0.2, 0.01, 0.0, 40_000, buckets)
-    found = predict_ddp(computing, 4, LINKS)
+    computing = Computing(0.2, 0.0, 40_000, buckets)
+    found = predict_ddp(computing, 0.01, 4, LINKS)
     # Each rank sends 1.5 vectors at 1 byte/us, in 6 steps of 3 ms: the first two sums end at 0.02 + 0.168 + 0.048 s.
     assert found.seconds == pytest.approx(0.236 + 0.078 + 0.01)
     assert found.nbytes == 240_000 and found.computing_s == pytest.approx(0.21)
-    fast = predict_ddp(computing, 4, Links())
+    fast = predict_ddp(computing, 0.01, 4, Links())
     assert fast.seconds == pytest.approx(0.21) and fast.waiting_s == pytest.approx(0)
 
 
@@ -146,7 +146,7 @@ def planned_at(bytes_per_s, ranks=4, *overrides, **kwargs):
 def test_the_choice_flips_with_the_bandwidth():
     slow, fast = planned_at(1e5), planned_at(1e11)
     assert choose(fast.predictions).name == DDP
-    chosen = choose([prediction for prediction in slow.predictions if prediction.period == 1])
+    chosen = choose(slow.predictions)
     assert not chosen.is_dense and chosen.seconds < slow.predictions[0].seconds / 5
     assert not slow.refused and len(slow.predictions) == 1 + len(methods(TOPK))
 
