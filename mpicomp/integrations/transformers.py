@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -49,7 +49,8 @@ class GossipTrainer(Trainer):
 
     Args:
         model, args, ...: as for `Trainer`; ``args.output_dir`` is a folder that all ranks share.
-        algorithm, topology, compressor, allow_shared_gpu, node_sums, hang_timeout_s: as for `mpicomp.distribute`.
+        algorithm, topology, compressor, allow_shared_gpu, groups, node_sums, hang_timeout_s: as for
+            `mpicomp.distribute`.
 
     Attributes:
         world: the ranks.
@@ -72,6 +73,7 @@ class GossipTrainer(Trainer):
         topology: Any,
         compressor: Compressor | None = None,
         allow_shared_gpu: bool = False,
+        groups: Sequence[Sequence[int]] | Literal["host"] | None = None,
         node_sums: NodeSums = "auto",
         hang_timeout_s: float = 600.0,
         **named: Any,
@@ -82,8 +84,8 @@ class GossipTrainer(Trainer):
         with together(world):
             refuse(args)
         how = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
-        where = {"allow_shared_gpu": allow_shared_gpu, "node_sums": node_sums, "hang_timeout_s": hang_timeout_s}
-        self._how: dict[str, Any] = how | where
+        where = {"allow_shared_gpu": allow_shared_gpu, "groups": groups, "node_sums": node_sums}
+        self._how: dict[str, Any] = how | where | {"hang_timeout_s": hang_timeout_s}
         # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
         state = args.distributed_state
         state.process_index, state.local_process_index = world.rank, world.local_rank

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.model_checks import plain_name
@@ -66,35 +66,44 @@ def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int) -> Co
     return None
 
 
-def require_same_model(world: World, local: FlatModel) -> None:
-    """Compare all ranks with rank 0; collective on all ranks.
+def require_same_model(world: World, local: FlatModel, groups: Groups | None = None) -> None:
+    """Compare all ranks with rank 0, or with the first rank of their node; collective on all ranks.
+
+    Args:
+        world: the ranks.
+        local: the model of this rank.
+        groups: the ranks of each node, if only these must hold the same model.
 
     Raises:
         ConfigError: on all ranks; names the rank that differs, and the difference.
 
     """
     own = compared(local)
-    _agree_on_first(world, _difference(world.broadcast(own), own, world.rank))
+    if groups is None:
+        _agree_on_first(world, _difference(world.broadcast(own), own, world.rank))
+    else:
+        first = next(group[0] for group in groups if world.rank in group)
+        _agree_on_first(world, _difference(world.all_gather(own)[first], own, world.rank, first))
 
 
-def _difference(first: Compared, other: Compared, rank: int) -> ConfigError | None:
+def _difference(first: Compared, other: Compared, rank: int, reference: int = 0) -> ConfigError | None:
     if other.rates != first.rates:
         return ConfigError(
-            f"rank {rank} has the learning rates {_shown(other.rates)}, rank 0 {_shown(first.rates)}: this method "
-            "needs the same on all ranks. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss "
-            "that is averaged over ranks"
+            f"rank {rank} has the learning rates {_shown(other.rates)}, rank {reference} {_shown(first.rates)}: both "
+            "need the same. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss that is averaged "
+            "over ranks"
         )
     if other.frozen != first.frozen:
         names = sorted(set(other.frozen) ^ set(first.frozen))[:4]
         return ConfigError(
-            f"rank {rank} and rank 0 have frozen different parameters ({', '.join(names)}): "
+            f"rank {rank} and rank {reference} have frozen different parameters ({', '.join(names)}): "
             "freeze the same on all ranks"
         )
     apart = abs(other.total - first.total)
     if not (apart <= TOLERANCE * first.absolute or math.isnan(apart)):  # what is not a number is reported elsewhere
         return ConfigError(
-            f"rank {rank} holds another model than rank 0 (sums of the parameters: {other.total:.9g} and "
-            f"{first.total:.9g}), but this method keeps them equal: something has changed parameters on one rank "
+            f"rank {rank} holds another model than rank {reference} (sums of the parameters: {other.total:.9g} and "
+            f"{first.total:.9g}), but both must be equal: something has changed parameters on one rank "
             "alone, such as loading or initializing them after mpicomp.distribute()"
         )
     return None

@@ -182,7 +182,7 @@ def distribute(
     gossip.local.clip, gossip.local.clip_sum = (None, clip) if clip and clip.after_sum else (clip, None)
     gossip.averages_buffers = buffers != "own"
     gossip.buffers_every = buffers if isinstance(buffers, int) else 0
-    gossip.is_compared = algorithm.ranks_stay_equal
+    gossip.is_compared = algorithm.ranks_stay_equal or nodes is not None
     gossip.optimizer.take_over()
     _distributed.add(optimizer)
     return gossip

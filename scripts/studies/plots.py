@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from definition import Study
 from outcomes import Outcome
 from tables import Finished
+from tune import Choice
 
 SHOWN = 10
 """Points of accuracy below the best run that are shown; what is worse, or diverged, lies on the lower edge."""
@@ -32,7 +33,7 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
         for key, axes in zip(keys, row, strict=True):
             best = max(100 * outcome["accuracy"] for outcome in _ended(finished, setting))
             for i, (cell, choice, _) in enumerate(entry for entry in finished if entry[0].setting.name == setting):
-                if line := _line(key, choice.searched):
+                if line := _line(key, choice):
                     factors = [value / choice.values[key] for value, _ in line]
                     shown = [max(quality, best - SHOWN) for _, quality in line]
                     axes.plot(factors, shown, "o-", label=cell.method.title, color=f"C{i}", clip_on=False)
@@ -58,14 +59,14 @@ def _ended(finished: Sequence[Finished], setting: str) -> list[Outcome]:
     return [outcome for choice in choices for outcome in choice.searched if not outcome["diverged"]]
 
 
-def _line(key: str, searched: Sequence[Outcome]) -> list[tuple[float, float]]:
-    """Return value and accuracy, ascending, of the runs that differ from the best one in `key` alone."""
-    best = searched[0]["values"]
-    if key not in best:
+def _line(key: str, choice: Choice) -> list[tuple[float, float]]:
+    """Return value and accuracy, ascending, of the short runs that differ from the choice in `key` alone."""
+    chosen = choice.values
+    if key not in chosen:
         return []
     line = [
         (outcome["values"][key], 0.0 if outcome["diverged"] else 100 * outcome["accuracy"])
-        for outcome in searched
-        if all(outcome["values"][other] == best[other] for other in best if other != key)
+        for outcome in choice.searched
+        if all(outcome["values"][other] == chosen[other] for other in chosen if other != key)
     ]
     return sorted(line)

@@ -91,6 +91,17 @@ def test_asynchronous_methods_are_refused():
         run(4, lambda world: _distribute(world, mpicomp.algorithms.DCGossip(0.2)))
 
 
+def test_ranks_of_a_node_that_differ_are_named():
+    def serve(world):
+        gossip = _distribute(world, Choco(0.2))
+        for group in gossip.optimizer.param_groups:
+            group["lr"] = 0.1 if world.rank < 3 else 0.2
+        gossip.step(lambda: gossip.local.model(torch.ones(1, 3)).sum())
+
+    with pytest.raises(ConfigError, match=r"rank 3 has the learning rates 0\.2, rank 2 0\.1: both need the same"):
+        run(4, serve)
+
+
 def _distribute(world, algorithm=None, topology=ring, groups=((0, 1), (2, 3))):
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
