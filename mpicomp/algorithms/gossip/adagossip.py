@@ -23,9 +23,9 @@ gamma_clip are parameters.
 With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind the next gradient, as in CHOCO-SGD.
 
 gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
-averaged with step 1, the others move by about gamma. ``"auto"`` is 3 times the step that CHOCO-SGD finds
+averaged with step 1, the others move by about gamma. ``"auto"`` is the step that CHOCO-SGD finds
 (`mpicomp.algorithms.gossip.automatic_step`) times the root of the mean of vtilde over the entries, looked at in every
-8th step: an entry of the usual gossip error gets 3 times CHOCO's step, one of a larger error less.
+8th step: an entry of the usual gossip error gets CHOCO's step, one of a larger error less.
 
 The mean over ranks is **not** preserved, because Gamma_i differs from rank to rank. Bias correction and clip are those
 of the authors' code (aparna-aketi/AdaG_SGD); the abstract's formula shows neither, and both can be switched off. On a
@@ -62,7 +62,7 @@ from mpicomp.algorithms.base import (
     require_no_feedback,
     require_positive,
 )
-from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, AutomaticStep, Gamma, check_gamma
+from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
@@ -79,9 +79,6 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import OWN
 from mpicomp.topology.base import Schedule
-
-AUTOMATIC = 3.0
-"""What an entry of the usual gossip error gets of CHOCO's automatic step. The study of AdaG-SGD has the runs with 1."""
 
 
 @dataclass
@@ -198,7 +195,7 @@ class AdaGossip(Gossip[AdaGossipState]):
         if state.t and state.t % MEASURED_EVERY == 0:
             correction = 1 - self.beta**state.t if self.bias_correction else 1.0
             state.scale = float((state.v.double().mean() / correction).sqrt())
-        return _found(state.automatic, state.scale)
+        return state.automatic.gamma * state.scale
 
     def _move(self, local: Local, state: AdaGossipState) -> None:
         """From r_i on."""
@@ -232,9 +229,4 @@ class AdaGossip(Gossip[AdaGossipState]):
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """Return ``compression_error``, |x - xhat| / |x|, and the ``gamma`` that was found."""
         found = {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
-        return found if state.automatic is None else found | {"gamma": _found(state.automatic, state.scale)}
-
-
-def _found(automatic: AutomaticStep, scale: float) -> float:
-    """Return gamma, given the root of the mean of vtilde."""
-    return AUTOMATIC * automatic.gamma * scale
+        return found if state.automatic is None else found | {"gamma": state.automatic.gamma * state.scale}

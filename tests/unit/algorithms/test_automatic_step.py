@@ -95,7 +95,7 @@ def test_adagossip_gives_the_usual_entry_the_step_of_choco():
             scale = np.sqrt(v.mean(axis=1, keepdims=True) / (1 - beta**step))
         error = graph.mixing @ hat - hat
         v = beta * v + (1 - beta) * error**2
-        x = y + np.minimum(3 * gamma * scale / (np.sqrt(v / (1 - beta ** (step + 1))) + epsilon), 1) * error
+        x = y + np.minimum(gamma * scale / (np.sqrt(v / (1 - beta ** (step + 1))) + epsilon), 1) * error
     np.testing.assert_allclose(trained.x, x, rtol=0, atol=1e-9)
 
 
