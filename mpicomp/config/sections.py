@@ -38,6 +38,7 @@ from mpicomp.data import datasets as data
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
+from mpicomp.exchange.guard import together
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.node import groups_by_host, groups_of_size
 from mpicomp.exchange.node_sums import NodeSums
@@ -247,7 +248,8 @@ class TopologySection(Section):
         """
         if self.level == "rank":
             return None
-        return groups_of_size(world.size, self.node_size) if self.node_size else groups_by_host(world)
+        with together(world):
+            return groups_of_size(world.size, self.node_size) if self.node_size else groups_by_host(world)
 
 
 class CompressorSection(Section):

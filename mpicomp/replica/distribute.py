@@ -33,7 +33,7 @@ from mpicomp.compression.identity import Identity
 from mpicomp.compression.wrap.by_rank import require_size
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
-from mpicomp.exchange.guard import install_excepthook
+from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.node import checked_groups, groups_by_host
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.exchange.placement import DeviceKind
@@ -156,7 +156,8 @@ def distribute(
         algorithm = with_compressor(algorithm, compressor)
     nodes = None
     if groups is not None:
-        nodes = groups_by_host(world) if groups == "host" else checked_groups(groups, world.size)
+        with together(world):
+            nodes = groups_by_host(world) if groups == "host" else checked_groups(groups, world.size)
     size = len(nodes) if nodes else world.size
     is_schedule = isinstance(getattr(topology, "union", None), Topology)  # a class has a property there, not a graph
     schedule = cast(Schedule, topology if is_schedule else topology(size))

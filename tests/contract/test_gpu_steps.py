@@ -56,6 +56,7 @@ MOST = {
     "dpsgd_float16": (1, 0, 26),
     "choco": (1, 10, 33),
     "choco_auto": (1, 10, 35),
+    "adagossip_auto": (1, 10, 35),
     "choco_auto_overlapped": (1, 10, 35),
     "choco_overlapped": (1, 10, 33),
     "adagossip": (1, 10, 33),

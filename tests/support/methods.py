@@ -91,6 +91,7 @@ DETERMINISTIC = {
     "dpsgd_float16": DPSGD(compressor=COMPRESSORS["float16"]),
     "choco": Choco(0.2, TOP),
     "choco_auto": Choco("auto", TOP),
+    "adagossip_auto": AdaGossip("auto", TOP),
     "choco_auto_overlapped": Choco("auto", TOP, overlap=True),
     "choco_overlapped": Choco(0.2, TOP, overlap=True),
     "adagossip": AdaGossip(0.01, TOP),

@@ -23,10 +23,14 @@ gamma_clip are parameters.
 With ``overlap`` the difference is ``q_i = C(x_i - xhat_i)`` and travels behind the next gradient, as in CHOCO-SGD.
 
 gamma has the unit of a parameter, unlike CHOCO's: with the clip at 1, entries whose RMS gossip error is below gamma are
-averaged with step 1, the others move by about gamma. The mean over ranks is **not** preserved, because Gamma_i differs
-from rank to rank. Bias correction and clip are those of the authors' code (aparna-aketi/AdaG_SGD); the abstract's
-formula shows neither, and both can be switched off. On a small problem the trajectories are those of that code
-(recorded, compared in float64 to 1e-9; its files for graph and top-k were of related code), with ``start = "zero"``.
+averaged with step 1, the others move by about gamma. ``"auto"`` is the step that CHOCO-SGD finds
+(`mpicomp.algorithms.gossip.automatic_step`) times the root of the mean of vtilde over the entries, looked at in every
+8th step: an entry of the usual gossip error gets CHOCO's step, one of a larger error less.
+
+The mean over ranks is **not** preserved, because Gamma_i differs from rank to rank. Bias correction and clip are those
+of the authors' code (aparna-aketi/AdaG_SGD); the abstract's formula shows neither, and both can be switched off. On a
+small problem the trajectories are those of that code (recorded, compared in float64 to 1e-9; its files for graph and
+top-k were of related code), with ``start = "zero"``.
 
 ``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
 (Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets ``g_i + mu m_i``
@@ -45,7 +49,7 @@ In a script:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,11 +62,13 @@ from mpicomp.algorithms.base import (
     require_no_feedback,
     require_positive,
 )
+from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
     Start,
     add_messages_,
+    automatic_step,
     compression_error,
     initial_copies,
     send_difference,
@@ -71,6 +77,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
+from mpicomp.state import OWN
 from mpicomp.topology.base import Schedule
 
 
@@ -82,12 +89,14 @@ class AdaGossipState(ChocoState):
         v: (n,) running second raw moment of the gossip error.
         momentum: (n,) the realized displacement per learning rate, or None without quasi-global momentum.
         t: the number of mixings done.
+        scale: with gamma = "auto", the root of the mean of vtilde when it was last looked at.
 
     """
 
     v: Tensor
     momentum: Tensor | None
     t: int = 0
+    scale: float = field(default=0.0, metadata=OWN)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class AdaGossip(Gossip[AdaGossipState]):
     """AdaG-SGD with any optimizer as the local step.
 
     Attributes:
-        gamma: consensus step, > 0, in the unit of a parameter.
+        gamma: consensus step, > 0, in the unit of a parameter, or ``"auto"``.
         compressor: any contractive compressor.
         beta: decay of the second moment, in [0, 1).
         epsilon: added to the root, > 0.
@@ -107,7 +116,7 @@ class AdaGossip(Gossip[AdaGossipState]):
 
     """
 
-    gamma: float
+    gamma: Gamma
     compressor: Compressor = Identity()
     beta: float = 0.999
     epsilon: float = 1e-8
@@ -118,7 +127,8 @@ class AdaGossip(Gossip[AdaGossipState]):
     start: Start = "model"
 
     def __post_init__(self) -> None:
-        require_positive(gamma=self.gamma, epsilon=self.epsilon)
+        check_gamma(self.gamma)
+        require_positive(epsilon=self.epsilon)
         require_no_feedback("AdaGossip", self.compressor)
         for key in ("beta", "quasi_global_momentum"):
             if not 0 <= getattr(self, key) < 1:
@@ -145,6 +155,7 @@ class AdaGossip(Gossip[AdaGossipState]):
         x = local.x
         return AdaGossipState(
             **initial_copies(self.start, self.compressor, local, exchange),
+            automatic=automatic_step(self.gamma, local, exchange),
             v=torch.zeros_like(x),
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
         )
@@ -177,8 +188,18 @@ class AdaGossip(Gossip[AdaGossipState]):
                 "mixed, and local steps are not. Set it to 0, and optimizer.momentum instead."
             )
 
+    def _gamma(self, state: AdaGossipState) -> float:
+        """Return the consensus step of now; looks at v in some of the steps if it is automatic."""
+        if state.automatic is None:
+            return float(self.gamma)
+        if state.t and state.t % MEASURED_EVERY == 0:
+            correction = 1 - self.beta**state.t if self.bias_correction else 1.0
+            state.scale = float((state.v.double().mean() / correction).sqrt())
+        return state.automatic.gamma * state.scale
+
     def _move(self, local: Local, state: AdaGossipState) -> None:
         """From r_i on."""
+        gamma = self._gamma(state)
         state.t += 1
         correction = 1 - self.beta**state.t if self.bias_correction else 1.0
         kernels.adaptive_mix_(
@@ -186,7 +207,7 @@ class AdaGossip(Gossip[AdaGossipState]):
             state.s,
             state.x_hat,
             state.v,
-            self.gamma,
+            gamma,
             self.beta,
             correction,
             self.epsilon,
@@ -206,5 +227,6 @@ class AdaGossip(Gossip[AdaGossipState]):
         local.update()
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
-        """Return ``compression_error``, |x - xhat| / |x|."""
-        return {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+        """Return ``compression_error``, |x - xhat| / |x|, and the ``gamma`` that was found."""
+        found = {"compression_error": compression_error(local.x, state.x_hat, state.scratch)}
+        return found if state.automatic is None else found | {"gamma": state.automatic.gamma * state.scale}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import Choco, MoTEF
+from mpicomp.algorithms import AdaGossip, Choco, MoTEF
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, UNKNOWN, eccentricity
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.errors import ConfigError
@@ -74,7 +74,32 @@ def test_ranks_that_do_not_move_have_nothing_to_say():
     assert state.automatic.gamma == pytest.approx(1 / state.automatic.mu)
 
 
-@pytest.mark.parametrize("method", [Choco, MoTEF])
+def test_adagossip_gives_the_usual_entry_the_step_of_choco():
+    graph, beta, epsilon = ring(5), 0.999, 1e-8
+    trained = train(AdaGossip("auto", TOP), graph, 100)
+    mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
+    x, hat, v, scale = (np.zeros((graph.size, DIM)) for _ in range(4))
+    gamma, least, d, r = UNKNOWN / mu, None, 0, 0
+    for step in range(100):
+        y = x - LR * curvature() * (x - centers(graph.size))
+        q = top_k(y - hat, KEPT)
+        if step % MEASURED_EVERY == 0:
+            d = d + ((y - hat) ** 2).sum(axis=1)
+            r = r + ((y - hat - q) ** 2).sum(axis=1)
+        if step % 32 == 0:
+            least, d, r = np.float32(1 - r / d).min(), 0, 0
+        hat = hat + q
+        if step % 32 == 31:
+            gamma = min(float(least) / mu, 1)
+        if step and step % MEASURED_EVERY == 0:
+            scale = np.sqrt(v.mean(axis=1, keepdims=True) / (1 - beta**step))
+        error = graph.mixing @ hat - hat
+        v = beta * v + (1 - beta) * error**2
+        x = y + np.minimum(gamma * scale / (np.sqrt(v / (1 - beta ** (step + 1))) + epsilon), 1) * error
+    np.testing.assert_allclose(trained.x, x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [Choco, MoTEF, AdaGossip])
 def test_gamma_is_a_number_or_found(method):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = 'much' must be a number > 0, or 'auto'"):
         method("much")
