@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule
+
+_BLOCK = 2**20
+"""Entries of a shard that travel at a time, which bounds the memory beside the vector, and the counts of MPI."""
 
 
 class MpiNode:
@@ -59,16 +62,16 @@ class MpiNode:
             self.group.reduce_([x.detach()[shard] for shard in shards])
             x.detach()[shards[self.place]] /= self.size
             return
-        host = x.detach().cpu()
-        counts = _nbytes(host, shards)
-        own = shards[self.place]
-        gathered = torch.empty((self.size, own.stop - own.start), dtype=x.dtype)
-        received = np.full(self.size, counts[self.place])
-        request = self.inside.comm.Ialltoallv(
-            [_bytes(host), counts, MPI.BYTE], [_bytes(gathered.view(-1)), received, MPI.BYTE]
-        )
-        self.inside.wait(request, "reduce-scatter inside the node")
-        x.detach()[own] = mean_in_order(list(gathered)).to(x.device)
+        for parts in _blocks(shards):
+            host = torch.cat([x.detach()[part] for part in parts]).cpu()
+            counts, own = _nbytes(x, parts), parts[self.place]
+            gathered = torch.empty((self.size, own.stop - own.start), dtype=x.dtype)
+            received = np.full(self.size, counts[self.place])
+            request = self.inside.comm.Ialltoallv(
+                [_bytes(host), counts, MPI.BYTE], [_bytes(gathered.view(-1)), received, MPI.BYTE]
+            )
+            self.inside.wait(request, "reduce-scatter inside the node")
+            x.detach()[own] = mean_in_order(list(gathered)).to(x.device)
 
     @timed("exchange", "gather_shards")
     def gather_shards_(self, x: Tensor, shards: Sequence[slice]) -> None:
@@ -76,11 +79,13 @@ class MpiNode:
         if self.group:
             self.group.broadcast_([x.detach()[shard] for shard in shards])
             return
-        own = x.detach()[shards[self.place]].cpu()
-        whole = torch.empty(x.shape, dtype=x.dtype)
-        request = self.inside.comm.Iallgatherv(_bytes(own), [_bytes(whole), _nbytes(whole, shards), MPI.BYTE])
-        self.inside.wait(request, "all-gather inside the node")
-        x.detach().copy_(whole)
+        for parts in _blocks(shards):
+            own = x.detach()[parts[self.place]].cpu()
+            whole = torch.empty(sum(part.stop - part.start for part in parts), dtype=x.dtype)
+            request = self.inside.comm.Iallgatherv(_bytes(own), [_bytes(whole), _nbytes(x, parts), MPI.BYTE])
+            self.inside.wait(request, "all-gather inside the node")
+            for part, piece in zip(parts, torch.split(whole, [part.stop - part.start for part in parts]), strict=True):
+                x.detach()[part] = piece.to(x.device)
 
 
 class _Part(Communicator):
@@ -95,6 +100,14 @@ class _Part(Communicator):
         self.host = world.host
         self.is_polite = world.is_polite
         self.wait = world.wait  # type: ignore[method-assign]
+
+
+def _blocks(shards: Sequence[slice]) -> Iterator[list[slice]]:
+    """Yield a part of each shard, until all parts have come."""
+    longest = max(shard.stop - shard.start for shard in shards)
+    for begin in range(0, longest, _BLOCK):
+        bounds = [(shard.start + begin, shard.start + begin + _BLOCK, shard.stop) for shard in shards]
+        yield [slice(min(start, end), min(stop, end)) for start, stop, end in bounds]
 
 
 def _nbytes(x: Tensor, shards: Sequence[slice]) -> Any:
