@@ -202,8 +202,8 @@ def fragments_of(spec: Spec, count: int) -> list[slice]:
     sizes = [part.numel for part in spec.parts]
     if count > len(sizes):
         raise ConfigError(
-            f"algorithm.fragments = {count} is more than the {len(sizes)} tensors that are trained: a fragment has at "
-            "least one. Use fewer"
+            f"algorithm.fragments = {count} must be at most {len(sizes)}, the tensors of the model, or with "
+            "topology.level = 'node' those of a rank's shard: a fragment has at least one"
         )
     # The smallest length into which the tensors fit; bisection, because what fits into less also fits into more.
     lengths = range(max(sizes), spec.numel + 1)

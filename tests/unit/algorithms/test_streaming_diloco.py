@@ -185,7 +185,7 @@ class TestBadInput:
             StreamingDiLoCo(**wrong)
 
     def test_more_fragments_than_tensors(self):
-        with pytest.raises(ConfigError, match=r"algorithm\.fragments = 5 is more than the 4 tensors that are trained"):
+        with pytest.raises(ConfigError, match=r"algorithm\.fragments = 5 must be at most 4, the tensors of the model"):
             train(StreamingDiLoCo(fragments=5), ring(2), 1, shapes=SHAPES)
 
     def test_it_needs_a_star_or_a_ring(self):
