@@ -27,11 +27,13 @@ from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
 from mpicomp.algorithms.sums.powersgd import PowerSGD
 from mpicomp.algorithms.sums.sparse_loco import SparseLoCo
 from mpicomp.algorithms.sums.ssgd import SSGD
+from mpicomp.algorithms.sums.streaming_diloco import StreamingDiLoCo
 
 ALGORITHMS: dict[str, type] = {
     "sgd": SGD,
     "local_sgd": LocalSGD,
     "diloco": DiLoCo,
+    "streaming_diloco": StreamingDiLoCo,
     "noloco": NoLoCo,
     "sparse_loco": SparseLoCo,
     "ssgd": SSGD,
@@ -91,4 +93,5 @@ __all__ = [
     "PowerGossip",
     "PowerSGD",
     "SparseLoCo",
+    "StreamingDiLoCo",
 ]

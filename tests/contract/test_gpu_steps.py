@@ -48,6 +48,8 @@ MOST = {
     "diloco": (1, 0, 26),
     "diloco_dpsgd": (1, 0, 30),
     "diloco_choco": (1, 10, 39),
+    "streaming_diloco": (2, 0, 37),
+    "streaming_diloco_waiting": (2, 0, 33),
     "noloco": (1, 0, 30),
     "sparse_loco": (1, 9, 41),
     "sparse_loco_statistical": (1, 9, 147),

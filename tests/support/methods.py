@@ -30,6 +30,7 @@ from mpicomp.algorithms import (
     PowerGossip,
     PowerSGD,
     SparseLoCo,
+    StreamingDiLoCo,
 )
 from mpicomp.compression import COMPRESSORS as KINDS
 from mpicomp.compression import (
@@ -83,6 +84,8 @@ DETERMINISTIC = {
     "local_sgd_deep_squeeze": LocalSGD(2, DeepSqueeze(0.05, TOP)),
     "diloco_dpsgd": DiLoCo(2, outer_momentum=0.5, inner=DPSGD()),
     "diloco_choco": DiLoCo(2, outer_momentum=0.5, nesterov=False, inner=Choco(0.2, TOP)),
+    "streaming_diloco": StreamingDiLoCo(4, fragments=2, delay=3, outer_momentum=0.5),
+    "streaming_diloco_waiting": StreamingDiLoCo(3, fragments=3, delay=0, local_weight=0.0, outer_momentum=0.0),
     "noloco": NoLoCo(2),
     "sparse_loco": SparseLoCo(TOP, period=2),
     "sparse_loco_statistical": SparseLoCo(COMPRESSORS["block_topk_statistical"], period=2),

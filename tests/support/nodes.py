@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import mpicomp
-from mpicomp.algorithms import DPSGD, GMC, SSGD, AdaGossip, Choco
+from mpicomp.algorithms import DPSGD, GMC, SSGD, AdaGossip, Choco, StreamingDiLoCo
 from mpicomp.topology import ring, star
 
 METHODS = {
@@ -15,6 +15,7 @@ METHODS = {
     "gmc": GMC(momentum=0.9),
     "gmc_plus": GMC(momentum=0.9, detachment=0.3),
     "ssgd": SSGD(),
+    "streaming_diloco": StreamingDiLoCo(2, fragments=1),
 }
 STEPS = 6
 _BATCH = 8

@@ -44,7 +44,7 @@ class Quadratic:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
 
     def __post_init__(self) -> None:
-        self.spec = Spec(tuple("abc"[: len(self.shapes)]), self.shapes, self.x.dtype)
+        self.spec = Spec(tuple("abcd"[: len(self.shapes)]), self.shapes, self.x.dtype)
         self.g = torch.zeros_like(self.x)
         self.m = torch.zeros_like(self.x)
         self.d = torch.as_tensor(curvature(), dtype=self.x.dtype)

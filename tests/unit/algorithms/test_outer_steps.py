@@ -8,7 +8,7 @@ import torch
 from support import small
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD, NoLoCo, SparseLoCo
+from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD, NoLoCo, SparseLoCo, StreamingDiLoCo
 from mpicomp.compression import BlockTopK, ErrorFeedback, Identity, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
@@ -167,7 +167,11 @@ class TestIdentities:
         """With eta = 1 and beta = 0 the slow model is where the local steps ended."""
         close(train(DiLoCo(3, 1.0, 0.0, inner=inner), ring(5), STEPS).x, train(LocalSGD(3, inner), ring(5), STEPS).x)
 
-    @pytest.mark.parametrize("method", [DiLoCo(2), NoLoCo(2), SparseLoCo(TopK(0.2), period=2)], ids=lambda m: m.name)
+    @pytest.mark.parametrize(
+        "method",
+        [DiLoCo(2), StreamingDiLoCo(2, 2), NoLoCo(2), SparseLoCo(TopK(0.2), period=2)],
+        ids=lambda m: m.name,
+    )
     def test_ranks_that_are_given_different_models_start_from_one(self, method):
         def serve(world):
             gossip, closure = small.make(world, method, seed=world.rank)

@@ -67,6 +67,18 @@ def test_messages_with_overlap_travel_during_the_gradient(gradient_s):
     assert result.seconds / result.steps == pytest.approx(expected, rel=0.01)
 
 
+def test_streaming_diloco_hides_what_diloco_waits_for():
+    # 12 steps of two periods; a period of DiLoCo sends the model in one of its steps, and all wait for it.
+    local = ["training.steps=12", "algorithm.period=6", "simulation.gradient_s=0.3"]
+    waiting = simulate(METHODS / "diloco.toml", 4, *local)
+    expected = 0.3 + transmission_s(waiting) + 6 * LATENCY_S / 6
+    assert waiting.seconds / waiting.steps == pytest.approx(expected, rel=1e-6)
+    streaming = simulate(METHODS / "streaming_diloco.toml", 4, *local, "algorithm.fragments=2", "algorithm.delay=3")
+    assert streaming.seconds / streaming.steps == pytest.approx(0.3, rel=1e-3)
+    assert waiting.seconds > 1.3 * streaming.seconds
+    assert sum(streaming.bytes_sent) > 0.9 * sum(waiting.bytes_sent)  # the last fragment is still under way
+
+
 def test_all_wait_for_a_slow_rank():
     result = simulate(METHODS / "dpsgd.toml", 4, "slow.ranks=[2]", "slow.factor=4")
     # Ranks that are ahead wait in the first steps; the last record waits for the slow one.

@@ -17,6 +17,7 @@ from mpicomp.algorithms import (
     NoLoCo,
     PowerGossip,
     SparseLoCo,
+    StreamingDiLoCo,
 )
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import RandomK, TopK
@@ -64,6 +65,7 @@ def copied(state):
         LocalSGD(2, DeepSqueeze(0.05, TopK(0.2))),
         DiLoCo(2, outer_momentum=0.5),
         DiLoCo(2, outer_momentum=0.5, inner=Choco(0.2, TopK(0.2))),
+        StreamingDiLoCo(4, fragments=2, delay=3, outer_momentum=0.5),
         NoLoCo(2),
         SparseLoCo(TopK(0.2), period=2),
         EFSGD(TopK(0.2), error_average=0.5, smallest_ratio=0.1, ratio_period=4, gain_window=4, least_gain=0.1),
@@ -88,7 +90,7 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
                 assert torch.equal(state[copy], state["model/parameters"])
         if f"{at}v" in state:
             assert torch.allclose(state[f"{at}v"].double(), mean(f"{at}v"), atol=1e-9)
-        for slow in {"algorithm/phi", "algorithm/v", "algorithm/delta"} & state.keys():
+        for slow in {"algorithm/phi", "algorithm/v", "algorithm/delta", "algorithm/d"} & state.keys():
             assert torch.allclose(state[slow], mean(slow).float(), atol=1e-6)
         if f"{at}feedback/ratio/level" in state:
             assert (state[f"{at}feedback/ratio/level"], state[f"{at}feedback/ratio/messages"]) == (1, 6)
