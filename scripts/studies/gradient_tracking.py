@@ -127,7 +127,7 @@ def logistic(inputs: np.ndarray, labels: np.ndarray, l2: float = 0.1) -> Problem
 
 def mushrooms() -> Problem:
     """Return logistic regression on the mushrooms in the folder of the data sets."""
-    train = load("libsvm", file="mushrooms/agaricus.txt.train").train
+    train = load("libsvm", file="agaricus.txt.train").train
     return logistic(train.inputs.numpy().astype(np.float64), train.labels.numpy())
 
 

@@ -155,7 +155,7 @@ class ErrorMemorySum(GradientSum[E]):
         local.g.copy_(ratio.room[: local.spec.numel])
         self.control.hear(ratio.room[local.spec.numel :], ratio)
 
-    @timed("compress")
+    @timed("compress", is_event=False)
     def keep_error(self, state: E) -> None:
         """Keep e_k for the average."""
         memory = state.feedback

@@ -174,7 +174,11 @@ def test_another_number_of_ranks_is_refused(tmp_path):
 def test_simulation_keeps_its_infinite_links():
     config = RunConfig.load(HUB)
     assert RunConfig.from_toml(config.to_toml()) == config
-    assert dataclasses.asdict(config.simulation.links()) == {"latency_s": 0.0, "bytes_per_s": float("inf")}
+    assert dataclasses.asdict(config.simulation.links()) == {
+        "latency_s": 0.0,
+        "bytes_per_s": float("inf"),
+        "node_size": 1,
+    }
 
 
 def test_a_checkpoint_of_version_0_1_has_other_names_for_the_meter():
