@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import small
-from support.libraries import at_these_ranks
+from support.libraries import restarted_at_these_ranks
 from support.methods import ALL_REDUCE, DETERMINISTIC
 
 from mpicomp.algorithms import DPSGD
@@ -51,7 +51,7 @@ def check_resumes(world, folder, method, optimizer=None):
         assert torch.equal(tensor, undisturbed[2][name]), name
 
 
-@pytest.mark.parametrize("name", at_these_ranks(METHODS))
+@pytest.mark.parametrize("name", restarted_at_these_ranks(METHODS))
 def test_every_method_goes_on_bit_for_bit(world, shared_tmp_path, name):
     check_resumes(world, shared_tmp_path, METHODS[name])
 
