@@ -159,7 +159,7 @@ def draw(problems: Sequence[Problem], path: Path) -> None:
         axes.axhline(1e-6, color="0.5", linewidth=0.8, linestyle="--")
         axes.set(title=problem.title, xlabel=f"steps, learning rate {problem.lr:g}")
     both[0].set(ylabel="largest distance to the optimum", ylim=(1e-10, 20))
-    both[0].legend(frameon=False)
+    both[0].legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.86))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
