@@ -198,8 +198,8 @@ class Distributed(Replica):
             return
         self.local.check()
         if self.is_compared and self.steps % EVERY_STEPS == 0:
-            is_each_node = self.node is not None and not self._algorithm.ranks_stay_equal
-            require_same_model(self.world, self.local, self.node.groups if self.node and is_each_node else None)
+            groups = None if self.node is None or self._algorithm.ranks_stay_equal else self.node.groups
+            require_same_model(self.world, self.local, groups)
         if self._is_joining:
             self._ends = self.world.start_gather([False])
         self._frozen = self.local.frozen()

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases, require_fraction, require_period, require_positive
 from mpicomp.algorithms.gossip.base import Gossip, check_inner
+from mpicomp.algorithms.outer_step import outer_step_
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
@@ -122,14 +123,11 @@ class DiLoCo(Algorithm[DiLoCoState]):
             self._outer_step(local, state, exchange)
 
     def _outer_step(self, local: Local, state: DiLoCoState, exchange: Exchange) -> None:
-        phi, v = state.phi, state.v
+        phi = state.phi
         d = torch.sub(phi, local.x, out=local.x)  # the model is phi from here on
         if self.inner is None:
             exchange.mean_(d)
-        if v is not None:
-            v.mul_(self.outer_momentum).add_(d)
-            d = d.add_(v, alpha=self.outer_momentum) if self.nesterov else v
-        phi.sub_(d, alpha=self.outer_lr)
+        outer_step_(phi, state.v, d, self.outer_lr, self.outer_momentum, self.nesterov)
         local.x.copy_(phi)
         if self.inner is not None:
             self.inner.mix(local, state.inner, exchange)

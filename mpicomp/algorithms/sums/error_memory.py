@@ -11,13 +11,13 @@ few bits is noisy, and its moving average is less so.
 
 Nothing is lost but by a reset. The last line but one is ``e_k + (1 - beta) (x_k - q_k)``, so that ``e_k / (1 - beta)``
 is the sum of all x_k less that of all q_k, as the memory of error feedback is: LoCo's message is ``C(x_k + (1 - beta)
-r_k)``, where r_k is all that has not been sent (tested against this form, too). What is left out is so made up for over
-about ``1 / (1 - beta)`` messages instead of by the next one. A compressor that leaves out much in each message, such as
-top-k of 1 %, is slowed down by that; the method is for quantizers of a few bits.
+r_k)``, where r_k is all that has not been sent (tested against this form, too). So an error is corrected over about
+``1 / (1 - beta)`` messages, not by the next one. That slows down a compressor that leaves out much in each message,
+such as top-k of 1 %; the method is for quantizers of a few bits.
 
-Traps: some texts call ``1 - beta`` what is beta here and in the authors' code. With beta near 1 next to nothing is made
-up for. A reset forgets ``e_k / (1 - beta)``, more than what e_k holds. LoCo has nothing to do with DiLoCo, NoLoCo and
-SparseLoCo, whose ``error_decay`` forgets.
+Traps: some texts call ``1 - beta`` what is beta here and in the authors' code. With beta near 1 hardly any error is
+corrected. A reset forgets ``e_k / (1 - beta)``, more than what e_k holds. LoCo has nothing to do with DiLoCo, NoLoCo
+and SparseLoCo, whose ``error_decay`` forgets.
 
 Differences from the authors' code (in DeepSpeed): any compressor, where that has 4 bits with a scale for each group,
 twice, inside a node and between nodes; e_k has the type of the model, where that keeps it in 8 bits; every rank's whole

@@ -25,7 +25,7 @@ throughput and gain are near one another; times differ from rank to rank and fro
 as the gain allows. Where the gain is too small it sends with r_0, or a dense gradient; here r goes back by one factor a
 window, and r_0 = 1 is dense. Differences from the authors' code (``sahiltyagi4/GraVAC``): it divides by the norm of the
 bare gradient, and sums norms of tensors; it compresses twice in each step, measures the second message by the first
-one, and jumps to the smallest ratio at once, which are taken for errors.
+one, and jumps to the smallest ratio at once. The last three look like errors, and are not repeated here.
 
 Wire: 2 numbers of the model's type more a message. Memory: one vector. Tyagi and Swany 2023, arXiv 2305.12201.
 """

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases, require_fraction, require_period, require_positive
+from mpicomp.algorithms.outer_step import outer_step_
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
@@ -184,11 +185,8 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
 
     def _outer_step(self, k: int, local: Local, state: StreamingDiLoCoState) -> None:
         part, d = self._fragment(k, state)
-        phi = state.phi[part]
-        if state.v is not None:
-            v = state.v[part].mul_(self.outer_momentum).add_(d)
-            d = d.add_(v, alpha=self.outer_momentum) if self.nesterov else v
-        phi.sub_(d, alpha=self.outer_lr)
+        phi, v = state.phi[part], None if state.v is None else state.v[part]
+        outer_step_(phi, v, d, self.outer_lr, self.outer_momentum, self.nesterov)
         local.x[part].lerp_(phi, 1 - self.local_weight)  # alpha theta_i + (1 - alpha) phi
 
 

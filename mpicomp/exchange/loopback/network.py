@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Links:
-    """The links of a simulated network, one for each rank.
+    """The links of a simulated network, one for each node.
 
     Attributes:
         latency_s: seconds from the end of sending to the arrival.
@@ -42,7 +42,7 @@ class Links:
 
 
 class Network:
-    """The ports of all ranks, and when they are free. Times are whole nanoseconds, so that sums are exact."""
+    """The ports of all nodes, and when they are free. Times are whole nanoseconds, so that sums are exact."""
 
     def __init__(self, size: int, links: Links) -> None:
         self.links = links

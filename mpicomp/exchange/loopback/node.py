@@ -34,14 +34,14 @@ class LoopbackNode:
         self.size = len(self._mates)
         self._scheduler = scheduler
         self._rank = rank
-        self._exchanges = number
+        self._number = number
         self._device = device
 
     def exchange(self, schedule: Schedule) -> LoopbackExchange:
         """Return the exchange between nodes over the edges of `schedule`."""
         check_schedule(schedule, len(self.groups))
         ranks = [group[self.place] for group in self.groups]
-        return LoopbackExchange(self._scheduler, self.number, self._exchanges + 1, schedule, self._device, ranks)
+        return LoopbackExchange(self._scheduler, self.number, self._number + 1, schedule, self._device, ranks)
 
     @timed("exchange", "mean_shard")
     def mean_shard_(self, x: Tensor, shards: Sequence[slice]) -> None:
@@ -67,8 +67,8 @@ class LoopbackNode:
         """Give each mate, by place, its piece, and return those that the mates give."""
         wires = {place: piece.view(torch.uint8) for place, piece in pieces.items()}
         messages = {self._mates[place]: Message(wire, wire.numel(), 1, []) for place, wire in wires.items()}
-        self._scheduler.post((self._exchanges, self._rank), messages)
-        senders = [(self._exchanges, self._mates[place]) for place in pieces]
+        self._scheduler.post((self._number, self._rank), messages)
+        senders = [(self._number, self._mates[place]) for place in pieces]
         dtype = next(iter(pieces.values())).dtype if pieces else torch.uint8
         arrived = self._scheduler.take(self._rank, senders)
         return {place: message.wire.view(dtype) for place, message in zip(pieces, arrived, strict=True)}

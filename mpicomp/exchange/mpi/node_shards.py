@@ -99,7 +99,11 @@ class _Part(Communicator):
         self.size = self.comm.Get_size()
         self.host = world.host
         self.is_polite = world.is_polite
-        self.wait = world.wait  # type: ignore[method-assign]
+        self._world = world
+
+    def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
+        """Wait for the `request` of a collective operation."""
+        self._world.wait(request, operation)
 
 
 def _blocks(shards: Sequence[slice]) -> Iterator[list[slice]]:

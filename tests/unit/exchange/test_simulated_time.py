@@ -27,11 +27,7 @@ def simulate(path, size, *overrides, folder=None, checkpoint=None):
         folder = RunFolder.create(folder.path)
         folder.save_config(config)
     links = config.simulation.links()
-    return run(size, partial(_train, config, folder=folder, checkpoint=checkpoint), simulated=links)[0]
-
-
-def _train(config, world, folder, checkpoint):
-    return train(config, world, folder, checkpoint=checkpoint)
+    return run(size, partial(train, config, folder=folder, checkpoint=checkpoint), simulated=links)[0]
 
 
 def transmission_s(result):

@@ -1,7 +1,5 @@
 """Nodes of several ranks that hold one model: the graph joins nodes, and each rank exchanges its shard."""
 
-import math
-
 import pytest
 import torch
 from support.nodes import METHODS, train_nodes
@@ -57,7 +55,6 @@ def test_shards_are_cut_between_rows():
         parts = [part_of(spec, shard) for shard in cut(spec, count)]
         assert sum(part.numel for part in parts) == spec.numel
         assert all(part.numel for part in parts)
-        assert math.prod(part.numel for part in parts) > 0
 
 
 def test_groups_are_checked():
