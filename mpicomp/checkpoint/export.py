@@ -28,7 +28,8 @@ def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
         CheckpointError: a file is damaged or missing.
 
     """
-    first = checkpoint.read(0)
+    checkpoint.check(range(checkpoint.manifest.size))
+    first = checkpoint.read_checked(0)
     names = [name for name, leaf in first.items() if name.startswith("model/") and isinstance(leaf, Tensor)]
     means = {name: _mean(checkpoint, name, cast(Tensor, first[name])) for name in names}
     parameters = dict(_split(means.pop("model/parameters"), str(first["model/tensors"])))
@@ -75,7 +76,7 @@ def _save_safetensors(model: dict[str, Tensor], path: Path) -> None:
 def _mean(checkpoint: Checkpoint, name: str, first: Tensor) -> Tensor:
     if not first.is_floating_point() or name.startswith("model/frozen/"):
         return first
-    others = [cast(Tensor, checkpoint.read(rank, [name])[name]) for rank in range(1, checkpoint.manifest.size)]
+    others = [cast(Tensor, checkpoint.read_checked(rank, [name])[name]) for rank in range(1, checkpoint.manifest.size)]
     return mean_in_order([first, *others])
 
 

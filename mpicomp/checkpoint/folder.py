@@ -3,6 +3,7 @@
     checkpoints/latest                         the name of the newest one
     checkpoints/step_00000400/manifest.json    its description, and size and SHA-256 of every file; written last
     checkpoints/step_00000400/rank_00003.h5    the state of one rank (`mpicomp.checkpoint.hdf5`)
+    checkpoints/step_00000400/node_00001.h5    instead: the states of the ranks of a node, /rank_00003 and others
     checkpoints/.step_00000500.tmp/            a checkpoint being written, or left by a killed run
     checkpoints/.step_00000400.replaced/       a checkpoint that a new one of the same step is about to replace
     checkpoints/.step_00000300.old/            a checkpoint being removed
@@ -32,17 +33,41 @@ from typing import Any
 from mpicomp.checkpoint import damage, hdf5
 from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
 from mpicomp.errors import CheckpointError
+from mpicomp.exchange.base import Groups
 from mpicomp.files import replacing
 from mpicomp.state import Leaf
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+
+NODES_VERSION = 2
+"""The version of a manifest with files of nodes, which programs that read `VERSION` refuse."""
+
 _NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
 
 
 def rank_file(rank: int) -> str:
     """Return the name of a rank's file."""
     return f"rank_{rank:05d}.h5"
+
+
+def node_file(number: int) -> str:
+    """Return the name of a node's file."""
+    return f"node_{number:05d}.h5"
+
+
+def place(rank: int, nodes: Groups) -> tuple[str, str]:
+    """Return the name of the file with the state of a rank, and the group in it.
+
+    Args:
+        rank: the rank.
+        nodes: the ranks that share a file; empty if each has its own.
+
+    """
+    if not nodes:
+        return rank_file(rank), "/"
+    number = next(number for number, ranks in enumerate(nodes) if rank in ranks)
+    return node_file(number), f"/rank_{rank:05d}"
 
 
 def step_folder(step: int) -> str:
@@ -65,6 +90,7 @@ class Manifest:
         created: date and time (ISO 8601, UTC).
         slurm_job: the job that wrote it, or None.
         files: the size and SHA-256 of each file, by name.
+        nodes: the ranks that share a file, by the number of the file; empty if each has its own.
 
     """
 
@@ -78,10 +104,13 @@ class Manifest:
     created: str
     slurm_job: str | None
     files: Mapping[str, Digest] = field(default_factory=dict)
+    nodes: Groups = ()
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``; its key ``sha256`` is the hash of all other values."""
-        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        values = {"format": FORMAT, "version": NODES_VERSION if self.nodes else VERSION, **dataclasses.asdict(self)}
+        if not self.nodes:
+            del values["nodes"]  # earlier versions read such a checkpoint, but know no such key
         return json.dumps({**values, "sha256": _sha256(values)}, indent=2) + "\n"
 
     @classmethod
@@ -91,13 +120,14 @@ class Manifest:
             values: dict[str, Any] = json.loads(text)
             if values["format"] != FORMAT:
                 raise CheckpointError(f"{path}: is not the manifest of a checkpoint of mpicomp")
-            if (version := int(values["version"])) > VERSION:
-                raise CheckpointError(hdf5.newer(path, version))
+            if (version := int(values["version"])) > NODES_VERSION:
+                raise CheckpointError(hdf5.newer(path, version, NODES_VERSION))
             if values.pop("sha256") != _sha256(values):
                 raise CheckpointError(f"{path}: is damaged, or was edited: it is not what its SHA-256 was computed of")
             del values["format"], values["version"]
             files = {name: Digest(**digest) for name, digest in values.pop("files").items()}
-            manifest = cls(**values, files=files)
+            nodes = tuple(map(tuple, values.pop("nodes", ())))
+            manifest = cls(**values, files=files, nodes=nodes)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
         return manifest
@@ -112,16 +142,39 @@ class Checkpoint:
 
     def read(self, rank: int, names: Collection[str] | None = None) -> dict[str, Leaf]:
         """Return the leaves of a rank, all or only `names`; raise CheckpointError if its file is damaged."""
-        assert 0 <= rank < self.manifest.size
-        return hdf5.read(self.path / rank_file(rank), self.manifest.files[rank_file(rank)], names)
+        self.check([rank])
+        return self.read_checked(rank, names)
+
+    def read_checked(self, rank: int, names: Collection[str] | None = None) -> dict[str, Leaf]:
+        """Do as `read`, of a rank whose file `check` has accepted."""
+        file, group = place(rank, self.manifest.nodes)
+        return hdf5.read(self.path / file, names=names, group=group)
+
+    def entries(self, rank: int) -> list[hdf5.Entry]:
+        """Return the entries of a rank, with the norms of tensors; raise CheckpointError if its file is damaged."""
+        self.check([rank])
+        file, group = place(rank, self.manifest.nodes)
+        return hdf5.entries(self.path / file, group)
+
+    def check(self, ranks: Collection[int]) -> None:
+        """Read the files of `ranks` through, each once; raise CheckpointError if one is damaged."""
+        assert all(0 <= rank < self.manifest.size for rank in ranks)
+        for name in dict.fromkeys(place(rank, self.manifest.nodes)[0] for rank in ranks):
+            if problem := hdf5.difference(self.path / name, self.manifest.files[name]):
+                raise CheckpointError(f"{self.path / name}: {problem}{self._held(name)}")
 
     def verify(self) -> list[str]:
         """Return a sentence for each damage in any file; an empty list if the checkpoint is intact."""
         return [
-            problem
+            problem + self._held(name)
             for name, digest in sorted(self.manifest.files.items())
             for problem in damage.damaged(self.path / name, digest)
         ]
+
+    def _held(self, name: str) -> str:
+        """Return which ranks have their state in a file, for messages; ``""`` if its name says so."""
+        held = {node_file(number): ranks for number, ranks in enumerate(self.manifest.nodes)}
+        return f" (the file of ranks {', '.join(map(str, held[name]))})" if name in held else ""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,8 +1,8 @@
-"""One HDF5 file: the state of one rank after one step, or a model.
+"""One HDF5 file: the state of one rank after one step, or those of the ranks of a node, or a model.
 
 A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is stored contiguously, with its type in the
 attribute ``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in
-uint16. (Earlier versions stored tensors in chunks with HDF5's own checksums; such files can still be read.) Numbers and
+uint16. In the file of a node, each rank has a group that is what its own file would be. (Earlier versions stored tensors in chunks with HDF5's own checksums; such files can still be read.) Numbers and
 texts are scalar datasets, with their type in the attribute ``type``. The root's attributes describe the file. Nothing
 is pickled; plain h5py or ``h5ls -r`` shows everything. The same leaves give the same bytes.
 
@@ -103,9 +103,45 @@ def write(
         CheckpointError: the file could not be written, and no part of it is left; or a leaf cannot be stored.
 
     """
-    attributes = {"format": form, "version": VERSION, **attributes}
+    with _removed_on_failure(path):
+        return _fill(path, _write_headers(path, leaves, {**_header(form), **attributes}, links or {}))
+
+
+def write_group(
+    path: Path,
+    group: str,
+    leaves: Mapping[str, Leaf],
+    attributes: Mapping[str, str | int | float],
+    is_first: bool,
+    is_last: bool,
+) -> Digest | None:
+    """Write a group into a file and wait until it is on the disk; return the digest of the file after the last one.
+
+    One process at a time may do this. Nothing of the other groups is read into memory, except that the file is read
+    through, piece by piece, for the digest.
+
+    Args:
+        path: of the file.
+        group: its name.
+        leaves: by name.
+        attributes: of the group.
+        is_first: whether to make the file.
+        is_last: whether no other group follows.
+
+    Raises:
+        CheckpointError: the group could not be written, and the file is removed with all groups.
+
+    """
+    with _removed_on_failure(path):
+        _fill_group(path, _write_headers(path, leaves, attributes, {}, group, is_first))
+        return Digest(path.stat().st_size, _sha256(path)) if is_last else None
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    """Remove a file that the block cannot complete; turn an OSError into a CheckpointError that names it."""
     try:
-        return _fill(path, _write_headers(path, leaves, attributes, links or {}))
+        yield
     except (CheckpointError, OSError) as error:
         with suppress(OSError):
             path.unlink()
@@ -115,9 +151,13 @@ def write(
 
 
 def read(
-    path: Path, digest: Digest | None = None, names: Collection[str] | None = None, form: str = FORMAT
+    path: Path,
+    digest: Digest | None = None,
+    names: Collection[str] | None = None,
+    form: str = FORMAT,
+    group: str = "/",
 ) -> dict[str, Leaf]:
-    """Return the leaves of a file, all or only `names`; tensors are on the CPU.
+    """Return the leaves in a group of a file, all or only `names`; tensors are on the CPU.
 
     Without `digest`, only damage to headers and tensors is found reliably, and HDF5 may crash on a damaged file.
 
@@ -127,8 +167,8 @@ def read(
     """
     if digest is not None:
         check(path, digest)
-    with _opened(path, form) as file:
-        return {name: _leaf(path, file, name) for name in (_names(file) if names is None else names)}
+    with _opened(path, form, group) as found:
+        return {name: _leaf(path, found, name) for name in (_names(found) if names is None else names)}
 
 
 def check(path: Path, digest: Digest) -> None:
@@ -151,10 +191,10 @@ def difference(path: Path, digest: Digest) -> str | None:
         return f"cannot be read: {error.strerror or error}"
 
 
-def entries(path: Path) -> list[Entry]:
-    """Return the entries of a file that `check` has accepted, with the norms of its tensors."""
-    with _opened(path) as file:
-        return [_entry(path, file, name) for name in _names(file)]
+def entries(path: Path, group: str = "/") -> list[Entry]:
+    """Return the entries in a group of a file that `check` has accepted, with the norms of its tensors."""
+    with _opened(path, group=group) as found:
+        return [_entry(path, found, name) for name in _names(found)]
 
 
 def unreadable(path: Path) -> list[str]:
@@ -174,9 +214,9 @@ def unreadable(path: Path) -> list[str]:
     return damaged
 
 
-def newer(path: Path, version: int) -> str:
+def newer(path: Path, version: int, known: int = VERSION) -> str:
     """Return the error message for a file of a newer version than this program knows."""
-    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
+    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {known}): update it"
 
 
 class _Disk(io.FileIO):
@@ -195,14 +235,29 @@ class _Disk(io.FileIO):
         return len(data)
 
 
+def _header(form: str) -> dict[str, str | int | float]:
+    return {"format": form, "version": VERSION}
+
+
 def _write_headers(
-    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float], links: Mapping[str, str]
+    path: Path,
+    leaves: Mapping[str, Leaf],
+    attributes: Mapping[str, str | int | float],
+    links: Mapping[str, str],
+    group: str = "/",
+    is_new: bool = True,
 ) -> dict[int, memoryview]:
-    """Let HDF5 write a file with holes; return the offset of each hole and the tensor that belongs there."""
+    """Let HDF5 write a file or a group with holes; return the offset of each hole and the tensor that belongs there."""
     holes: dict[int, memoryview] = {}
     sums: list[tuple[h5py.Dataset, Future[int]]] = []
-    with _Disk(path, "w+") as disk:
-        with ThreadPoolExecutor(2) as summing, h5py.File(disk, "w", libver=_FORMAT_OF_HDF5) as file:
+    with _Disk(path, "w+" if is_new else "r+") as disk:
+        mode = "w" if is_new else "r+"
+        with ThreadPoolExecutor(2) as summing, h5py.File(disk, mode, libver=_FORMAT_OF_HDF5) as opened:
+            file: h5py.Group = opened
+            if group != "/":
+                if is_new:
+                    opened.attrs.update(_header(FORMAT))
+                file = opened.create_group(group)
             file.attrs.update(attributes)
             for name, leaf in leaves.items():
                 try:
@@ -251,6 +306,16 @@ def _fill(path: Path, holes: dict[int, memoryview]) -> Digest:
     return Digest(nbytes, sha256.hexdigest())
 
 
+def _fill_group(path: Path, holes: dict[int, memoryview]) -> None:
+    """Write the tensors into the holes of a group, and wait until they are on the disk."""
+    with path.open("r+b") as file:
+        for start, values in holes.items():
+            file.seek(start)
+            file.write(values)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _hole() -> h5py.h5p.PropDCID:
     """Return the creation properties of a dataset that gets its place in the file, but no content."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -265,15 +330,15 @@ def _flush_soon(file: BinaryIO, start: int, stop: int) -> None:
 
 
 @contextmanager
-def _opened(path: Path, form: str = FORMAT) -> Iterator[h5py.File]:
-    """Open a file for reading; raise CheckpointError unless this module wrote it."""
+def _opened(path: Path, form: str = FORMAT, group: str = "/") -> Iterator[h5py.Group]:
+    """Open a file for reading and yield a group of it; raise CheckpointError unless this module wrote it."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             if file.attrs.get("format") != form:
                 raise CheckpointError(f"{path}: is not a {form.removeprefix('mpicomp ')} of mpicomp")
             if (version := int(file.attrs["version"])) > VERSION:
                 raise CheckpointError(newer(path, version))
-            yield file
+            yield file[group]
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -290,16 +355,17 @@ def _names(group: h5py.Group, prefix: str = "") -> list[str]:
     return found
 
 
-def _leaf(path: Path, file: h5py.File, name: str) -> Leaf:
+def _leaf(path: Path, group: h5py.Group, name: str) -> Leaf:
     try:
-        dataset = file[name]
+        dataset = group[name]
         if "type" in dataset.attrs:
             return _PYTHON[dataset.attrs["type"]](dataset)
         if "dtype" not in dataset.attrs:  # a model of an earlier version
             return torch.from_numpy(np.asarray(dataset[()]))
         return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
     except Exception as error:  # whatever h5py makes of damaged bytes
-        raise CheckpointError(f"{path}: the dataset /{name} is damaged or missing: {error}") from error
+        full = f"{group.name.rstrip('/')}/{name}"
+        raise CheckpointError(f"{path}: the dataset {full} is damaged or missing: {error}") from error
 
 
 def _tensor(dataset: h5py.Dataset, dtype: torch.dtype) -> Tensor:
@@ -330,10 +396,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _entry(path: Path, file: h5py.File, name: str) -> Entry:
-    leaf = _leaf(path, file, name)
+def _entry(path: Path, group: h5py.Group, name: str) -> Entry:
+    leaf = _leaf(path, group, name)
     if not isinstance(leaf, Tensor):
-        nbytes = len(leaf.encode()) if isinstance(leaf, str) else file[name].dtype.itemsize
+        nbytes = len(leaf.encode()) if isinstance(leaf, str) else group[name].dtype.itemsize
         return Entry(name, (), type(leaf).__name__, nbytes, leaf)
     norm = float(torch.linalg.vector_norm(leaf, dtype=torch.float64)) if leaf.is_floating_point() else None
     return Entry(name, tuple(leaf.shape), _dtype_name(leaf.dtype), leaf.numel() * leaf.element_size(), norm)

@@ -5,6 +5,9 @@
     publish    when all have written, the ranks gather sizes and SHA-256; rank 0 writes the manifest and renames the
                folder
 
+If the ranks of a node share a file, they take turns: the first ranks of all nodes write, then the second ones, and so
+on. No two processes have a file open at once, and each holds its own state only.
+
 If a rank cannot write, this checkpoint fails. The failure is reported, earlier checkpoints stay, and training
 continues. At most one checkpoint is written at a time.
 """
@@ -14,11 +17,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,11 +29,12 @@ import h5py
 import numpy as np
 import torch
 
-from mpicomp.checkpoint.folder import Checkpoint, Checkpoints, Manifest, open_checkpoint, rank_file, step_folder
+from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint.folder import Checkpoint, Checkpoints, Manifest, open_checkpoint, place, step_folder
 from mpicomp.checkpoint.hdf5 import Digest
 from mpicomp.checkpoint.writer import Writer
 from mpicomp.errors import CheckpointError
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree, together
 from mpicomp.state import Leaf
 from mpicomp.timing import traced
@@ -65,6 +69,7 @@ class Saver:
         keep_last: how many of the newest checkpoints to keep; 0 for all.
         keep_every: checkpoints at a multiple of so many steps are kept, too.
         report: called on rank 0 with a line about what went wrong.
+        nodes: the ranks of each node, which share a file; empty for a file for each rank.
 
     """
 
@@ -76,6 +81,7 @@ class Saver:
         keep_last: int,
         keep_every: int | None,
         report: Callable[[str], None],
+        nodes: Groups = (),
     ) -> None:
         self._world = world
         self._folder = Checkpoints(folder)
@@ -83,8 +89,13 @@ class Saver:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._report = report
+        self._nodes = nodes
+        self._mates = next((ranks for ranks in nodes if world.rank in ranks), (world.rank,))
+        self._turns = max(map(len, nodes), default=1)
+        self._turn = 0
         self._writer = Writer()
         self._step: int | None = None
+        self._digests: dict[str, Digest] = {}
         self._publisher = ThreadPoolExecutor(1, "publisher")
         self._publishing: Future[tuple[int, str | None]] | None = None
         self._is_sound = True
@@ -97,7 +108,7 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes its file."""
+        """Whether this rank still writes its state."""
         return self._writer.busy
 
     @traced("checkpoint", "")
@@ -109,22 +120,55 @@ class Saver:
         self.publish()
         can_begin = self._world.broadcast(self._begin(step) if self._world.rank == 0 else False)
         if can_begin:
-            self._step = step
-            path = self._folder.temporary(step) / rank_file(self._world.rank)
-            self._writer.start(path, leaves, _attributes(self._world, step), in_place)
+            self._step, self._turn, self._digests = step, 0, {}
+            self._writer.copy(leaves, in_place)
+            self._write(step)
+
+    def advance(self) -> None:
+        """Gather the results of the ranks whose turn it was to write. The next ones begin to write.
+
+        If there are none, or writing failed, rank 0 publishes or discards the checkpoint in the background.
+        """
+        if self._step is not None:
+            self._advance(self._step)
 
     def publish(self) -> None:
-        """Gather the results of writing; rank 0 publishes or discards the checkpoint in the background."""
-        if self._step is not None:
-            self._publish_together(self._step)
+        """Let all ranks write, one turn after the other, until the checkpoint is no longer pending."""
+        while self._step is not None:
+            self._advance(self._step)
 
     @traced("checkpoint", "")
-    def _publish_together(self, step: int) -> None:
-        outcome = self._writer.wait()
+    def _advance(self, step: int) -> None:
+        outcome = self._writer.wait() if self._is_my_turn else None
         outcomes = self._world.all_gather(str(outcome) if isinstance(outcome, CheckpointError) else outcome)
+        self._digests |= {
+            place(rank, self._nodes)[0]: digest for rank, digest in enumerate(outcomes) if isinstance(digest, Digest)
+        }
+        failures = [f"{outcome} (on rank {rank})" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        self._turn += 1
+        if self._turn < self._turns and not failures:
+            self._write(step)
+            return
         if self._world.rank == 0:
-            self._publishing = self._publisher.submit(self._publish, step, outcomes)
+            self._publishing = self._publisher.submit(self._publish, step, self._digests, failures)
         self._step = None
+
+    @property
+    def _is_my_turn(self) -> bool:
+        return self._mates.index(self._world.rank) == self._turn
+
+    def _write(self, step: int) -> None:
+        """Begin to write the state of this rank if it is its turn."""
+        if not self._is_my_turn:
+            return
+        file, group = place(self._world.rank, self._nodes)
+        path, attributes = self._folder.temporary(step) / file, _attributes(self._world, step)
+        if self._nodes:
+            is_first, is_last = self._turn == 0, self._turn == len(self._mates) - 1
+            write = partial(hdf5.write_group, path, group, attributes=attributes, is_first=is_first, is_last=is_last)
+            self._writer.start(write)
+        else:
+            self._writer.start(partial(hdf5.write, path, attributes=attributes))
 
     @traced("checkpoint", "")
     def finish(self) -> bool:
@@ -148,20 +192,34 @@ class Saver:
             return False
         return True
 
-    def _publish(self, step: int, outcomes: Sequence[Digest | str]) -> tuple[int, str | None]:
-        """Publish the temporary folder if every rank has written its file; return the step and the problem, if any."""
-        digests = [outcome for outcome in outcomes if isinstance(outcome, Digest)]
-        failures = [f"{outcome} (on rank {rank})" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+    def _publish(self, step: int, digests: dict[str, Digest], failures: list[str]) -> tuple[int, str | None]:
+        """Publish the temporary folder if every rank has written its state; return the step and the problem, if any."""
         try:
             if failures:
                 self._folder.discard(step)
                 return step, "; ".join(failures)
-            self._newest = self._folder.publish(_manifest(self._identity, step, digests))
+            self._newest = self._folder.publish(self._manifest(step, digests))
             if self._keep_last:
                 self._folder.prune(self._keep_last, self._keep_every)
         except CheckpointError as error:
             return step, str(error)
         return step, None
+
+    def _manifest(self, step: int, digests: dict[str, Digest]) -> Manifest:
+        identity = self._identity
+        return Manifest(
+            step=step,
+            size=self._world.size,
+            algorithm=identity.algorithm,
+            topology=identity.topology,
+            model=identity.model,
+            config=identity.config,
+            versions=versions(),
+            created=_now(),
+            slurm_job=os.environ.get("SLURM_JOB_ID"),
+            files=digests,
+            nodes=self._nodes,
+        )
 
     def _settle(self) -> None:
         """Wait for a pending publication on rank 0."""
@@ -193,21 +251,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "h5py": h5py.__version__,
     }
-
-
-def _manifest(identity: RunIdentity, step: int, digests: list[Digest]) -> Manifest:
-    return Manifest(
-        step=step,
-        size=len(digests),
-        algorithm=identity.algorithm,
-        topology=identity.topology,
-        model=identity.model,
-        config=identity.config,
-        versions=versions(),
-        created=_now(),
-        slurm_job=os.environ.get("SLURM_JOB_ID"),
-        files={rank_file(rank): digest for rank, digest in enumerate(digests)},
-    )
 
 
 def _attributes(world: World, step: int) -> dict[str, str | int | float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mpicomp.checkpoint.hdf5 import Digest, write
+from mpicomp.checkpoint.hdf5 import Digest
 from mpicomp.errors import CheckpointError
 from mpicomp.state import Leaf
 
@@ -18,46 +17,51 @@ _threads = ThreadPoolExecutor(2, "checkpoint")
 
 
 class Writer:
-    """Writes one file at a time. The memory of the copy is reused for the next one; for state on a GPU it is pinned."""
+    """Writes one state at a time. The memory of the copy is reused for the next one; for state on a GPU it is pinned.
+
+    `copy`, `start` and `wait` follow each other; time may pass between them.
+    """
 
     def __init__(self) -> None:
-        self._future: Future[Digest | CheckpointError] | None = None
+        self._future: Future[Digest | CheckpointError | None] | None = None
         self._copies: dict[str, Tensor] = {}
+        self._leaves: dict[str, Leaf] = {}
 
     @property
     def busy(self) -> bool:
-        """Whether a file is being written."""
+        """Whether the state is being written."""
         return self._future is not None and not self._future.done()
 
-    def start(
-        self,
-        path: Path,
-        leaves: Mapping[str, Leaf],
-        attributes: Mapping[str, str | int | float],
-        in_place: bool = False,
-    ) -> None:
-        """Copy the leaves and begin to write the copy; the caller may change them as soon as this returns.
+    def copy(self, leaves: Mapping[str, Leaf], in_place: bool = False) -> None:
+        """Copy the leaves; the caller may change them as soon as this returns.
 
         With `in_place`, tensors on the CPU are not copied, and must stay as they are until `wait` returns.
         """
-        assert self._future is None, "wait for the last file first"
+        assert self._future is None, "wait for the last state first"
         if in_place:
             self._copies.clear()
         copies = {path: leaf for path, leaf in leaves.items() if in_place and _is_on_cpu(leaf)}
         copies |= self._copy({path: leaf for path, leaf in leaves.items() if path not in copies})
-        self._future = _threads.submit(_write, path, {path: copies[path] for path in leaves}, attributes)
+        self._leaves = {path: copies[path] for path in leaves}
 
-    def wait(self) -> Digest | CheckpointError:
-        """Wait for the file and return its digest, or what went wrong."""
+    def start(self, write: Callable[[Mapping[str, Leaf]], Digest | None]) -> None:
+        """Begin to write the copy by calling `write` in the background."""
+        assert self._future is None, "wait for the last state first"
+        self._future = _threads.submit(_write, write, self._leaves)
+        self._leaves = {}
+
+    def wait(self) -> Digest | CheckpointError | None:
+        """Wait until the state is written and return what `write` did, or what went wrong."""
         assert self._future is not None, "nothing is being written"
         outcome = self._future.result()
         self._future = None
         return outcome
 
     def close(self) -> None:
-        """Wait for a file that is being written, if there is one, and give the memory of copies back."""
+        """Wait for a state that is being written, if there is one, and give the memory of copies back."""
         if self._future is not None:
             wait([self._future])
+        self._leaves = {}
         self._copies.clear()
 
     def _copy(self, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
@@ -88,9 +92,9 @@ def _fits(copy: Tensor, leaf: Leaf | None) -> bool:
 
 
 def _write(
-    path: Path, leaves: Mapping[str, Leaf], attributes: Mapping[str, str | int | float]
-) -> Digest | CheckpointError:
+    write: Callable[[Mapping[str, Leaf]], Digest | None], leaves: Mapping[str, Leaf]
+) -> Digest | CheckpointError | None:
     try:
-        return write(path, leaves, attributes)
+        return write(leaves)
     except CheckpointError as error:
         return error

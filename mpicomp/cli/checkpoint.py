@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mpicomp.checkpoint import export as model_export
-from mpicomp.checkpoint import hdf5
-from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, rank_file
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, place
 from mpicomp.errors import CheckpointError
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.result import readable_bytes
@@ -70,7 +69,7 @@ def verify(path: Path) -> None:
     for one in [_one(path)] if _is_one(path) else _folder(path).all():
         problems = one.verify()
         is_sound = is_sound and not problems
-        click.echo(f"{one.path}: {'damaged' if problems else f'{one.manifest.size} files are sound'}")
+        click.echo(f"{one.path}: {'damaged' if problems else f'{len(one.manifest.files)} files are sound'}")
         for problem in problems:
             click.echo(f"  {problem}")
     if not is_sound:
@@ -79,18 +78,18 @@ def verify(path: Path) -> None:
 
 @checkpoint.command("show")
 @_path
-@click.option("--rank", default=0, show_default=True, help="Whose file.")
+@click.option("--rank", default=0, show_default=True, help="Whose entries.")
 def show(path: Path, rank: int) -> None:
-    """Show the description of a checkpoint, and name, shape, type and norm of every entry in one rank's file."""
+    """Show the description of a checkpoint, and name, shape, type and norm of every entry of one rank."""
     one = _one(path)
     _check_rank(one, rank)
     manifest, console = one.manifest, _console()
     for key in ("step", "size", "algorithm", "topology", "model", "created", "slurm_job"):
         console.print(f"{key:10} {getattr(manifest, key)}", markup=False)
     console.print(f"{'versions':10} {', '.join(f'{name} {text}' for name, text in manifest.versions.items())}")
-    hdf5.check(one.path / rank_file(rank), manifest.files[rank_file(rank)])
-    table = Table("name", "shape", "type", "size", "norm or value", box=None, title=rank_file(rank))
-    for entry in hdf5.entries(one.path / rank_file(rank)):
+    title = " ".join(place(rank, manifest.nodes)).removesuffix(" /")
+    table = Table("name", "shape", "type", "size", "norm or value", box=None, title=title)
+    for entry in one.entries(rank):
         shape = "x".join(map(str, entry.shape)) or "-"
         table.add_row(entry.name, shape, entry.dtype, readable_bytes(entry.nbytes), _shown(entry.value))
     console.print(table)

@@ -40,7 +40,7 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.loopback.network import Links
-from mpicomp.exchange.node import groups_by_host, groups_of_size
+from mpicomp.exchange.node import groups_by_host, groups_of_size, nodes_of
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.clipping import Clip
@@ -233,7 +233,8 @@ class TopologySection(Section):
     messages."""
 
     node_size: NonNegativeInt = 0
-    """How many consecutive ranks a node has, with ``level = "node"``; 0: the ranks of a host are a node."""
+    """How many consecutive ranks a node has, for ``level = "node"`` and ``checkpoint.files = "node"``; 0: the ranks of
+    a host are a node."""
 
     def build(self, size: int) -> Schedule:
         """Return the graph over `size` ranks or nodes; raise TopologyError if there is none."""
@@ -250,6 +251,10 @@ class TopologySection(Section):
             return None
         with together(world):
             return groups_of_size(world.size, self.node_size) if self.node_size else groups_by_host(world)
+
+    def nodes(self, world: World) -> Groups:
+        """Return the ranks of each node, also if the graph joins ranks; collective on all ranks."""
+        return nodes_of(world, self.node_size)
 
 
 class CompressorSection(Section):
@@ -463,6 +468,10 @@ class CheckpointSection(Section):
 
     keep_every: PositiveInt | None = None
     """Checkpoints at a multiple of so many steps are kept, too."""
+
+    files: Literal["rank", "node"] = "rank"
+    """What has a file in a checkpoint: each rank; or ``"node"``: each node (`topology.node_size`), whose ranks take turns
+    to write into it, for file systems that suffer from many files."""
 
     stop_before_end_s: float = Field(120.0, ge=0, allow_inf_nan=False)
     """Seconds before the end of the time limit at which to stop; at most a quarter of the limit."""

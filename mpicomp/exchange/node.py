@@ -13,7 +13,7 @@ compression. The sums inside are in float64 and in the order of ranks, so that t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
@@ -26,10 +26,18 @@ def groups_by_host(world: World) -> Groups:
         ConfigError: machines have different numbers of ranks.
 
     """
-    return checked_groups(groups_of(world.all_gather(world.host)), world.size)
+    return checked_groups(nodes_of(world, 0), world.size)
 
 
-def groups_of(hosts: Sequence[str]) -> Groups:
+def nodes_of(world: World, node_size: int) -> Groups:
+    """Return the ranks of each node, which need not be equally many; collective on all ranks.
+
+    A node is the ranks of a host, or `node_size` consecutive ranks if that is not 0.
+    """
+    return groups_of([rank // node_size for rank in range(world.size)] if node_size else world.all_gather(world.host))
+
+
+def groups_of(hosts: Sequence[Hashable]) -> Groups:
     """Return the ranks of each host, given the host of each rank."""
     return tuple(tuple(rank for rank, other in enumerate(hosts) if other == host) for host in dict.fromkeys(hosts))
 

@@ -24,8 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mpicomp.checkpoint import hdf5
-from mpicomp.checkpoint.folder import Checkpoint, rank_file
+from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.errors import CheckpointError, MpicompError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree
@@ -50,26 +49,25 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
         CheckpointError: a file is damaged or missing.
 
     """
-    combined = checkpoint.read(0)
-    files = [checkpoint.path / rank_file(rank) for rank in range(checkpoint.manifest.size)]
-    for file in files[1:]:
-        hdf5.check(file, checkpoint.manifest.files[file.name])
+    old = range(checkpoint.manifest.size)
+    checkpoint.check(old)
+    combined = checkpoint.read_checked(0)
     for path, leaf in combined.items():
         if rules.get(path) == "servers":
-            held = (cast(Tensor, hdf5.read(file, names=[path])[path]) for file in files)
+            held = (cast(Tensor, checkpoint.read_checked(rank, [path])[path]) for rank in old)
             combined[path] = max(held, key=Tensor.numel)
         elif rules.get(path) == "own":
             continue  # each rank keeps its own, which may differ in shape
         elif isinstance(leaf, Tensor) and leaf.is_floating_point() and not path.startswith("random/"):
             total = leaf.to(torch.float64)
-            for file in files[1:]:
-                total += cast(Tensor, hdf5.read(file, names=[path])[path])
-            divisor = ranks if rules.get(path) == "sum" else checkpoint.manifest.size
+            for rank in old[1:]:
+                total += cast(Tensor, checkpoint.read_checked(rank, [path])[path])
+            divisor = ranks if rules.get(path) == "sum" else len(old)
             combined[path] = (total / divisor).to(leaf.dtype)
     for path, rule in rules.items():
         if rule == "model":
             combined[path] = cast(Tensor, combined[PARAMETERS]).clone()
-    sent = [cast(int, hdf5.read(file, names=[SENT])[SENT]) for file in files]
+    sent = [cast(int, checkpoint.read_checked(rank, [SENT])[SENT]) for rank in old]
     combined[SENT] = sum(sent) // ranks
     return combined
 

@@ -32,7 +32,7 @@ class RunCheckpoints:
         self._saver: Saver | None = None
 
     def begin(self, step: int) -> None:
-        """Begin after `step` steps; to be called again after ranks have died."""
+        """Begin after `step` steps; to be called again after ranks have died. Collective on all ranks."""
         run = self._run
         self._passed = self._multiples(step)
         self._begun_since_status = False
@@ -44,6 +44,7 @@ class RunCheckpoints:
                 self._section.keep_last,
                 self._section.keep_every,
                 run.progress.warn if run.progress else lambda line: None,
+                run.config.topology.nodes(run.world) if self._section.files == "node" else (),
             )
 
     def status(self) -> Status:
@@ -58,10 +59,15 @@ class RunCheckpoints:
         )
 
     def publish_if_written(self, agreed: Status) -> None:
-        """Publish a pending checkpoint if no rank still writes it; `agreed` is the maximum of the ranks' `status`."""
-        if self._saver and self._saver.is_pending and not agreed.writing and not self._begun_since_status:
-            self._saver.publish()
+        """Publish a pending checkpoint if no rank still writes it; `agreed` is the maximum of the ranks' `status`.
+
+        If the ranks of a node share a file, let those write it whose turn is next.
+        """
+        has_written = not agreed.writing and not self._begun_since_status
         self._begun_since_status = False
+        if self._saver and self._saver.is_pending and has_written:
+            self._saver.advance()
+            self._begun_since_status = self._saver.is_pending
 
     def is_due(self, step: int, agreed: Status) -> bool:
         """Return whether to store a checkpoint after `step` steps."""

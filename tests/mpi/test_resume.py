@@ -10,7 +10,9 @@ from support.libraries import restarted_at_these_ranks
 from support.methods import ALL_REDUCE, DETERMINISTIC
 
 from mpicomp.algorithms import DPSGD
+from mpicomp.checkpoint.saver import Saver, find_checkpoint
 from mpicomp.errors import CheckpointError
+from mpicomp.exchange.node import nodes_of
 
 METHODS = {**DETERMINISTIC, **ALL_REDUCE}
 OPTIMIZERS = {
@@ -54,6 +56,23 @@ def check_resumes(world, folder, method, optimizer=None):
 @pytest.mark.parametrize("name", restarted_at_these_ranks(METHODS))
 def test_every_method_goes_on_bit_for_bit(world, shared_tmp_path, name):
     check_resumes(world, shared_tmp_path, METHODS[name])
+
+
+def test_the_processes_of_a_host_take_turns_to_write_one_file(world, shared_tmp_path):
+    gossip, closure = make(world, DPSGD())
+    gossip.step(closure(0))
+    saver = Saver(world, shared_tmp_path, gossip.identity(), 1, None, pytest.fail, nodes_of(world, 0))
+    saver.start(1, gossip.state_dict())
+    gossip.step(closure(1))
+    assert saver.finish()
+    saver.close()
+    after = gossip.local.x.clone()
+    checkpoint = find_checkpoint(world, shared_tmp_path)
+    assert checkpoint.manifest.nodes == (tuple(range(world.size)),)
+    assert list(checkpoint.manifest.files) == ["node_00000.h5"]
+    assert gossip.resume(shared_tmp_path) == {}
+    gossip.step(closure(1))
+    assert torch.equal(gossip.local.x, after)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

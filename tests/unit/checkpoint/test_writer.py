@@ -1,10 +1,11 @@
 import threading
+from functools import partial
 
 import pytest
 import torch
 from support.tmpfs import small_disk  # noqa: F401
 
-from mpicomp.checkpoint import hdf5, writer
+from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.writer import Writer
 from mpicomp.errors import CheckpointError
 
@@ -16,16 +17,20 @@ def write():
     made.close()
 
 
-def test_the_state_may_change_while_it_is_written(tmp_path, write, monkeypatch):
+def to(path):
+    return partial(hdf5.write, path, attributes={})
+
+
+def test_the_state_may_change_while_it_is_written(tmp_path, write):
     may_begin = threading.Event()
 
-    def slow(*arguments):
+    def slow(leaves):
         may_begin.wait(10)
-        return hdf5.write(*arguments)
+        return hdf5.write(tmp_path / "a.h5", leaves, {})
 
-    monkeypatch.setattr(writer, "write", slow)
     x = torch.ones(1000)
-    write.start(tmp_path / "a.h5", {"x": x, "n": 3}, {})
+    write.copy({"x": x, "n": 3})
+    write.start(slow)
     assert write.busy
     x.zero_()
     may_begin.set()
@@ -36,31 +41,38 @@ def test_the_state_may_change_while_it_is_written(tmp_path, write, monkeypatch):
 
 def test_the_last_state_is_written_without_a_copy(tmp_path, write):
     x = torch.randn(1000)
-    write.start(tmp_path / "a.h5", {"x": x}, {})
+    write.copy({"x": x})
+    write.start(to(tmp_path / "a.h5"))
     first = write.wait()
-    write.start(tmp_path / "b.h5", {"x": x}, {}, in_place=True)
+    write.copy({"x": x}, in_place=True)
+    write.start(to(tmp_path / "b.h5"))
     assert not write._copies
     assert write.wait() == first
 
 
 def test_memory_is_kept_from_one_file_to_the_next(tmp_path, write):
     x = torch.randn(1000)
-    write.start(tmp_path / "a.h5", {"x": x}, {})
+    write.copy({"x": x})
+    write.start(to(tmp_path / "a.h5"))
     write.wait()
     memory = write._copies["x"].data_ptr()
     for other in (x + 1, torch.randn(1000)):
-        write.start(tmp_path / "b.h5", {"x": other}, {})
+        write.copy({"x": other})
+        write.start(to(tmp_path / "b.h5"))
         write.wait()
         assert write._copies["x"].data_ptr() == memory
-    write.start(tmp_path / "c.h5", {"y": x}, {})
+    write.copy({"y": x})
+    write.start(to(tmp_path / "c.h5"))
     assert isinstance(write.wait(), hdf5.Digest)
     assert set(write._copies) == {"y"}
 
 
 def test_a_failure_is_returned_and_the_next_file_is_written(small_disk, write):  # noqa: F811
-    write.start(small_disk / "a.h5", {"x": torch.randn(2_000_000)}, {})
+    write.copy({"x": torch.randn(2_000_000)})
+    write.start(to(small_disk / "a.h5"))
     failure = write.wait()
     assert isinstance(failure, CheckpointError)
     assert "No space left on device" in str(failure)
-    write.start(small_disk / "b.h5", {"x": torch.randn(100)}, {})
+    write.copy({"x": torch.randn(100)})
+    write.start(to(small_disk / "b.h5"))
     assert isinstance(write.wait(), hdf5.Digest)
