@@ -470,8 +470,8 @@ class CheckpointSection(Section):
     """Checkpoints at a multiple of so many steps are kept, too."""
 
     files: Literal["rank", "node"] = "rank"
-    """What has a file in a checkpoint: each rank; or ``"node"``: each node (`topology.node_size`), whose ranks take turns
-    to write into it, for file systems that suffer from many files."""
+    """What has a file in a checkpoint: each rank; or ``"node"``: each node (see `topology.node_size`), whose ranks take
+    turns to write into it, for file systems that suffer from many files."""
 
     stop_before_end_s: float = Field(120.0, ge=0, allow_inf_nan=False)
     """Seconds before the end of the time limit at which to stop; at most a quarter of the limit."""
