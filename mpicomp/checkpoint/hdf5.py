@@ -4,8 +4,8 @@ A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is stor
 attribute ``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in
 uint16. In the file of a node, each rank has a group that is what its own file would be. (Earlier versions stored
 tensors in chunks with HDF5's own checksums; such files can still be read.) Numbers and texts are scalar datasets, with
-their type in the attribute ``type``. The root's attributes describe the file. Nothing is pickled; plain h5py or ``h5ls
--r`` shows everything. The same leaves give the same bytes.
+their type in the attribute ``type``. The root's attributes describe the file. Nothing is pickled; plain h5py or
+``h5ls -r`` shows everything. The same leaves give the same bytes.
 
 HDF5 writes everything except the tensors, for which it leaves holes. This module then writes the tensors into the holes
 itself, and hashes the file meanwhile. The reason: tensors may fill the disk, and HDF5 never closes a file that it
