@@ -56,7 +56,7 @@ def test_every_method_goes_on_bit_for_bit(world, shared_tmp_path, name):
     check_resumes(world, shared_tmp_path, METHODS[name])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", restarted_at_these_ranks(OPTIMIZERS))
 def test_every_kind_of_optimizer_goes_on_bit_for_bit(world, shared_tmp_path, optimizer):
     check_resumes(world, shared_tmp_path, DPSGD(), optimizer)
 
