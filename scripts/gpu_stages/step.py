@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -33,7 +33,7 @@ HOWS = ("processes", "threads")
 def main() -> None:
     """Run the stage."""
     stage = Stage("step")
-    measured = zip(TINY, HOWS, strict=True) if stage.tiny else product(MODELS, HOWS)
+    measured: Iterable[tuple[str, str]] = zip(TINY, HOWS, strict=True) if stage.tiny else product(MODELS, HOWS)
     models = TINY if stage.tiny else MODELS
     stage.run({f"{name}, {how}": partial(measure, stage, name, models[name], how) for name, how in measured})
 
