@@ -113,7 +113,7 @@ def test_training_sets_of_unequal_length_are_refused(tmp_path):
 
 
 def test_a_started_torch_distributed_is_refused(tmp_path):
-    done = train(tmp_path, "--use-cpu", ranks=2, MASTER_ADDR="localhost", MASTER_PORT="29517")
+    done = train(tmp_path, "--use-cpu", MASTER_ADDR="localhost", MASTER_PORT="29517")
     assert is_code(done.returncode, ConfigError.exit_code), done.stdout
     assert "torch.distributed has been started" in done.stdout
     assert "hidden_launcher()" in done.stdout
