@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 from stage import Stage
@@ -26,18 +27,15 @@ TINY = {
     "GPT, 10 M": ["model.kind=gpt", "model.width=16", "model.layers=1", "model.heads=2", "data.context=8"],
 }
 
+HOWS = ("processes", "threads")
+
 
 def main() -> None:
     """Run the stage."""
     stage = Stage("step")
+    measured: Iterable[tuple[str, str]] = zip(TINY, HOWS, strict=True) if stage.tiny else product(MODELS, HOWS)
     models = TINY if stage.tiny else MODELS
-    stage.run(
-        {
-            f"{name}, {ranks_are}": partial(measure, stage, name, sets, ranks_are)
-            for name, sets in models.items()
-            for ranks_are in ("processes", "threads")
-        }
-    )
+    stage.run({f"{name}, {how}": partial(measure, stage, name, models[name], how) for name, how in measured})
 
 
 def measure(stage: Stage, name: str, sets: list[str], ranks_are: str) -> Mapping[str, Any]:

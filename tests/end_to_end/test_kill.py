@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from support.runs import MPIEXEC, assert_same_checkpoint, mpicomp, ranks_of, records, start, wait_until
+from support.runs import MPIEXEC, assert_same_checkpoint, mpicomp, mpicomp_here, ranks_of, records, start, wait_until
 
 from mpicomp.checkpoint.folder import Checkpoints, open_checkpoint
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no MPI in this en
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished = mpicomp("train", *RUN, "--run-dir", folder, "--loopback", 4)
+    finished = mpicomp_here("train", *RUN, "--run-dir", folder, "--loopback", 4)
     assert finished.returncode == 0, finished.stdout
     return folder
 

@@ -75,12 +75,6 @@ def test_a_rank_that_is_killed_ends_all_of_them():
     assert "went on" not in output
 
 
-def test_all_goes_well():
-    code, output = run_ranks("with guard(world): print(f'sum {sum(world.all_gather(world.rank))}')")
-    assert code == 0, output
-    assert output.count("sum 3") == 3
-
-
 @pytest.mark.skipif(not OTHERS, reason="no second environment with the other MPI beside this one")
 @pytest.mark.parametrize("other", OTHERS, ids=lambda path: path.parents[1].name)
 def test_the_mpiexec_of_another_mpi_is_refused(other):
@@ -195,8 +189,8 @@ def test_a_failure_that_leaves_others_waiting_ends_the_job_with_its_traceback(tm
 
 
 def test_a_deadlock_ends_the_job_with_all_stacks(tmp_path):
-    limits = ["-o", "faulthandler_timeout=8", "-o", "faulthandler_exit_on_timeout=true"]
+    limits = ["-o", "faulthandler_timeout=4", "-o", "faulthandler_exit_on_timeout=true"]
     code, output = run_suite(tmp_path, DEADLOCK, *limits)
     assert code != 0
-    assert "Timeout (0:00:08)!" in output, output
+    assert "Timeout (0:00:04)!" in output, output
     assert "in test_deadlock" in output, output

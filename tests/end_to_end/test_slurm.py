@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import OPEN_MPI_HERE, assert_same_checkpoint, mpicomp, ranks_of, records
+from support.runs import OPEN_MPI_HERE, assert_same_checkpoint, mpicomp_here, ranks_of, records
 
 from mpicomp.checkpoint.folder import Checkpoints
 
@@ -113,11 +113,11 @@ def wait_for_training(folder, job, steps, timeout=60):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The same run without Slurm and without sleep, which does not enter its arithmetic."""
+    """The same run on threads, without Slurm and without sleep, which does not enter its arithmetic."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = mpicomp(
+    done = mpicomp_here(
         *("train", CONFIG, "--run-dir", folder, "--set", "data.kind=synthetic", "--set", f"training.steps={STEPS}"),
-        ranks=4,
+        *("--loopback", 4),
     )
     assert done.returncode == 0, done.stdout
     return folder

@@ -136,6 +136,8 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     assert sorted({*shown, last_of_the_dead}) == sorted(set(steps)) and len(shown) >= len(steps) - 1
     assert steps[-1] in range(BATCHES // 4, BATCHES // 4 + 2)  # with the batches that the dead had taken
 
+    if way == "openmpi":
+        return  # "ulfm" goes on with the same library
     again = tmp_path / "again"
     again.mkdir()
     with Run(way, again, "--resume", tmp_path / "run", "--set", "training.epochs=6", ranks=2) as more:

@@ -22,8 +22,8 @@ RANKS = 3
 LAST = 12
 
 
-def train(folder, *options, **environment):
-    return run_program(PROGRAM, folder, *options, ranks=RANKS, environment=environment)
+def train(folder, *options, ranks=RANKS, **environment):
+    return run_program(PROGRAM, folder, *options, ranks=ranks, environment=environment)
 
 
 def checkpoint(folder, step):
@@ -106,9 +106,9 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
 
 
 def test_training_sets_of_unequal_length_are_refused(tmp_path):
-    done = train(tmp_path, "--uneven")
+    done = train(tmp_path, "--uneven", ranks=2)
     assert is_code(done.returncode, ConfigError.exit_code), done.stdout
-    assert "unequal length ([10, 15, 20] batches by rank)" in done.stdout
+    assert "unequal length ([15, 20] batches by rank)" in done.stdout
     assert "Traceback" not in done.stdout
 
 

@@ -1,9 +1,12 @@
 """Asynchronous training on MPI ranks of unequal speed."""
 
 import pytest
+from support.libraries import LEFT_TO_OTHERS, skip_module_if_left
 
 from mpicomp.config.config import RunConfig
 from mpicomp.run.loop import train
+
+skip_module_if_left(LEFT_TO_OTHERS)
 
 EPOCHS = 4
 """With half as many, five ranks on two cores now and then learned less than what is asked for."""

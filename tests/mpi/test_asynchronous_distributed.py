@@ -3,12 +3,15 @@
 import pytest
 import torch
 from support import small
+from support.libraries import LEFT_TO_OTHERS, skip_module_if_left
 from torch import nn
 
 from mpicomp.algorithms import ADPSGD, DCASGD, DCGossip
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError
 from mpicomp.topology import chain, ring, star
+
+skip_module_if_left(LEFT_TO_OTHERS)
 
 METHODS = {
     "gossip": (DCGossip(0.3, TopK(ratio=0.3)), ring),

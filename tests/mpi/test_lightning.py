@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.libraries import LIGHTNING_LEFT_TO_OTHERS, skip_module_if_left
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,8 +19,10 @@ from mpicomp.topology import ring, star
 
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
+# before its import, which takes as long as torch's
 if MPI.COMM_WORLD.size > 3:
-    pytest.skip("is for up to 3 ranks", allow_module_level=True)  # before its import, which takes as long as torch's
+    pytest.skip("is for up to 3 ranks", allow_module_level=True)
+skip_module_if_left(LIGHTNING_LEFT_TO_OTHERS)
 # Lightning and what it imports use deprecated functions of torch, and warn of small data; ours must not warn.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::mpicomp")]
 

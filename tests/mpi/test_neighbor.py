@@ -18,6 +18,8 @@ def test_contract(world, check):
 
 @pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
 def test_contract_when_ranks_outnumber_cores(world, check):
+    if world.is_polite:
+        return  # they do: `test_contract` was that
     world.is_polite = True
     check(world)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed
 from support import small
+from support.libraries import LEFT_TO_OTHERS, skip_module_if_left
 
 from mpicomp.algorithms import SSGD
 from mpicomp.errors import ConfigError, ExchangeError
@@ -15,6 +16,8 @@ from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.probe import attempt, try_sum
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.topology import ring
+
+skip_module_if_left(LEFT_TO_OTHERS)
 
 CPU = torch.device("cpu")
 

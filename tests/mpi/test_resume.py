@@ -75,7 +75,7 @@ def test_the_processes_of_a_host_take_turns_to_write_one_file(world, shared_tmp_
     assert torch.equal(gossip.local.x, after)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", restarted_at_these_ranks(OPTIMIZERS))
 def test_every_kind_of_optimizer_goes_on_bit_for_bit(world, shared_tmp_path, optimizer):
     check_resumes(world, shared_tmp_path, DPSGD(), optimizer)
 

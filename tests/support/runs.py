@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
@@ -24,6 +25,16 @@ OPEN_MPI_HERE = {
 def mpicomp(*arguments, ranks=None, timeout=120):
     """Run a command to its end, on MPI ranks if their number is given; nothing of it is left when it hangs."""
     return _finish(start(*arguments, ranks=ranks), arguments, timeout)
+
+
+def mpicomp_here(*arguments):
+    """Run a command in this process, which saves the start of one; both outputs come together."""
+    from mpicomp.cli import main
+
+    done = CliRunner().invoke(main, list(map(str, arguments)), prog_name="mpicomp")
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.output)
 
 
 def run_program(program, *arguments, ranks, environment=(), timeout=120):

@@ -100,7 +100,7 @@ def main():
         args = make_arguments(options)
     rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     set_seed(1)
-    train = Windows(60 + 30 * rank if options.uneven else 60)
+    train = Windows(60 + 20 * rank if options.uneven else 60)
     trainer = Mortal(
         model=make_model(),
         args=args,
