@@ -26,6 +26,7 @@ import tomli_w
 
 from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.asynchronous.base import RegroupingAlgorithm
+from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.config.problems import Checked, refusals, unknown
 from mpicomp.config.sections import (
     SECTIONS,
@@ -174,7 +175,7 @@ class RunConfig:
             self._check_asynchronous(algorithm, size)
             self._check_allocation(algorithm, size)
         if self.run.on_peer_loss == "continue":
-            self._check_survivable(algorithm, size)
+            self._check_survivable(algorithm, size, groups)
         return schedule, algorithm
 
     def _check_nodes(self, algorithm: AnyAlgorithm) -> None:
@@ -190,23 +191,47 @@ class RunConfig:
                 "algorithm.weights) are for graphs that join ranks. Leave them out, or set topology.level = 'rank'"
             )
 
-    def _check_survivable(self, algorithm: AnyAlgorithm, size: int) -> None:
+    def _check_survivable(self, algorithm: AnyAlgorithm, size: int, groups: Groups | None) -> None:
         """Raise ConfigError if the ranks cannot continue when one of them dies."""
+        if isinstance(algorithm, RegroupingGossip):
+            self._check_smaller(size, groups)
+            return
         if not isinstance(algorithm, RegroupingAlgorithm):
-            why = "its ranks wait for the messages of all of their neighbors in every step"
+            why = "it cannot make its state anew for fewer ranks"
             if isinstance(algorithm, AsynchronousAlgorithm):
                 why = "a rank may have asked the dead one for an average, and waits for its answer"
                 if len(algorithm.trainers(size)) < size:
                     why = "the part of the model that a hub holds is gone with it"
             raise ConfigError(
                 f"run.on_peer_loss = 'continue' does not go with algorithm.kind = {self.algorithm.kind!r}: {why}. Take "
-                "algorithm.kind = 'dc_gossip', or 'stop' and --resume"
+                "algorithm.kind = 'choco', 'adagossip', 'dpsgd' or 'dc_gossip', or 'stop' and --resume"
             )
         if algorithm.share != "by_speed":
             raise ConfigError(
                 "run.on_peer_loss = 'continue' needs algorithm.share = 'by_speed': with 'equal', the samples of a rank "
                 "would be lost with it"
             )
+
+    def _check_smaller(self, size: int, groups: Groups | None) -> None:
+        """Raise ConfigError if a gossip method cannot continue with one rank less."""
+        stop = "or run.on_peer_loss = 'stop' and --resume"
+        if groups is not None:
+            raise ConfigError(
+                "run.on_peer_loss = 'continue' does not go with topology.level = 'node': a rank that dies takes its "
+                f"shard of the model along. Take topology.level = 'rank', {stop}"
+            )
+        if self.compression.allocation != "uniform":
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue' does not go with compression.allocation = "
+                f"{self.compression.allocation!r}: the ratios are those of all ranks. Take 'uniform', {stop}"
+            )
+        try:
+            self.topology.build(max(size - 1, 1))
+        except ConfigError as error:
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue': if one of {size} ranks dies, there is no graph for the others "
+                f"({error}). Take topology.kind = 'ring' or another for any number of ranks, {stop}"
+            ) from error
 
     def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
         """Raise ConfigError if another section contradicts an asynchronous algorithm."""

@@ -237,11 +237,15 @@ class FailureDetector(Protocol):
     def look(self) -> None:
         """Raise RankLost if a rank has died; not collective. Waits for all ranks check this, too."""
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Raise RankLost if the transport fails in the block because a rank has died; not collective."""
+
     def regrouped(self) -> AbstractContextManager[list[int]]:
         """Make the world one of the survivors, with new numbers; the block gets the ranks that have died, ascending.
 
         Collective on the survivors, after RankLost on each of them. Exchanges, mailboxes and counters of the old world
-        can no longer be used, and must not be freed. If another rank dies while the block makes new ones, the run ends.
+        can no longer be used, and must not be freed. If another rank dies while the block makes new ones, the run ends,
+        or RankLost is raised again.
         """
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mpicomp.algorithms.asynchronous.base import AnyAlgorithm
 from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
+from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.errors import ConfigError
-from mpicomp.exchange.base import Gather, Node, World
+from mpicomp.exchange.base import Exchange, Gather, Node, World
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
 from mpicomp.replica.flat import Hook
@@ -51,6 +52,8 @@ class Distributed(Replica):
         self._frozen: list[tuple[Tensor, Tensor]] = []
         self._is_joining = False
         self._ends: Gather | None = None
+        # The exchanges with ranks that have died: MPI may yet write into their buffers.
+        self._given_up: list[Exchange] = []
         self.optimizer = DistributedOptimizer(self)
         self.is_compared = False
         self.watchdog: Watchdog | None = None
@@ -158,6 +161,23 @@ class Distributed(Replica):
         self.link = self._exchange = connected.exchange(self.schedule)
         self.state = self.algorithm.init(self.part, self._exchange)
 
+    def continue_over(self, schedule: Schedule, steps: int) -> None:
+        """Continue over the graph of the ranks that are left, after `steps` steps; collective on these.
+
+        A step that was under way ends here, after the optimizer's part of it or before.
+        """
+        assert isinstance(self.algorithm, RegroupingGossip)
+        self._given_up.append(self._exchange)
+        sent = self.bytes_sent
+        self._phases = None
+        self._restore_frozen()
+        self.local.end_step()
+        self.schedule = schedule
+        self.link = self._exchange = self.world.exchange(schedule)
+        self._exchange.bytes_sent = sent
+        self.algorithm.regroup_(self.part, self.state, self._exchange)
+        self.steps = steps
+
     def _make_phases(self) -> Phases:
         """Return the phases of a step."""
         assert isinstance(self.algorithm, Algorithm)
@@ -215,8 +235,7 @@ class Distributed(Replica):
 
     def _end(self) -> None:
         """Finish the step: restore frozen parameters, show the new ones, count the step, average buffers if due."""
-        for x, before in self._frozen:
-            x.copy_(before)
+        self._restore_frozen()
         self.local.skips_update = False
         self.local.end_step()
         self.steps += 1
@@ -228,6 +247,10 @@ class Distributed(Replica):
         if self._ends is not None:
             self._ends.wait()
             self._ends = None
+
+    def _restore_frozen(self) -> None:
+        for x, before in self._frozen:
+            x.copy_(before)
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Begin a step with the first forward pass of training, so that messages travel during it.

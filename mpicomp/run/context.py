@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
-from mpicomp.exchange.base import World
+from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.meter import Meter
@@ -19,6 +20,7 @@ from mpicomp.replica.replica import Replica
 from mpicomp.replica.resize import load_resized
 from mpicomp.run.evaluation import evaluate, evaluates_own
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result, summary
 from mpicomp.run.setup import Setup, header
@@ -46,6 +48,7 @@ class RunContext:
         checkpoint: the checkpoint to continue from; None for a new run.
         resize: whether `checkpoint` may have another number of ranks.
         lost: the names of the ranks that have died.
+        failure_detector: raises RankLost where this rank waits for ranks that have died; None if the run then ends.
 
     """
 
@@ -60,6 +63,7 @@ class RunContext:
     checkpoint: Checkpoint | None = None
     resize: bool = False
     lost: list[str] = field(default_factory=list)
+    failure_detector: FailureDetector | None = None
 
     @property
     def written_folder(self) -> RunFolder | None:
@@ -99,6 +103,52 @@ class RunContext:
             folder.save_ranks(self.watchdog.members)
         if self.progress:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
+
+    def look_out(self, is_able: bool = True) -> None:
+        """Look out for ranks that die, if the run is to continue without them; collective on all ranks.
+
+        Args:
+            is_able: whether the transport of messages allows it.
+
+        """
+        if self.config.run.on_peer_loss == "continue":
+            if is_able:
+                self.failure_detector = self.world.failure_detector([str(member) for member in self.watchdog.members])
+            if self.failure_detector is None and self.progress:
+                self.progress.warn(
+                    "run.on_peer_loss = 'continue' needs ranks that are processes of one machine and see each other "
+                    "there, or, with common steps, mpiexec --with-ft ulfm of Open MPI; here it is 'stop'"
+                )
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Raise RankLost if the transport fails in the block because a rank has died, and the run can go on."""
+        return self.failure_detector.watching() if self.failure_detector else nullcontext()
+
+    @contextmanager
+    def regrouped(self, membership: ElasticMembership) -> Iterator[list[str]]:
+        """Make the world one of the survivors, for the block to continue in; it gets the names of those that have died.
+
+        Collective on the survivors; see `FailureDetector.regrouped`.
+        """
+        assert self.failure_detector is not None
+        with self.failure_detector.regrouped() as dead:
+            members = self.watchdog.members
+            names = [str(members[rank]) for rank in dead]
+            self.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]
+            membership.lose(dead, names)
+            yield names
+            if folder := self.written_folder:
+                folder.save_ranks(self.watchdog.members)
+        if self.progress:
+            ranks = "the other rank goes on" if self.world.size == 1 else f"the other {self.world.size} ranks go on"
+            self.progress.warn(f"{', '.join(names)} died; {ranks}, numbered anew")
+        self.watchdog.moved()
+
+    def take_over_progress(self, part_done: float) -> None:
+        """Show the progress on a rank that has become rank 0, with `part_done` of the run done."""
+        if self.written_folder and not self.progress:
+            self.progress = Progress(self.config.training.steps, self.config.training.epochs)
+            self.progress.start([], part_done)
 
     def record(self, record: Record) -> None:
         """Write a record and show it, on rank 0."""

@@ -1,4 +1,9 @@
-"""One run from start to end: set up, train, evaluate. Ranks exchange messages in ``gossip.step``."""
+"""One run from start to end: set up, train, evaluate. Ranks exchange messages in ``gossip.step``.
+
+With ``run.on_peer_loss = "continue"`` ranks may die. Then `RankLost` is raised in whatever the survivors are doing, and
+they regroup: they go on from the last step that all of them have done, each with its own model, over the graph of the
+configuration for fewer ranks. Samples of the epoch that nobody has visited are dealt to them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from functools import partial
 from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.config.config import RunConfig
+from mpicomp.errors import RankLost
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -22,11 +28,13 @@ from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
 from mpicomp.run.evaluation import averaged_score, tested
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
 from mpicomp.run.setup import Setup, set_up
 from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests
 from mpicomp.run.trace import Timeline
+from mpicomp.state import Leaf
 from mpicomp.timing import use_clock
 
 
@@ -76,46 +84,125 @@ def train(
 
 def _train_in_step(run: RunContext) -> Result | None:
     """Train with a synchronous algorithm: all ranks do the same number of steps."""
-    config, world, setup = run.config, run.world, run.setup
-    node = world.node(setup.groups) if setup.groups else None
-    gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
-    gossip.local.delay = config.gradient_delay(world)
-    gossip.local.clip = config.training.clip()
-    seed_random(config.run.seed, world.rank)
-    if run.checkpoint:
-        stored = run.restore_(gossip, gossip.meter)
-        _restore_assignment(setup, run.checkpoint.manifest.size, str(stored["data/course"]), gossip.steps, world.size)
-    learning_rate = config.schedule.build(setup.epoch(setup.steps))
-    between_steps = _BetweenSteps(run, gossip)
-    run.start(gossip.steps, gossip.steps / setup.steps)
-    for step in range(gossip.steps, setup.steps):
-        done = step + 1
-        inputs, targets = setup.batch(step, world.rank, world.device)
-        for group in setup.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * learning_rate(setup.epoch(step))
-        gossip.step(partial(setup.loss, inputs, targets))
-        run.watchdog.moved(done)
-        every = config.run.evaluate_every_epochs
-        evaluate_now = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(step) / every)
-        if evaluate_now or done % config.run.log_every == 0:
-            record = _record(gossip, setup, evaluate_now)
-            run.watchdog.moved()
-            run.record(record)
-        if done < setup.steps and (reason := between_steps.after(done)):
-            run.stop(done, setup.steps, reason)
+    training = _Training(run)
+    has_lost_ranks = False
+    while True:
+        try:
+            with run.watching():
+                if has_lost_ranks:
+                    training.regroup()
+                return training.go_on()
+        except RankLost:  # also while the survivors regroup
+            has_lost_ranks = True
+
+
+class _Training:
+    """One rank of a synchronous run. Making one starts it or restores a checkpoint (collective on all ranks)."""
+
+    def __init__(self, run: RunContext) -> None:
+        config, world, setup = run.config, run.world, run.setup
+        self._run = run
+        node = world.node(setup.groups) if setup.groups else None
+        self._gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
+        self._gossip.local.delay = config.gradient_delay(world)
+        self._gossip.local.clip = config.training.clip()
+        self._is_recorded = True  # the present step, if it is to be
+        seed_random(config.run.seed, world.rank)
+        stored: dict[str, Leaf] = {}
+        if run.checkpoint:
+            stored = run.restore_(self._gossip, self._gossip.meter)
+            course = str(stored["data/course"])
+            _restore_assignment(setup, run.checkpoint.manifest.size, course, self._gossip.steps, world.size)
+        self._membership = ElasticMembership.of(stored, world.size)
+        self._between_steps = _BetweenSteps(run, self._gossip, self._membership)
+        run.start(self._gossip.steps, self._gossip.steps / setup.steps)
+        run.look_out()
+
+    def go_on(self) -> Result | None:
+        """Train until the last step is done, or the run is asked to stop."""
+        run, gossip, setup = self._run, self._gossip, self._run.setup
+        learning_rate = run.config.schedule.build(setup.epoch(setup.steps))
+        record = self._record_if_due()
+        for step in range(gossip.steps, setup.steps):
+            done = step + 1
+            inputs, targets = setup.batch(step, run.world.rank, run.world.device)
+            for group in setup.optimizer.param_groups:
+                group["lr"] = run.config.optimizer.lr * learning_rate(setup.epoch(step))
+            self._is_recorded = False
+            gossip.step(partial(setup.loss, inputs, targets))
+            run.watchdog.moved(done)
+            record = self._record_if_due()
+            if done < setup.steps and (reason := self._between_steps.after(done)):
+                run.stop(done, setup.steps, reason)
+                return None
+        assert record is not None
+        self._is_recorded = False  # if a rank dies now, its accuracy is no longer that of all
+        run.lost = self._membership.lost
+        return run.finish(gossip, gossip.meter, record, partial(self._between_steps.end, setup.steps))
+
+    def regroup(self) -> None:
+        """Continue without the ranks that have died, after the last step that all others have done.
+
+        Collective on these.
+        """
+        run, gossip, setup = self._run, self._gossip, self._run.setup
+        self._between_steps.give_up()
+        with run.regrouped(self._membership):
+            size = run.world.size
+            steps = min(run.world.all_gather(gossip.steps))
+            setup.schedule, setup.trainers = run.config.topology.build(size), size
+            setup.assignment = setup.assignment.resized(steps, size)
+            gossip.continue_over(setup.schedule, steps)
+            self._is_recorded = all(run.world.all_gather(self._is_recorded))
+            if folder := run.written_folder:
+                folder.rewind(steps if self._is_recorded else steps - 1)
+            run.take_over_progress(steps / setup.steps)
+            self._between_steps.begin(steps)
+        gossip.meter.skip()
+
+    def _record_if_due(self) -> Record | None:
+        """Record the means over ranks since the last record, if there is to be one; collective on all ranks."""
+        gossip, setup, section = self._gossip, self._run.setup, self._run.config.run
+        done, every = gossip.steps, section.evaluate_every_epochs
+        with_accuracy = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(done - 1) / every)
+        if self._is_recorded or not (with_accuracy or done % section.log_every == 0):
             return None
-    return run.finish(gossip, gossip.meter, record, partial(between_steps.end, setup.steps))
+        record = gossip.metrics()
+        score = averaged_score(gossip, setup.dataset) if with_accuracy else None
+        gossip.meter.skip()
+        record = dataclasses.replace(
+            record,
+            epoch=setup.epoch(done),
+            seconds={part: record.seconds[part] for part in MEASURED},
+            **tested(score, setup.dataset),
+        )
+        self._run.watchdog.moved()
+        self._run.record(record)
+        self._is_recorded = True
+        return record
 
 
 class _BetweenSteps:
     """The work between two steps: checkpoints, and the agreement to stop."""
 
-    def __init__(self, run: RunContext, gossip: Distributed) -> None:
+    def __init__(self, run: RunContext, gossip: Distributed, membership: ElasticMembership) -> None:
         self._run = run
         self._gossip = gossip
-        self._agreement = Agreement(gossip.world, gossip.steps)
+        self._membership = membership
         self._checkpoints = RunCheckpoints(run, gossip)
-        self._checkpoints.begin(gossip.steps)
+        # MPI may yet write into the buffers of an agreement that was given up.
+        self._given_up: list[Agreement] = []
+        self.begin(gossip.steps)
+
+    def begin(self, step: int) -> None:
+        """Begin after `step` steps."""
+        self._agreement = Agreement(self._gossip.world, step)
+        self._checkpoints.begin(step)
+
+    def give_up(self) -> None:
+        """Abandon what is under way, because ranks have died."""
+        self._given_up.append(self._agreement)
+        self._checkpoints.give_up()
 
     def after(self, step: int) -> Reason:
         """Store a checkpoint if one is due; return why to stop now, after the last checkpoint, or `Reason.NONE`."""
@@ -139,6 +226,8 @@ class _BetweenSteps:
     def _save(self, step: int, is_last: bool = False) -> None:
         leaves = self._run.leaves(self._gossip, self._gossip.meter)
         leaves["data/course"] = self._run.setup.assignment.history.to_json()
+        if self._membership.lost:
+            leaves |= self._membership.leaves()
         self._checkpoints.save(step, leaves, in_place=is_last)
 
 
@@ -146,16 +235,3 @@ def _restore_assignment(setup: Setup, stored_size: int, history: str, steps: int
     """Set the assignment of samples from `steps` on: as stored, or anew for another number of ranks."""
     assignment = dataclasses.replace(setup.assignment, size=stored_size, history=ResizeHistory.from_json(history))
     setup.assignment = assignment if stored_size == size else assignment.resized(steps, size)
-
-
-def _record(gossip: Distributed, setup: Setup, with_accuracy: bool) -> Record:
-    """Return the means over ranks since the last record; collective on all ranks."""
-    record = gossip.metrics()
-    score = averaged_score(gossip, setup.dataset) if with_accuracy else None
-    gossip.meter.skip()
-    return dataclasses.replace(
-        record,
-        epoch=setup.epoch(gossip.steps),
-        seconds={part: record.seconds[part] for part in MEASURED},
-        **tested(score, setup.dataset),
-    )

@@ -63,7 +63,7 @@ from mpicomp.algorithms.base import (
     require_positive,
 )
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
-from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
     Start,
@@ -71,6 +71,7 @@ from mpicomp.algorithms.gossip.choco import (
     automatic_step,
     compression_error,
     initial_copies,
+    renew_copies,
     send_difference,
 )
 from mpicomp.compression.base import Compressor
@@ -100,7 +101,7 @@ class AdaGossipState(ChocoState):
 
 
 @dataclass(frozen=True)
-class AdaGossip(Gossip[AdaGossipState]):
+class AdaGossip(RegroupingGossip[AdaGossipState]):
     """AdaG-SGD with any optimizer as the local step.
 
     Attributes:
@@ -178,6 +179,12 @@ class AdaGossip(Gossip[AdaGossipState]):
         own, pending = send_difference(self.compressor, local, state, exchange)
         add_messages_(self.compressor, local, state, exchange, own, pending)
         self._move(local, state)
+
+    def regroup_(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
+        """Make the public copies anew; the moments stay, and the quasi-global momentum begins at zero."""
+        renew_copies(self.compressor, self.gamma, local, state, exchange)
+        if state.momentum is not None:
+            state.momentum.zero_()  # in the midst of a step it is a model
 
     def check_local_steps(self) -> None:
         """Refuse to overlap, and a momentum that is the displacement by one step and one mixing."""

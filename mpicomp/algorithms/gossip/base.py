@@ -45,6 +45,17 @@ class Gossip(Algorithm[S]):
             )
 
 
+class RegroupingGossip(Gossip[S]):
+    """A method whose ranks can go on when some of them have died: no rank is special, and none holds what is lost."""
+
+    @abstractmethod
+    def regroup_(self, local: Local, state: S, exchange: Exchange) -> None:
+        """Go on with `exchange`, over a graph of fewer ranks, from any place in a step; collective on these ranks.
+
+        The ranks may be steps apart. What was under way in the old exchange is lost.
+        """
+
+
 def check_inner(inner: object) -> None:
     """Raise ConfigError unless `inner` is a gossip method that can mix after several local steps."""
     if not isinstance(inner, Gossip):

@@ -51,7 +51,7 @@ from mpicomp.algorithms.base import (
     require_no_feedback,
 )
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta
-from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Layout, Payload, Spec
@@ -83,7 +83,7 @@ class ChocoState:
 
 
 @dataclass(frozen=True)
-class Choco(Gossip[ChocoState]):
+class Choco(RegroupingGossip[ChocoState]):
     """CHOCO-SGD with any optimizer as the local step.
 
     Attributes:
@@ -130,6 +130,10 @@ class Choco(Gossip[ChocoState]):
         add_messages_(self.compressor, local, state, exchange, own, pending)
         kernels.mix_(local.x, state.s, state.x_hat, self._gamma(state))
 
+    def regroup_(self, local: Local, state: ChocoState, exchange: Exchange) -> None:
+        """Make the public copies anew."""
+        renew_copies(self.compressor, self.gamma, local, state, exchange)
+
     def _gamma(self, state: ChocoState) -> float:
         """Return the consensus step of now."""
         return float(self.gamma) if state.automatic is None else state.automatic.gamma
@@ -154,6 +158,19 @@ def initial_copies(start: Start, compressor: Compressor, local: Local, exchange:
         "scratch": torch.empty_like(first),
         "compressor": compressor.init(local.spec, first.device, exchange.rank),
     }
+
+
+def renew_copies(compressor: Compressor, gamma: Gamma, local: Local, state: ChocoState, exchange: Exchange) -> None:
+    """Have ``xhat_i = x_i`` on the graph of `exchange`: neighbors send each other their models once, uncompressed."""
+    rank, topology, spec, whole = exchange.rank, exchange.schedule(0), local.spec, Identity()
+    payload = whole.compress(local.x, spec, None)
+    arrived = exchange.start(payload, whole.layout(spec), topology).wait()
+    state.x_hat.copy_(local.x)
+    torch.mul(local.x, topology.weight(rank, rank), out=state.s)
+    for source, theirs in arrived.items():
+        whole.accumulate(theirs, spec, state.s, topology.weight(rank, source))
+    state.compressor = compressor.init(spec, local.x.device, rank)
+    state.automatic = automatic_step(gamma, local, exchange)
 
 
 def send_difference(

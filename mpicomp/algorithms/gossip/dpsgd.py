@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpicomp.algorithms.base import Local, Phases, require_positive
-from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -54,7 +54,7 @@ class DPSGDState:
 
 
 @dataclass(frozen=True)
-class DPSGD(Gossip[DPSGDState]):
+class DPSGD(RegroupingGossip[DPSGDState]):
     """Decentralized parallel SGD.
 
     Attributes:
@@ -114,6 +114,10 @@ class DPSGD(Gossip[DPSGDState]):
         for source, payload in arrived.items():
             self.compressor.accumulate(payload, local.spec, local.x, self.gamma * topology.weight(rank, source))
         state.step += 1
+
+    def regroup_(self, local: Local, state: DPSGDState, exchange: Exchange) -> None:
+        """Begin again with the schedule: the models are all that there is."""
+        state.compressor, state.step = self.compressor.init(local.spec, local.x.device, exchange.rank), 0
 
     def check_local_steps(self) -> None:
         """Refuse the order whose exchange runs behind a gradient."""

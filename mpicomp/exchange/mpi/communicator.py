@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpicomp.exchange.base import mean_in_order
 from mpicomp.exchange.mpi.library import MPI
-from mpicomp.exchange.mpi.wait import wait_all
+from mpicomp.exchange.mpi.wait import test_all, wait_all
 from mpicomp.exchange.placement import core_share, thread_count
 
 T = TypeVar("T")
@@ -123,12 +123,27 @@ class Communicator:
         self.wait(self.comm.Ibarrier(), "barrier")
 
     def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
-        """Wait for the `request` of a collective operation, politely where ranks outnumber cores."""
-        wait_all([request], is_polite=self.is_polite, operation=operation)
+        """Wait for the `request` of a collective operation; sleep meanwhile if ranks outnumber cores."""
+        self.wait_all([request], operation=operation)
+
+    def wait_all(
+        self,
+        requests: Sequence[MPI.Request],
+        statuses: list[MPI.Status] | None = None,
+        operation: str = "message",
+        peers: Sequence[int] | None = None,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`."""
+        wait_all(requests, statuses, is_polite=self.is_polite, operation=operation, peers=peers, look=look)
 
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""
         return bool(request.Test())
+
+    def test_all(self, requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
+        """Return whether all `requests` of this rank are complete; if so, `statuses` are overwritten."""
+        return test_all(requests, statuses)
 
 
 class MpiGather:

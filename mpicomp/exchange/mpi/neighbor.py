@@ -20,7 +20,6 @@ from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.node import NodeGroup
-from mpicomp.exchange.mpi.wait import test_all, wait_all
 from mpicomp.exchange.staging import Bytes, make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
@@ -38,7 +37,6 @@ class NeighborExchange:
 
     Attributes:
         comm: the communicator of the neighborhood.
-        is_polite: whether this rank sleeps while it waits, because another rank needs its core.
 
     Raises:
         ExchangeError: the ranks were given different graphs.
@@ -62,7 +60,7 @@ class NeighborExchange:
         self.comm = _cartesian(world, union) or world.comm.Create_dist_graph_adjacent(
             union.sources(self.rank), union.targets(self.rank), reorder=False
         )
-        self.is_polite = world.is_polite
+        self._world = world
         self._node_group = node_group
         self._names = range(world.size) if names is None else names
         self._staging = make_staging(device)
@@ -107,7 +105,7 @@ class NeighborExchange:
         else:
             mean = mean.cpu()
             request = self.comm.Iallreduce(MPI.IN_PLACE, mean.numpy(), op=MPI.SUM)
-            wait_all([request], is_polite=self.is_polite, operation="mean_")
+            self._world.wait(request, "mean_")
             mean /= self.size
         if mean.data_ptr() != x.data_ptr():
             x.detach().copy_(mean.view_as(x))
@@ -149,7 +147,7 @@ class _NeighborPending:
     @timed("exchange", is_event=False)
     def test(self) -> bool:
         """Return whether all messages have arrived, without waiting; makes progress."""
-        if not self._is_complete and test_all(self._requests, self._statuses):
+        if not self._is_complete and self._exchange._world.test_all(self._requests, self._statuses):
             self._complete()
         return self._is_complete
 
@@ -160,7 +158,7 @@ class _NeighborPending:
         if not self._is_complete:
             self._complete()
             peers = [self._exchange._names[peer] for peer in (*self._sources, *self._targets)]
-            wait_all(self._requests, self._statuses, is_polite=self._exchange.is_polite, peers=peers)
+            self._exchange._world.wait_all(self._requests, self._statuses, peers=peers)
         return self._exchange._finish(self._statuses, self._layout, self._sources)
 
     def _complete(self) -> None:

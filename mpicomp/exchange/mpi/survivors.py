@@ -1,16 +1,21 @@
-"""How the surviving ranks of one machine continue after others have died: detection, agreement, a new world.
+"""How the surviving ranks continue after others have died: detection, agreement, a new world.
 
-Every rank watches the processes of all others. On one machine this is reliable: a process that is seen dead is dead,
-and every rank sees it soon. Collective operations on the old communicator can no longer complete. So each wait also
-checks the processes and raises RankLost, and the run on each survivor returns to the place where it regroups:
+Every rank watches the processes of the others on its machine. A process that is seen dead is dead, and every rank of
+the machine sees it soon. With ULFM, MPI's tolerance of faults, MPI knows of deaths on all machines. Collective
+operations on the old communicator can no longer complete. So each wait also looks for deaths and raises RankLost, and
+the run on each survivor returns to the place where it regroups:
 
-    agree       each survivor sends the others the list of dead ranks that it has seen, until all lists are equal
-    regroup     MPI_Comm_create_group, which is collective on the members of the new group only; with ULFM
-                MPI_Comm_shrink, because Open MPI then refuses the former
-    rebuild     mailboxes and counters are made anew; the old ones cannot be freed, and MPI cannot be finalized
+    with ULFM       MPI_Comm_shrink: agreement and new communicator in one. If another rank dies while the survivors
+                    rebuild, the new communicator is revoked, which ends all waits for it, and they begin again
+    without it,     each survivor sends the others the list of dead ranks that it has seen, until all lists are equal;
+    on one machine  then MPI_Comm_create_group, which is collective on the members of the new group only. If another
+                    rank dies while they rebuild, the run ends: a thread watches for this
 
-Regrouping and rebuilding use calls that block, for 4 to 40 ms (4 ranks on 2 cores). If another rank dies meanwhile, the
-run ends: a thread watches for this.
+Exchanges, mailboxes and counters are made anew; the old ones cannot be freed, and MPI cannot be finalized. Regrouping
+and rebuilding take 4 to 40 ms (4 ranks on 2 cores).
+
+Ranks whose network is cut take the others for dead, and those take them for dead. On several machines, only one side
+may go on: that with more than half of the ranks, or with half of them and rank 0.
 
 The launcher must not end the survivors. Open MPI 5.0.11 does not with ``mpiexec --with-ft ulfm``. Without this option
 it ends all ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell
@@ -24,7 +29,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,18 +37,18 @@ import numpy as np
 from mpicomp.errors import ExchangeError, RankLost
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
-from mpicomp.exchange.mpi.wait import poll
+from mpicomp.exchange.mpi.wait import LOOK_S, poll
 from mpicomp.exchange.process import Process
 from mpicomp.exchange.watchdog import Waiting
-
-LOOK_S = 0.2
-"""Seconds between two checks of a waiting rank whether the others are alive."""
 
 NOTICE_S = 5.0
 """Seconds that may pass between the moments at which MPI and the operating system notice a death."""
 
 _ULFM = "OMPI_MCA_mpi_ft_enable"
 """The environment variable that ``mpiexec --with-ft ulfm`` sets."""
+
+HAS_ULFM = os.environ.get(_ULFM, "0") not in ("0", "false")
+"""Whether MPI tolerates faults."""
 
 _TAG = 1
 """The tag of the messages in which ranks agree; the world's communicator carries no other point-to-point messages."""
@@ -55,15 +60,15 @@ class Survivors:
     Args:
         world: the ranks.
         names: the name of each rank, for messages.
-        processes: the process of each rank.
+        processes: the process of each rank; with ULFM, of each rank of this machine.
 
     """
 
-    def __init__(self, world: Communicator, names: Sequence[str], processes: Sequence[Process]) -> None:
+    def __init__(self, world: Communicator, names: Sequence[str], processes: Mapping[int, Process]) -> None:
         self.has_lost_ranks = False
         self._world = world
         self._names = list(names)
-        self._processes = list(processes)
+        self._processes = dict(processes)
         # Keep the buffers of abandoned operations: MPI may still write into them.
         self._given_up: list[MPI.Request] = []
 
@@ -81,24 +86,22 @@ class Survivors:
             self._explain()
             raise ExchangeError(f"MPI failed: {error.Get_error_string()}") from error
 
-    def wait(self, request: MPI.Request, operation: str) -> None:
-        """Wait for `request`, an operation of all ranks; raise RankLost if one has died."""
+    @contextmanager
+    def watching(self, requests: Sequence[MPI.Request] = ()) -> Iterator[None]:
+        """Raise RankLost if MPI fails in the block because a rank has died; keep what it may still write into."""
         try:
-            with Waiting(operation):
-                while not poll(lambda: self.test(request), LOOK_S):
-                    self.look()
-        except RankLost:
-            self._given_up.append(request)
+            yield
+        except (ExchangeError, MPI.Exception) as error:
+            self._given_up += requests
+            if not isinstance(error, RankLost):
+                self._explain()
             raise
 
     @contextmanager
     def regrouped(self) -> Iterator[list[int]]:
         """Make the world one of the survivors, and end the run if another rank dies in the block; see the base."""
         dead = self._agree()
-        alive = [rank for rank in range(self._world.size) if rank not in dead]
-        self._names = [self._names[rank] for rank in alive]
-        self._processes = [self._processes[rank] for rank in alive]
-        mine = alive.index(self._world.rank)
+        mine = self._forget(dead)
         is_over = threading.Event()
         sentry = threading.Thread(target=self._watch, args=(mine, is_over), name="sentry", daemon=True)
         sentry.start()
@@ -110,9 +113,17 @@ class Survivors:
             is_over.set()
             sentry.join()
 
+    def _forget(self, dead: set[int]) -> int:
+        """Number the ranks anew without the dead ones; return this rank's new number."""
+        alive = [rank for rank in range(len(self._names)) if rank not in dead]
+        self._names = [self._names[rank] for rank in alive]
+        seen = self._processes
+        self._processes = {new: seen[rank] for new, rank in enumerate(alive) if rank in seen}
+        return alive.index(self._world.rank)
+
     def _dead(self, me: int | None = None) -> set[int]:
         me = self._world.rank if me is None else me
-        return {rank for rank, process in enumerate(self._processes) if rank != me and not process.is_alive()}
+        return {rank for rank, process in self._processes.items() if rank != me and not process.is_alive()}
 
     def _explain(self) -> None:
         """Raise RankLost if a rank has died; with ULFM, MPI may notice it first."""
@@ -157,16 +168,9 @@ class Survivors:
     def _communicator(self, dead: set[int]) -> MPI.Intracomm:
         comm = self._world.comm
         try:
-            if os.environ.get(_ULFM, "0") not in ("0", "false"):
-                poll(lambda: comm.Get_failed().size >= len(dead), NOTICE_S)
-                made = MPI.Intracomm(comm.Shrink())
-            else:
-                made = comm.Create_group(comm.Get_group().Excl(sorted(dead)), _TAG)
+            return comm.Create_group(comm.Get_group().Excl(sorted(dead)), _TAG)
         except MPI.Exception as error:
-            raise ExchangeError(f"MPI cannot regroup the survivors: {error.Get_error_string()}") from error
-        if made.size != comm.size - len(dead):
-            raise ExchangeError(f"MPI counts {made.size} survivors, and the machine {comm.size - len(dead)}")
-        return made
+            raise _cannot_regroup(error) from error
 
     def _watch(self, me: int, is_over: threading.Event) -> None:
         """End this process if a rank dies; the others do the same."""
@@ -180,6 +184,44 @@ class Survivors:
                 )
                 sys.stderr.flush()
                 os._exit(ExchangeError.exit_code)
+
+
+class FaultTolerantSurvivors(Survivors):
+    """The `FailureDetector` of a world whose ranks may be on several machines, with an MPI that tolerates faults."""
+
+    @contextmanager
+    def regrouped(self) -> Iterator[list[int]]:
+        """Make the world one of the survivors; raise RankLost if another rank dies in the block; see the base."""
+        old = self._world.comm
+        try:
+            made = MPI.Intracomm(old.Shrink())
+        except MPI.Exception as error:
+            raise _cannot_regroup(error) from error
+        left = MPI.Group.Translate_ranks(made.Get_group(), None, old.Get_group())
+        dead = set(range(old.size)) - set(left)
+        if len(self._processes) < old.size and (2 * made.size, 0 in left) < (old.size, True):
+            raise ExchangeError(
+                f"{made.size} of {old.size} ranks are left on this side of the network, too few to go on: the others "
+                "may live and go on without these. Otherwise, go on from the last checkpoint with --resume"
+            )
+        self.has_lost_ranks = True
+        try:
+            self._forget(dead)
+            self._world.join_(made)
+            yield sorted(dead)
+        except (ExchangeError, MPI.Exception):
+            made.Revoke()  # others may wait for this rank in the midst of a call
+            raise
+
+    def _dead(self, me: int | None = None) -> set[int]:
+        """Return the ranks that are dead as far as the operating system and MPI know."""
+        comm = self._world.comm
+        failed = MPI.Group.Translate_ranks(comm.Get_failed(), None, comm.Get_group())
+        return super()._dead(me) | set(failed)
+
+
+def _cannot_regroup(error: MPI.Exception) -> ExchangeError:
+    return ExchangeError(f"MPI cannot regroup the survivors: {error.Get_error_string()}")
 
 
 def _is_complete(request: MPI.Request) -> bool:

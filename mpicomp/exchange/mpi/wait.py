@@ -28,6 +28,9 @@ EAGER_S = 1e-3
 PATIENCE_S = 1.0
 """Seconds after which a rank begins to check which of its messages have arrived; checking slows long messages down."""
 
+LOOK_S = 0.2
+"""Seconds between two checks of a waiting rank whether the others are alive."""
+
 
 def poll(is_done: Callable[[], bool], limit_s: float = math.inf) -> bool:
     """Wait until `is_done` returns true, for about `limit_s` at most; return whether it did.
@@ -84,6 +87,7 @@ def wait_all(
     is_polite: bool,
     operation: str = "message",
     peers: Sequence[int] | None = None,
+    look: Callable[[], None] | None = None,
 ) -> None:
     """Wait for all `requests`, and tell the watchdog what this rank waits for.
 
@@ -93,6 +97,7 @@ def wait_all(
         is_polite: whether another rank needs this core.
         operation: its name in messages.
         peers: the rank at the other end of each request; None where all ranks take part.
+        look: called every `LOOK_S` of a long wait; what it raises ends the wait.
 
     Raises:
         ExchangeError: the transport failed, or a message was longer than its receive buffer.
@@ -105,7 +110,9 @@ def wait_all(
         try:
             wait = poll if is_polite else spin
             if not wait(lambda: MPI.Request.Testall(pending, found), PATIENCE_S):
-                wait(lambda: _advance(pending, found, missing))
+                while not wait(lambda: _advance(pending, found, missing), LOOK_S):
+                    if look:
+                        look()
         except MPI.Exception as error:
             raise _failure(error, found) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.node_shards import MpiNode
-from mpicomp.exchange.mpi.survivors import Survivors
+from mpicomp.exchange.mpi.survivors import HAS_ULFM, FaultTolerantSurvivors, Survivors
 from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, device_of
@@ -147,10 +147,12 @@ class MpiWorld(Communicator):
         return WindowCounter(self.comm.Dup(), start)
 
     def failure_detector(self, names: Sequence[str]) -> Survivors | None:
-        """Return a detector that watches the processes of all ranks; None unless all are visible on this machine."""
+        """Return a detector of ranks that die; None unless MPI tolerates faults or all are visible on this machine."""
         processes = visible_processes(self)
-        is_seen = all(self.all_gather(len(processes) == self.size))
-        self._survivors = Survivors(self, names, [processes[rank] for rank in range(self.size)]) if is_seen else None
+        if all(self.all_gather(HAS_ULFM)):
+            self._survivors = FaultTolerantSurvivors(self, names, processes)
+        elif all(self.all_gather(len(processes) == self.size)):
+            self._survivors = Survivors(self, names, processes)
         return self._survivors
 
     @property
@@ -185,18 +187,33 @@ class MpiWorld(Communicator):
         self.comm.Abort(exit_code)
         os._exit(exit_code)
 
-    def wait(self, request: MPI.Request, operation: str = "collective operation") -> None:
-        """Wait for the `request` of a collective operation; sleep meanwhile if ranks outnumber cores.
+    def wait_all(
+        self,
+        requests: Sequence[MPI.Request],
+        statuses: list[MPI.Status] | None = None,
+        operation: str = "message",
+        peers: Sequence[int] | None = None,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`.
 
         Raises:
             RankLost: a rank has died, and there is a `failure_detector`.
 
         """
-        if self._survivors is not None:
-            self._survivors.wait(request, operation)
+        if self._survivors is None:
+            super().wait_all(requests, statuses, operation, peers, look)
         else:
-            super().wait(request, operation)
+            with self._survivors.watching(requests):
+                super().wait_all(requests, statuses, operation, peers, look or self._survivors.look)
 
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""
         return super().test(request) if self._survivors is None else self._survivors.test(request)
+
+    def test_all(self, requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
+        """Return whether all `requests` of this rank are complete; if so, `statuses` are overwritten."""
+        if self._survivors is None:
+            return super().test_all(requests, statuses)
+        with self._survivors.watching(requests):
+            return super().test_all(requests, statuses)

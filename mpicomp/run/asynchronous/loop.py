@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm
 from mpicomp.errors import ConfigError, ExchangeError, RankLost, TopologyError
-from mpicomp.exchange.base import FailureDetector
+from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Waiting
 from mpicomp.replica.asynchronous_replica import PEERS_S, AsynchronousReplica
 from mpicomp.replica.gradient_delay import SLICE_S
@@ -32,12 +32,11 @@ from mpicomp.replica.pulse import Pulse
 from mpicomp.replica.record import Record
 from mpicomp.replica.state import seed_random
 from mpicomp.run.asynchronous.batches import Batches
-from mpicomp.run.asynchronous.membership import ElasticMembership
 from mpicomp.run.asynchronous.report import ASYNCHRONOUS_PARTS, Report, mean_loss, mean_seconds
 from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
 from mpicomp.run.evaluation import averaged_score, tested
-from mpicomp.run.progress import Progress
+from mpicomp.run.membership import MEMBERSHIP, ElasticMembership
 from mpicomp.run.result import Result
 from mpicomp.run.stopping import Reason, Status
 from mpicomp.state import Leaf
@@ -51,13 +50,18 @@ def train_asynchronously(run: RunContext) -> Result | None:
         raise ConfigError(
             f"--resize: algorithm.kind = {config.algorithm.kind!r} cannot go on with another number of ranks yet"
         )
-    membership = ElasticMembership.of(run.world, run.checkpoint)
+    stored: Mapping[str, Leaf] = {}
+    if run.checkpoint and run.checkpoint.manifest.size == run.world.size:
+        with together(run.world):
+            stored = run.checkpoint.read(run.world.rank, {MEMBERSHIP})
+    membership = ElasticMembership.of(stored, run.world.size)
     if membership.lost:
         setup.schedule, setup.trainers = membership.graph(config.topology.build(membership.size)), membership.size
     training = _Training(run, membership)
     while True:
         try:
-            return training.go_on()
+            with run.watching():
+                return training.go_on()
         except RankLost:
             training.regroup()
 
@@ -81,13 +85,11 @@ class _Training:
         if self._replica.mailbox.needs_poke:
             self._delay.sleep = self._sleep_and_poke
         self._learning_rate = config.schedule.build(setup.epoch(setup.steps))
-        self._failure_detector: FailureDetector | None = None
         # MPI may yet write into the buffers of a pulse that was given up.
         self._given_up: list[Pulse] = []
         self._last_look = time.monotonic()
         seed_random(config.run.seed, world.rank)
-        if config.run.on_peer_loss == "continue":
-            self._look_out()
+        run.look_out(self._replica.mailbox.how == "window")
         start, held = 0, None
         if run.checkpoint:
             stored = run.restore_(self._replica, self._meter)
@@ -115,15 +117,11 @@ class _Training:
 
     def regroup(self) -> None:
         """Continue without the ranks that have died; collective on the others."""
-        assert self._failure_detector is not None
-        run, membership, members = self._run, self._membership, self._run.watchdog.members
+        run, membership = self._run, self._membership
         self._given_up.append(self._pulse)
         self._checkpoints.give_up()
         self._batches.hold()
-        with self._failure_detector.regrouped() as dead:
-            names = [str(members[rank]) for rank in dead]
-            run.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]
-            membership.lose(dead, names)
+        with run.regrouped(membership) as names:
             schedule = run.setup.schedule = membership.graph(run.config.topology.build(membership.size))
             try:
                 self._algorithm.check(schedule)
@@ -135,17 +133,9 @@ class _Training:
             self._replica.regroup(schedule)
             start = max(run.world.all_gather(self._batches.next))
             membership.taken = start - sum(run.world.all_gather(self._taken))
-            if run.written_folder and not run.progress:
-                run.progress = Progress(run.config.training.steps, run.config.training.epochs)
-                run.progress.start([], self._part_done)
+            run.take_over_progress(self._part_done)
             self._begin(start, self._batches.held)
-            if folder := run.written_folder:
-                folder.save_ranks(run.watchdog.members)
-        if run.progress:
-            ranks = "the other rank goes on" if run.world.size == 1 else f"the other {run.world.size} ranks go on"
-            run.progress.warn(f"{', '.join(names)} died; {ranks}, numbered anew")
         self._meter.skip()
-        run.watchdog.moved()
 
     def _begin(self, start: int, held: int | None) -> None:
         """Begin to take batches, to store checkpoints, and to gather reports; collective on all ranks."""
@@ -156,17 +146,6 @@ class _Training:
         self._evaluations = self._due_evaluations(self._last_reports)
         self._checkpoints.begin(self._logged)
         self._pulse = Pulse(world)
-
-    def _look_out(self) -> None:
-        """Start to watch for ranks that die, if the run can continue without them; collective on all ranks."""
-        run = self._run
-        if self._replica.mailbox.how == "window":
-            self._failure_detector = run.world.failure_detector([str(member) for member in run.watchdog.members])
-        if self._failure_detector is None and run.progress:
-            run.progress.warn(
-                "run.on_peer_loss = 'continue' needs ranks that are processes of one machine, see each other there and "
-                "write into windows; here it is 'stop'"
-            )
 
     def _new_reports(self) -> list[Report] | None:
         """Return the reports of all ranks if new ones are complete, else None."""
@@ -368,8 +347,8 @@ class _Training:
         if now - self._last_look < PEERS_S:
             return
         self._last_look = now
-        if self._failure_detector:
-            self._failure_detector.look()
+        if self._run.failure_detector:
+            self._run.failure_detector.look()
             return
         self._replica.require_neighbors(self._run.watchdog.members, "--resume")
 

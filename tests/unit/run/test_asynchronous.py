@@ -24,6 +24,7 @@ from mpicomp.state import restore_
 
 HUB, GOSSIP = "configs/methods/dc_asgd.toml", "configs/methods/dc_gossip.toml"
 PAIRS = "configs/methods/ad_psgd.toml"
+CHOCO = "configs/methods/choco.toml"
 SHORT = ["training.epochs=2", "schedule.warmup=0"]
 UNEQUAL = ["slow.ranks=[3]", "slow.factor=4.0", "simulation.spread=exponential"]
 
@@ -128,7 +129,9 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (HUB, ["downlink.error_feedback=true"], "downlink.error_feedback = true: a hub knows"),
         (GOSSIP, ["compression.error_feedback=true"], "compression.error_feedback = true: DC-gossip has"),
         (HUB, ["run.on_peer_loss=continue"], "'continue' does not go with algorithm.kind = 'dc_asgd': the part of the"),
-        ("configs/methods/choco.toml", ["run.on_peer_loss=continue"], "'choco': its ranks wait for the messages"),
+        ("configs/methods/motef.toml", ["run.on_peer_loss=continue"], "'motef': it cannot make its state anew"),
+        (CHOCO, ["run.on_peer_loss=continue", "topology.kind=hypercube"], "there is no graph for the others"),
+        (CHOCO, ["run.on_peer_loss=continue", "compression.allocation=dagc"], "ratios are those of all ranks"),
         (GOSSIP, ["run.on_peer_loss=continue", "algorithm.share=equal"], "needs algorithm.share = 'by_speed'"),
         (
             HUB,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mpicomp.checkpoint.folder import Checkpoint
-from mpicomp.exchange.base import World
-from mpicomp.exchange.guard import together
 from mpicomp.state import Leaf
 from mpicomp.topology import induced
 from mpicomp.topology.base import Schedule, Topology
 
-_PATH = "data/crew"
+MEMBERSHIP = "data/crew"
+"""The path in a checkpoint."""
 
 
 @dataclass
@@ -34,19 +33,17 @@ class ElasticMembership:
     taken: int = 0
 
     @classmethod
-    def of(cls, world: World, checkpoint: Checkpoint | None) -> ElasticMembership:
-        """Return the membership at the start of a run, or that in `checkpoint`; collective on all ranks."""
-        membership = cls(world.size, list(range(world.size)))
-        if checkpoint and checkpoint.manifest.size == world.size:
-            with together(world):
-                membership = cls(
-                    **json.loads(str(checkpoint.read(world.rank, {_PATH}).get(_PATH, json.dumps(vars(membership)))))
-                )
-        return membership
+    def of(cls, stored: Mapping[str, Leaf], size: int) -> ElasticMembership:
+        """Return the membership of `size` ranks that is `stored` in a checkpoint, else that at the start of a run."""
+        membership = cls(size, list(range(size)))
+        if (text := stored.get(MEMBERSHIP)) is None:
+            return membership
+        found = cls(**json.loads(str(text)))
+        return found if len(found.left) == size else dataclasses.replace(membership, lost=found.lost)
 
     def leaves(self) -> dict[str, Leaf]:
         """Return the leaves for a checkpoint."""
-        return {_PATH: json.dumps(vars(self))}
+        return {MEMBERSHIP: json.dumps(vars(self))}
 
     def lose(self, dead: Sequence[int], names: Sequence[str]) -> None:
         """Remove the ranks `dead`, given by their present numbers, and add their `names` to `lost`."""
