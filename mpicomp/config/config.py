@@ -26,6 +26,7 @@ import tomli_w
 
 from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.asynchronous.base import RegroupingAlgorithm
+from mpicomp.compression.wrap.allocation import BY_SAMPLES
 from mpicomp.config.problems import Checked, refusals, unknown
 from mpicomp.config.sections import (
     SECTIONS,
@@ -72,6 +73,10 @@ FREE = {
     "training.steps",
 }
 """What may change when a run continues. If it becomes longer, it then follows the longer learning rate schedule."""
+
+
+MEASURED = "compression.bandwidths"
+"""The key that a run fills in with what it measures, if it is left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,8 @@ class RunConfig:
             own, theirs = getattr(self, name).model_dump(), getattr(stored, name).model_dump()
             for key in sorted(own.keys() | theirs.keys()):
                 dotted = f"{name}.{key}"
+                if dotted == MEASURED and own.get(key) is None:
+                    continue  # those of the stored run
                 if own.get(key) != theirs.get(key) and name not in FREE and dotted not in FREE:
                     problems.append(f"{dotted} was {_shown(theirs.get(key))} and is now {_shown(own.get(key))}")
         if problems:
@@ -168,6 +175,12 @@ class RunConfig:
         schedule = self.topology.build(size if groups is None else len(groups))
         algorithm = self.algorithm.build(self.compression.build(), self.downlink.build())
         algorithm.check(schedule)
+        bandwidths = self.compression.bandwidths
+        if bandwidths is not None and len(bandwidths) != size:
+            raise ConfigError(
+                f"compression.bandwidths has {len(bandwidths)} entries for {size} ranks: give one for each, or leave "
+                "it out in a new run, which then measures them"
+            )
         if groups is not None:
             self._check_nodes(algorithm)
         if isinstance(algorithm, AsynchronousAlgorithm):
@@ -186,7 +199,7 @@ class RunConfig:
             )
         if self.compression.allocation != "uniform" or getattr(algorithm, "weights", None) == "volume":
             raise ConfigError(
-                "topology.level = 'node': ratios and weights by the samples of a rank (compression.allocation, "
+                "topology.level = 'node': ratios and weights of a rank (compression.allocation, "
                 "algorithm.weights) are for graphs that join ranks. Leave them out, or set topology.level = 'rank'"
             )
 
@@ -207,6 +220,12 @@ class RunConfig:
                 "run.on_peer_loss = 'continue' needs algorithm.share = 'by_speed': with 'equal', the samples of a rank "
                 "would be lost with it"
             )
+        if self.compression.allocation != "uniform":
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue' does not go with compression.allocation = "
+                f"{self.compression.allocation!r}: the ranks that remain get new numbers, to which their ratios do not "
+                "belong. Set compression.allocation = 'uniform', or take 'stop' and --resume"
+            )
 
     def _check_asynchronous(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
         """Raise ConfigError if another section contradicts an asynchronous algorithm."""
@@ -225,7 +244,7 @@ class RunConfig:
     def _check_allocation(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
         """Raise ConfigError if ratios are to be set by each rank's samples, but ranks have no samples of their own."""
         rule, kind = self.compression.allocation, self.algorithm.kind
-        if rule == "uniform":
+        if rule not in BY_SAMPLES:
             return
         if algorithm.share == "by_speed":
             raise ConfigError(
