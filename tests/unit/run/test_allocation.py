@@ -156,66 +156,56 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(load, tmp_path, overrid
     assert "compression.allocation was 'dagc' and is now 'uniform'" in refused.output
 
 
-BANDWIDTH = ["--set", "compression.allocation=bandwidth", "--set", "compression.ratio=0.02"]
 LINKS = "simulation.bytes_per_s=[1e6, 1e6, 4e6, 4e6, 4e6, 4e6]"
+BANDWIDTH = ["compression.allocation=bandwidth", "compression.ratio=0.02", LINKS, "simulation.latency_s=0.01"]
+BANDWIDTH += ["training.steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=0"]
 
 
-def invoke(*words):
-    outcome = CliRunner().invoke(main, ["train", *map(str, words), "--simulate", "6"])
-    return outcome.exit_code, outcome.output
+def simulate(*words, overrides):
+    options = [word for override in overrides for word in ("--set", override)]
+    outcome = CliRunner().invoke(main, ["train", *map(str, words), *options, "--simulate", "6"])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
 
 
 def test_ratios_follow_the_measured_links_and_a_restart_keeps_them(load, tmp_path):
     load()
-    own = tmp_path / "run.toml"
-    words = [
-        "--set",
-        "checkpoint.every_steps=8",
-        "--set",
-        "checkpoint.keep_last=0",
-        "--set",
-        "simulation.latency_s=0.01",
-    ]
-    words += ["--set", "run.log_every=1", "--set", LINKS, *BANDWIDTH]
-    whole, again = tmp_path / "whole", tmp_path / "again"
+    own, whole, again = (tmp_path / name for name in ("run.toml", "whole", "again"))
     for folder in (whole, again):
-        code, output = invoke(own, *words, "--run-dir", folder)
-        assert code == 0, output
-    # On the ring, ranks 0 and 1 are slow, and so is what their neighbors 2 and 5 send to them; of two messages, each
-    # has half of a port.
-    section = RunConfig.load(again / "config.toml").compression
-    assert section.bandwidths == [5e5, 5e5, 5e5, 2e6, 2e6, 5e5]
-    assert "bandwidth: ratios of the ranks: 0.02 to 0.08" in output
+        assert "bandwidth: ratios of the ranks: 0.02 to 0.08" in simulate(own, "--run-dir", folder, overrides=BANDWIDTH)
+    stored = RunConfig.load(again / "config.toml")
+    # On the ring, ranks 0 and 1 are slow, and what their neighbors 5 and 2 send to them is, too. A port has two messages.
+    assert stored.compression.bandwidths == [5e5, 5e5, 5e5, 2e6, 2e6, 5e5]
+    equal_links = "simulation.bytes_per_s=4e6"
     first = min((again / "checkpoints").glob("step_*"))
-    equal_links = ["--set", "simulation.bytes_per_s=4e6"]
-    code, output = invoke("--resume", first, *equal_links)
-    assert code == 0 and "Going on after step 8" in output, output
-    assert RunConfig.load(again / "config.toml").compression == section
-    finals = [Checkpoints(folder / "checkpoints").latest().read(5) for folder in (whole, again)]
-    assert all(torch.equal(finals[0][path], leaf) for path, leaf in finals[1].items() if path.startswith("model/"))
-    assert finals[0]["exchange/bytes_sent"] == finals[1]["exchange/bytes_sent"]
-    # The configuration that has no bandwidths goes on, too: they are those of the checkpoint.
-    config = RunConfig.load(own, [word for word in [*words, *equal_links] if word != "--set"])
-    config.check_continues(RunConfig.load(again / "config.toml"))
-    checkpoint = Checkpoints(again / "checkpoints").latest()
-    worlds = run(6, lambda world: with_bandwidths(config, world, None, checkpoint), simulated=config.simulation.links())
-    assert [each.compression for each in worlds] == [section] * 6
-    with pytest.raises(ConfigError, match=r"compression.bandwidths was \[.*\] and is now \[1.0"):
-        RunConfig.load(own, [*words[1::2], "compression.bandwidths=[1, 1, 1, 1, 1, 1]"]).check_continues(
-            RunConfig.load(again / "config.toml")
-        )
+    assert "Going on after step 2" in simulate("--resume", first, overrides=[equal_links])
+    assert RunConfig.load(again / "config.toml").compression == stored.compression
+    checkpoint, uninterrupted = (Checkpoints(folder / "checkpoints").latest() for folder in (again, whole))
+    for rank in (0, 3):
+        own_leaves, leaves = checkpoint.read(rank), uninterrupted.read(rank)
+        assert own_leaves["exchange/bytes_sent"] == leaves["exchange/bytes_sent"]
+        tensors = [
+            path for path, leaf in leaves.items() if path.startswith(("model/", "algorithm/")) and torch.is_tensor(leaf)
+        ]
+        assert len(tensors) > 3 and all(torch.equal(own_leaves[path], leaves[path]) for path in tensors)
+    # --resume auto reads the first configuration, without bandwidths: they are those of the checkpoint.
+    config = load(*BANDWIDTH, equal_links)
+    config.check_continues(stored)
+    found = run(6, lambda world: with_bandwidths(config, world, None, checkpoint), simulated=config.simulation.links())
+    assert [each.compression for each in found] == [stored.compression] * 6
+    with pytest.raises(ConfigError, match=r"compression.bandwidths was \[500000.0, .* and is now \[1.0, "):
+        load(*BANDWIDTH, "compression.bandwidths=[1, 1, 1, 1, 1, 1]").check_continues(stored)
+
+
+DIRECTED = ["topology.kind=directed_ring", "topology.weights=push", "algorithm.kind=sgp"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "links", "message"),
     [
         ([], None, "ranks that are threads of one process have no links to measure: give compression.bandwidths"),
-        ([], Links(), "its link no limit. Give compression.bandwidths"),
-        (
-            ["topology.kind=directed_ring", "algorithm.kind=sgp", "algorithm.gamma=", "topology.weights=push"],
-            Links(0, 1e6),
-            "a directed graph .* cannot be measured: give compression.bandwidths",
-        ),
+        ([], Links(), r"its link no limit. Give compression.bandwidths \(in simulated time, simulation.bytes_per_s\)"),
+        (DIRECTED, Links(0, 1e6), "a directed graph .* cannot be measured: give compression.bandwidths"),
     ],
 )
 def test_links_that_cannot_be_measured_are_refused(load, overrides, links, message):

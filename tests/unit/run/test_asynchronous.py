@@ -145,6 +145,16 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
             ["compression.allocation=dagc"],
             "set algorithm.share = 'equal', or compression.allocation = 'uniform'",
         ),
+        (
+            GOSSIP,
+            ["compression.allocation=bandwidth", "compression.bandwidths=[1, 2]"],
+            "compression.bandwidths has 2 entries for 4 ranks",
+        ),
+        (
+            GOSSIP,
+            ["compression.allocation=bandwidth", "run.on_peer_loss=continue"],
+            "'continue' does not go with compression.allocation = 'bandwidth'",
+        ),
         (PAIRS, ["compression.kind=topk", "compression.ratio=0.1"], "AD-PSGD sends the model itself"),
         (PAIRS, ["run.on_peer_loss=continue"], "does not go with algorithm.kind = 'ad_psgd'"),
         (GOSSIP, ["simulation.gradient_s=0.0"], "simulation.gradient_s = 0.0 must be greater than 0"),
@@ -178,6 +188,7 @@ def test_simulation_keeps_its_infinite_links():
         "latency_s": 0.0,
         "bytes_per_s": float("inf"),
         "node_size": 1,
+        "bytes_per_s_of_nodes": (),
     }
 
 
