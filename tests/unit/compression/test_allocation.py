@@ -151,7 +151,7 @@ def test_what_is_above_one_goes_to_nobody():
 def test_bandwidth_ratios_by_hand():
     assert bandwidth_ratios([2e6, 1e6, 4e6, 30e6], 0.05) == pytest.approx([0.1, 0.05, 0.2, 1.0], rel=1e-12)
     dagc = dagc_ratios([1, 1, 8, 8], 0.05)
-    assert dagc[0] < 0.05 < dagc[2] < 0.1
+    assert dagc[0] < 0.05 < dagc[2]
     both = allocate(TopK(0.05), [1, 1, 8, 8], "dagc_bandwidth", [2e6, 1e6, 1e6, 30e6])
     assert both == ByRank(tuple(map(TopK, (dagc[0], dagc[1], 0.05, dagc[3]))))
 
