@@ -27,6 +27,7 @@ import tomli_w
 from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.asynchronous.base import RegroupingAlgorithm
 from mpicomp.algorithms.gossip.base import RegroupingGossip
+from mpicomp.compression.wrap.allocation import BY_SAMPLES
 from mpicomp.config.problems import Checked, refusals, unknown
 from mpicomp.config.sections import (
     SECTIONS,
@@ -73,6 +74,10 @@ FREE = {
     "training.steps",
 }
 """What may change when a run continues. If it becomes longer, it then follows the longer learning rate schedule."""
+
+
+MEASURED = "compression.bandwidths"
+"""The key that a run fills in with what it measures, if it is left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,8 @@ class RunConfig:
             own, theirs = getattr(self, name).model_dump(), getattr(stored, name).model_dump()
             for key in sorted(own.keys() | theirs.keys()):
                 dotted = f"{name}.{key}"
+                if dotted == MEASURED and own.get(key) is None:
+                    continue  # those of the stored run
                 if own.get(key) != theirs.get(key) and name not in FREE and dotted not in FREE:
                     problems.append(f"{dotted} was {_shown(theirs.get(key))} and is now {_shown(own.get(key))}")
         if problems:
@@ -169,6 +176,12 @@ class RunConfig:
         schedule = self.topology.build(size if groups is None else len(groups))
         algorithm = self.algorithm.build(self.compression.build(), self.downlink.build())
         algorithm.check(schedule)
+        bandwidths = self.compression.bandwidths
+        if bandwidths is not None and len(bandwidths) != size:
+            raise ConfigError(
+                f"compression.bandwidths has {len(bandwidths)} entries for {size} ranks: give one for each, or leave "
+                "it out in a new run, which then measures them"
+            )
         if groups is not None:
             self._check_nodes(algorithm)
         if isinstance(algorithm, AsynchronousAlgorithm):
@@ -187,12 +200,18 @@ class RunConfig:
             )
         if self.compression.allocation != "uniform" or getattr(algorithm, "weights", None) == "volume":
             raise ConfigError(
-                "topology.level = 'node': ratios and weights by the samples of a rank (compression.allocation, "
+                "topology.level = 'node': ratios and weights of a rank (compression.allocation, "
                 "algorithm.weights) are for graphs that join ranks. Leave them out, or set topology.level = 'rank'"
             )
 
     def _check_survivable(self, algorithm: AnyAlgorithm, size: int, groups: Groups | None) -> None:
         """Raise ConfigError if the ranks cannot continue when one of them dies."""
+        if self.compression.allocation != "uniform":
+            raise ConfigError(
+                f"run.on_peer_loss = 'continue' does not go with compression.allocation = "
+                f"{self.compression.allocation!r}: the ranks that remain get new numbers, to which their ratios do not "
+                "belong. Set compression.allocation = 'uniform', or take 'stop' and --resume"
+            )
         if isinstance(algorithm, RegroupingGossip):
             self._check_smaller(size, groups)
             return
@@ -220,11 +239,6 @@ class RunConfig:
                 "run.on_peer_loss = 'continue' does not go with topology.level = 'node': a rank that dies takes its "
                 f"shard of the model along. Take topology.level = 'rank', {stop}"
             )
-        if self.compression.allocation != "uniform":
-            raise ConfigError(
-                f"run.on_peer_loss = 'continue' does not go with compression.allocation = "
-                f"{self.compression.allocation!r}: the ratios are those of all ranks. Take 'uniform', {stop}"
-            )
         try:
             self.topology.build(max(size - 1, 1))
         except ConfigError as error:
@@ -250,7 +264,7 @@ class RunConfig:
     def _check_allocation(self, algorithm: AsynchronousAlgorithm[Any], size: int) -> None:
         """Raise ConfigError if ratios are to be set by each rank's samples, but ranks have no samples of their own."""
         rule, kind = self.compression.allocation, self.algorithm.kind
-        if rule == "uniform":
+        if rule not in BY_SAMPLES:
             return
         if algorithm.share == "by_speed":
             raise ConfigError(

@@ -30,7 +30,7 @@ from torch import nn
 from mpicomp import models
 from mpicomp.algorithms import ALGORITHMS, GOSSIP, Algorithm, AnyAlgorithm, AsynchronousAlgorithm, Gossip
 from mpicomp.compression import COMPRESSORS, Compressor, ErrorFeedback, Identity, PerTensor
-from mpicomp.compression.wrap.allocation import Rule, check_rule
+from mpicomp.compression.wrap.allocation import BY_BANDWIDTH, Rule, check_rule
 from mpicomp.config.parameters import Choice
 from mpicomp.config.schedule import SCHEDULES, LearningRateSchedule
 from mpicomp.config.signals import signal_number
@@ -290,12 +290,24 @@ class CompressionSection(CompressorSection):
     """``[compression]``: what is sent."""
 
     allocation: Rule = "uniform"
-    """The rule that sets the ratio or threshold of each rank by its number of samples: ``"dagc"``.
-    The value of the section is then the mean. The gamma of a gossip method must suit the smallest ratio."""
+    """The rule that sets the ratio or threshold of each rank. By its number of samples: ``"dagc"``; `ratio` or
+    `threshold` is then the mean. By the bandwidth of its link: ``"bandwidth"``; `ratio` is then that of the slowest
+    rank, and the others send more. ``"dagc_bandwidth"`` is the smaller of both ratios. The gamma of a gossip method
+    must suit the smallest ratio."""
+
+    bandwidths: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """The bandwidth of each rank in bytes a second, for ``"bandwidth"`` and ``"dagc_bandwidth"``: the rate at which a
+    message reaches its neighbors. Only the proportions count. By default a trial at the start measures them, and they
+    are written here, in the run's ``config.toml``, so that a run that goes on has the same ratios."""
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the compressor, and check that it has a ratio or threshold if these are allocated."""
         check_rule(self.build(), self.allocation)
+        if self.bandwidths is not None and self.allocation not in BY_BANDWIDTH:
+            raise ConfigError(
+                f"compression.bandwidths has no use with compression.allocation = {self.allocation!r}: leave it out, "
+                "or set compression.allocation = 'bandwidth'"
+            )
 
 
 class DownlinkSection(CompressorSection):
@@ -479,6 +491,7 @@ class CheckpointSection(Section):
 
 _Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Bandwidth = Annotated[float, Field(gt=0)]
 
 
 class SlowSection(Section):
@@ -527,8 +540,8 @@ class SimulationSection(Section):
     latency_s: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Seconds from the end of sending a message to its arrival."""
 
-    bytes_per_s: float = Field(float("inf"), gt=0)
-    """The bandwidth of a node's link to the network, in each direction: 12.5e6 for 100 Mbit/s."""
+    bytes_per_s: _Bandwidth | list[_Bandwidth] = float("inf")
+    """The bandwidth of a node's link to the network, in each direction: 12.5e6 for 100 Mbit/s; or one for each node."""
 
     node_size: PositiveInt = 1
     """How many consecutive ranks share a link to the network. Messages between them take no time."""
@@ -539,6 +552,8 @@ class SimulationSection(Section):
 
     def links(self) -> Links:
         """Return the simulated network."""
+        if isinstance(self.bytes_per_s, list):
+            return Links(self.latency_s, node_size=self.node_size, bytes_per_s_of_nodes=tuple(self.bytes_per_s))
         return Links(self.latency_s, self.bytes_per_s, self.node_size)
 
 

@@ -31,7 +31,7 @@ from mpicomp.run.folder import RunFolder
 from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
-from mpicomp.run.setup import Setup, set_up
+from mpicomp.run.setup import Setup, set_up, with_bandwidths
 from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests
 from mpicomp.run.trace import Timeline
 from mpicomp.state import Leaf
@@ -73,6 +73,10 @@ def train(
     timeline = Timeline(world, folder.trace_path if folder else None, trace_steps)
     with Watchdog(world, config.run.hang_timeout_s) as watchdog, timeline:
         groups = config.topology.groups(world)
+        given, config = config, with_bandwidths(config, world, groups, checkpoint)
+        if config is not given and checkpoint is None and folder and world.rank == 0:
+            folder.save_config(config)
+        watchdog.moved()
         with together(world):
             setup = set_up(config, world, groups)
         watchdog.moved()

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms import Algorithm, AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.compression.identity import Identity
-from mpicomp.compression.wrap.allocation import Rule, allocate, summary
+from mpicomp.compression.wrap.allocation import BY_BANDWIDTH, allocate, summary
 from mpicomp.config.config import RunConfig
-from mpicomp.config.sections import TrainingSection
+from mpicomp.config.sections import CompressionSection, TrainingSection
 from mpicomp.data.datasets import Dataset
 from mpicomp.data.partition import Indices
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.bandwidths import measure_bandwidths
 from mpicomp.exchange.base import Groups, World
+from mpicomp.exchange.guard import together
+from mpicomp.exchange.loopback.world import LoopbackWorld
 from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
 from mpicomp.topology.base import Schedule
@@ -91,8 +95,39 @@ class Setup:
         return loss
 
 
+def with_bandwidths(
+    config: RunConfig, world: World, groups: Groups | None = None, checkpoint: Checkpoint | None = None
+) -> RunConfig:
+    """Return `config` with the bandwidth of each rank, if its ratios need them; collective on all ranks.
+
+    They are those of `config` if it has them, else those with which the run of `checkpoint` began, else measured.
+
+    Raises:
+        ConfigError: on every rank: they cannot be measured.
+
+    """
+    section = config.compression
+    if section.allocation not in BY_BANDWIDTH or section.bandwidths is not None:
+        return config
+    with together(world):
+        schedule, _ = config.check(world.size, groups)
+        stored = RunConfig.from_toml(checkpoint.manifest.config, str(checkpoint.path)) if checkpoint else None
+        bandwidths = stored.compression.bandwidths if stored else None
+        if bandwidths is None and isinstance(world, LoopbackWorld) and not world.is_simulated:
+            raise ConfigError(
+                f"compression.allocation = {section.allocation!r}: ranks that are threads of one process have no links "
+                "to measure: give compression.bandwidths, or train with --simulate or MPI"
+            )
+    if bandwidths is None:
+        bandwidths = measure_bandwidths(world, schedule)
+    return dataclasses.replace(config, compression=section.model_copy(update={"bandwidths": bandwidths}))
+
+
 def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Setup:
-    """Check everything, cheap checks first, and build what this rank needs; no communication."""
+    """Check everything, cheap checks first, and build what this rank needs; no communication.
+
+    `config` has gone through `with_bandwidths`.
+    """
     schedule, algorithm = config.check(world.size, groups)
     dataset, split = _load(config)
     trainers = sharers = world.size
@@ -107,19 +142,22 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
         config.run.seed,
     )
     volumes = [len(samples) for samples in assignment.split(sharers)]  # raises what is wrong with it
-    algorithm = with_volumes(algorithm, volumes, config.compression.allocation)
+    algorithm = with_volumes(algorithm, volumes, config.compression)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
     return Setup(dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training)
 
 
-def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], rule: Rule) -> AnyAlgorithm:
-    """Return `algorithm` with ratios that `rule` allocates by `volumes`, and with its field ``volumes``, if any."""
+def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], section: CompressionSection) -> AnyAlgorithm:
+    """Return `algorithm` with the ratios that `section` allocates, and with its field ``volumes``, if any."""
     if isinstance(inner := getattr(algorithm, "inner", None), Algorithm):
-        return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), inner=with_volumes(inner, volumes, rule)))
+        return cast(
+            AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), inner=with_volumes(inner, volumes, section))
+        )
     found: dict[str, Any] = {}
-    if rule != "uniform":
-        found["compressor"] = allocate(cast(Any, algorithm).compressor, volumes, rule)
+    if section.allocation != "uniform":
+        own = cast(Any, algorithm).compressor
+        found["compressor"] = allocate(own, volumes, section.allocation, section.bandwidths or ())
     if getattr(algorithm, "volumes", None) == ():
         found["volumes"] = tuple(volumes)
     return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), **found)) if found else algorithm

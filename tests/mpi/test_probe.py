@@ -7,6 +7,8 @@ from click.testing import CliRunner
 from support.driver_table import Table, node
 
 from mpicomp.cli.doctor import doctor
+from mpicomp.errors import ConfigError
+from mpicomp.exchange.bandwidths import measure_bandwidths
 from mpicomp.exchange.mpi import world as world_module
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.probe import (
@@ -19,6 +21,7 @@ from mpicomp.exchange.mpi.probe import (
     try_window,
 )
 from mpicomp.exchange.placement import claim_gpu
+from mpicomp.topology import ring
 
 
 def test_neighbors_are_tried_for_real(world):
@@ -27,6 +30,16 @@ def test_neighbors_are_tried_for_real(world):
     assert trial.latency_us > 0
     assert (trial.mb_per_s > 0) == (world.size > 1)
     assert world.all_gather(trial) == [trial] * world.size
+
+
+def test_bandwidths_are_measured_for_real(world):
+    if world.size == 1:
+        with pytest.raises(ConfigError, match="the bandwidth of rank 0 cannot be measured: it has no neighbors"):
+            measure_bandwidths(world, ring(1))
+        return
+    bandwidths = measure_bandwidths(world, ring(world.size))
+    assert len(bandwidths) == world.size and all(1e3 < each < 1e12 for each in bandwidths)
+    assert world.all_gather(bandwidths) == [bandwidths] * world.size
 
 
 def test_a_window_is_tried_for_real(world):

@@ -29,7 +29,7 @@ from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.record import PARTS
 from mpicomp.replica.state import seed_random
 from mpicomp.run.result import readable_bytes
-from mpicomp.run.setup import Setup, set_up
+from mpicomp.run.setup import Setup, set_up, with_bandwidths
 
 _WARM_BLOCKS = 1
 
@@ -120,6 +120,7 @@ def step(
 def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, length: int) -> Steps:
     with guard(world, debug=debug):
         groups = config.topology.groups(world)
+        config = with_bandwidths(config, world, groups)
         with together(world):
             setup = set_up(config, world, groups)
             if isinstance(setup.algorithm, AsynchronousAlgorithm):

@@ -1,4 +1,4 @@
-"""Allocation: how much each rank may send, by how many samples it has.
+"""Allocation: how much each rank may send, by how many samples it has, and by the bandwidth of its link.
 
     p_i = n_i / sum_k n_k                    the part of the samples, which is the weight of rank i in the sum
     budget: mean of the ratios delta_i, or the harmonic mean of the thresholds lambda_i
@@ -26,6 +26,10 @@ The paper's text was not at hand. Every number by which the authors' code choose
 ``Psi(delta) / sqrt(min_i delta_i)``. This does not predict which rule is faster: it prefers uniform ratios (10.00, and
 13.63 and 19.31 for `dagc_ratios` in the table), and decides nothing here but that rank.
 
+BCRS, bandwidth-aware ratios (arXiv 2408.14736): the uploads of all ranks end together. `bandwidth_ratios` has the
+equation, from the paper's description, because its text was not at hand. What the ranks send grows: the base ratio is
+that of the slowest rank, and nobody sends less. Together with DAGC (ours), a rank has the smaller of both ratios.
+
 At least one entry is kept (of each tensor, with `PerTensor`), however small the ratio, so a small model may exceed its
 budget. The smallest ratio decides the gamma of CHOCO-SGD; see `mpicomp.compression.wrap.by_rank`.
 """
@@ -42,8 +46,14 @@ from mpicomp.compression.ratio import check_ratio
 from mpicomp.compression.wrap.by_rank import ByRank, by_rank_of, strength_of, with_strength
 from mpicomp.errors import ConfigError
 
-Rule = Literal["uniform", "dagc"]
-"""The rule by which the budget is shared out; ``"uniform"`` gives all ranks the same."""
+Rule = Literal["uniform", "dagc", "bandwidth", "dagc_bandwidth"]
+"""The rule that sets each rank's ratio; ``"uniform"`` gives all ranks the same."""
+
+BY_SAMPLES = ("dagc", "dagc_bandwidth")
+"""The rules that need the number of samples of each rank."""
+
+BY_BANDWIDTH = ("bandwidth", "dagc_bandwidth")
+"""The rules that need the bandwidth of each rank."""
 
 SHOWN = 4
 """The number of ranks whose values a summary shows, besides the smallest and the largest value."""
@@ -110,13 +120,50 @@ def dagc_thresholds(volumes: Sequence[float], mean_threshold: float) -> tuple[fl
     return tuple(mean_threshold * (mean / each) for each in a)
 
 
+def bandwidth_ratios(bandwidths: Sequence[float], base_ratio: float) -> tuple[float, ...]:
+    """Return the ratios of BCRS, in the order of `bandwidths`.
+
+        rho_k = min(1, base_ratio B_k / min_j B_j)
+
+    So the ratio of the slowest rank is `base_ratio`, and a message of rank k takes as long as one of the slowest:
+    ``rho_k / B_k`` is the same for all that are not cut to 1. With the same ratio for all, fast ranks would wait for
+    the slowest; here they send more meanwhile. The bytes of all ranks together grow, by the factor ``mean_k rho_k /
+    base_ratio``: to send as many as before, lower `base_ratio` by it.
+
+    Args:
+        bandwidths: B_k, in any unit: the rate at which a message of rank k reaches all that it is for.
+        base_ratio: the ratio of the slowest rank, and so the smallest.
+
+    Raises:
+        ConfigError: a bandwidth that is not a finite number > 0, none at all, or a `base_ratio` outside (0, 1].
+
+    """
+    check_ratio(base_ratio)
+    if not bandwidths:
+        raise ConfigError("compression.bandwidths: give the bandwidth of each rank; none is given")
+    for rank, bandwidth in enumerate(bandwidths):
+        if not 0 < bandwidth < math.inf:
+            raise ConfigError(
+                f"compression.bandwidths: that of rank {rank} is {bandwidth}, and must be a finite number of bytes a "
+                "second > 0"
+            )
+    slowest = min(bandwidths)
+    return tuple(min(1.0, base_ratio * (bandwidth / slowest)) for bandwidth in bandwidths)
+
+
 def check_rule(compressor: Compressor, rule: str) -> None:
     """Raise ConfigError if `compressor` has no ratio or threshold that `rule` can allocate."""
     if rule not in get_args(Rule):
         raise ConfigError(f"compression.allocation = {rule!r} must be one of {', '.join(map(repr, get_args(Rule)))}")
     if rule == "uniform":
         return
-    if strength_of(compressor) is None:
+    strength = strength_of(compressor)
+    if rule in BY_BANDWIDTH and (strength is None or strength[0] != "ratio"):
+        raise ConfigError(
+            f"compression.allocation = {rule!r} gives each rank a ratio of its own, and this compressor has none: use "
+            "compression.kind = 'topk', or compression.allocation = 'uniform'"
+        )
+    if strength is None:
         raise ConfigError(
             f"compression.allocation = {rule!r} gives each rank a ratio or a threshold of its own, and this compressor "
             "has neither: use compression.kind = 'topk' or 'threshold', or compression.allocation = 'uniform'"
@@ -128,7 +175,9 @@ def check_rule(compressor: Compressor, rule: str) -> None:
         )
 
 
-def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dagc") -> Compressor:
+def allocate(
+    compressor: Compressor, volumes: Sequence[float] = (), rule: Rule = "dagc", bandwidths: Sequence[float] = ()
+) -> Compressor:
     """Return `compressor` with a ratio or threshold of its own on each rank.
 
     For a script of one's own, with `TopK` (DAGC-R), `HardThreshold` (DAGC-A), or these in `PerTensor`::
@@ -139,27 +188,48 @@ def allocate(compressor: Compressor, volumes: Sequence[float], rule: Rule = "dag
         compressor = allocate(TopK(ratio=0.01), volumes)         # 1 % is the mean over ranks
         gossip = mpicomp.distribute(model, optimizer, Choco(gamma=0.02), ring, compressor, world)
 
+    With BCRS, store the bandwidths: a restart needs the same ratios, and would measure others::
+
+        file = Path("checkpoints/bandwidths.json")
+        stored = json.loads(file.read_text()) if world.rank == 0 and file.exists() else None
+        bandwidths = world.broadcast(stored) or measure_bandwidths(world, graph)     # mpicomp.exchange.bandwidths
+        if world.rank == 0:
+            file.write_text(json.dumps(bandwidths))
+        compressor = allocate(TopK(ratio=0.01), rule="bandwidth", bandwidths=bandwidths)   # 1 % is the slowest rank's
+
     gamma must suit the smallest of the ratios.
 
     Args:
-        compressor: its ratio is the mean of all ranks, its threshold the harmonic mean.
-        volumes: the number of samples of each rank.
-        rule: ``"dagc"``, or ``"uniform"``, which returns `compressor` itself.
+        compressor: by DAGC its ratio is the mean of all ranks, its threshold the harmonic mean; by BCRS its ratio is
+            that of the slowest rank, and all ranks together send more than with this ratio for all.
+        volumes: the number of samples of each rank, for DAGC.
+        rule: ``"dagc"``; ``"bandwidth"``, which is BCRS; ``"dagc_bandwidth"``, the smaller of both ratios on each rank;
+            or ``"uniform"``, which returns `compressor` itself.
+        bandwidths: of each rank, in bytes a second, for BCRS.
 
     Raises:
-        ConfigError: the compressor has no ratio or threshold that `rule` can allocate, or a rank has no samples.
+        ConfigError: the compressor has no ratio or threshold that `rule` can allocate, a rank has no samples, a
+            bandwidth is not a finite number > 0, or there are not as many of them as volumes.
 
     """
     check_rule(compressor, rule)
     if rule == "uniform":
         return compressor
     if isinstance(compressor, Wrapper) and compressor.remembers_errors:
-        return dataclasses.replace(compressor, inner=allocate(compressor.inner, volumes, rule))
+        return dataclasses.replace(compressor, inner=allocate(compressor.inner, volumes, rule, bandwidths))
     strength = strength_of(compressor)
     assert strength is not None
-    name, mean = strength
-    values = (dagc_ratios if name == "ratio" else dagc_thresholds)(volumes, mean)
-    return ByRank(tuple(with_strength(compressor, value) for value in values))
+    name, value = strength
+    values: tuple[float, ...]
+    if rule == "bandwidth":
+        values = bandwidth_ratios(bandwidths, value)
+    else:
+        values = (dagc_ratios if name == "ratio" else dagc_thresholds)(volumes, value)
+    if rule == "dagc_bandwidth":
+        if len(bandwidths) != len(volumes):
+            raise ConfigError(f"compression.bandwidths has {len(bandwidths)} entries for {len(volumes)} ranks")
+        values = tuple(map(min, values, bandwidth_ratios(bandwidths, value)))
+    return ByRank(tuple(with_strength(compressor, each) for each in values))
 
 
 def summary(compressor: Compressor) -> str | None:

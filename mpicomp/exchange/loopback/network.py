@@ -1,21 +1,21 @@
 """The network of a simulation: when a message arrives.
 
 Each node, of one rank or of several, has one port to the network, as a host has one network card. The port sends at
-`Links.bytes_per_s` and, at the same time, receives at the same speed. What a rank sends to several targets at once
-shares the port and ends together; what is sent later follows:
+its bandwidth and, at the same time, receives at the same speed. What a rank sends to several targets at once shares the
+port and ends together; what is sent later follows:
 
     begin  = max(now, the time at which the source's port is free to send)
-    end    = begin + (bytes to all targets) / bytes_per_s
+    end    = begin + (bytes to all targets) / (bandwidth of the source)
 
 The target's port takes messages in while they are being sent. What arrives in one busy period of a port, in which it is
 never idle, takes as long as all its bytes do:
 
-    received = max(end, begin of the busy period + (bytes in it so far) / bytes_per_s)
+    received = max(end, begin of the busy period + (bytes in it so far) / (bandwidth of the target))
     arrival  = received + latency
 
 So a rank that sends to four neighbors takes four times as long as one that sends to a single one, and a hub is as slow
-for its workers as its own link. Between the ports the network has no limit. Packets are not modelled: a message arrives
-whole.
+for its workers as its own link. An all-reduce in a ring is as fast as the slowest port. Between the ports the network
+has no limit. Packets are not modelled: a message arrives whole.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from mpicomp.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Links:
         latency_s: seconds from the end of sending to the arrival.
         bytes_per_s: the bandwidth in each direction.
         node_size: how many consecutive ranks share a port. Messages between them take no time.
+        bytes_per_s_of_nodes: the bandwidth of each node, where they differ; `bytes_per_s` is then not used.
 
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
     node_size: int = 1
+    bytes_per_s_of_nodes: tuple[float, ...] = ()
 
 
 class Network:
@@ -47,6 +51,12 @@ class Network:
     def __init__(self, size: int, links: Links) -> None:
         self.links = links
         ports = -(-size // links.node_size)
+        self._bytes_per_s = links.bytes_per_s_of_nodes or (links.bytes_per_s,) * ports
+        if len(self._bytes_per_s) != ports:
+            raise ConfigError(
+                f"simulation.bytes_per_s has {len(self._bytes_per_s)} entries for {ports} nodes: give one for each, or "
+                "one number for all"
+            )
         self._free_to_send_ns = [0] * ports
         self._busy = [(0, 0)] * ports  # with receiving: since when, and for how long
 
@@ -55,7 +65,7 @@ class Network:
         port = source // self.links.node_size
         outside = {target: size for target, size in nbytes.items() if target // self.links.node_size != port}
         begin_ns = max(now_ns, self._free_to_send_ns[port])
-        end_ns = begin_ns + self._transmission_ns(sum(outside.values()))
+        end_ns = begin_ns + self._transmission_ns(sum(outside.values()), port)
         if outside:
             self._free_to_send_ns[port] = end_ns
         arrivals = dict.fromkeys(nbytes, now_ns)
@@ -64,18 +74,19 @@ class Network:
             since_ns, lasts_ns = self._busy[theirs]
             if begin_ns >= since_ns + lasts_ns:  # the port is idle by then
                 since_ns, lasts_ns = begin_ns, 0
-            since_ns, lasts_ns = min(since_ns, begin_ns), lasts_ns + self._transmission_ns(size)
+            since_ns, lasts_ns = min(since_ns, begin_ns), lasts_ns + self._transmission_ns(size, theirs)
             self._busy[theirs] = since_ns, lasts_ns
             arrivals[target] = max(end_ns, since_ns + lasts_ns) + round(1e9 * self.links.latency_s)
         return arrivals
 
     def all_reduce_ns(self, nbytes: int, size: int) -> int:
         """Return how long an all-reduce in a ring takes, by 2 (size - 1) steps in which each rank sends `nbytes`."""
-        return self._transmission_ns(nbytes) + 2 * (size - 1) * round(1e9 * self.links.latency_s)
+        slowest = self._bytes_per_s.index(min(self._bytes_per_s))
+        return self._transmission_ns(nbytes, slowest) + 2 * (size - 1) * round(1e9 * self.links.latency_s)
 
     def free_ns(self) -> int:
         """Return when all ports are free."""
         return max(*self._free_to_send_ns, *(since_ns + lasts_ns for since_ns, lasts_ns in self._busy))
 
-    def _transmission_ns(self, nbytes: int) -> int:
-        return round(1e9 * nbytes / self.links.bytes_per_s)
+    def _transmission_ns(self, nbytes: int, port: int) -> int:
+        return round(1e9 * nbytes / self._bytes_per_s[port])

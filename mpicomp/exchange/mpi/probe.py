@@ -20,6 +20,7 @@ import torch
 
 from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError
+from mpicomp.exchange.bandwidths import LARGE, SMALL, exchange_seconds
 from mpicomp.exchange.base import Mail, all_reduce_nbytes
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.mailbox.window import allocate
@@ -36,8 +37,6 @@ _LEVELS = {
     MPI.THREAD_MULTIPLE: "multiple",
 }
 
-SMALL = 1024
-LARGE = 4 * 2**20
 WINDOW = 64 * 1024
 
 
@@ -166,14 +165,8 @@ def try_neighbors(world: MpiWorld) -> Trial:
             torch.equal(message["bytes"].cpu(), _pattern(numel, source + step)) for source, message in received.items()
         )
 
-    def timed(numel: int, repeats: int) -> float:
-        layout = Layout((Field("bytes", torch.uint8, numel),))
-        payload = {"bytes": _pattern(numel, 0).to(world.device)}
-        world.barrier()
-        return _median_seconds(lambda: exchange.start(payload, layout, topology).wait(), repeats)
-
     outcomes = [once(numel, step) for step, numel in enumerate((1, SMALL, 65_537, LARGE))]
-    small, large = timed(SMALL, 50), timed(LARGE, 5)
+    small, large = (exchange_seconds(world, exchange, topology, *trial) for trial in ((SMALL, 50), (LARGE, 5)))
     exchange.free()
     problem = "" if all(outcomes) else "wrong bytes arrived from a neighbor"
     sent = LARGE * len(topology.targets(world.rank))

@@ -18,7 +18,7 @@ from mpicomp.compression import (
     TopK,
     allocate,
 )
-from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds, summary
+from mpicomp.compression.wrap.allocation import bandwidth_ratios, dagc_ratios, dagc_thresholds, summary
 from mpicomp.errors import ConfigError
 
 volume_lists = st.lists(st.integers(1, 10**6), min_size=1, max_size=12)
@@ -148,6 +148,29 @@ def test_what_is_above_one_goes_to_nobody():
     assert sum(dagc_ratios(volumes, 0.6)) < 4 * 0.6 - 0.1
 
 
+def test_bandwidth_ratios_by_hand():
+    assert bandwidth_ratios([2e6, 1e6, 4e6, 30e6], 0.05) == pytest.approx([0.1, 0.05, 0.2, 1.0], rel=1e-12)
+    dagc = dagc_ratios([1, 1, 8, 8], 0.05)
+    assert dagc[0] < 0.05 < dagc[2]
+    both = allocate(TopK(0.05), [1, 1, 8, 8], "dagc_bandwidth", [2e6, 1e6, 1e6, 30e6])
+    assert both == ByRank(tuple(map(TopK, (dagc[0], dagc[1], 0.05, dagc[3]))))
+
+
+@pytest.mark.parametrize(
+    ("compressor", "rule", "bandwidths", "message"),
+    [
+        (TopK(0.1), "bandwidth", [1.0, 0.0], "compression.bandwidths: that of rank 1 is 0.0, and must be a finite"),
+        (TopK(0.1), "bandwidth", [math.nan, 1.0], "compression.bandwidths: that of rank 0 is nan"),
+        (TopK(0.1), "bandwidth", [], "compression.bandwidths: give the bandwidth of each rank; none is given"),
+        (TopK(0.1), "dagc_bandwidth", [1.0], "compression.bandwidths has 1 entries for 2 ranks"),
+        (HardThreshold(0.1), "bandwidth", [1, 2], "allocation = 'bandwidth' gives each rank a ratio of its own"),
+    ],
+)
+def test_bandwidths_that_give_no_ratios_are_refused(compressor, rule, bandwidths, message):
+    with pytest.raises(ConfigError, match=message):
+        allocate(compressor, [1, 2], rule, bandwidths)
+
+
 def test_a_share_below_one_entry_is_one_entry():
     from mpicomp.compression import Spec
 
@@ -207,7 +230,7 @@ def test_uniform_leaves_a_compressor_as_it_is():
             "allocation = 'dagc' gives each rank a ratio or a threshold of its own, and this compressor has",
         ),
         (PerTensor(Identity()), "dagc", "has neither: use compression.kind = 'topk'"),
-        (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc'$"),
+        (TopK(0.1), "dacg", "allocation = 'dacg' must be one of 'uniform', 'dagc', 'bandwidth', 'dagc_bandwidth'$"),
         (allocate(TopK(0.1), [1, 2]), "dagc", "has neither"),
         (PerTensor(BlockTopK(0.1)), "dagc", "reads messages of its own ratio only: use compression.kind = 'topk'"),
     ],

@@ -44,7 +44,16 @@ TOPK = ("algorithm.kind=choco", "algorithm.gamma=0.1", "compression.kind=topk", 
     ("overrides", "message"),
     [
         (("compression.allocation=dagc",), "compression.allocation = 'dagc' gives each rank a ratio or a threshold"),
-        ((*TOPK, "compression.allocation=dacg"), "compression.allocation = 'dacg' must be 'uniform' or 'dagc'"),
+        ((*TOPK, "compression.allocation=dacg"), "compression.allocation = 'dacg' must be 'uniform', 'dagc'"),
+        (("compression.allocation=bandwidth",), "'bandwidth' gives each rank a ratio of its own, and this compressor"),
+        (
+            (*TOPK, "compression.bandwidths=[1, 2]"),
+            "compression.bandwidths has no use with compression.allocation = 'u",
+        ),
+        (
+            (*TOPK, "compression.allocation=bandwidth", "compression.bandwidths=[1.0, -2.0]"),
+            "compression.bandwidths = [1.0, -2.0] (entry 1) must be greater than 0",
+        ),
         (
             (*TOPK, "downlink.allocation=dagc"),
             "downlink.allocation is unknown. Did you mean 'compression.allocation'?",

@@ -7,6 +7,7 @@ import pytest
 
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.config.config import RunConfig
+from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links, Network
 from mpicomp.run.folder import RunFolder
@@ -108,3 +109,14 @@ def test_ports_share_what_is_sent_at_once_and_serve_the_rest_in_order():
     assert network.send(3, {1: 100}, now_ns=second) == {1: 3.5 * second}  # after the others, into the same port
     assert network.free_ns() == 3 * second
     assert network.send(1, {0: 100}, now_ns=5 * second) == {0: 6.5 * second}
+
+
+def test_ports_may_differ_and_a_message_waits_for_the_slower_one():
+    network = Network(3, Links(bytes_per_s_of_nodes=(100.0, 50.0, 100.0)))
+    second = 10**9
+    assert network.send(0, {1: 100, 2: 100}, now_ns=0) == {1: 2 * second, 2: 2 * second}
+    assert network.send(2, {1: 100}, now_ns=0) == {1: 4 * second}  # rank 1 takes in 200 at 50
+    assert network.send(1, {0: 100}, now_ns=0) == {0: 2 * second}
+    assert network.all_reduce_ns(100, 3) == 2 * second
+    with pytest.raises(ConfigError, match=r"simulation.bytes_per_s has 2 entries for 3 nodes"):
+        Network(3, Links(bytes_per_s_of_nodes=(100.0, 50.0)))

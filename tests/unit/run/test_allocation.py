@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint, records
 
@@ -12,10 +13,11 @@ from mpicomp.cli import main
 from mpicomp.compression import ByRank, HardThreshold, PerTensor, TopK
 from mpicomp.compression.wrap.allocation import dagc_ratios, dagc_thresholds
 from mpicomp.config.config import RunConfig
+from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.run.loop import train
-from mpicomp.run.setup import header, set_up
+from mpicomp.run.setup import header, set_up, with_bandwidths
 
 RUN = """
 [data]
@@ -152,3 +154,61 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(load, tmp_path, overrid
     )
     assert refused.exit_code == 2
     assert "compression.allocation was 'dagc' and is now 'uniform'" in refused.output
+
+
+LINKS = "simulation.bytes_per_s=[1e6, 1e6, 4e6, 4e6, 4e6, 4e6]"
+BANDWIDTH = ["compression.allocation=bandwidth", "compression.ratio=0.02", LINKS, "simulation.latency_s=0.01"]
+BANDWIDTH += ["training.steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=0"]
+
+
+def simulate(*words, overrides):
+    options = [word for override in overrides for word in ("--set", override)]
+    outcome = CliRunner().invoke(main, ["train", *map(str, words), *options, "--simulate", "6"])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+def test_ratios_follow_the_measured_links_and_a_restart_keeps_them(load, tmp_path):
+    load()
+    own, whole, again = (tmp_path / name for name in ("run.toml", "whole", "again"))
+    for folder in (whole, again):
+        assert "bandwidth: ratios of the ranks: 0.02 to 0.08" in simulate(own, "--run-dir", folder, overrides=BANDWIDTH)
+    stored = RunConfig.load(again / "config.toml")
+    # Ranks 0 and 1 are slow, and what their neighbors 5 and 2 send to them is, too. A port has two messages.
+    assert stored.compression.bandwidths == [5e5, 5e5, 5e5, 2e6, 2e6, 5e5]
+    equal_links = "simulation.bytes_per_s=4e6"
+    first = min((again / "checkpoints").glob("step_*"))
+    assert "Going on after step 2" in simulate("--resume", first, overrides=[equal_links])
+    assert RunConfig.load(again / "config.toml").compression == stored.compression
+    checkpoint, uninterrupted = (Checkpoints(folder / "checkpoints").latest() for folder in (again, whole))
+    for rank in (0, 3):
+        own_leaves, leaves = checkpoint.read(rank), uninterrupted.read(rank)
+        assert own_leaves["exchange/bytes_sent"] == leaves["exchange/bytes_sent"]
+        tensors = [
+            path for path, leaf in leaves.items() if path.startswith(("model/", "algorithm/")) and torch.is_tensor(leaf)
+        ]
+        assert len(tensors) == 3 and all(torch.equal(own_leaves[path], leaves[path]) for path in tensors)
+    # --resume auto reads the first configuration, without bandwidths: they are those of the checkpoint.
+    config = load(*BANDWIDTH, equal_links)
+    config.check_continues(stored)
+    found = run(6, lambda world: with_bandwidths(config, world, None, checkpoint), simulated=config.simulation.links())
+    assert [each.compression for each in found] == [stored.compression] * 6
+    with pytest.raises(ConfigError, match=r"compression.bandwidths was \[500000.0, .* and is now \[1.0, "):
+        load(*BANDWIDTH, "compression.bandwidths=[1, 1, 1, 1, 1, 1]").check_continues(stored)
+
+
+DIRECTED = ["topology.kind=directed_ring", "topology.weights=push", "algorithm.kind=sgp"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "links", "message"),
+    [
+        ([], None, "ranks that are threads of one process have no links to measure: give compression.bandwidths"),
+        ([], Links(), r"its link no limit. Give compression.bandwidths \(in simulated time, simulation.bytes_per_s\)"),
+        (DIRECTED, Links(0, 1e6), "a directed graph .* cannot be measured: give compression.bandwidths"),
+    ],
+)
+def test_links_that_cannot_be_measured_are_refused(load, overrides, links, message):
+    config = load("compression.allocation=bandwidth", *overrides)
+    with pytest.raises(ConfigError, match=message):
+        run(3, lambda world: with_bandwidths(config, world), simulated=links)

@@ -131,7 +131,7 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (HUB, ["run.on_peer_loss=continue"], "'continue' does not go with algorithm.kind = 'dc_asgd': the part of the"),
         ("configs/methods/motef.toml", ["run.on_peer_loss=continue"], "'motef': it cannot make its state anew"),
         (CHOCO, ["run.on_peer_loss=continue", "topology.kind=hypercube"], "there is no graph for the others"),
-        (CHOCO, ["run.on_peer_loss=continue", "compression.allocation=dagc"], "ratios are those of all ranks"),
+        (CHOCO, ["run.on_peer_loss=continue", "compression.allocation=dagc"], "to which their ratios do not"),
         (GOSSIP, ["run.on_peer_loss=continue", "algorithm.share=equal"], "needs algorithm.share = 'by_speed'"),
         (
             HUB,
@@ -147,6 +147,16 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
             GOSSIP,
             ["compression.allocation=dagc"],
             "set algorithm.share = 'equal', or compression.allocation = 'uniform'",
+        ),
+        (
+            GOSSIP,
+            ["compression.allocation=bandwidth", "compression.bandwidths=[1, 2]"],
+            "compression.bandwidths has 2 entries for 4 ranks",
+        ),
+        (
+            GOSSIP,
+            ["compression.allocation=bandwidth", "run.on_peer_loss=continue"],
+            "'continue' does not go with compression.allocation = 'bandwidth'",
         ),
         (PAIRS, ["compression.kind=topk", "compression.ratio=0.1"], "AD-PSGD sends the model itself"),
         (PAIRS, ["run.on_peer_loss=continue"], "does not go with algorithm.kind = 'ad_psgd'"),
@@ -181,6 +191,7 @@ def test_simulation_keeps_its_infinite_links():
         "latency_s": 0.0,
         "bytes_per_s": float("inf"),
         "node_size": 1,
+        "bytes_per_s_of_nodes": (),
     }
 
 
