@@ -170,7 +170,8 @@ class RunSection(Section):
     """Seconds without a step after which a rank reports what it waits for, and the run ends; 0 for no limit."""
 
     on_peer_loss: Literal["stop", "continue"] = "stop"
-    """What the other ranks do when one has died; ``"continue"`` for ``dc_gossip`` on one machine."""
+    """What the other ranks do when one has died; ``"continue"`` for ``dpsgd``, ``choco``, ``adagossip`` and, on one
+    machine, ``dc_gossip``."""
 
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Check the name of the signal."""

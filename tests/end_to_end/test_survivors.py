@@ -156,3 +156,34 @@ def test_a_graph_that_falls_apart_ends_the_run(tmp_path):
         run.process.wait(60)
     assert f"rank 0 on {HOST}" in run.output and "leaves a graph that is not connected" in run.output
     assert not (run.folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "way, settings",
+    [
+        ("mpich", ["configs/methods/adagossip.toml", "--set", "algorithm.overlap=true"]),
+        ("ulfm", ["configs/methods/choco.toml", "--set", "data.partition=dirichlet", "--set", "data.alpha=1.0"]),
+    ],
+)
+def test_ranks_in_step_go_on_without_the_dead(way, settings, tmp_path):
+    with Run(way, tmp_path, *settings, *RUN[1:], "--run-dir", tmp_path / "run") as run:
+        for number, victim in enumerate([1, 0]):
+            wait_until(partial(run.has_reached, 10 + 25 * number), "training")
+            run.kill(victim)
+            wait_until(partial(run.has_ranks, 3 - number), "the others regroup")
+        wait_until(run.has_ended, "the end")
+        assert run.exit_codes(4) == [0, 0, 137, 137] if WAYS[way][2] else run.process.wait(60) == 0, run.output
+    result = run.result()
+    assert result["ranks"] == len(result["lost"]) == 2 and result["test_accuracy"] > 0.9
+    found = records(run.folder)
+    steps = [record["step"] for record in found]
+    assert steps == sorted(set(steps)) and steps[-1] == result["steps"]
+    evaluated = [record["epoch"] for record in found if record["test_accuracy"] is not None]
+    assert evaluated == pytest.approx([1, 2, 3, 4, 5], abs=0.1)  # no epoch is missing
+    if way == "ulfm":
+        again = tmp_path / "again"
+        again.mkdir()
+        with Run(way, again, "--resume", tmp_path / "run", "--set", "training.epochs=6", ranks=2) as more:
+            more.folder = run.folder
+            wait_until(lambda: more.has_ended() and more.result()["steps"] > steps[-1], "the longer run")
+        assert more.result()["lost"] == result["lost"]

@@ -21,6 +21,9 @@ the public copies are then one local step older:
     q_i = C(x_i - xhat_i), start the exchange;  g_i;  xhat_i, s_i as above
     y_i = x_i - lr u_i;  x_i = y_i + gamma (s_i - xhat_i)
 
+When ranks have died (``run.on_peer_loss``), the others make their public copies anew on the graph that is left: each
+tells its neighbors its model as it is, and ``xhat_i = x_i``, ``s_i = sum_j W_ij x_j``.
+
 Wire: one compressed message, the same to every neighbor. Memory: ``xhat``, ``s`` and one scratch vector, whatever
 the degree. Needs symmetric doubly stochastic weights on a fixed connected graph and a contractive C. gamma must
 shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %. With
