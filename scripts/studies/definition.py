@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Variant:
     ranks: int | None = None
     epochs: int | None = None
     settings: tuple[str, ...] | None = None
+    decide_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Study:
         seeds: of the table.
         validation: how many training samples are held out to choose settings by.
         decide_by: ``"accuracy"``, ``"loss"``, or ``"time"``: the epochs until the mean accuracy of three evaluations
-            has come to the target.
+            has come to the target. A setting may have its own.
         target: an accuracy in percent; the table then has epochs, seconds and megabytes to it.
         reference: the method with which the others are compared.
         check: the method and setting of the short run that CI repeats.
@@ -93,6 +94,10 @@ class Study:
                 if method.settings is None or setting.name in method.settings:
                     yield setting, method
 
+    def of(self, setting: Variant) -> Study:
+        """Return the study as it is for a setting, which may decide otherwise."""
+        return replace(self, decide_by=setting.decide_by) if setting.decide_by else self
+
     def config(self, setting: Variant, method: Variant, values: Values, **training: Any) -> Sections:
         """Return the configuration of a run, without seed and length but for `training`."""
         config = copy.deepcopy(self.common)
@@ -125,11 +130,13 @@ class Study:
             raise StudyError(f"{path}: {unknown[0]} is unknown; a study has {', '.join(known)}")
         if missing := [key for key in known if key not in values]:
             raise StudyError(f"{path}: {missing[0]} is missing")
-        decide_by = values["decide_by"]
-        if decide_by not in DECIDE_BY or (decide_by == "time" and values["target"] is None):
-            raise StudyError(f"{path}: decide_by must be one of {', '.join(DECIDE_BY)}; time needs a target in percent")
         for key in ("settings", "methods"):
             values[key] = tuple(_variant(path, key, *pair) for pair in values[key].items())
+        for decide_by in (values["decide_by"], *(setting.decide_by for setting in values["settings"])):
+            if decide_by not in (None, *DECIDE_BY) or (decide_by == "time" and values["target"] is None):
+                raise StudyError(
+                    f"{path}: decide_by must be one of {', '.join(DECIDE_BY)}; time needs a target in percent"
+                )
         values |= {"check": tuple(values["check"]), "seeds": tuple(values["seeds"])}
         study = cls(folder=folder, **values)
         names = {setting.name for setting in study.settings}
@@ -148,10 +155,10 @@ def _variant(path: Path, key: str, name: str, table: Sections) -> Variant:
             raise StudyError(f"{path}: {key}.{name}.search.{axis!r} needs start > 0 and factor > 1")
         axes.append(Axis(axis, float(given["start"]), float(given["factor"])))
     title, chosen = table.pop("title", name), table.pop("settings", None)
-    ranks, epochs = table.pop("ranks", None), table.pop("epochs", None)
+    ranks, epochs, decide_by = (table.pop(entry, None) for entry in ("ranks", "epochs", "decide_by"))
     if wrong := [entry for entry, value in table.items() if not isinstance(value, dict)]:
         raise StudyError(f"{path}: {key}.{name}.{wrong[0]} is no section of a configuration")
-    return Variant(name, title, table, tuple(axes), ranks, epochs, None if chosen is None else tuple(chosen))
+    return Variant(name, title, table, tuple(axes), ranks, epochs, None if chosen is None else tuple(chosen), decide_by)
 
 
 def merge_(into: Sections, part: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ SHOWN = 10
 def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     """Draw the validation accuracy of the short runs over each setting, the others as chosen; None without settings."""
     keys = list(dict.fromkeys(axis.key for cell, *_ in finished for axis in cell.method.axes))
-    settings = list(dict.fromkeys(cell.setting.name for cell, *_ in finished))
-    if not keys or study.decide_by == "loss":
+    settings = list(dict.fromkeys(cell.setting.name for cell, *_ in finished if cell.study.decide_by != "loss"))
+    if not keys or not settings:
         return None
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "mpicomp", "font.size": 9}
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}

@@ -50,8 +50,8 @@ class Cell:
 
     @property
     def study(self) -> Study:
-        """The study."""
-        return self.runs.study
+        """The study, as it is for the setting."""
+        return self.runs.study.of(self.setting)
 
     @property
     def name(self) -> str:
