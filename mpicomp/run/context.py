@@ -11,6 +11,7 @@ import torch
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
+from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -49,6 +50,7 @@ class RunContext:
         resize: whether `checkpoint` may have another number of ranks.
         lost: the names of the ranks that have died.
         failure_detector: raises RankLost where this rank waits for ranks that have died; None if the run then ends.
+        regroupings: how often survivors have regrouped since the start.
 
     """
 
@@ -64,6 +66,7 @@ class RunContext:
     resize: bool = False
     lost: list[str] = field(default_factory=list)
     failure_detector: FailureDetector | None = None
+    regroupings: int = 0
 
     @property
     def written_folder(self) -> RunFolder | None:
@@ -101,6 +104,7 @@ class RunContext:
         """Show that training begins after `step` steps, with `part_done` of the run done."""
         if folder := self.written_folder:
             folder.save_ranks(self.watchdog.members)
+            folder.remove_claims()
         if self.progress:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
 
@@ -128,10 +132,18 @@ class RunContext:
     def regrouped(self, membership: ElasticMembership) -> Iterator[list[str]]:
         """Make the world one of the survivors, for the block to continue in; it gets the names of those that have died.
 
-        Collective on the survivors; see `FailureDetector.regrouped`.
+        Collective on the survivors; see `FailureDetector.regrouped`. A network that is cut leaves survivors on both
+        sides of it, and both would write the same run folder. The first to make a file there goes on.
+
+        Raises:
+            ExchangeError: other survivors of the run have gone on without these.
+
         """
         assert self.failure_detector is not None
         with self.failure_detector.regrouped() as dead:
+            self.regroupings += 1
+            if not self.world.broadcast(self.written_folder is None or self.written_folder.claim(self.regroupings)):
+                raise ExchangeError("the network was cut, and ranks on the other side go on without these")
             members = self.watchdog.members
             names = [str(members[rank]) for rank in dead]
             self.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]

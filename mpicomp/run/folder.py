@@ -41,6 +41,9 @@ FORMAT = "mpicomp model"
 RUNS = Path("runs")
 """The folder for runs without ``--run-dir``."""
 
+_CLAIM = "survivors_{}"
+"""The name of an empty file that survivors make when they regroup, so that no others go on as well."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -154,6 +157,19 @@ class RunFolder:
         """Write ``ranks.json``: where each rank runs."""
         with replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
+
+    def claim(self, number: int) -> bool:
+        """Claim the folder for the survivors that regroup for the `number`-th time; return False if others have."""
+        try:
+            (self.path / _CLAIM.format(number)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def remove_claims(self) -> None:
+        """Remove all claims, which an earlier start has left."""
+        for path in self.path.glob(_CLAIM.format("*")):
+            path.unlink(missing_ok=True)
 
     def on_record(self, record: Record) -> None:
         """Append a record; when this returns it is in the file, even if the run is killed afterwards."""

@@ -92,9 +92,9 @@ def _train_in_step(run: RunContext) -> Result | None:
     has_lost_ranks = False
     while True:
         try:
+            if has_lost_ranks:
+                training.regroup()
             with run.watching():
-                if has_lost_ranks:
-                    training.regroup()
                 return training.go_on()
         except RankLost:  # also while the survivors regroup
             has_lost_ranks = True

@@ -48,18 +48,38 @@ class Communicator:
 
     def join_(self, comm: MPI.Intracomm) -> None:
         """Become one of the ranks of `comm`, which is taken over; collective on these."""
+        self._take(comm)
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        cores = os.sched_getaffinity(0)
+        self._share(node.Get_rank(), cores, node.allgather(cores))
+        node.Free()
+
+    def join_survivors_(self, comm: MPI.Intracomm) -> None:
+        """Do as `join_`, with no call that blocks: another rank may die meanwhile."""
+        self._take(comm)
+        self.is_polite = True
+        cores = os.sched_getaffinity(0)
+        rows = self.all_gather((self.host, cores))
+        here = [rank for rank, (host, _) in enumerate(rows) if host == self.host]
+        self._share(here.index(self.rank), cores, [rows[rank][1] for rank in here])
+
+    def _take(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
-        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
-        self.local_rank = node.Get_rank()
-        self.local_size = node.Get_size()
-        cores = os.sched_getaffinity(0)
-        self.core_share = core_share(cores, node.allgather(cores))
+
+    def _share(self, local_rank: int, cores: set[int], of_host: Sequence[set[int]]) -> None:
+        """Share the `cores` of this rank with those of the ranks of its host."""
+        self.local_rank, self.local_size = local_rank, len(of_host)
+        self.core_share = core_share(cores, of_host)
         self.is_polite = self.core_share < 1 - 1e-9
-        node.Free()
         torch.set_num_threads(thread_count(self.core_share))
+
+    @property
+    def has_lost_ranks(self) -> bool:
+        """Whether ranks have died."""
+        return False
 
     def all_gather(self, value: T) -> list[T]:
         """Return the (small, picklable) values of all ranks, by rank."""

@@ -1,9 +1,9 @@
 """The neighbor exchange over MPI: one packed message to each target, one from each source.
 
 The communicator is Cartesian for grids and a distributed graph for other topologies. It documents and checks the
-neighborhood. The messages themselves use Irecv and Isend, one for each distinct neighbor: Open MPI 5.0.11's
-non-blocking neighbor all-to-all delivers wrong data on periodic dimensions of 1 and 2, and no neighbor collective was
-faster.
+neighborhood. When ranks have died, it is that of the world. The messages themselves use Irecv and Isend, one for each
+distinct neighbor: Open MPI 5.0.11's non-blocking neighbor all-to-all delivers wrong data on periodic dimensions of 1
+and 2, and no neighbor collective was faster.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ class NeighborExchange:
         self.bytes_sent = 0
         union = schedule.union
         _check_same(world, schedule)
-        self.comm = _cartesian(world, union) or world.comm.Create_dist_graph_adjacent(
-            union.sources(self.rank), union.targets(self.rank), reorder=False
+        self.comm: MPI.Intracomm = (
+            world.comm  # to make another blocks, and yet another rank may die
+            if world.has_lost_ranks
+            else _cartesian(world, union)
+            or world.comm.Create_dist_graph_adjacent(union.sources(self.rank), union.targets(self.rank), reorder=False)
         )
         self._world = world
         self._node_group = node_group
@@ -113,7 +116,8 @@ class NeighborExchange:
 
     def free(self) -> None:
         """Free the communicator, because MPI has only about two thousand (collective on all ranks)."""
-        self.comm.Free()
+        if self.comm != self._world.comm:
+            self.comm.Free()
 
     def _finish(self, statuses: list[MPI.Status], layout: Layout, sources: list[int]) -> dict[int, Payload]:
         self._pending = None

@@ -12,11 +12,10 @@ the run on each survivor returns to the place where it regroups:
                     rank dies while they rebuild, the run ends: a thread watches for this
 
 Exchanges, mailboxes and counters are made anew; the old ones cannot be freed, and MPI cannot be finalized. Regrouping
-and rebuilding take 4 to 40 ms (4 ranks on 2 cores); with ULFM, the survivors first wait for half a second, so that all
-of them know of the same deaths.
+and rebuilding take 4 to 40 ms (4 ranks on 2 cores).
 
-Ranks whose network is cut take the others for dead, and those take them for dead. On several machines, only one side
-may go on: that with more than half of the ranks, or with half of them and rank 0.
+Ranks whose network is cut take the others for dead, and those take them for dead. Which side goes on is for the run to
+say (`mpicomp.run.context`).
 
 The launcher must not end the survivors. Open MPI 5.0.11 does not with ``mpiexec --with-ft ulfm``. Without this option
 it ends all ranks when one has died, as MPICH 5.0.2 does (``-disable-auto-cleanup`` changes nothing), unless a shell
@@ -44,13 +43,6 @@ from mpicomp.exchange.watchdog import Waiting
 
 NOTICE_S = 5.0
 """Seconds that may pass between the moments at which MPI and the operating system notice a death."""
-
-SETTLE_S = 0.5
-"""Seconds without news of a death after which ranks regroup with ULFM. MPI_Comm_shrink of Open MPI 5.0.11 may go round
-for ever, in one of some 25 kills, if ranks learn of a death while they are in it."""
-
-REGROUP_S = 30.0
-"""Seconds after which a rank that waits in MPI_Comm_shrink ends."""
 
 _ULFM = "OMPI_MCA_mpi_ft_enable"
 """The environment variable that ``mpiexec --with-ft ulfm`` sets."""
@@ -185,10 +177,13 @@ class Survivors:
         while not is_over.wait(LOOK_S):
             if dead := self._dead(me):
                 names = ", ".join(self._names[rank] for rank in sorted(dead))
-                _end(
-                    f"{names} died while the survivors of another rank regrouped: go on from the last checkpoint with "
-                    "--resume"
+                sys.stdout.flush()
+                sys.stderr.write(
+                    f"mpicomp: error: {names} died while the survivors of another rank regrouped: go on from the "
+                    "last checkpoint with --resume\n"
                 )
+                sys.stderr.flush()
+                os._exit(ExchangeError.exit_code)
 
 
 class FaultTolerantSurvivors(Survivors):
@@ -198,61 +193,27 @@ class FaultTolerantSurvivors(Survivors):
     def regrouped(self) -> Iterator[list[int]]:
         """Make the world one of the survivors; raise RankLost if another rank dies in the block; see the base."""
         old = self._world.comm
-        self._settle()
-        limit = threading.Timer(REGROUP_S, _give_up)
-        limit.start()
         try:
             made = MPI.Intracomm(old.Shrink())
         except MPI.Exception as error:
             raise _cannot_regroup(error) from error
-        finally:
-            limit.cancel()
         left = MPI.Group.Translate_ranks(made.Get_group(), None, old.Get_group())
         dead = set(range(old.size)) - set(left)
-        if len(self._processes) < old.size and (2 * made.size, 0 in left) < (old.size, True):
-            raise ExchangeError(
-                f"{made.size} of {old.size} ranks are left on this side of the network, too few to go on: the others "
-                "may live and go on without these. Otherwise, go on from the last checkpoint with --resume"
-            )
         self.has_lost_ranks = True
         try:
-            self._forget(dead)
-            self._world.join_(made)
-            yield sorted(dead)
-        except (ExchangeError, MPI.Exception):
+            with self.watching():
+                self._forget(dead)
+                self._world.join_survivors_(made)
+                yield sorted(dead)
+        except ExchangeError:
             made.Revoke()  # others may wait for this rank in the midst of a call
             raise
 
-    def _settle(self) -> None:
-        """Wait until MPI has had no news of a death for `SETTLE_S`."""
-        known: set[int] = set()
-        since = time.monotonic()
-        while time.monotonic() < since + SETTLE_S:
-            if (failed := self._failed()) != known:
-                known, since = failed, time.monotonic()
-            time.sleep(LOOK_S / 10)
-
-    def _failed(self) -> set[int]:
-        """Return the ranks that are dead as far as MPI knows."""
-        comm = self._world.comm
-        return set(MPI.Group.Translate_ranks(comm.Get_failed(), None, comm.Get_group()))
-
     def _dead(self, me: int | None = None) -> set[int]:
         """Return the ranks that are dead as far as the operating system and MPI know."""
-        return super()._dead(me) | self._failed()
-
-
-def _give_up() -> None:
-    """End this process, which waits in MPI for an agreement that does not come; so do the others."""
-    _end(f"MPI has not regrouped the survivors within {REGROUP_S:.0f} s: go on from the last checkpoint with --resume")
-
-
-def _end(why: str) -> None:
-    """End this process at once with an error."""
-    sys.stdout.flush()
-    sys.stderr.write(f"mpicomp: error: {why}\n")
-    sys.stderr.flush()
-    os._exit(ExchangeError.exit_code)
+        comm = self._world.comm
+        failed = MPI.Group.Translate_ranks(comm.Get_failed(), None, comm.Get_group())
+        return super()._dead(me) | set(failed)
 
 
 def _cannot_regroup(error: MPI.Exception) -> ExchangeError:
