@@ -153,7 +153,7 @@ def _cosines(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix = torch.cos(math.pi / (2 * side) * turns.double()) * math.sqrt(2 / side)
     matrix[0] = math.sqrt(1 / side)
     matrix[turns % (2 * side) == side] = 0.0  # cos(pi / 2), whose rounding would get a sign
-    return matrix.to(device, dtype)
+    return matrix.to(dtype).to(device)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

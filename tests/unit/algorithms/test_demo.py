@@ -72,9 +72,7 @@ def test_the_listing_of_the_paper(graph, shapes, sides):
         m = m - np.stack([chunks_of(row, sides) for row in q])
         mean = chunks_of(q.sum(axis=0) / np.maximum((q != 0).sum(axis=0), 1), sides)
         x = x - lr * np.sign(np.where(np.abs(mean) < 1e-14, 0, mean))
-    trained = train(
-        DeMo(chunk=5, k=2, momentum=0.9), graph, len(RATES), lr=RATES, weight_decay=0.01, shapes=shapes
-    )
+    trained = train(DeMo(chunk=5, k=2, momentum=0.9), graph, len(RATES), lr=RATES, weight_decay=0.01, shapes=shapes)
     close(trained.x, np.tile(x, (graph.size, 1)))
     close(np.stack([chunks_of(state.momentum.numpy(), sides) for state in trained.states]), m)
 
