@@ -106,6 +106,12 @@ def test_the_largest_coefficients_of_each_chunk_are_sent():
     close(y, x, 1e-5)
 
 
+def test_where_the_cosine_is_zero_rounding_leaves_no_sign():
+    x = torch.tensor([0.0, 1.0, 0.0])
+    transform_(x, Spec.flat(3), 3, inverse=True)
+    assert x.sign().tolist() == [1, 0, -1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
