@@ -19,6 +19,7 @@ from mpicomp.algorithms.gossip.noloco import NoLoCo
 from mpicomp.algorithms.gossip.power_gossip import PowerGossip
 from mpicomp.algorithms.gossip.sgp import SGP
 from mpicomp.algorithms.sgd import SGD
+from mpicomp.algorithms.sums.demo import DeMo
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
 from mpicomp.algorithms.sums.efficient_adam import EfficientAdam
@@ -48,6 +49,7 @@ ALGORITHMS: dict[str, type] = {
     "ef_sgd": EFSGD,
     "gmc": GMC,
     "dgc": DGC,
+    "demo": DeMo,
     "efficient_adam": EfficientAdam,
     "onebit_adam": OneBitAdam,
     "powersgd": PowerSGD,
@@ -81,6 +83,7 @@ __all__ = [
     "AsynchronousAlgorithm",
     "Choco",
     "DCGossip",
+    "DeMo",
     "DeepSqueeze",
     "DiLoCo",
     "EfficientAdam",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,9 @@ from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.kernels.reference import LARGEST_BLOCK, packed_nbytes
 from mpicomp.state import State
 from mpicomp.timing import timed, traced
+
+Blocks = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+"""A table of blocks, a row each."""
 
 _top_k_of_blocks = traced("select")(kernels.top_k_of_blocks)
 
@@ -54,24 +58,94 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(spec: Spec, ratio: float, block: int, device: torch.device) -> _Plan:
+def _plan(compressor: LargestOfBlocks, spec: Spec, device: torch.device) -> _Plan:
     if spec.numel > LONGEST:
         raise ValueError(f"a vector of {spec.numel} entries is too long for 32-bit indices: compress per tensor")
     rows, counts, begin = [np.empty((0, 5), np.int64)], [], 0
     for part in spec.parts:
-        found = _blocks(part.shapes[0], block)
-        sizes, kind_of = np.unique(found[:, 3], return_inverse=True)
-        kept_of = np.array([kept(int(size), ratio) for size in sizes], np.int64)[kind_of.ravel()]
+        found = compressor.blocks_of(part.shapes[0])
         found[:, 0] += begin
-        rows.append(np.column_stack([found, kept_of]))
-        counts.append(int(kept_of.sum()))
+        rows.append(found)
+        counts.append(int(found[:, 4].sum()))
         begin += part.numel
     table = np.concatenate(rows)
     first = table[:, 4].cumsum() - table[:, 4]
     return _Plan(torch.from_numpy(np.column_stack([table, first])).to(device), tuple(counts), sum(counts))
 
 
-def _blocks(shape: tuple[int, ...], block: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+class LargestOfBlocks(Compressor):
+    """Keep the largest entries of each block; a subclass says what the blocks are."""
+
+    @abstractmethod
+    def blocks_of(self, shape: tuple[int, ...]) -> Blocks:
+        """Return start, width, stride, size and count of the blocks of a tensor, (blocks, 5).
+
+        See `mpicomp.kernels.reference.BLOCK_COLUMNS`.
+        """
+
+    @property
+    @abstractmethod
+    def _longest(self) -> int:
+        """The entries of a block at most, up to `LARGEST_BLOCK`."""
+
+    @property
+    def _sent_as(self) -> FixedValues:
+        """How values travel."""
+        return "full"
+
+    @property
+    def reads_any_strength(self) -> bool:
+        """False: the ratio says which places are of which block."""
+        return False
+
+    @property
+    def _bits(self) -> int:
+        """The bits of a place in a block."""
+        return max(1, (self._longest - 1).bit_length())
+
+    def layout(self, spec: Spec) -> Layout:
+        """Return ``scale`` or ``means`` if values have them, ``values``, and ``indices``: places, in bit planes."""
+        plan = _plan(self, spec, torch.device("cpu"))
+        parts = tuple(zip(spec.names, plan.counts, strict=True))
+        values = value_fields(self._sent_as, spec.dtype, plan.total, parts=parts)
+        return Layout((*values, Field("indices", torch.uint8, packed_nbytes(plan.total, self._bits))))
+
+    @timed("compress")
+    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
+        """Select the largest entries of each block; a DivergenceError names a tensor with a NaN."""
+        payload, _ = self._select(x, None, spec)
+        return payload
+
+    @timed("compress")
+    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
+        """Select without forming the difference; a DivergenceError names a tensor with a NaN."""
+        payload, plan = self._select(x, x_hat, spec)
+        self._add(payload, plan, x_hat, 1.0)
+        return payload
+
+    @timed("compress")
+    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
+        """Compute ``out[indices] += weight * values``; raise IndexError if a place is outside of its block."""
+        self._add(payload, _plan(self, spec, out.device), out, weight)
+
+    def _select(self, x: Tensor, y: Tensor | None, spec: Spec) -> tuple[Payload, _Plan]:
+        plan = _plan(self, spec, x.device)
+        try:
+            values, places = _top_k_of_blocks(x, y, plan.table, plan.total)
+        except DivergenceError as error:
+            tensors = zip(spec.parts, spec.split(x if y is None else x - y), strict=True)
+            name = next(part.names[0] for part, entries in tensors if entries.isnan().any())
+            raise DivergenceError(f"{name}: {error}") from error
+        payload = write_values(values, self._sent_as, plan.counts)
+        payload["indices"] = kernels.pack_codes(places, self._bits)
+        return payload, plan
+
+    def _add(self, payload: Payload, plan: _Plan, out: Tensor, weight: float) -> None:
+        indices = kernels.block_indices(payload["indices"], plan.table, self._bits, plan.total)
+        kernels.scatter_add_(out, indices, read_values(payload, out.dtype, plan.counts), weight)
+
+
+def _blocks(shape: tuple[int, ...], block: int) -> Blocks:
     """Return start, width, stride and size of the blocks of a tensor (blocks, 4)."""
     numel, sides = math.prod(shape), [side for side in shape if side != 1]
     if not numel:
@@ -87,7 +161,7 @@ def _blocks(shape: tuple[int, ...], block: int) -> np.ndarray[tuple[int, int], n
 
 
 @dataclass(frozen=True)
-class BlockTopK(Compressor):
+class BlockTopK(LargestOfBlocks):
     """Keep the largest entries of each block.
 
     Attributes:
@@ -107,56 +181,17 @@ class BlockTopK(Compressor):
             raise ConfigError(f"compression.block = {self.block} must be in 1...{LARGEST_BLOCK}: entries of a block")
         check_fixed_values(self.values)
 
-    @property
-    def reads_any_strength(self) -> bool:
-        """False: the ratio says which places are of which block."""
-        return False
+    def blocks_of(self, shape: tuple[int, ...]) -> Blocks:
+        """Return chunks of a matrix, and runs of a vector."""
+        found = _blocks(shape, self.block)
+        sizes, kind_of = np.unique(found[:, 3], return_inverse=True)
+        kept_of = np.array([kept(int(size), self.ratio) for size in sizes], np.int64)[kind_of.ravel()]
+        return np.column_stack([found, kept_of])
 
     @property
-    def _bits(self) -> int:
-        """The bits of a place in a block."""
-        return max(1, (self.block - 1).bit_length())
+    def _longest(self) -> int:
+        return self.block
 
-    def _plan(self, spec: Spec, device: torch.device) -> _Plan:
-        return _plan(spec, self.ratio, self.block, device)
-
-    def layout(self, spec: Spec) -> Layout:
-        """Return ``scale`` or ``means`` if values have them, ``values``, and ``indices``: places, in bit planes."""
-        plan = self._plan(spec, torch.device("cpu"))
-        parts = tuple(zip(spec.names, plan.counts, strict=True))
-        values = value_fields(self.values, spec.dtype, plan.total, parts=parts)
-        return Layout((*values, Field("indices", torch.uint8, packed_nbytes(plan.total, self._bits))))
-
-    @timed("compress")
-    def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
-        """Select the largest entries of each block; a DivergenceError names a tensor with a NaN."""
-        payload, _ = self._select(x, None, spec)
-        return payload
-
-    @timed("compress")
-    def compress_difference_(self, x: Tensor, x_hat: Tensor, spec: Spec, state: State, scratch: Tensor) -> Payload:
-        """Select without forming the difference; a DivergenceError names a tensor with a NaN."""
-        payload, plan = self._select(x, x_hat, spec)
-        self._add(payload, plan, x_hat, 1.0)
-        return payload
-
-    @timed("compress")
-    def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """Compute ``out[indices] += weight * values``; raise IndexError if a place is outside of its block."""
-        self._add(payload, self._plan(spec, out.device), out, weight)
-
-    def _select(self, x: Tensor, y: Tensor | None, spec: Spec) -> tuple[Payload, _Plan]:
-        plan = self._plan(spec, x.device)
-        try:
-            values, places = _top_k_of_blocks(x, y, plan.table, plan.total)
-        except DivergenceError as error:
-            tensors = zip(spec.parts, spec.split(x if y is None else x - y), strict=True)
-            name = next(part.names[0] for part, entries in tensors if entries.isnan().any())
-            raise DivergenceError(f"{name}: {error}") from error
-        payload = write_values(values, self.values, plan.counts)
-        payload["indices"] = kernels.pack_codes(places, self._bits)
-        return payload, plan
-
-    def _add(self, payload: Payload, plan: _Plan, out: Tensor, weight: float) -> None:
-        indices = kernels.block_indices(payload["indices"], plan.table, self._bits, plan.total)
-        kernels.scatter_add_(out, indices, read_values(payload, out.dtype, plan.counts), weight)
+    @property
+    def _sent_as(self) -> FixedValues:
+        return self.values

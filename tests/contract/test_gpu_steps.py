@@ -98,6 +98,7 @@ MOST = {
     "gmc_overlapped": (3, 2, 27),
     "gmc_plus_overlapped": (2, 12, 41),
     "dgc_overlapped": (2, 12, 39),
+    "demo": (1, 12, 56),
     "efficient_adam": (1, 26, 101),
     "efficient_adam_decaying": (1, 14, 32),
     "efficient_adam_random": (1, 9, 29),

@@ -122,6 +122,15 @@ class Aggregator:
         received = self._exchange.start(payload, layout, self._plan.down).wait()
         return received.get(self._plan.hub, payload)
 
+    def share_(self, x: Tensor, spec: Spec) -> None:
+        """Overwrite `x` (n,) with that of the servers, which is equal on all servers; its zeros do not travel."""
+        if isinstance(self._plan, Ring):
+            return
+        answer = self.answer(_SUM.compress(x, spec, None) if self.is_server else {}, _SUM.layout(spec))
+        if not self.is_server:
+            x.zero_()
+            _SUM.accumulate(answer, spec, x)
+
 
 def plan(schedule: Schedule) -> Star | Ring:
     """Return how to sum over `schedule`; raise TopologyError unless it is a star or a ring."""
