@@ -112,6 +112,18 @@ class Algorithm(ABC, Generic[S]):
         """Whether the gradient is to be computed at another model than the rank holds between steps."""
         return False
 
+    @property
+    def bears_loss(self) -> bool:
+        """Whether the ranks still agree, if approximately, when messages are lost, and when ranks leave and come back.
+
+        `Pending.wait` then returns what has arrived, and `skip` is there.
+        """
+        return False
+
+    def skip(self, state: S) -> None:
+        """Count a step in which this rank is away: it computes nothing, and neither sends nor receives."""
+        raise NotImplementedError(f"{self.name} has no steps without this rank")
+
     def step(self, local: Local, state: S, exchange: Exchange) -> None:
         """Do one step of training with the gradient that `local` computes (collective on all ranks)."""
         for meanwhile in self.phases(local, state, exchange):

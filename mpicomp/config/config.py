@@ -7,7 +7,7 @@
     [checkpoint]   when to store the state of all ranks, and how many checkpoints to keep
     [downlink]     kind, and its parameters: the compressor of hubs' answers
     [slow]         ranks that are made slow on purpose
-    [simulation]   the durations of gradients and messages with --simulate
+    [simulation]   the durations of gradients and messages with --simulate, and what goes wrong
 
 The keys of a kind are the parameters of the function or class that the registry names. Types and defaults are read from
 its signature, so a new kind needs only one line in the registry. ``kind = "my_pkg.my_file:MyCompressor"`` takes a
@@ -24,7 +24,7 @@ from typing import Any
 
 import tomli_w
 
-from mpicomp.algorithms import AnyAlgorithm, AsynchronousAlgorithm
+from mpicomp.algorithms import Algorithm, AnyAlgorithm, AsynchronousAlgorithm
 from mpicomp.algorithms.asynchronous.base import RegroupingAlgorithm
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.wrap.allocation import BY_SAMPLES
@@ -61,7 +61,11 @@ else:
 FREE = {
     "checkpoint",
     "slow",
-    "simulation",
+    "simulation.gradient_s",
+    "simulation.spread",
+    "simulation.latency_s",
+    "simulation.bytes_per_s",
+    "simulation.node_size",
     "data.path",
     "data.cache",
     "run.device",
@@ -187,6 +191,8 @@ class RunConfig:
         if isinstance(algorithm, AsynchronousAlgorithm):
             self._check_asynchronous(algorithm, size)
             self._check_allocation(algorithm, size)
+        if self.simulation.loss or self.simulation.churn is not None:
+            self._check_faults(algorithm, schedule, size, groups)
         if self.run.on_peer_loss == "continue":
             self._check_survivable(algorithm, size, groups)
         return schedule, algorithm
@@ -203,6 +209,31 @@ class RunConfig:
                 "topology.level = 'node': ratios and weights of a rank (compression.allocation, "
                 "algorithm.weights) are for graphs that join ranks. Leave them out, or set topology.level = 'rank'"
             )
+
+    def _check_faults(self, algorithm: AnyAlgorithm, schedule: Schedule, size: int, groups: Groups | None) -> None:
+        """Raise ConfigError if messages cannot be lost, or ranks cannot leave, as the section ``simulation`` says."""
+        key = "churn" if self.simulation.churn is not None else "loss"
+        given = f"simulation.{key} = {getattr(self.simulation, key)!r}"
+        if not (isinstance(algorithm, Algorithm) and algorithm.bears_loss):
+            part = "kind" if self.algorithm.inner is None else "inner"
+            raise ConfigError(
+                f"{given} does not go with algorithm.{part} = {getattr(self.algorithm, part)!r}, which needs every "
+                "message: what is lost would be missing for good. Take algorithm.kind = 'dpsgd', 'deep_squeeze' or "
+                "'noloco', or 'local_sgd' or 'diloco' with algorithm.inner = 'dpsgd' or 'deep_squeeze'"
+            )
+        if self.simulation.churn is None:
+            return
+        if groups is not None:
+            raise ConfigError(
+                f"{given} does not go with topology.level = 'node': the ranks of a node hold one model together, and "
+                "none can leave alone. Take topology.level = 'rank'"
+            )
+        if not schedule(0).is_symmetric:
+            raise ConfigError(
+                f"{given} does not go with topology.kind = {self.topology.kind!r}: without some ranks, a directed "
+                "graph no longer preserves the mean. Take an undirected one, such as 'ring' or 'random_matching'"
+            )
+        self.simulation.absences(size)
 
     def _check_survivable(self, algorithm: AnyAlgorithm, size: int, groups: Groups | None) -> None:
         """Raise ConfigError if the ranks cannot continue when one of them dies."""

@@ -46,6 +46,7 @@ from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.clipping import Clip
 from mpicomp.replica.gradient_delay import GradientDelay, Spread
 from mpicomp.topology import TOPOLOGIES, make_topology
+from mpicomp.topology.absence import Absences
 from mpicomp.topology.base import Schedule
 
 Values = dict[str, Any]
@@ -528,7 +529,7 @@ class SlowSection(Section):
 
 
 class SimulationSection(Section):
-    """``[simulation]``: the durations of gradients and messages with ``--simulate``."""
+    """``[simulation]``: the durations of gradients and messages with ``--simulate``, and what goes wrong."""
 
     gradient_s: float = Field(1.0, gt=0, allow_inf_nan=False)
     """The mean time of a gradient, in seconds, with what a rank computes beside it: compression and update. The section
@@ -547,6 +548,12 @@ class SimulationSection(Section):
     node_size: PositiveInt = 1
     """How many consecutive ranks share a link to the network. Messages between them take no time."""
 
+    loss: float = Field(0.0, ge=0, lt=1)
+    """The probability of each message to be lost."""
+
+    churn: str | None = None
+    """A CSV file that says which ranks leave and come back, and after how many steps: ``rank,leaves,returns``."""
+
     def gradient(self) -> Values:
         """Return the arguments for `GradientDelay` that set simulated time."""
         return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}
@@ -556,6 +563,10 @@ class SimulationSection(Section):
         if isinstance(self.bytes_per_s, list):
             return Links(self.latency_s, node_size=self.node_size, bytes_per_s_of_nodes=tuple(self.bytes_per_s))
         return Links(self.latency_s, self.bytes_per_s, self.node_size)
+
+    def absences(self, size: int) -> Absences:
+        """Return which of `size` ranks are away when; raise ConfigError, with file and line, if `churn` is wrong."""
+        return Absences() if self.churn is None else Absences.read(Path(self.churn), size)
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -13,6 +13,7 @@ from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange, Gather, Node, World
+from mpicomp.exchange.loss import LossyExchange
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
 from mpicomp.replica.flat import Hook
@@ -35,6 +36,8 @@ class Distributed(Replica):
         meter: losses and seconds of the steps since the last record.
 
     """
+
+    _exchange: Exchange
 
     def __init__(
         self,
@@ -112,6 +115,22 @@ class Distributed(Replica):
         with self.meter:
             self._step(lambda _: self._skip() if is_skipped else self.local.take_gradients(scale))
             self._end()
+
+    def lose_messages(self, probability: float, seed: int) -> None:
+        """Lose each message from now on with this `probability`; draws depend on (seed, source, target, step)."""
+        place = 0 if self.node is None else self.node.place
+        self.link = self._exchange = LossyExchange(self._exchange, probability, (seed, place), lambda: self.steps)
+
+    def stay_away(self) -> None:
+        """Let a step pass in which this rank is away: it does nothing for as long as a gradient takes.
+
+        The graph of the others' step must be one without this rank.
+        """
+        assert isinstance(self.algorithm, Algorithm)
+        with self.meter.meeting():
+            self.local.delay.keep(0.0)
+        self.algorithm.skip(self.state)
+        self.steps += 1
 
     def metrics(self, loss: Tensor | float | None = None) -> Record:
         """Return the means over ranks since the last call, the same on all of them; collective on all ranks.

@@ -36,6 +36,7 @@ from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests
 from mpicomp.run.trace import Timeline
 from mpicomp.state import Leaf
 from mpicomp.timing import use_clock
+from mpicomp.topology.absence import WithAbsences
 
 
 def train(
@@ -107,7 +108,12 @@ class _Training:
         config, world, setup = run.config, run.world, run.setup
         self._run = run
         node = world.node(setup.groups) if setup.groups else None
-        self._gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
+        schedule = setup.schedule
+        if setup.absences.absences:
+            schedule = WithAbsences(schedule, setup.absences, getattr(setup.algorithm, "period", 1))
+        self._gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, schedule, world, node)
+        if world.is_simulated and config.simulation.loss:
+            self._gossip.lose_messages(config.simulation.loss, config.run.seed)
         self._gossip.local.delay = config.gradient_delay(world)
         self._gossip.local.clip = config.training.clip()
         self._is_recorded = True  # the present step, if it is to be
@@ -129,11 +135,14 @@ class _Training:
         record = self._record_if_due()
         for step in range(gossip.steps, setup.steps):
             done = step + 1
-            inputs, targets = setup.batch(step, run.world.rank, run.world.device)
             for group in setup.optimizer.param_groups:
                 group["lr"] = run.config.optimizer.lr * learning_rate(setup.epoch(step))
             self._is_recorded = False
-            gossip.step(partial(setup.loss, inputs, targets))
+            if run.world.rank in setup.absences.away(step):
+                gossip.stay_away()
+            else:
+                inputs, targets = setup.batch(step, run.world.rank, run.world.device)
+                gossip.step(partial(setup.loss, inputs, targets))
             run.watchdog.moved(done)
             record = self._record_if_due()
             if done < setup.steps and (reason := self._between_steps.after(done)):

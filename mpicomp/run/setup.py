@@ -28,6 +28,7 @@ from mpicomp.exchange.guard import together
 from mpicomp.exchange.loopback.world import LoopbackWorld
 from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
+from mpicomp.topology.absence import Absences
 from mpicomp.topology.base import Schedule
 
 _loading = threading.Lock()
@@ -48,6 +49,7 @@ class Setup:
         model: on the device of the rank.
         optimizer: over the parameters of `model`.
         training: the section of the configuration.
+        absences: which ranks are away when, in a simulation.
 
     """
 
@@ -60,6 +62,7 @@ class Setup:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     training: TrainingSection
+    absences: Absences
     _ordered: tuple[BatchAssignment, int, int] | None = None
     _order: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
@@ -145,7 +148,10 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     algorithm = with_volumes(algorithm, volumes, config.compression)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    return Setup(dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training)
+    absences = config.simulation.absences(world.size) if world.is_simulated else Absences()
+    return Setup(
+        dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
+    )
 
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], section: CompressionSection) -> AnyAlgorithm:

@@ -116,13 +116,14 @@ class SparseMatrix:
 
     def without_diagonal(self) -> SparseMatrix:
         """Return this matrix without the entries on the diagonal."""
-        return self._only(self.rows != self.indices)
+        return self.only(self.rows != self.indices)
 
     def without_zeros(self) -> SparseMatrix:
         """Return this matrix without entries that are zero."""
-        return self._only(self.values != 0)
+        return self.only(self.values != 0)
 
-    def _only(self, kept: np.ndarray) -> SparseMatrix:
+    def only(self, kept: np.ndarray) -> SparseMatrix:
+        """Return this matrix with only the entries that are `kept`, (entries,) bool."""
         return SparseMatrix(_bounds(self.rows[kept], self.size), self.indices[kept], self.values[kept])
 
     def diagonal(self) -> np.ndarray:

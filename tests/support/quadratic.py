@@ -18,9 +18,11 @@ from mpicomp.compression import Spec
 from mpicomp.exchange.base import Mailbox, World
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
+from mpicomp.exchange.loss import LossyExchange
 from mpicomp.topology import Schedule, Topology
 
 DIM = 24
+LOSS_SEED = 5
 SHAPES = ((DIM // 2,), (2, DIM // 4))
 
 
@@ -87,10 +89,11 @@ def train(
     start: np.ndarray | None = None,
     dtype: torch.dtype = torch.float64,
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
+    loss: float = 0.0,
 ) -> Trained:
     """Run `algorithm` over the loopback from `start` (size, DIM), by default zero on all ranks.
 
-    `lr` is the learning rate, or those of all steps.
+    `lr` is the learning rate, or those of all steps; `loss` the probability of a message to be lost.
     """
     rates = [lr] * steps if isinstance(lr, int | float) else lr
 
@@ -99,9 +102,11 @@ def train(
         x = np.zeros(DIM) if start is None else start[world.rank]
         tensors = torch.as_tensor(x.copy(), dtype=dtype), torch.as_tensor(c, dtype=dtype)
         local = Quadratic(*tensors, *rates[:1], momentum=momentum, weight_decay=weight_decay, shapes=shapes)
-        exchange = world.exchange(schedule)
+        exchange, step = world.exchange(schedule), 0
+        if loss:
+            exchange = LossyExchange(exchange, loss, (LOSS_SEED,), lambda: step)
         state = algorithm.init(local, exchange)
-        for local.lr in rates:
+        for step, local.lr in enumerate(rates):  # noqa: B007 -- the exchange reads it
             algorithm.step(local, state, exchange)
         return local.x.numpy(), state, exchange.bytes_sent
 

@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Container
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases, S
 from mpicomp.compression.base import Compressor
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
+from mpicomp.topology.base import Topology
 
 
 class Gossip(Algorithm[S]):
@@ -54,6 +56,14 @@ class RegroupingGossip(Gossip[S]):
 
         The ranks may be steps apart. What was under way in the old exchange is lost.
         """
+
+
+def lost_weight(topology: Topology, rank: int, arrived: Container[int]) -> float:
+    """Return the sum of the weights ``W[rank, j]`` of the sources j of which no message has `arrived`.
+
+    It goes to what the rank has itself, so that its weights still sum to one.
+    """
+    return sum((topology.weight(rank, j) for j in topology.sources(rank) if j not in arrived), start=0.0)
 
 
 def check_inner(inner: object) -> None:

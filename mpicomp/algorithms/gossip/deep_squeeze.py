@@ -10,9 +10,10 @@ optimizer makes of g_i, with its momentum and weight decay; y_i the model after 
 memory, what has not been sent so far; C the compressor and q_i what is sent; W_ij the weight of rank j in the average
 of rank i; gamma the consensus step.
 
-There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm; but the
-messages do not vanish at consensus, and gamma must be much smaller than CHOCO's (0.01 to 0.05). The mean over ranks is
-preserved. Wire: one compressed message, the same to every neighbor. Memory: ``e``.
+There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm: q_i takes
+the place of the q_j that is lost. But the messages do not vanish at consensus, and gamma must be much smaller than
+CHOCO's (0.01 to 0.05). The mean over ranks is preserved, unless one of the two messages of an edge is lost alone.
+Wire: one compressed message, the same to every neighbor. Memory: ``e``.
 Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
 
 In a script:
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, require_no_feedback, require_positive
-from mpicomp.algorithms.gossip.base import Gossip
+from mpicomp.algorithms.gossip.base import Gossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
@@ -70,6 +71,15 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         require_positive(gamma=self.gamma)
         require_no_feedback("DeepSqueeze", self.compressor)
 
+    @property
+    def bears_loss(self) -> bool:
+        """Yes: what is sent is the model, not a change of a copy that the neighbors have."""
+        return True
+
+    def skip(self, state: DeepSqueezeState) -> None:
+        """Count the step; the error memory stays as it is."""
+        state.step += 1
+
     def init(self, local: Local, exchange: Exchange) -> DeepSqueezeState:
         """Return an error memory of zero."""
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
@@ -81,9 +91,11 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         v = state.e.add_(local.x)
         own = self.compressor.compress(v, spec, state.compressor)
         pending = exchange.start(own, self.compressor.layout(spec), topology)
+        arrived = pending.wait()
+        lost = lost_weight(topology, rank, arrived)
         # x first: with Identity `own` is v itself, which becomes e in place.
-        self.compressor.accumulate(own, spec, local.x, self.gamma * (topology.weight(rank, rank) - 1))
+        self.compressor.accumulate(own, spec, local.x, self.gamma * (topology.weight(rank, rank) + lost - 1))
         self.compressor.accumulate(own, spec, state.e, -1.0)
-        for source, payload in pending.wait().items():
+        for source, payload in arrived.items():
             self.compressor.accumulate(payload, spec, local.x, self.gamma * topology.weight(rank, source))
         state.step += 1

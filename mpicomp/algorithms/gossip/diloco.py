@@ -109,6 +109,17 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if self.inner is not None:
             self.inner.check(schedule)
 
+    @property
+    def bears_loss(self) -> bool:
+        """Whether there is an inner algorithm that does; an all-reduce does not."""
+        return self.inner is not None and self.inner.bears_loss
+
+    def skip(self, state: DiLoCoState) -> None:
+        """Count the step, and the mixing if there is one in it."""
+        state.step += 1
+        if self.inner is not None and state.step % self.period == 0:
+            self.inner.skip(state.inner)
+
     def init(self, local: Local, exchange: Exchange) -> DiLoCoState:
         """Return the slow model, which is that of the start, and a momentum of zero."""
         v = torch.zeros_like(local.x) if self.outer_momentum else None

@@ -13,6 +13,9 @@ The second order takes the gradient at the model before averaging, so the exchan
 gamma = 1 is the published method; other values are a diffusion rate (the best for pure averaging is
 ``mpicomp.topology.spectral.best_step``). Any graph whose weights are doubly stochastic, also directed or varying.
 
+Where the message of rank j is lost, x_i (or y_i) takes its place in the sum. If the two messages of an edge are lost
+equally often, W stays symmetric in expectation; but the mean over ranks moves whenever one of them is lost alone.
+
 Wire: one dense vector to each neighbor and step; `Cast` halves it. Lian et al. 2017, arXiv 1705.09056, Algorithm 1.
 
 In a script:
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpicomp.algorithms.base import Local, Phases, require_positive
-from mpicomp.algorithms.gossip.base import RegroupingGossip
+from mpicomp.algorithms.gossip.base import RegroupingGossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -83,6 +86,15 @@ class DPSGD(RegroupingGossip[DPSGDState]):
         """Whether the models travel behind the gradient, to be combined first."""
         return self.order == "combine_then_adapt"
 
+    @property
+    def bears_loss(self) -> bool:
+        """Yes: the models themselves are sent, and a rank's own takes the place of one that is lost."""
+        return True
+
+    def skip(self, state: DPSGDState) -> None:
+        """Count the step."""
+        state.step += 1
+
     def init(self, local: Local, exchange: Exchange) -> DPSGDState:
         """Start the compressor; the models themselves are all that is mixed."""
         return DPSGDState(self.compressor.init(local.spec, local.x.device, exchange.rank))
@@ -110,7 +122,8 @@ class DPSGD(RegroupingGossip[DPSGDState]):
         """``x_i = x_i + gamma (sum_j W_ij x_j - x_i)`` in place, the own model first, then by ascending rank."""
         rank, topology = exchange.rank, exchange.schedule(state.step)
         arrived = pending.wait()
-        local.x.mul_(1 - self.gamma * (1 - topology.weight(rank, rank)))
+        lost = lost_weight(topology, rank, arrived)
+        local.x.mul_(1 - self.gamma * (1 - topology.weight(rank, rank) - lost))
         for source, payload in arrived.items():
             self.compressor.accumulate(payload, local.spec, local.x, self.gamma * topology.weight(rank, source))
         state.step += 1

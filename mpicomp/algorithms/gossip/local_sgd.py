@@ -75,6 +75,17 @@ class LocalSGD(Algorithm[LocalSGDState]):
         """Need what the inner algorithm needs."""
         self.inner.check(schedule)
 
+    @property
+    def bears_loss(self) -> bool:
+        """Whether the inner algorithm does."""
+        return self.inner.bears_loss
+
+    def skip(self, state: LocalSGDState) -> None:
+        """Count the step, and the mixing if there is one in it."""
+        state.step += 1
+        if state.step % self.period == 0:
+            self.inner.skip(state.inner)
+
     def init(self, local: Local, exchange: Exchange) -> LocalSGDState:
         """Start the inner algorithm; its first mixing comes after `period` steps."""
         return LocalSGDState(self.inner.init(local, exchange))

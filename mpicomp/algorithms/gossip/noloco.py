@@ -12,8 +12,9 @@ the direction that the inner optimizer makes of g_i, whose state is kept and nev
 ``outer_momentum``, beta ``outer_lr``; gamma the consensus step, which draws the slow models of a pair together.
 
 Pairs are drawn anew for each outer step. With an odd number of ranks one of them has no partner, and steps alone:
-its means are d_i and phi_i. The mean of phi_i over the ranks moves as in DiLoCo with heavy-ball momentum, alpha and
-beta. The slow models stay apart by what local steps of the learning rate add in a period; as it falls, they meet.
+its means are d_i and phi_i. So does a rank whose partner's message is lost. If none is, the mean of phi_i over the
+ranks moves as in DiLoCo with heavy-ball momentum, alpha and beta. The slow models stay apart by what local steps of the
+learning rate add in a period; as it falls, they meet.
 The sign of d_i is that of the authors' code (their paper prints another one beside the same definition).
 
 Wire: two dense vectors to one partner every H steps. Memory: ``phi`` and ``delta``. Kolehmainen et al. 2025,
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases, require_fraction, require_period, require_positive
+from mpicomp.algorithms.gossip.base import lost_weight
 from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange
@@ -92,6 +94,15 @@ class NoLoCo(Algorithm[NoLoCoState]):
             "'random_matching'; on other graphs, algorithm.kind = 'diloco' with algorithm.inner = 'dpsgd' or 'choco'."
         )
 
+    @property
+    def bears_loss(self) -> bool:
+        """Yes: a rank that hears nothing from its partner steps alone."""
+        return True
+
+    def skip(self, state: NoLoCoState) -> None:
+        """Count the step."""
+        state.step += 1
+
     def init(self, local: Local, exchange: Exchange) -> NoLoCoState:
         """Return the slow model, which is that of the start, and an outer step of zero."""
         return NoLoCoState(local.x.clone(), torch.zeros_like(local.x))
@@ -111,7 +122,10 @@ class NoLoCo(Algorithm[NoLoCoState]):
         layout = Layout(tuple(Field(name, phi.dtype, phi.numel()) for name in ("d", "phi")))
         pending = exchange.start({"d": d, "phi": phi}, layout, topology)
         delta.mul_(self.outer_momentum).add_(d, alpha=self.outer_lr * topology.weight(rank, rank))
-        for source, message in pending.wait().items():
+        arrived = pending.wait()
+        if lost := lost_weight(topology, rank, arrived):
+            delta.add_(d, alpha=self.outer_lr * lost)
+        for source, message in arrived.items():
             weight = topology.weight(rank, source)
             delta.add_(message["d"], alpha=self.outer_lr * weight)
             delta.add_(message["phi"] - phi, alpha=self.gamma * weight)
