@@ -187,12 +187,15 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     simulated = ", simulated time" if world.is_simulated else ""
     nodes = f" in {len(setup.groups)} nodes" if setup.groups else ""
     allocated = summary(getattr(setup.algorithm, "compressor", Identity()))
+    kind = config.compression.kind
+    has_own = kind == "identity" and not hasattr(setup.algorithm, "compressor")  # messages, such as PowerSGD's
+    messages = "" if has_own else f", messages: {kind}"
     is_pile = setup.assignment.size == 1 < setup.trainers
     length = f"{steps} batches" if is_pile else f"{steps} steps"
     each = f"samples, from one queue for {setup.trainers} ranks" if is_pile else "samples a rank"
     return [
         f"{config.algorithm.kind} on {world.size} ranks{nodes} ({config.topology.kind}, spectral gap "
-        f"{spectral_gap(setup.schedule):.4f}), messages: {config.compression.kind}, device: {world.device}{simulated}",
+        f"{spectral_gap(setup.schedule):.4f}){messages}, device: {world.device}{simulated}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
         f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",
         *([f"Evaluated on {len(setup.dataset.test):,} training samples held out."] if config.data.validation else []),

@@ -248,3 +248,11 @@ def test_a_run_that_fails_later_is_kept(folder):
         folder.on_record(record(1))
         raise RuntimeError
     assert folder.config_path.exists()
+
+
+def test_survivors_on_one_side_only_go_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.claim(1) and not RunFolder(tmp_path).claim(1)
+    assert folder.claim(2)
+    folder.remove_claims()
+    assert list(tmp_path.iterdir()) == [] and folder.claim(1)
