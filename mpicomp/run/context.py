@@ -11,7 +11,7 @@ import torch
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import ExchangeError
+from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -136,14 +136,15 @@ class RunContext:
         sides of it, and both would write the same run folder. The first to make a file there goes on.
 
         Raises:
-            ExchangeError: other survivors of the run have gone on without these.
+            CheckpointError: other survivors of the run have gone on without these.
 
         """
         assert self.failure_detector is not None
         with self.failure_detector.regrouped() as dead:
             self.regroupings += 1
             if not self.world.broadcast(self.written_folder is None or self.written_folder.claim(self.regroupings)):
-                raise ExchangeError("the network was cut, and ranks on the other side go on without these")
+                place = self.folder.path if self.folder else None
+                raise CheckpointError(f"{place}: ranks on the other side of a cut network go on with this run")
             members = self.watchdog.members
             names = [str(members[rank]) for rank in dead]
             self.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]

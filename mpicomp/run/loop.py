@@ -117,6 +117,7 @@ class _Training:
         self._gossip.local.delay = config.gradient_delay(world)
         self._gossip.local.clip = config.training.clip()
         self._is_recorded = True  # the present step, if it is to be
+        self._loss: float | None = None  # of the last record
         seed_random(config.run.seed, world.rank)
         stored: dict[str, Leaf] = {}
         if run.checkpoint:
@@ -183,8 +184,11 @@ class _Training:
         record = gossip.metrics()
         score = averaged_score(gossip, setup.dataset) if with_accuracy else None
         gossip.meter.skip()
+        if record.loss is not None:
+            self._loss = record.loss
         record = dataclasses.replace(
             record,
+            loss=self._loss,  # a record that is made again, because ranks have died since, has no steps of its own
             epoch=setup.epoch(done),
             seconds={part: record.seconds[part] for part in MEASURED},
             **tested(score, setup.dataset),
