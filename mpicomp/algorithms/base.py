@@ -113,7 +113,7 @@ class Algorithm(ABC, Generic[S]):
         return False
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Whether the ranks still agree, if approximately, when messages are lost, and when ranks leave and come back.
 
         `Pending.wait` then returns what has arrived, and `skip` is there.

@@ -183,8 +183,8 @@ class RunConfig:
         bandwidths = self.compression.bandwidths
         if bandwidths is not None and len(bandwidths) != size:
             raise ConfigError(
-                f"compression.bandwidths has {len(bandwidths)} entries for {size} ranks: give one for each, or leave "
-                "it out in a new run, which then measures them"
+                f"compression.bandwidths has {len(bandwidths)} entries for {size} ranks: ratios belong to ranks. Start "
+                "as many ranks, or a new run with one for each, or without this key, which then measures them"
             )
         if groups is not None:
             self._check_nodes(algorithm)
@@ -214,7 +214,7 @@ class RunConfig:
         """Raise ConfigError if messages cannot be lost, or ranks cannot leave, as the section ``simulation`` says."""
         key = "churn" if self.simulation.churn is not None else "loss"
         given = f"simulation.{key} = {getattr(self.simulation, key)!r}"
-        if not (isinstance(algorithm, Algorithm) and algorithm.bears_loss):
+        if not (isinstance(algorithm, Algorithm) and algorithm.tolerates_loss):
             part = "kind" if self.algorithm.inner is None else "inner"
             raise ConfigError(
                 f"{given} does not go with algorithm.{part} = {getattr(self.algorithm, part)!r}, which needs every "

@@ -240,8 +240,8 @@ class FailureDetector(Protocol):
     def watching(self) -> AbstractContextManager[None]:
         """Raise RankLost if the transport fails in the block because a rank has died; not collective."""
 
-    def regrouped(self) -> AbstractContextManager[list[int]]:
-        """Make the world one of the survivors, with new numbers; the block gets the ranks that have died, ascending.
+    def regrouped(self) -> AbstractContextManager[list[str]]:
+        """Make the world one of the survivors, with new numbers; the block gets the names of those that have died.
 
         Collective on the survivors, after RankLost on each of them. Exchanges, mailboxes and counters of the old world
         can no longer be used, and must not be freed. If another rank dies while the block makes new ones, the run ends,
@@ -291,8 +291,11 @@ class World(Protocol):
     def counter(self, start: int = 0) -> Counter:
         """Return a counter whose first value is `start`, the same on all ranks."""
 
-    def failure_detector(self, names: Sequence[str]) -> FailureDetector | None:
-        """Return a detector of ranks that die, named by `names`; None where ranks die together, or unnoticed."""
+    def failure_detector(self, names: Sequence[str], in_step: bool) -> FailureDetector | None:
+        """Return a detector of ranks that die, named by `names`; None where ranks die together, or unnoticed.
+
+        `in_step` is whether all ranks do the same steps, and use nothing but an `Exchange` and what `World` has.
+        """
 
     def now(self) -> float:
         """Return the time in seconds, from an arbitrary origin; simulated time in a simulation. Not collective."""

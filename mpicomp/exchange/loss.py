@@ -24,7 +24,7 @@ class LossyExchange:
     Args:
         exchange: what sends the messages.
         probability: of a message to be lost, in [0, 1).
-        seed: of the draws; exchanges between other ranks need another one.
+        seed: of the draws. Exchanges of other shards of a node need another one, because each numbers its ranks from 0.
         step: returns the number of the step, in which there is at most one message from a rank to another.
 
     """

@@ -32,9 +32,12 @@ class RunCheckpoints:
         self._saver: Saver | None = None
 
     def begin(self, step: int) -> None:
-        """Begin after `step` steps; to be called again after ranks have died. Collective on all ranks."""
+        """Begin after `step` steps; collective on all ranks.
+
+        Called again, after ranks have died, it makes a checkpoint due at once.
+        """
         run = self._run
-        self._passed = self._multiples(step)
+        self._passed = self._multiples(step) - (self._saver is not None)
         self._begun_since_status = False
         if run.folder:
             self._saver = Saver(

@@ -50,7 +50,6 @@ class RunContext:
         resize: whether `checkpoint` may have another number of ranks.
         lost: the names of the ranks that have died.
         failure_detector: raises RankLost where this rank waits for ranks that have died; None if the run then ends.
-        regroupings: how often survivors have regrouped since the start.
 
     """
 
@@ -66,7 +65,6 @@ class RunContext:
     resize: bool = False
     lost: list[str] = field(default_factory=list)
     failure_detector: FailureDetector | None = None
-    regroupings: int = 0
 
     @property
     def written_folder(self) -> RunFolder | None:
@@ -108,16 +106,18 @@ class RunContext:
         if self.progress:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
 
-    def look_out(self, is_able: bool = True) -> None:
+    def look_out(self, in_step: bool, is_able: bool = True) -> None:
         """Look out for ranks that die, if the run is to continue without them; collective on all ranks.
 
         Args:
+            in_step: whether all ranks do the same steps.
             is_able: whether the transport of messages allows it.
 
         """
         if self.config.run.on_peer_loss == "continue":
             if is_able:
-                self.failure_detector = self.world.failure_detector([str(member) for member in self.watchdog.members])
+                names = [str(member) for member in self.watchdog.members]
+                self.failure_detector = self.world.failure_detector(names, in_step)
             if self.failure_detector is None and self.progress:
                 self.progress.warn(
                     "run.on_peer_loss = 'continue' needs ranks that are processes of one machine and see each other "
@@ -140,15 +140,15 @@ class RunContext:
 
         """
         assert self.failure_detector is not None
-        with self.failure_detector.regrouped() as dead:
-            self.regroupings += 1
-            if not self.world.broadcast(self.written_folder is None or self.written_folder.claim(self.regroupings)):
+        before = self.world.size
+        with self.failure_detector.regrouped() as names:
+            if not self.world.broadcast(self.written_folder is None or self.written_folder.claim(before)):
                 place = self.folder.path if self.folder else None
                 raise CheckpointError(f"{place}: ranks on the other side of a cut network go on with this run")
-            members = self.watchdog.members
-            names = [str(members[rank]) for rank in dead]
+            members = self.watchdog.members  # without those that a block before this one has taken out
+            dead = [rank for rank, member in enumerate(members) if str(member) in names]
+            membership.lose(dead, [str(members[rank]) for rank in dead])
             self.watchdog.members = [member for rank, member in enumerate(members) if rank not in dead]
-            membership.lose(dead, names)
             yield names
             if folder := self.written_folder:
                 folder.save_ranks(self.watchdog.members)

@@ -6,6 +6,7 @@ ranks.json      host and process of each rank, of the last start: MPICH's launch
 checkpoints/    the state of all ranks after some steps (`mpicomp.checkpoint.folder`)
 trace/          a timeline, with ``--trace`` (`mpicomp.run.trace`)
 tensorboard/    the records for TensorBoard, with ``--tensorboard`` (`mpicomp.replica.tensorboard`)
+survivors_N     made by the survivors of N ranks, so that no others go on as well
 stop            made by a user to ask the run to store a checkpoint and to end
 result.json     the `Result`, once the run has finished
 model.h5        the averaged model, as `mpicomp.checkpoint.hdf5` writes it: datasets ``parameters/<name>`` and
@@ -42,7 +43,7 @@ RUNS = Path("runs")
 """The folder for runs without ``--run-dir``."""
 
 _CLAIM = "survivors_{}"
-"""The name of an empty file that survivors make when they regroup, so that no others go on as well."""
+"""The name of an empty file that survivors of so many ranks make, so that no others go on as well."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,20 @@ class RunFolder:
         with replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
-    def claim(self, number: int) -> bool:
-        """Claim the folder for the survivors that regroup for the `number`-th time; return False if others have."""
+    def claim(self, before: int) -> bool:
+        """Claim the folder for survivors of `before` ranks; return False if others have.
+
+        Raises:
+            CheckpointError: the file of the claim cannot be made.
+
+        """
+        path = self.path / _CLAIM.format(before)
         try:
-            (self.path / _CLAIM.format(number)).touch(exist_ok=False)
+            path.touch(exist_ok=False)
         except FileExistsError:
             return False
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be made: {error.strerror}") from error
         return True
 
     def remove_claims(self) -> None:
@@ -195,6 +204,10 @@ class RunFolder:
                 if number < len(lines):
                     raise CheckpointError(f"{self.metrics_path}: line {number} is damaged: {error}") from error
         return records
+
+    def has_record(self, step: int) -> bool:
+        """Return whether there is a record of `step`."""
+        return self.metrics_path.exists() and any(record["step"] == step for record in self.records())
 
     def rewind(self, step: int) -> None:
         """Drop all records after `step`, and results written since, because the run continues from `step`."""

@@ -14,7 +14,7 @@ from functools import partial
 from mpicomp.algorithms import AsynchronousAlgorithm
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import RankLost
+from mpicomp.errors import RankLost, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -37,6 +37,7 @@ from mpicomp.run.trace import Timeline
 from mpicomp.state import Leaf
 from mpicomp.timing import use_clock
 from mpicomp.topology.absence import WithAbsences
+from mpicomp.topology.base import Schedule
 
 
 def train(
@@ -116,7 +117,6 @@ class _Training:
             self._gossip.lose_messages(config.simulation.loss, config.run.seed)
         self._gossip.local.delay = config.gradient_delay(world)
         self._gossip.local.clip = config.training.clip()
-        self._is_recorded = True  # the present step, if it is to be
         self._loss: float | None = None  # of the last record
         seed_random(config.run.seed, world.rank)
         stored: dict[str, Leaf] = {}
@@ -124,10 +124,11 @@ class _Training:
             stored = run.restore_(self._gossip, self._gossip.meter)
             course = str(stored["data/course"])
             _restore_assignment(setup, run.checkpoint.manifest.size, course, self._gossip.steps, world.size)
+        self._recorded = min(self._gossip.steps, setup.steps - 1)  # the last step with a record, if it is to have one
         self._membership = ElasticMembership.of(stored, world.size)
         self._between_steps = _BetweenSteps(run, self._gossip, self._membership)
         run.start(self._gossip.steps, self._gossip.steps / setup.steps)
-        run.look_out()
+        run.look_out(in_step=True)
 
     def go_on(self) -> Result | None:
         """Train until the last step is done, or the run is asked to stop."""
@@ -138,7 +139,6 @@ class _Training:
             done = step + 1
             for group in setup.optimizer.param_groups:
                 group["lr"] = run.config.optimizer.lr * learning_rate(setup.epoch(step))
-            self._is_recorded = False
             if run.world.rank in setup.absences.away(step):
                 gossip.stay_away()
             else:
@@ -150,7 +150,7 @@ class _Training:
                 run.stop(done, setup.steps, reason)
                 return None
         assert record is not None
-        self._is_recorded = False  # if a rank dies now, its accuracy is no longer that of all
+        self._recorded = setup.steps - 1  # if a rank dies now, the accuracy is no longer that of the others
         run.lost = self._membership.lost
         return run.finish(gossip, gossip.meter, record, partial(self._between_steps.end, setup.steps))
 
@@ -161,25 +161,30 @@ class _Training:
         """
         run, gossip, setup = self._run, self._gossip, self._run.setup
         self._between_steps.give_up()
-        with run.regrouped(self._membership):
+        with run.regrouped(self._membership) as names:
             size = run.world.size
             steps = min(run.world.all_gather(gossip.steps))
-            setup.schedule, setup.trainers = run.config.topology.build(size), size
+            setup.schedule, setup.trainers = self._graph(names), size
             setup.assignment = setup.assignment.resized(steps, size)
             gossip.continue_over(setup.schedule, steps)
-            self._is_recorded = all(run.world.all_gather(self._is_recorded))
-            if folder := run.written_folder:
-                folder.rewind(steps if self._is_recorded else steps - 1)
+            folder = run.written_folder
+            has_record = self._recorded >= steps and (folder is None or folder.has_record(steps))
+            if not any(self._due(steps)) or all(run.world.all_gather(has_record)):
+                self._recorded = steps
+                gossip.meter.take()  # of ranks that were ahead
+            else:
+                self._recorded = steps - 1
+            if folder:
+                folder.rewind(self._recorded)
             run.take_over_progress(steps / setup.steps)
             self._between_steps.begin(steps)
         gossip.meter.skip()
 
     def _record_if_due(self) -> Record | None:
         """Record the means over ranks since the last record, if there is to be one; collective on all ranks."""
-        gossip, setup, section = self._gossip, self._run.setup, self._run.config.run
-        done, every = gossip.steps, section.evaluate_every_epochs
-        with_accuracy = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(done - 1) / every)
-        if self._is_recorded or not (with_accuracy or done % section.log_every == 0):
+        gossip, setup, done = self._gossip, self._run.setup, self._gossip.steps
+        is_due, with_accuracy = self._due(done)
+        if done <= self._recorded or not is_due:
             return None
         record = gossip.metrics()
         score = averaged_score(gossip, setup.dataset) if with_accuracy else None
@@ -195,8 +200,28 @@ class _Training:
         )
         self._run.watchdog.moved()
         self._run.record(record)
-        self._is_recorded = True
+        self._recorded = done
         return record
+
+    def _due(self, done: int) -> tuple[bool, bool]:
+        """Return whether there is to be a record after `done` steps, and whether with the accuracy."""
+        setup, section = self._run.setup, self._run.config.run
+        every = section.evaluate_every_epochs
+        with_accuracy = done == setup.steps or int(setup.epoch(done) / every) > int(setup.epoch(done - 1) / every)
+        return with_accuracy or done % section.log_every == 0, with_accuracy
+
+    def _graph(self, names: Sequence[str]) -> Schedule:
+        """Return the graph without the ranks `names`, which have died; raise TopologyError if there is none."""
+        size = self._run.world.size
+        try:
+            schedule = self._run.config.topology.build(size)
+            self._run.setup.algorithm.check(schedule)
+        except TopologyError as error:
+            raise TopologyError(
+                f"{', '.join(names)} died, and there is no graph for the other {size} ranks ({error}): go on from the "
+                "last checkpoint with --resume --resize"
+            ) from error
+        return schedule
 
 
 class _BetweenSteps:

@@ -72,7 +72,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         require_no_feedback("DeepSqueeze", self.compressor)
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Yes: what is sent is the model, not a change of a copy that the neighbors have."""
         return True
 

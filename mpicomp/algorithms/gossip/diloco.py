@@ -110,9 +110,9 @@ class DiLoCo(Algorithm[DiLoCoState]):
             self.inner.check(schedule)
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Whether there is an inner algorithm that does; an all-reduce does not."""
-        return self.inner is not None and self.inner.bears_loss
+        return self.inner is not None and self.inner.tolerates_loss
 
     def skip(self, state: DiLoCoState) -> None:
         """Count the step, and the mixing if there is one in it."""

@@ -87,7 +87,7 @@ class DPSGD(RegroupingGossip[DPSGDState]):
         return self.order == "combine_then_adapt"
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Yes: the models themselves are sent, and a rank's own takes the place of one that is lost."""
         return True
 

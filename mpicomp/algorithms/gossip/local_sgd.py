@@ -76,9 +76,9 @@ class LocalSGD(Algorithm[LocalSGDState]):
         self.inner.check(schedule)
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Whether the inner algorithm does."""
-        return self.inner.bears_loss
+        return self.inner.tolerates_loss
 
     def skip(self, state: LocalSGDState) -> None:
         """Count the step, and the mixing if there is one in it."""

@@ -95,7 +95,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
         )
 
     @property
-    def bears_loss(self) -> bool:
+    def tolerates_loss(self) -> bool:
         """Yes: a rank that hears nothing from its partner steps alone."""
         return True
 

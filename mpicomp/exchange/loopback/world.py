@@ -85,7 +85,7 @@ class LoopbackWorld:
         self._counters += 1
         return LoopbackCounter(self._scheduler, self._counters, start)
 
-    def failure_detector(self, names: Sequence[str]) -> None:
+    def failure_detector(self, names: Sequence[str], in_step: bool) -> None:
         """Return None: threads of one process live and die together."""
 
     def now(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -152,10 +152,9 @@ class Communicator:
         statuses: list[MPI.Status] | None = None,
         operation: str = "message",
         peers: Sequence[int] | None = None,
-        look: Callable[[], None] | None = None,
     ) -> None:
         """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`."""
-        wait_all(requests, statuses, is_polite=self.is_polite, operation=operation, peers=peers, look=look)
+        wait_all(requests, statuses, is_polite=self.is_polite, operation=operation, peers=peers)
 
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""

@@ -24,6 +24,8 @@ from mpicomp.exchange.staging import Bytes, make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
 
+_TAG = 0
+
 
 class NeighborExchange:
     """The `Exchange` between MPI ranks. Making one and `free` are collective on all ranks.
@@ -91,10 +93,10 @@ class NeighborExchange:
         if not (self._sources.issuperset(sources) and self._targets.issuperset(targets)):
             raise ExchangeError(f"topology {topology.name!r} has edges that {self.schedule.name!r} did not announce")
         buffers = self._staging.receive(len(sources), layout.nbytes)
-        requests = [self.comm.Irecv(buffer, source) for buffer, source in zip(buffers, sources, strict=True)]
+        requests = [self.comm.Irecv(buffer, source, _TAG) for buffer, source in zip(buffers, sources, strict=True)]
         if targets:
             wires = pack(targets)
-            requests += [self.comm.Isend(wire, target) for wire, target in zip(wires, targets, strict=True)]
+            requests += [self.comm.Isend(wire, target, _TAG) for wire, target in zip(wires, targets, strict=True)]
             self.bytes_sent += sum(wire.nbytes for wire in wires)
         self._pending = _NeighborPending(self, requests, layout, sources, targets)
         return self._pending

@@ -5,11 +5,11 @@ the machine sees it soon. With ULFM, MPI's tolerance of faults, MPI knows of dea
 operations on the old communicator can no longer complete. So each wait also looks for deaths and raises RankLost, and
 the run on each survivor returns to the place where it regroups:
 
-    with ULFM       MPI_Comm_shrink: agreement and new communicator in one. If another rank dies while the survivors
+    in step, ULFM   MPI_Comm_shrink: agreement and new communicator in one. If another rank dies while the survivors
                     rebuild, the new communicator is revoked, which ends all waits for it, and they begin again
-    without it,     each survivor sends the others the list of dead ranks that it has seen, until all lists are equal;
-    on one machine  then MPI_Comm_create_group, which is collective on the members of the new group only. If another
-                    rank dies while they rebuild, the run ends: a thread watches for this
+    else            each survivor sends the others the list of dead ranks that it has seen, until all lists are equal;
+                    then MPI_Comm_create_group, which is collective on the members of the new group only, or with ULFM
+                    MPI_Comm_shrink. If another rank dies while they rebuild, the run ends: a thread watches for this
 
 Exchanges, mailboxes and counters are made anew; the old ones cannot be freed, and MPI cannot be finalized. Regrouping
 and rebuilding take 4 to 40 ms (4 ranks on 2 cores).
@@ -51,16 +51,16 @@ HAS_ULFM = os.environ.get(_ULFM, "0") not in ("0", "false")
 """Whether MPI tolerates faults."""
 
 _TAG = 1
-"""The tag of the messages in which ranks agree; the world's communicator carries no other point-to-point messages."""
+"""The tag of the messages in which ranks agree. Those of `NeighborExchange` on the same communicator have tag 0."""
 
 
 class Survivors:
-    """The `FailureDetector` of a world whose ranks are all on this machine.
+    """The `FailureDetector` of a world whose ranks are all on this machine, or for `FaultTolerantSurvivors` on several.
 
     Args:
         world: the ranks.
         names: the name of each rank, for messages.
-        processes: the process of each rank; with ULFM, of each rank of this machine.
+        processes: the process of each rank; of those of this machine, if there are several.
 
     """
 
@@ -78,14 +78,6 @@ class Survivors:
             names = ", ".join(self._names[rank] for rank in dead)
             raise RankLost(f"{names} {'has' if len(dead) == 1 else 'have'} died", tuple(dead))
 
-    def test(self, request: MPI.Request) -> bool:
-        """Return whether `request` is complete; raise RankLost if it fails because a rank has died."""
-        try:
-            return bool(request.Test())
-        except MPI.Exception as error:
-            self._explain()
-            raise ExchangeError(f"MPI failed: {error.Get_error_string()}") from error
-
     @contextmanager
     def watching(self, requests: Sequence[MPI.Request] = ()) -> Iterator[None]:
         """Raise RankLost if MPI fails in the block because a rank has died; keep what it may still write into."""
@@ -95,12 +87,15 @@ class Survivors:
             self._given_up += requests
             if not isinstance(error, RankLost):
                 self._explain()
+            if isinstance(error, MPI.Exception):
+                raise ExchangeError(f"MPI failed: {error.Get_error_string()}") from error
             raise
 
     @contextmanager
-    def regrouped(self) -> Iterator[list[int]]:
+    def regrouped(self) -> Iterator[list[str]]:
         """Make the world one of the survivors, and end the run if another rank dies in the block; see the base."""
         dead = self._agree()
+        names = [self._names[rank] for rank in sorted(dead)]
         mine = self._forget(dead)
         is_over = threading.Event()
         sentry = threading.Thread(target=self._watch, args=(mine, is_over), name="sentry", daemon=True)
@@ -108,7 +103,7 @@ class Survivors:
         try:
             self.has_lost_ranks = True
             self._world.join_(self._communicator(dead))
-            yield sorted(dead)
+            yield names
         finally:
             is_over.set()
             sentry.join()
@@ -168,9 +163,15 @@ class Survivors:
     def _communicator(self, dead: set[int]) -> MPI.Intracomm:
         comm = self._world.comm
         try:
-            return comm.Create_group(comm.Get_group().Excl(sorted(dead)), _TAG)
+            if not HAS_ULFM:
+                return comm.Create_group(comm.Get_group().Excl(sorted(dead)), _TAG)
+            poll(lambda: comm.Get_failed().size >= len(dead), NOTICE_S)
+            made = MPI.Intracomm(comm.Shrink())  # Open MPI then refuses Create_group
         except MPI.Exception as error:
             raise _cannot_regroup(error) from error
+        if made.size != comm.size - len(dead):
+            raise ExchangeError(f"MPI counts {made.size} survivors, and the machine {comm.size - len(dead)}")
+        return made
 
     def _watch(self, me: int, is_over: threading.Event) -> None:
         """End this process if a rank dies; the others do the same."""
@@ -187,10 +188,17 @@ class Survivors:
 
 
 class FaultTolerantSurvivors(Survivors):
-    """The `FailureDetector` of a world whose ranks may be on several machines, with an MPI that tolerates faults."""
+    """The `FailureDetector` of a world whose ranks may be on several machines, with an MPI that tolerates faults.
+
+    It is for ranks that make no call that blocks when they rebuild.
+    """
+
+    def __init__(self, world: Communicator, names: Sequence[str], processes: Mapping[int, Process]) -> None:
+        super().__init__(world, names, processes)
+        self._lost: list[str] = []  # since the last block that came to its end
 
     @contextmanager
-    def regrouped(self) -> Iterator[list[int]]:
+    def regrouped(self) -> Iterator[list[str]]:
         """Make the world one of the survivors; raise RankLost if another rank dies in the block; see the base."""
         old = self._world.comm
         try:
@@ -199,15 +207,17 @@ class FaultTolerantSurvivors(Survivors):
             raise _cannot_regroup(error) from error
         left = MPI.Group.Translate_ranks(made.Get_group(), None, old.Get_group())
         dead = set(range(old.size)) - set(left)
+        self._lost += [self._names[rank] for rank in sorted(dead)]
         self.has_lost_ranks = True
         try:
             with self.watching():
                 self._forget(dead)
                 self._world.join_survivors_(made)
-                yield sorted(dead)
+                yield list(self._lost)
         except ExchangeError:
             made.Revoke()  # others may wait for this rank in the midst of a call
             raise
+        self._lost.clear()
 
     def _dead(self, me: int | None = None) -> set[int]:
         """Return the ranks that are dead as far as the operating system and MPI know."""

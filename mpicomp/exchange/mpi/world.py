@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -21,7 +21,7 @@ from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.node_shards import MpiNode
 from mpicomp.exchange.mpi.survivors import HAS_ULFM, FaultTolerantSurvivors, Survivors
-from mpicomp.exchange.mpi.wait import poll
+from mpicomp.exchange.mpi.wait import poll, wait_all
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, device_of
 from mpicomp.topology.base import Schedule, Topology
@@ -146,10 +146,10 @@ class MpiWorld(Communicator):
         """Return a counter in the memory of rank 0."""
         return WindowCounter(self.comm.Dup(), start)
 
-    def failure_detector(self, names: Sequence[str]) -> Survivors | None:
-        """Return a detector of ranks that die; None unless MPI tolerates faults or all are visible on this machine."""
+    def failure_detector(self, names: Sequence[str], in_step: bool) -> Survivors | None:
+        """Return a detector; None unless all ranks are visible on this machine, or are in step and MPI bears faults."""
         processes = visible_processes(self)
-        if all(self.all_gather(HAS_ULFM)):
+        if in_step and all(self.all_gather(HAS_ULFM)):
             self._survivors = FaultTolerantSurvivors(self, names, processes)
         elif all(self.all_gather(len(processes) == self.size)):
             self._survivors = Survivors(self, names, processes)
@@ -193,7 +193,6 @@ class MpiWorld(Communicator):
         statuses: list[MPI.Status] | None = None,
         operation: str = "message",
         peers: Sequence[int] | None = None,
-        look: Callable[[], None] | None = None,
     ) -> None:
         """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`.
 
@@ -202,14 +201,24 @@ class MpiWorld(Communicator):
 
         """
         if self._survivors is None:
-            super().wait_all(requests, statuses, operation, peers, look)
+            super().wait_all(requests, statuses, operation, peers)
         else:
             with self._survivors.watching(requests):
-                super().wait_all(requests, statuses, operation, peers, look or self._survivors.look)
+                wait_all(
+                    requests,
+                    statuses,
+                    is_polite=self.is_polite,
+                    operation=operation,
+                    peers=peers,
+                    look=self._survivors.look,
+                )
 
     def test(self, request: MPI.Request) -> bool:
         """Return whether the `request` of a collective operation is complete."""
-        return super().test(request) if self._survivors is None else self._survivors.test(request)
+        if self._survivors is None:
+            return super().test(request)
+        with self._survivors.watching([request]):
+            return super().test(request)
 
     def test_all(self, requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
         """Return whether all `requests` of this rank are complete; if so, `statuses` are overwritten."""

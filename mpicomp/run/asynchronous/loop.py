@@ -89,7 +89,7 @@ class _Training:
         self._given_up: list[Pulse] = []
         self._last_look = time.monotonic()
         seed_random(config.run.seed, world.rank)
-        run.look_out(self._replica.mailbox.how == "window")
+        run.look_out(in_step=False, is_able=self._replica.mailbox.how == "window")
         start, held = 0, None
         if run.checkpoint:
             stored = run.restore_(self._replica, self._meter)
