@@ -151,31 +151,17 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def read(
-    path: Path,
-    digest: Digest | None = None,
-    names: Collection[str] | None = None,
-    form: str = FORMAT,
-    group: str = "/",
-) -> dict[str, Leaf]:
+def read(path: Path, names: Collection[str] | None = None, form: str = FORMAT, group: str = "/") -> dict[str, Leaf]:
     """Return the leaves in a group of a file, all or only `names`; tensors are on the CPU.
 
-    Without `digest`, only damage to headers and tensors is found reliably, and HDF5 may crash on a damaged file.
+    Only damage to headers and tensors is found reliably, and HDF5 may crash on a damaged file: see `difference`.
 
     Raises:
-        CheckpointError: the file is missing, does not have this `digest`, or is damaged; names what is wrong.
+        CheckpointError: the file is missing or damaged; names what is wrong.
 
     """
-    if digest is not None:
-        check(path, digest)
     with _opened(path, form, group) as found:
         return {name: _leaf(path, found, name) for name in (_names(found) if names is None else names)}
-
-
-def check(path: Path, digest: Digest) -> None:
-    """Raise CheckpointError, with the file and the difference, unless the file has this `digest`."""
-    if problem := difference(path, digest):
-        raise CheckpointError(f"{path}: {problem}")
 
 
 def difference(path: Path, digest: Digest) -> str | None:
@@ -193,7 +179,7 @@ def difference(path: Path, digest: Digest) -> str | None:
 
 
 def entries(path: Path, group: str = "/") -> list[Entry]:
-    """Return the entries in a group of a file that `check` has accepted, with the norms of its tensors."""
+    """Return the entries in a group of a file that is as it was written, with the norms of its tensors."""
     with _opened(path, group=group) as found:
         return [_entry(path, found, name) for name in _names(found)]
 
