@@ -143,7 +143,7 @@ def test_shards_are_not_dealt_to_other_ranks(tmp_path):
     ("name", "overrides", "message"),
     [
         ("dc_gossip", [], "topology.level = 'node' does not go with algorithm.kind = 'dc_gossip'"),
-        ("gmc", ["algorithm.weights=volume"], "topology.level = 'node': ratios and weights by the samples"),
+        ("gmc", ["algorithm.weights=volume"], "topology.level = 'node': ratios and weights of a rank"),
         ("choco", ["topology.node_size=4"], "topology.node_size = 4 must divide the 6 ranks"),
         ("choco", ["topology.node_size=6"], "all 6 ranks are one node"),
         ("choco", ["topology.node_size="], "all 6 ranks are one node"),
