@@ -6,8 +6,6 @@ A comment before a block, which a reader does not see, says what to do with it:
     <!-- run, exit 2 -->                       the same, of commands that end with this exit code
     <!-- run: --set training.steps=40 -->      the same, with further options for every `mpicomp train`
     <!-- file: round_robin.py -->              write the block into that file of the folder
-
-Where a page has four MPI ranks, two run: each takes seconds to start.
 """
 
 import os
@@ -181,7 +179,6 @@ def test_marked_commands_run(tmp_path, monkeypatch, page):
     for command, code, options in to_run(page):
         line, comment, rest = command.partition(" #")
         line = f"{line} {options}{comment}{rest}" if "mpicomp train" in line else command
-        line = line.replace("mpiexec -n 4 ", "mpiexec -n 2 ")
         ended_with, output, errors = execute(line)
         assert ended_with == code, f"{line}\n{output[-2000:]}\n{errors[-4000:]}"
         if code:
