@@ -122,7 +122,7 @@ class Algorithm(ABC, Generic[S]):
 
     def skip(self, state: S) -> None:
         """Count a step in which this rank is away: it computes nothing, and neither sends nor receives."""
-        raise NotImplementedError(f"{self.name} has no steps without this rank")
+        raise NotImplementedError(f"{self.name} has tolerates_loss, and must have skip() for the steps of absent ranks")
 
     def step(self, local: Local, state: S, exchange: Exchange) -> None:
         """Do one step of training with the gradient that `local` computes (collective on all ranks)."""

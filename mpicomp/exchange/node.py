@@ -13,7 +13,7 @@ compression. The sums inside are in float64 and in the order of ranks, so that t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
@@ -34,10 +34,15 @@ def nodes_of(world: World, node_size: int) -> Groups:
 
     A node is the ranks of a host, or `node_size` consecutive ranks if that is not 0.
     """
-    return groups_of([rank // node_size for rank in range(world.size)] if node_size else world.all_gather(world.host))
+    return consecutive(world.size, node_size) if node_size else groups_of(world.all_gather(world.host))
 
 
-def groups_of(hosts: Sequence[Hashable]) -> Groups:
+def consecutive(size: int, node_size: int) -> Groups:
+    """Return nodes of `node_size` consecutive ranks; the last one has those that are left."""
+    return tuple(tuple(range(first, min(first + node_size, size))) for first in range(0, size, node_size))
+
+
+def groups_of(hosts: Sequence[str]) -> Groups:
     """Return the ranks of each host, given the host of each rank."""
     return tuple(tuple(rank for rank, other in enumerate(hosts) if other == host) for host in dict.fromkeys(hosts))
 
@@ -54,7 +59,7 @@ def groups_of_size(size: int, node_size: int) -> Groups:
             f"topology.node_size = {node_size} must divide the {size} ranks: every node has as many. Start a multiple "
             "of it, or leave topology.node_size out, and the ranks of a host are a node"
         )
-    return checked_groups([range(first, first + node_size) for first in range(0, size, node_size)], size)
+    return checked_groups(consecutive(size, node_size), size)
 
 
 def checked_groups(groups: Sequence[Sequence[int]], size: int) -> Groups:

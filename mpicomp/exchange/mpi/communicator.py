@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -153,16 +154,40 @@ class Communicator:
         operation: str = "message",
         peers: Sequence[int] | None = None,
     ) -> None:
-        """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`."""
-        wait_all(requests, statuses, is_polite=self.is_polite, operation=operation, peers=peers)
+        """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`.
+
+        Raises:
+            RankLost: a rank has died, and this communicator looks out for that.
+
+        """
+        with self._watching(requests):
+            wait_all(
+                requests,
+                statuses,
+                is_polite=self.is_polite,
+                operation=operation,
+                peers=peers,
+                look=self._look,
+            )
 
     def test(self, request: MPI.Request) -> bool:
-        """Return whether the `request` of a collective operation is complete."""
-        return bool(request.Test())
+        """Return whether the `request` of a collective operation is complete; raises as `wait_all`."""
+        with self._watching([request]):
+            return bool(request.Test())
 
     def test_all(self, requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
-        """Return whether all `requests` of this rank are complete; if so, `statuses` are overwritten."""
-        return test_all(requests, statuses)
+        """Return whether all `requests` of this rank are complete; then overwrite `statuses`. Raises as `wait_all`."""
+        with self._watching(requests):
+            return test_all(requests, statuses)
+
+    @property
+    def _look(self) -> Callable[[], None] | None:
+        """What looks now and then, during a wait, whether the others are alive."""
+        return None
+
+    def _watching(self, requests: Sequence[MPI.Request]) -> AbstractContextManager[None]:
+        """Explain a failure of MPI in the block, which completes `requests`, by a death."""
+        return nullcontext()
 
 
 class MpiGather:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from mpicomp.exchange.mpi.neighbor import NeighborExchange
 from mpicomp.exchange.mpi.node import NodeGroup
 from mpicomp.exchange.mpi.node_shards import MpiNode
 from mpicomp.exchange.mpi.survivors import HAS_ULFM, FaultTolerantSurvivors, Survivors
-from mpicomp.exchange.mpi.wait import poll, wait_all
+from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe
 from mpicomp.exchange.placement import NO_GPU, DeviceKind, Gpu, claim_gpu, device_of
 from mpicomp.topology.base import Schedule, Topology
@@ -187,42 +188,9 @@ class MpiWorld(Communicator):
         self.comm.Abort(exit_code)
         os._exit(exit_code)
 
-    def wait_all(
-        self,
-        requests: Sequence[MPI.Request],
-        statuses: list[MPI.Status] | None = None,
-        operation: str = "message",
-        peers: Sequence[int] | None = None,
-    ) -> None:
-        """Wait for all `requests` of this rank; see `mpicomp.exchange.mpi.wait.wait_all`.
+    @property
+    def _look(self) -> Callable[[], None] | None:
+        return self._survivors.look if self._survivors else None
 
-        Raises:
-            RankLost: a rank has died, and there is a `failure_detector`.
-
-        """
-        if self._survivors is None:
-            super().wait_all(requests, statuses, operation, peers)
-        else:
-            with self._survivors.watching(requests):
-                wait_all(
-                    requests,
-                    statuses,
-                    is_polite=self.is_polite,
-                    operation=operation,
-                    peers=peers,
-                    look=self._survivors.look,
-                )
-
-    def test(self, request: MPI.Request) -> bool:
-        """Return whether the `request` of a collective operation is complete."""
-        if self._survivors is None:
-            return super().test(request)
-        with self._survivors.watching([request]):
-            return super().test(request)
-
-    def test_all(self, requests: list[MPI.Request], statuses: list[MPI.Status]) -> bool:
-        """Return whether all `requests` of this rank are complete; if so, `statuses` are overwritten."""
-        if self._survivors is None:
-            return super().test_all(requests, statuses)
-        with self._survivors.watching(requests):
-            return super().test_all(requests, statuses)
+    def _watching(self, requests: Sequence[MPI.Request]) -> AbstractContextManager[None]:
+        return self._survivors.watching(requests) if self._survivors else super()._watching(requests)
