@@ -191,7 +191,7 @@ class RunConfig:
         if isinstance(algorithm, AsynchronousAlgorithm):
             self._check_asynchronous(algorithm, size)
             self._check_allocation(algorithm, size)
-        if self.simulation.loss or self.simulation.churn is not None:
+        if self.simulation.fault:
             self._check_faults(algorithm, schedule, size, groups)
         if self.run.on_peer_loss == "continue":
             self._check_survivable(algorithm, size, groups)
@@ -212,8 +212,7 @@ class RunConfig:
 
     def _check_faults(self, algorithm: AnyAlgorithm, schedule: Schedule, size: int, groups: Groups | None) -> None:
         """Raise ConfigError if messages cannot be lost, or ranks cannot leave, as the section ``simulation`` says."""
-        key = "churn" if self.simulation.churn is not None else "loss"
-        given = f"simulation.{key} = {getattr(self.simulation, key)!r}"
+        given = self.simulation.fault
         if not (isinstance(algorithm, Algorithm) and algorithm.tolerates_loss):
             part = "kind" if self.algorithm.inner is None else "inner"
             raise ConfigError(

@@ -554,6 +554,13 @@ class SimulationSection(Section):
     churn: str | None = None
     """A CSV file that says which ranks leave and come back, and after how many steps: ``rank,leaves,returns``."""
 
+    @property
+    def fault(self) -> str:
+        """What goes wrong, as key and value, e.g. ``"simulation.loss = 0.1"``; empty if nothing does."""
+        if self.churn is not None:
+            return f"simulation.churn = {self.churn!r}"
+        return f"simulation.loss = {self.loss!r}" if self.loss else ""
+
     def gradient(self) -> Values:
         """Return the arguments for `GradientDelay` that set simulated time."""
         return {"gradient_s": self.gradient_s, "gradient_spread": self.spread}

@@ -113,7 +113,7 @@ class _Training:
         if setup.absences.absences:
             schedule = WithAbsences(schedule, setup.absences, getattr(setup.algorithm, "period", 1))
         self._gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, schedule, world, node)
-        if world.is_simulated and config.simulation.loss:
+        if config.simulation.loss:
             self._gossip.lose_messages(config.simulation.loss, config.run.seed)
         self._gossip.local.delay = config.gradient_delay(world)
         self._gossip.local.clip = config.training.clip()

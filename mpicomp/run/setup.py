@@ -132,6 +132,11 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     `config` has gone through `with_bandwidths`.
     """
     schedule, algorithm = config.check(world.size, groups)
+    if (fault := config.simulation.fault) and not world.is_simulated:
+        raise ConfigError(
+            f"{fault}: messages are lost, and ranks leave, in simulated time only. Train with --simulate, or leave the "
+            "key out"
+        )
     dataset, split = _load(config)
     trainers = sharers = world.size
     if isinstance(algorithm, AsynchronousAlgorithm):
@@ -148,7 +153,7 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     algorithm = with_volumes(algorithm, volumes, config.compression)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    absences = config.simulation.absences(world.size) if world.is_simulated else Absences()
+    absences = config.simulation.absences(world.size)
     return Setup(
         dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
     )

@@ -105,6 +105,11 @@ def test_what_needs_every_message_is_refused(load, overrides, message):
         load(*overrides).check(4, ((0, 1), (2, 3)) if "topology.level=node" in overrides else None)
 
 
+def test_what_goes_wrong_needs_simulated_time(load, tmp_path):
+    with pytest.raises(ConfigError, match=r"simulation.churn = 'trace.csv': .* --simulate, or leave the key out"):
+        run(4, partial(train, load(), folder=RunFolder.create(tmp_path / "real")))
+
+
 def test_losses_belong_to_a_run_and_links_do_not(load):
     load("simulation.latency_s=0.1").check_continues(load())
     with pytest.raises(ConfigError, match=r"simulation.loss was 0.3 and is now 0.0"):
