@@ -33,8 +33,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpicomp.algorithms import DPSGD, GMC, SSGD, AdaGossip, Algorithm, Choco, DiLoCo, LocalSGD, PowerSGD
+from mpicomp.algorithms import (
+    DPSGD,
+    GMC,
+    SSGD,
+    AdaGossip,
+    Algorithm,
+    Choco,
+    DeMo,
+    DiLoCo,
+    LocalSGD,
+    NoLoCo,
+    PowerSGD,
+    SparseLoCo,
+    StreamingDiLoCo,
+)
 from mpicomp.compression.base import Compressor
+from mpicomp.compression.block_topk import BlockTopK
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.topk import TopK
 from mpicomp.config.config import RunConfig
@@ -44,7 +59,7 @@ from mpicomp.exchange.loopback.network import Links, Network
 from mpicomp.exchange.loopback.symmetric import SymmetricExchange
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.gradient_delay import GradientDelay
-from mpicomp.topology import ring
+from mpicomp.topology import RandomMatching, ring
 from mpicomp.topology.base import Schedule
 
 DDP = "DDP"
@@ -71,7 +86,7 @@ class Method:
         name: its name in the table.
         make: makes the algorithm; raises ConfigError if that cannot have the compressor.
         is_dense: whether it sends all of a model or gradient in every step.
-        on_ring: whether it is planned on a ring, whatever the graph of the configuration.
+        graph: makes the graph of so many ranks; None for that of the configuration.
         has_own_momentum: whether the optimizer must have none.
         period: steps from one time that it sends to the next.
 
@@ -80,7 +95,7 @@ class Method:
     name: str
     make: Callable[[], Algorithm]  # type: ignore[type-arg]
     is_dense: bool = False
-    on_ring: bool = False
+    graph: Callable[[int], Schedule] | None = None
     has_own_momentum: bool = False
     period: int = 1
 
@@ -159,9 +174,9 @@ def methods(compressor: Compressor) -> list[Method]:
     }
     return [
         Method("all-reduce after the gradient (ssgd)", SSGD, is_dense=True),
-        Method("PowerSGD, rank 2", PowerSGD, on_ring=True, has_own_momentum=True),
+        Method("PowerSGD, rank 2", PowerSGD, graph=ring, has_own_momentum=True),
         *(
-            Method(f"GMC, {how}{mark}", partial(GMC, compressor, overlap=overlap), on_ring=True, has_own_momentum=True)
+            Method(f"GMC, {how}{mark}", partial(GMC, compressor, overlap=overlap), graph=ring, has_own_momentum=True)
             for overlap, mark in _OVERLAP
         ),
         Method("D-PSGD", DPSGD, is_dense=True),
@@ -172,7 +187,21 @@ def methods(compressor: Compressor) -> list[Method]:
             for overlap, mark in _OVERLAP
         ),
         Method(f"local SGD, every {LOCAL_PERIOD} steps", partial(LocalSGD, LOCAL_PERIOD), period=LOCAL_PERIOD),
+        Method("DeMo", DeMo, graph=ring, has_own_momentum=True),
         Method(f"DiLoCo, every {DiLoCo.period} steps", DiLoCo, period=DiLoCo.period),
+        Method(
+            f"Streaming DiLoCo, every {StreamingDiLoCo.period} steps",
+            StreamingDiLoCo,
+            graph=ring,
+            period=StreamingDiLoCo.period,
+        ),
+        Method(f"NoLoCo, every {NoLoCo.period} steps", NoLoCo, graph=RandomMatching, period=NoLoCo.period),
+        Method(
+            f"SparseLoCo, every {SparseLoCo.period} steps",
+            partial(SparseLoCo, BlockTopK(0.03125, values="statistical")),
+            graph=ring,
+            period=SparseLoCo.period,
+        ),
     ]
 
 
@@ -224,7 +253,7 @@ def plan(
     for method in methods(TopK(_RATIO) if isinstance(compressor, Identity) else compressor):
         own, build = copy.deepcopy(model), config.optimizer.build
         optimizer = torch.optim.SGD(own.parameters(), lr=config.optimizer.lr) if method.has_own_momentum else build(own)
-        graph = ring(ranks) if method.on_ring else schedule
+        graph = method.graph(ranks) if method.graph else schedule
         local = FlatModel(own, optimizer)
         local.closure = partial(loss, own)
         try:

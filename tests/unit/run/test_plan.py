@@ -6,8 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from mpicomp.algorithms import DPSGD, GMC, SGP, SSGD, AdaGossip, Choco, DiLoCo, LocalSGD, PowerGossip, PowerSGD
-from mpicomp.compression import QSGD, Identity, TopK
+from mpicomp.algorithms import (
+    DPSGD,
+    GMC,
+    SGP,
+    SSGD,
+    AdaGossip,
+    Choco,
+    DeMo,
+    DiLoCo,
+    LocalSGD,
+    NoLoCo,
+    PowerGossip,
+    PowerSGD,
+    SparseLoCo,
+    StreamingDiLoCo,
+)
+from mpicomp.compression import QSGD, BlockTopK, Identity, TopK
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.loopback import Links, run
@@ -78,6 +93,9 @@ SUMS = {
     "gmc overlap": GMC(TOPK, overlap=True),
     "gmc dense": GMC(Identity()),
     "powersgd": PowerSGD(2),
+    "demo": DeMo(k=4),
+    "streaming diloco": StreamingDiLoCo(6, 2, delay=2),
+    "sparse loco": SparseLoCo(BlockTopK(0.1), period=3),
 }
 
 
@@ -97,6 +115,11 @@ def test_gossip_is_planned_as_simulated(name, kind, size):
 def test_sums_round_a_ring_are_planned_as_simulated(name, size):
     schedule = make_topology("ring", size)
     assert planned(SUMS[name], schedule, 6) == pytest.approx(in_simulated_time(SUMS[name], schedule, 6), rel=1e-6)
+
+
+def test_pairs_are_planned_as_simulated():
+    schedule, algorithm = make_topology("random_matching", 4), NoLoCo(2)
+    assert planned(algorithm, schedule, 6) == pytest.approx(in_simulated_time(algorithm, schedule, 6), rel=1e-6)
 
 
 def test_a_directed_graph_is_planned_as_simulated():
