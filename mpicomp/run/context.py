@@ -32,6 +32,9 @@ from mpicomp.topology import spectral_gap
 METER = "meter/"
 """The path of the meter's state in a checkpoint."""
 
+DATA = "data/digest"
+"""The path of the digest of the data set in a checkpoint."""
+
 
 @dataclass
 class RunContext:
@@ -89,6 +92,13 @@ class RunContext:
         if not stored:
             stored = load_resized(replica, checkpoint)
         restore_(meter, meter_leaves(stored))
+        with together(world):
+            if stored.get(DATA, self.setup.dataset.digest) != self.setup.dataset.digest:  # 0.1.0 did not store it
+                raise CheckpointError(
+                    f"{checkpoint.path}: the data set, data.kind = {self.config.data.kind!r}, is not the one that this "
+                    "run began with: its files have changed, or data.path leads to others. Put them back, or start a "
+                    "new run"
+                )
         if folder := self.written_folder:
             folder.save_config(self.config)
             folder.rewind(checkpoint.manifest.step)
@@ -96,7 +106,8 @@ class RunContext:
 
     def leaves(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
         """Return the leaves that `restore_` restores."""
-        return {**replica.state_dict(), **{METER + path: leaf for path, leaf in flatten(meter).items()}}
+        found = {METER + path: leaf for path, leaf in flatten(meter).items()}
+        return {**replica.state_dict(), **found, DATA: self.setup.dataset.digest}
 
     def start(self, step: int, part_done: float) -> None:
         """Show that training begins after `step` steps, with `part_done` of the run done."""

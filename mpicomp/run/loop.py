@@ -31,7 +31,7 @@ from mpicomp.run.folder import RunFolder
 from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
-from mpicomp.run.setup import Setup, set_up, with_bandwidths
+from mpicomp.run.setup import Setup, check_same_data, set_up, with_bandwidths
 from mpicomp.run.stopping import Agreement, Reason, Status, StopRequests
 from mpicomp.run.trace import Timeline
 from mpicomp.state import Leaf
@@ -81,6 +81,7 @@ def train(
         watchdog.moved()
         with together(world):
             setup = set_up(config, world, groups)
+        check_same_data(setup.dataset, world)
         watchdog.moved()
         run = RunContext(config, world, setup, watchdog, folder, progress, callbacks, requests, checkpoint, resize)
         if isinstance(setup.algorithm, AsynchronousAlgorithm):

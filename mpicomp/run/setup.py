@@ -21,10 +21,10 @@ from mpicomp.config.config import RunConfig
 from mpicomp.config.sections import CompressionSection, TrainingSection
 from mpicomp.data.datasets import Dataset
 from mpicomp.data.partition import Indices
-from mpicomp.errors import ConfigError
+from mpicomp.errors import ConfigError, DataError
 from mpicomp.exchange.bandwidths import measure_bandwidths
 from mpicomp.exchange.base import Groups, World
-from mpicomp.exchange.guard import together
+from mpicomp.exchange.guard import agree, together
 from mpicomp.exchange.loopback.world import LoopbackWorld
 from mpicomp.run.assignment import BatchAssignment
 from mpicomp.topology import spectral_gap
@@ -157,6 +157,21 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     return Setup(
         dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
     )
+
+
+def check_same_data(dataset: Dataset, world: World) -> None:
+    """Raise DataError on every rank if ranks have different data sets; collective on all ranks."""
+    digests = world.all_gather(dataset.digest)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        which = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
+        agree(
+            world,
+            DataError(
+                f"data.kind = {dataset.kind!r}: the files of {which} hold other samples than those of rank 0. Give all "
+                "nodes the same files"
+            ),
+        )
 
 
 def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], section: CompressionSection) -> AnyAlgorithm:

@@ -23,7 +23,7 @@ from torch import nn
 STEPS = 5
 RANKS = 3
 SANITIZERS = ("memcheck", "racecheck")
-ASYNCHRONOUS = ("asgd", "dc_asgd", "dc_gossip")
+ASYNCHRONOUS = ("asgd", "dc_asgd", "ad_psgd", "dc_gossip")
 
 
 def main() -> None:

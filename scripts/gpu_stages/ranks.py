@@ -17,7 +17,7 @@ from stage import Stage, end
 from torch.profiler import ProfilerActivity, profile
 
 SYNCHRONOUS = ("choco", "adagossip", "dpsgd", "gmc")
-ASYNCHRONOUS = ("dc_asgd", "dc_gossip")
+ASYNCHRONOUS = ("dc_asgd", "ad_psgd", "dc_gossip")
 
 STEPS = 60
 CHECKPOINT = 20
