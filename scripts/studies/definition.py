@@ -62,6 +62,8 @@ class Study:
             has come to the target. A setting may have its own.
         target: an accuracy in percent; the table then has epochs, seconds and megabytes to it.
         reference: the method with which the others are compared.
+        other_links: simulations by their name, in which the methods of the table are timed, too: a method in step takes
+            the same steps there.
         check: the method and setting of the short run that CI repeats.
         common: the sections of the configuration that all runs have.
         settings: data, ratio, graph; each has a table of its own.
@@ -82,6 +84,7 @@ class Study:
     decide_by: str
     target: float | None
     reference: str
+    other_links: dict[str, Sections]
     check: tuple[str, str]
     common: Sections
     settings: tuple[Variant, ...]
@@ -124,7 +127,7 @@ class Study:
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StudyError(f"{path}: {error}") from error
         values: Sections = {"simulate": False, "seeds": [0, 1, 2, 3, 4], "validation": 5000, "decide_by": "accuracy"}
-        values |= {"finalists": 2, "target": None, "common": {}, "reference": "", **table}
+        values |= {"finalists": 2, "target": None, "common": {}, "reference": "", "other_links": {}, **table}
         known = [field.name for field in fields(cls) if field.name != "folder"]
         if unknown := [key for key in values if key not in known]:
             raise StudyError(f"{path}: {unknown[0]} is unknown; a study has {', '.join(known)}")
@@ -143,6 +146,8 @@ class Study:
         for method in study.methods:
             if unknown := sorted(set(method.settings or ()) - names):
                 raise StudyError(f"{path}: methods.{method.name}.settings names {unknown[0]!r}, which is no setting")
+        if study.other_links and not (study.simulate and study.target):
+            raise StudyError(f"{path}: other_links needs simulate = true and a target")
         if study.check not in {(s.name, m.name) for s, m in study.cells()}:
             raise StudyError(f"{path}: check = {list(study.check)} must be a setting and a method of it")
         return study

@@ -32,7 +32,7 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     for setting, row in zip(settings, rows, strict=True):
         for key, axes in zip(keys, row, strict=True):
             best = max(100 * outcome["accuracy"] for outcome in _ended(finished, setting))
-            for i, (cell, choice, _) in enumerate(entry for entry in finished if entry[0].setting.name == setting):
+            for i, (cell, choice, *_) in enumerate(row for row in finished if row.cell.setting.name == setting):
                 if line := _line(key, choice):
                     factors = [value / choice.values[key] for value, _ in line]
                     shown = [max(quality, best - SHOWN) for _, quality in line]
@@ -55,7 +55,7 @@ def _title(study: Study, name: str) -> str:
 
 def _ended(finished: Sequence[Finished], setting: str) -> list[Outcome]:
     """Return the short runs of a setting that have not diverged."""
-    choices = [choice for cell, choice, _ in finished if cell.setting.name == setting]
+    choices = [row.choice for row in finished if row.cell.setting.name == setting]
     return [outcome for choice in choices for outcome in choice.searched if not outcome["diverged"]]
 
 

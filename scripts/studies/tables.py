@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 from definition import Study, Variant
@@ -14,10 +14,26 @@ from outcomes import Outcome
 from scipy import stats
 from tune import Cell, Choice, first_at
 
-Finished = tuple[Cell, Choice, list[Outcome]]
 CONFIDENCE = 0.95
-SECONDS = 5
-"""The place of the seconds in a row of a curve."""
+STEPS, SECONDS = 1, 5
+"""The places of steps and seconds in a row of a curve."""
+
+
+class Finished(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        cell: method and setting.
+        choice: what was chosen.
+        outcomes: of all seeds, on the test samples.
+        step_seconds: of a step over each of the study's `other_links`, simulated.
+
+    """
+
+    cell: Cell
+    choice: Choice
+    outcomes: list[Outcome]
+    step_seconds: Sequence[float] = ()
 
 
 def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[str]:
@@ -28,15 +44,19 @@ def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[
     if study.target:
         target = f"to {study.target:g} %"
         columns += [f"epochs {target}", f"MB a rank {target}", *seconds_heads(study, f"seconds {target}")]
-    reference = next((outcomes for cell, _, outcomes in finished if cell.method.name == study.reference), None)
+        columns += [f"seconds {target}, {name}" for name in study.other_links]
+    reference = next((row.outcomes for row in finished if row.cell.method.name == study.reference), None)
     columns += ["difference"] if reference else []
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for cell, choice, outcomes in finished:
+    for cell, choice, outcomes, step_seconds in finished:
         name = cell.method.title + ("" if choice.is_inside else " (optimum at an edge)")
         chosen = ", ".join(f"{key.split('.')[1]} {value:g}" for key, value in choice.values.items())
         cells = [name, chosen, *summary(study, outcomes), doubled(study, choice)]
         if study.target:
             cells += reached(study, outcomes)
+            cells += [
+                spread([step_s * row[STEPS] for row in rows_at_target(study, outcomes)], 0) for step_s in step_seconds
+            ]
         if reference:
             cells.append("" if outcomes is reference else difference(study, outcomes, reference))
         lines.append(f"| {' | '.join(cells)} |")
@@ -68,12 +88,17 @@ def doubled(study: Study, choice: Choice) -> str:
 
 def reached(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
     """Return the epochs, megabytes and simulated seconds to the target."""
-    assert study.target is not None
-    ended = [outcome for outcome in outcomes if not outcome["diverged"]]
-    rows = [row for outcome in ended if (row := first_at(outcome["curve"], study.target / 100))]
+    rows = rows_at_target(study, outcomes)
     never = f" ({len(outcomes) - len(rows)} of {len(outcomes)} never)" if len(rows) < len(outcomes) else ""
     seconds = [spread([row[SECONDS] for row in rows], 0)] if study.simulate else []
     return [spread([row[0] for row in rows]) + never, spread([row[2] / 1e6 for row in rows]), *seconds]
+
+
+def rows_at_target(study: Study, outcomes: Sequence[Outcome]) -> list[Sequence[Any]]:
+    """Return the row of each curve at which the target is reached, where it is."""
+    assert study.target is not None
+    ended = [outcome for outcome in outcomes if not outcome["diverged"]]
+    return [row for outcome in ended if (row := first_at(outcome["curve"], study.target / 100))]
 
 
 def seconds_heads(study: Study, head: str) -> list[str]:
@@ -100,7 +125,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def write_tuned(finished: Sequence[Finished]) -> None:
     """Write a complete configuration of each finished cell: SETTING/METHOD.toml in the study's folder."""
-    for cell, choice, _ in finished:
+    for cell, choice, *_ in finished:
         study = cell.study
         path = study.folder / cell.setting.name / f"{cell.method.name}.toml"
         path.parent.mkdir(exist_ok=True)
@@ -116,7 +141,7 @@ def write_tuned(finished: Sequence[Finished]) -> None:
 def write_choices(study: Study, finished: Sequence[Finished]) -> Path:
     """Write tuned.json: of each cell the whole search and the choice."""
     found: dict[str, Any] = {}
-    for cell, choice, outcomes in finished:
+    for cell, choice, outcomes, _ in finished:
         found.setdefault(cell.setting.name, {})[cell.method.name] = {
             "chosen": dict(choice.values),
             "is_inside": choice.is_inside,

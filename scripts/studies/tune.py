@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from definition import TUNING_SEED, Sections, Study, Variant
+from definition import TUNING_SEED, Sections, Study, Variant, merge_
 from outcomes import Outcome, Runs
 from search import Values, search
 
@@ -16,6 +16,9 @@ STABLE_WITHIN = 0.01
 """A setting is stable if at twice the length its accuracy falls by less (its loss rises by a smaller part)."""
 
 SMOOTHING = 3
+
+TIMED_STEPS = 64
+"""Of a run that says how long a step takes: a multiple of the usual periods."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ class Cell:
         """Return the outcomes of all seeds on the test samples. Raises OutOfTime."""
         return [self._run(choice.values, self.epochs, seed, validation=0, purpose="table") for seed in self.study.seeds]
 
+    def step_seconds(self, choice: Choice) -> list[float]:
+        """Return the simulated seconds of a step over each of the study's other links. Raises OutOfTime."""
+        found = []
+        for links in self.study.other_links.values():
+            config = self.config(choice.values, TUNING_SEED, steps=TIMED_STEPS)
+            config.get("schedule", {}).pop("warmup", None)  # longer than so few steps
+            merge_(config, {"simulation": links})
+            outcome = self._outcome(config, purpose="time", values=dict(choice.values))
+            _, steps, _, _, _, seconds = outcome["curve"][-1]
+            found.append(float(seconds / steps))
+        return found
+
     def validated(self, values: Values, epochs: int) -> Outcome:
         """Return the outcome of a run that is judged by the validation samples."""
         return self._run(values, epochs, TUNING_SEED, self.study.validation, purpose="choice")
@@ -105,13 +120,10 @@ class Cell:
         config = self.config(values, seed, epochs=epochs)
         if validation:
             config["data"]["validation"] = validation
-        labels: Outcome = {
-            "setting": self.setting.name,
-            "method": self.method.name,
-            "purpose": purpose,
-            "values": dict(values),
-        }
-        labels |= {"epochs": epochs, "seed": seed}
+        return self._outcome(config, purpose=purpose, values=dict(values), epochs=epochs, seed=seed)
+
+    def _outcome(self, config: Sections, **labels: Any) -> Outcome:
+        labels = {"setting": self.setting.name, "method": self.method.name, **labels}
         return self.runs.outcome(config, self.study.size(self.setting, self.method), **labels)
 
     def config(self, values: Values, seed: int, **training: Any) -> Sections:

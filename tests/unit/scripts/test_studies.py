@@ -19,7 +19,7 @@ import tables  # noqa: E402
 from definition import Study, StudyError  # noqa: E402
 from outcomes import OutOfTime, Runs  # noqa: E402
 from search import Axis, search  # noqa: E402
-from tune import Cell, first_at  # noqa: E402
+from tune import Cell, Choice, first_at  # noqa: E402
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*/study.toml"))
 LR = Axis("optimizer.lr", 0.1, 2)
@@ -176,7 +176,7 @@ def test_a_setting_that_diverges_at_twice_the_length_is_not_chosen(study, traine
     outcomes = cell.final(choice)
     assert all("validation" not in config["data"] for config in trained[chosen:])
     assert [config["run"]["seed"] for config in trained[chosen:]] == [0, 1]
-    lines = tables.table(study, setting, [(cell, choice, outcomes)])
+    lines = tables.table(study, setting, [tables.Finished(cell, choice, outcomes)])
     assert lines[0].startswith("| method | chosen | test accuracy (%) |")
     assert "| gamma 0.283 | 78.30 ± " in lines[2]
 
@@ -228,3 +228,31 @@ def test_seconds_and_bytes_to_a_target(study):
     outcomes = [outcome(0.61), outcome(0.61), outcome(0.5)]
     assert tables.reached(study, outcomes) == ["3.00 ± 0.00 (1 of 3 never)", "0.00 ± 0.00", "2 ± 0"]
     assert tables.summary(study, outcomes)[-1] == "2"
+
+
+def test_a_method_in_step_is_timed_over_other_links_by_a_few_steps(study, monkeypatch):
+    head = "simulate = true\ntarget = 60\nother_links.fast.bytes_per_s = 1e9\n"
+    (study.folder / "study.toml").write_text(head + (study.folder / "study.toml").read_text())
+    study = Study.read(study.folder)
+    setting, method = next(study.cells())
+    choice = Choice({"algorithm.gamma": 0.2}, True, [], outcome(0.6), outcome(0.6), [])
+    timed = []
+
+    def train(config, size, simulate):
+        timed.append(config)
+        return outcome(0.6) | {"curve": [[1, 64, 0, 0.6, 1.0, 6.4]]}
+
+    monkeypatch.setattr(study_outcomes, "train", train)
+    cell = Cell(Runs(study, math.inf), setting, method)
+    row = tables.Finished(cell, choice, [outcome(0.61)] * 2, cell.step_seconds(choice))
+    assert timed[0]["simulation"]["bytes_per_s"] == 1e9 and timed[0]["training"]["steps"] == 64
+    head, _, line = tables.table(study, setting, [row])
+    place = head.split(" | ").index("seconds to 60 %, fast")
+    assert line.split(" | ")[place] == "3 ± 0"  # 30 steps of a tenth of a second
+
+
+def test_other_links_need_simulated_time(study):
+    text = "other_links.fast.bytes_per_s = 1e9\n" + (study.folder / "study.toml").read_text()
+    (study.folder / "study.toml").write_text(text)
+    with pytest.raises(StudyError, match="other_links needs simulate = true and a target"):
+        Study.read(study.folder)
