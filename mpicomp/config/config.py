@@ -217,8 +217,9 @@ class RunConfig:
             part = "kind" if self.algorithm.inner is None else "inner"
             raise ConfigError(
                 f"{given} does not go with algorithm.{part} = {getattr(self.algorithm, part)!r}, which needs every "
-                "message: what is lost would be missing for good. Take algorithm.kind = 'dpsgd', 'deep_squeeze' or "
-                "'noloco', or 'local_sgd' or 'diloco' with algorithm.inner = 'dpsgd' or 'deep_squeeze'"
+                "message: what is lost would be missing for good. Take algorithm.kind = 'dpsgd', 'deep_squeeze', or "
+                "'noloco' without compression; or 'local_sgd' or 'diloco' with algorithm.inner = 'dpsgd' or "
+                "'deep_squeeze'"
             )
         if self.simulation.churn is None:
             return

@@ -88,6 +88,7 @@ DETERMINISTIC = {
     "streaming_diloco": StreamingDiLoCo(4, fragments=2, delay=3, outer_momentum=0.5),
     "streaming_diloco_waiting": StreamingDiLoCo(3, fragments=3, delay=0, local_weight=0.0, outer_momentum=0.0),
     "noloco": NoLoCo(2),
+    "noloco_topk": NoLoCo(2, outer_lr=1.4, outer_momentum=0.0, compressor=TOP),
     "sparse_loco": SparseLoCo(TOP, period=2),
     "sparse_loco_statistical": SparseLoCo(COMPRESSORS["block_topk_statistical"], period=2),
     "dpsgd": DPSGD(),

@@ -17,8 +17,20 @@ ranks moves as in DiLoCo with heavy-ball momentum, alpha and beta. The slow mode
 learning rate add in a period; as it falls, they meet.
 The sign of d_i is that of the authors' code (their paper prints another one beside the same definition).
 
-Wire: two dense vectors to one partner every H steps. Memory: ``phi`` and ``delta``. Kolehmainen et al. 2025,
-arXiv 2506.10911.
+With a compressor C that loses something, a pair exchanges twice:
+
+    p_i = rho e_i + d_i;  q_i = C(p_i);  e_i = p_i - q_i               send q_i, receive q_j
+    s = the coordinates where q_i or q_j is not 0                      send phi_i[s] in half precision, receive phi_j[s]
+    delta_i = alpha delta_i + beta (q_i + q_j) / 2 - gamma (phi_i - (phi_i + phi_j) / 2)[s]
+
+e_i (n,) is the error memory, what the rank has not sent so far, and rho ``error_decay``, what of it stays until the
+next outer step. Random partners have no public copies of each other that could tell how far their slow models are
+apart. But those differ only where one of them has moved, and that is s. So what moves is compared, as often as it
+moves, and a coordinate at rest costs nothing. The mean over the ranks is as above, with q_i for d_i. Messages that add
+up what earlier ones left out do the work of a momentum: take alpha = 0. This form is this package's own.
+
+Wire, every H steps, to one partner: two dense vectors; compressed, q_i and 2 bytes for each coordinate of s. Memory:
+``phi`` and ``delta``; compressed, ``e``, too. Kolehmainen et al. 2025, arXiv 2506.10911.
 
 In a script:
 
@@ -34,12 +46,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_fraction, require_period, require_positive
+from mpicomp.algorithms.base import (
+    Algorithm,
+    Local,
+    Phases,
+    require_fraction,
+    require_no_feedback,
+    require_period,
+    require_positive,
+)
 from mpicomp.algorithms.gossip.base import lost_weight
-from mpicomp.compression.message import Field, Layout
+from mpicomp.compression.base import Compressor
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
+
+_HALF = {torch.float32: torch.float16, torch.float64: torch.float32}
 
 
 @dataclass
@@ -49,12 +74,14 @@ class NoLoCoState:
     Attributes:
         phi: (n,) the slow model.
         delta: (n,) the last outer step, for its momentum.
+        feedback: the error memory (n,), and the state of the compressor; None without compression.
         step: the number of steps done, which tells when to exchange, and picks the pairs.
 
     """
 
     phi: Tensor
     delta: Tensor
+    feedback: FeedbackState | None = None
     step: int = 0
 
 
@@ -67,6 +94,8 @@ class NoLoCo(Algorithm[NoLoCoState]):
         outer_lr: beta, > 0.
         outer_momentum: alpha, in [0, 1).
         gamma: consensus step, > 0.
+        compressor: of what a rank has moved; any contractive one, without `ErrorFeedback`, which is part of the method.
+        error_decay: rho, in [0, 1]; without meaning if there is no compressor.
 
     """
 
@@ -74,11 +103,14 @@ class NoLoCo(Algorithm[NoLoCoState]):
     outer_lr: float = 0.7
     outer_momentum: float = 0.5
     gamma: float = 0.7
+    compressor: Compressor = Identity()
+    error_decay: float = 0.95
 
     def __post_init__(self) -> None:
         require_period(self.period)
         require_positive(outer_lr=self.outer_lr, gamma=self.gamma)
-        require_fraction(outer_momentum=self.outer_momentum)
+        require_fraction(outer_momentum=self.outer_momentum, error_decay=self.error_decay)
+        require_no_feedback("NoLoCo", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` pairs the ranks, anew for each step if there are more than two."""
@@ -96,16 +128,19 @@ class NoLoCo(Algorithm[NoLoCoState]):
 
     @property
     def tolerates_loss(self) -> bool:
-        """Yes: a rank that hears nothing from its partner steps alone."""
-        return True
+        """Without compression: a rank that hears nothing from its partner steps alone; else the two must agree on s."""
+        return self.compressor.is_lossless
 
     def skip(self, state: NoLoCoState) -> None:
         """Count the step."""
         state.step += 1
 
     def init(self, local: Local, exchange: Exchange) -> NoLoCoState:
-        """Return the slow model, which is that of the start, and an outer step of zero."""
-        return NoLoCoState(local.x.clone(), torch.zeros_like(local.x))
+        """Return the slow model, which is that of the start, an outer step and an error memory of zero."""
+        feedback = None
+        if not self.compressor.is_lossless:
+            feedback = ErrorFeedback(self.compressor).init(local.spec, local.x.device, exchange.rank)
+        return NoLoCoState(local.x.clone(), torch.zeros_like(local.x), feedback)
 
     def phases(self, local: Local, state: NoLoCoState, exchange: Exchange) -> Phases:
         """Take a local step, and after every `period` of them the outer one, in the order of the module's docstring."""
@@ -113,15 +148,22 @@ class NoLoCo(Algorithm[NoLoCoState]):
         local.update()
         state.step += 1
         if state.step % self.period == 0:
-            self._outer_step(local, state, exchange)
+            topology = exchange.schedule(state.step // self.period - 1)
+            d = local.x.sub_(state.phi)  # the model is phi from here on
+            state.delta.mul_(self.outer_momentum)
+            if state.feedback is None:
+                self._meet(d, state, exchange, topology)
+            else:
+                self._meet_compressed(d, local.spec, state, state.feedback, exchange, topology)
+            state.phi.add_(state.delta)
+            local.x.copy_(state.phi)
 
-    def _outer_step(self, local: Local, state: NoLoCoState, exchange: Exchange) -> None:
+    def _meet(self, d: Tensor, state: NoLoCoState, exchange: Exchange, topology: Topology) -> None:
+        """Add beta times the mean of d, and the step towards the partner's phi, to delta."""
         phi, delta, rank = state.phi, state.delta, exchange.rank
-        topology = exchange.schedule(state.step // self.period - 1)
-        d = local.x.sub_(phi)  # the model is phi from here on
         layout = Layout(tuple(Field(name, phi.dtype, phi.numel()) for name in ("d", "phi")))
         pending = exchange.start({"d": d, "phi": phi}, layout, topology)
-        delta.mul_(self.outer_momentum).add_(d, alpha=self.outer_lr * topology.weight(rank, rank))
+        delta.add_(d, alpha=self.outer_lr * topology.weight(rank, rank))
         arrived = pending.wait()
         if lost := lost_weight(topology, rank, arrived):
             delta.add_(d, alpha=self.outer_lr * lost)
@@ -129,5 +171,38 @@ class NoLoCo(Algorithm[NoLoCoState]):
             weight = topology.weight(rank, source)
             delta.add_(message["d"], alpha=self.outer_lr * weight)
             delta.add_(message["phi"] - phi, alpha=self.gamma * weight)
-        phi.add_(delta)
-        local.x.copy_(phi)
+
+    def _meet_compressed(
+        self,
+        d: Tensor,
+        spec: Spec,
+        state: NoLoCoState,
+        feedback: FeedbackState,
+        exchange: Exchange,
+        topology: Topology,
+    ) -> None:
+        """Do as `_meet`, with q for d, and phi where q is not 0; d is used up."""
+        phi, delta, rank, compressor = state.phi, state.delta, exchange.rank, self.compressor
+        feedback.residual.mul_(self.error_decay)
+        own = ErrorFeedback(compressor).compress(d, spec, feedback)
+        pending = exchange.start(own, compressor.layout(spec), topology)
+        has_moved = torch.zeros_like(d, dtype=torch.bool)
+
+        def add(message: Payload, weight: float) -> None:
+            q = d.zero_()
+            compressor.accumulate(message, spec, q)
+            delta.add_(q, alpha=self.outer_lr * weight)
+            has_moved.logical_or_(q != 0)
+
+        add(own, topology.weight(rank, rank))
+        arrived = pending.wait()
+        for source, message in arrived.items():
+            add(message, topology.weight(rank, source))
+        if not arrived:
+            return  # no partner in this outer step
+        places = has_moved.nonzero().view(-1)  # the same on both
+        values = phi[places].to(_HALF[phi.dtype])
+        layout = Layout((Field("phi", values.dtype, values.numel()),))
+        for source, message in exchange.start({"phi": values}, layout, topology).wait().items():
+            apart = message["phi"].to(phi.dtype) - values.to(phi.dtype)  # rounded on both sides: the mean is preserved
+            delta.index_add_(0, places, apart, alpha=self.gamma * topology.weight(rank, source))

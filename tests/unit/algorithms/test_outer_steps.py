@@ -84,6 +84,26 @@ class TestTranscriptions:
         close(slow_models(trained), phi)
         close(trained.x, local_steps(phi, STEPS % 3))
 
+    @pytest.mark.parametrize("schedule", PAIRED, ids=str)
+    def test_compressed_noloco(self, schedule):
+        n = schedule.size
+        phi, delta, e = (np.zeros((n, DIM)) for _ in range(3))
+        for step in range(STEPS // 3):
+            p = 0.9 * e + local_steps(phi, 3) - phi
+            q = top_k(p, KEPT)
+            e = p - q
+            rounded = phi.astype(np.float32)
+            for i in range(n):
+                pair = [i, *schedule(step).sources(i)]
+                moved = (q[pair] != 0).any(axis=0)
+                apart = (rounded[i].astype(float) - rounded[pair].astype(float).mean(axis=0)) * moved
+                delta[i] = 0.3 * delta[i] + 0.8 * q[pair].mean(axis=0) - 0.6 * apart
+            phi = phi + delta
+        trained = train(NoLoCo(3, 0.8, 0.3, 0.6, TOP, 0.9), schedule, STEPS)
+        close(slow_models(trained), phi)
+        close(trained.x, local_steps(phi, STEPS % 3))
+        close(np.stack([state.feedback.residual for state in trained.states]), e)
+
     @pytest.mark.parametrize("graph", [ring(5), star(4), ring(2), ring(1)], ids=str)
     def test_sparse_loco(self, graph):
         n = graph.size
@@ -196,6 +216,17 @@ class TestConvergence:
         assert spread[1] < 1e-3 * spread[0]
         close(near.x, np.tile(centers(6).mean(axis=0), (6, 1)), 1e-3)
 
+    @pytest.mark.parametrize("compressor", [TOP, BlockTopK(0.25)], ids=str)
+    def test_compressed_pairs_agree_as_the_learning_rate_falls(self, compressor):
+        method, rates = (
+            NoLoCo(4, 0.8, 0.0, compressor=compressor),
+            [LR] * 400 + [LR * 0.985**step for step in range(800)],
+        )
+        far, near = train(method, RandomMatching(6), 400), train(method, RandomMatching(6), 1200, lr=rates)
+        spread = [np.linalg.norm(trained.x - trained.x.mean(axis=0)) for trained in (far, near)]
+        assert spread[1] < 1e-2 * spread[0]
+        close(near.x, np.tile(centers(6).mean(axis=0), (6, 1)), 2e-2)
+
 
 class TestTraffic:
     def test_bytes_are_sent_once_in_a_period(self):
@@ -212,6 +243,12 @@ class TestTraffic:
         assert sum(rests) == 8
         sent = train(NoLoCo(3), schedule, STEPS).bytes_sent
         assert sent == [(8 - count) * 2 * DIM * 8 for count in rests]
+        # A place of 2 bytes and a value of 8, and of what either of the two has sent, half a value.
+        sent = train(NoLoCo(3, compressor=TopK(ratio=1 / DIM)), schedule, STEPS).bytes_sent
+        assert all(
+            (8 - rested) * (10 + 4) <= nbytes <= (8 - rested) * (10 + 8)
+            for nbytes, rested in zip(sent, rests, strict=True)
+        )
 
     def test_a_sparse_message_is_that_of_ef_sgd(self):
         one = TopK(ratio=1 / DIM)
@@ -219,12 +256,18 @@ class TestTraffic:
 
     @pytest.mark.parametrize(
         ("method", "vectors"),
-        [(DiLoCo(3), 2), (DiLoCo(3, outer_momentum=0.0), 1), (NoLoCo(3), 2), (SparseLoCo(TOP, period=3), 2)],
+        [
+            (DiLoCo(3), 2),
+            (DiLoCo(3, outer_momentum=0.0), 1),
+            (NoLoCo(3), 2),
+            (NoLoCo(3, compressor=TOP), 3),
+            (SparseLoCo(TOP, period=3), 2),
+        ],
         ids=str,
     )
     def test_memory(self, method, vectors):
         state = train(method, ring(2), 3).states[0]
-        held = [*vars(state).values(), *(vars(state.feedback).values() if hasattr(state, "feedback") else ())]
+        held = [*vars(state).values(), *(vars(state.feedback).values() if getattr(state, "feedback", None) else ())]
         assert [len(value) for value in held if isinstance(value, torch.Tensor)] == [DIM] * vectors
 
 
@@ -245,7 +288,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_fractions(self, value):
-        for method, key in ((DiLoCo, "outer_momentum"), (NoLoCo, "outer_momentum"), (SparseLoCo, "error_decay")):
+        pairs = [(method, "outer_momentum") for method in (DiLoCo, NoLoCo)]
+        for method, key in (*pairs, *((method, "error_decay") for method in (NoLoCo, SparseLoCo))):
             with pytest.raises(ConfigError, match=rf"algorithm.{key} = {value} must be in \[0, 1\)"):
                 method(**{key: value})
 
