@@ -187,8 +187,8 @@ def tune(
         remedy = "--epochs more, or another schedule, e.g. --set schedule.kind=constant"
         raise ConfigError(f"{error}\nThe runs have --epochs {epochs}: give {remedy}") from error
     click.echo(
-        f"{config.algorithm.kind} on {size} {'ranks' if size > 1 else 'rank'}: at most {points} runs of {epochs} "
-        f"{'epochs' if epochs > 1 else 'epoch'}, judged by {request.validation:,} training samples held out"
+        f"{config.algorithm.kind}, ranks: {size}, runs: at most {points}, epochs of a run: {epochs}, judged by "
+        f"{request.validation:,} training samples held out"
     )
     names = [axis.key for axis in axes]
     click.echo(heading(names))

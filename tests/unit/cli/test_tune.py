@@ -68,7 +68,7 @@ def test_short_runs_on_digits_find_a_value_that_is_written(config, tmp_path):
     result = tune(config, *RANKS, *options, "--write", "tuned.toml")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "choco on 2 ranks: at most 1 runs of 2 epochs, judged by 143 training samples held out"
+    assert lines[0] == ("choco, ranks: 2, runs: at most 1, epochs of a run: 2, judged by 143 training samples held out")
     assert re.fullmatch(r" +1\.0 +0\.\d+ +\d\d\.\d\d% +\S+ +0:\d\d", lines[2])
     assert re.match(r" +auto .* 0\.00\d+ at the end, too early", lines[3])
     found = RunConfig.load(tmp_path / "tuned.toml")
@@ -148,7 +148,7 @@ def test_of_the_same_losses_the_run_whose_ranks_are_closer_together_is_better():
         (["small.toml", *RANKS, "--factor", 1], "--factor 1: must be a number > 1"),
         (["small.toml", *RANKS, "--write", "small.toml"], "--write small.toml: the file exists already"),
         (["small.toml", *RANKS, "--write", "no/x.toml"], "--write no/x.toml: there is no folder no"),
-        (["small.toml", *RANKS, "--set", "data.validation=5000"], "data.validation = 5000: must be less than the 1437"),
+        (["small.toml", *RANKS, "--set", "data.validation=5000"], "data.validation = 5000: must be less than the 1438"),
         (["small.toml", *RANKS, "--set", "data.validation=1"], "set more, --set data.validation=N"),
         (
             ["small.toml", *RANKS, "--set", "schedule.kind=cosine", "--set", "schedule.warmup=5"],
