@@ -15,6 +15,7 @@ from mpicomp.errors import MpicompError
 
 COMMANDS: dict[str, str] = {
     "plan": "Say whether compression pays here, and which method.",
+    "tune": "Find a good consensus step or learning rate in short runs.",
     "train": "Train the model of a configuration file, on all ranks of mpiexec.",
     "evaluate": "Test the model of a finished run.",
     "plot": "Draw loss, accuracy and consensus of one or more runs.",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-from search import Axis, Values
+
+from mpicomp.run.search import Axis, Values
 
 Sections = dict[str, Any]
 

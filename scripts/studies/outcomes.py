@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import tomli_w
 from definition import Sections, Study, StudyError, digest
 
+from mpicomp.errors import MpicompError
 from mpicomp.replica.record import training_seconds
 from mpicomp.run.result import distribution
-
-DIVERGED = 5
-"""The exit code of a run whose loss is not a number."""
+from mpicomp.run.trial import run_trial
 
 Outcome = dict[str, Any]
 
@@ -79,35 +74,15 @@ class Runs:
 
 def train(config: Sections, size: int, simulate: bool) -> Outcome:
     """Train, and return what came out; raise StudyError if the run failed otherwise than by diverging."""
-    with tempfile.TemporaryDirectory(prefix="study-") as temporary:
-        folder = Path(temporary)
-        (folder / "config.toml").write_text(tomli_w.dumps(config))
-        how = "--simulate" if simulate and size > 1 else "--loopback"
-        command = [
-            sys.executable,
-            "-m",
-            "mpicomp",
-            "train",
-            folder / "config.toml",
-            how,
-            size,
-            "--run-dir",
-            folder / "run",
-        ]
-        started = time.monotonic()
-        done = subprocess.run(
-            [str(word) for word in command],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # several runs at a time, each with threads for its ranks
-        )
-        if done.returncode == DIVERGED:
-            return {"diverged": True}
-        if done.returncode:
-            raise StudyError(f"{' '.join(map(str, command))}\n{tomli_w.dumps(config)}\n{done.stdout}{done.stderr}")
-        result = json.loads((folder / "run" / "result.json").read_text())
-        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {"diverged": False, "wall_s": round(time.monotonic() - started, 1)} | summary(result, records)
+    started, text = time.monotonic(), tomli_w.dumps(config)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}  # several runs at a time, each with threads for its ranks
+    try:
+        trial = run_trial(text, size, simulate and size > 1, environ)
+    except MpicompError as error:
+        raise StudyError(f"{text}\n{error}") from error
+    if trial is None:
+        return {"diverged": True}
+    return {"diverged": False, "wall_s": round(time.monotonic() - started, 1)} | summary(trial.result, trial.records)
 
 
 def summary(result: dict[str, Any], records: list[dict[str, Any]]) -> Outcome:

@@ -10,7 +10,8 @@ from typing import Any
 
 from definition import TUNING_SEED, Sections, Study, Variant, merge_
 from outcomes import Outcome, Runs
-from search import Values, search
+
+from mpicomp.run.search import Values, search
 
 STABLE_WITHIN = 0.01
 """A setting is stable if at twice the length its accuracy falls by less (its loss rises by a smaller part)."""

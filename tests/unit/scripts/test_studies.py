@@ -1,4 +1,4 @@
-"""The search for settings, and the definition of a study."""
+"""The definition of a study, and the stages of its cells."""
 
 import json
 import math
@@ -18,12 +18,9 @@ import outcomes as study_outcomes  # noqa: E402
 import tables  # noqa: E402
 from definition import Study, StudyError  # noqa: E402
 from outcomes import OutOfTime, Runs  # noqa: E402
-from search import Axis, search  # noqa: E402
 from tune import Cell, Choice, first_at  # noqa: E402
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*/study.toml"))
-LR = Axis("optimizer.lr", 0.1, 2)
-GAMMA = Axis("algorithm.gamma", 0.5, 2)
 STUDY = """
 title = "Two methods"
 ranks = 4
@@ -55,51 +52,10 @@ search."optimizer.lr" = { start = 0.1, factor = 2 }
 """
 
 
-def bowl(optimum):
-    """Return a score with its best value at `optimum`, and the list of the points that were run."""
-    seen = []
-
-    def score(values):
-        seen.append(values)
-        return -sum(math.log(values[key] / best) ** 2 for key, best in optimum.items())
-
-    return score, seen
-
-
 @pytest.fixture
 def study(tmp_path):
     (tmp_path / "study.toml").write_text(STUDY)
     return Study.read(tmp_path)
-
-
-def test_the_search_follows_an_optimum_that_lies_far_from_the_start():
-    score, seen = bowl({"optimizer.lr": 1.6, "algorithm.gamma": 0.0625})
-    points, is_inside = search((LR, GAMMA), 25, score)
-    assert points[0] == {"optimizer.lr": 1.6, "algorithm.gamma": 0.0625}
-    assert is_inside
-    assert len(seen) == len(points) == 25
-    assert len({tuple(point.values()) for point in seen}) == 25
-
-
-def test_the_search_halves_its_steps_when_the_neighbors_are_worse():
-    score, _ = bowl({"optimizer.lr": 0.141})
-    points, is_inside = search((LR,), 6, score)
-    assert points[0] == {"optimizer.lr": 0.141} and is_inside
-
-
-def test_an_optimum_at_the_edge_is_said_to_be_there():
-    score, _ = bowl({"optimizer.lr": 100.0})
-    points, is_inside = search((LR,), 4, score)
-    assert points[0] == {"optimizer.lr": 0.8} and not is_inside
-
-
-def test_points_that_diverge_are_the_worst():
-    points, is_inside = search((LR,), 3, lambda values: -math.inf if values["optimizer.lr"] > 0.1 else 0.5)
-    assert points[-1] == {"optimizer.lr": 0.2} and points[0] == {"optimizer.lr": 0.1} and is_inside
-
-
-def test_without_axes_there_is_one_run():
-    assert search((), 9, lambda values: 1.0) == ([{}], True)
 
 
 def test_a_configuration_is_made_of_all_parts(study):

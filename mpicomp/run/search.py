@@ -5,13 +5,13 @@ A point gives every axis a whole number of steps from its start; its value is ``
     1. runs the start;
     2. runs the neighbors of the best point, one step up and one down along every axis, and moves on as soon as one is
        better. So the best point of a search that has come this far is never at an edge;
-    3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up.
-
-Every method of a study has the same budget.
+    3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up;
+    4. as long as everything diverges, goes down along all axes instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -64,6 +64,11 @@ def search(axes: tuple[Axis, ...], budget: int, score: Callable[[Values], float]
     step = Fraction(1)
     while axes and len(scores) < budget:
         following = next((near for near in neighbors(best, step) if near not in scores), None)
+        if following is None and scores[best] == -math.inf:
+            best = tuple(place - step for place in best)
+            if best not in scores:
+                scores[best] = score(values_of(axes, best))
+            continue
         if following is None:
             step /= 2
             continue
