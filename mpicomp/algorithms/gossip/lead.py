@@ -16,8 +16,8 @@ x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning r
 optimizer makes of g_i, with its momentum and weight decay; d_i the dual variable, at first 0, in the unit of a
 gradient; y_i the model after that local step; C the compressor and q_i what is sent; h_i the public copy, at first the
 model; W_ij the weight of rank j in the average of rank i; b_i = sum_j W_ij h_j - h_i, at first 0, and r_i the same of
-h_j + q_j, which is what the ranks know of y_j; alpha the weight of what is new in the public copy, ``copy_weight``; gamma the
-consensus step.
+h_j + q_j, which is what the ranks know of y_j; alpha the weight of what is new in the public copy, ``copy_weight``;
+gamma the consensus step.
 
 The sum of d over the ranks is 0 in every step, and the mean of x moves by the mean of the steps of the optimizers. At
 rest d_i = -u_i, so the u_i add up to 0: with SGD, with momentum or without, that is the optimum. Adam divides by other
@@ -111,8 +111,8 @@ class LEAD(Algorithm[LEADState]):
         if not (self.compressor.is_unbiased or self.compressor.relative_error <= LARGEST_ERROR):
             raise ConfigError(
                 f"compression.kind = {type(self.compressor).__name__!r} is biased as it is set, and with LEAD its "
-                "errors would add up. Use compression.kind = 'natural' or 'qsgd', or 'randk' with compression.unbiased = "
-                "true; or algorithm.kind = 'motef', for any compressor."
+                "errors would add up. Use compression.kind = 'natural' or 'qsgd', or 'randk' with "
+                "compression.unbiased = true; or algorithm.kind = 'motef', for any compressor."
             )
         if not 0 < self.copy_weight <= 1:
             raise ConfigError(f"algorithm.copy_weight = {self.copy_weight} must be in (0, 1]")
