@@ -13,6 +13,7 @@ from mpicomp.algorithms.gossip.deep_squeeze import DeepSqueeze
 from mpicomp.algorithms.gossip.def_atc import DEFATC
 from mpicomp.algorithms.gossip.diloco import DiLoCo
 from mpicomp.algorithms.gossip.dpsgd import DPSGD
+from mpicomp.algorithms.gossip.lead import LEAD
 from mpicomp.algorithms.gossip.local_sgd import LocalSGD
 from mpicomp.algorithms.gossip.motef import MoTEF
 from mpicomp.algorithms.gossip.noloco import NoLoCo
@@ -44,6 +45,7 @@ ALGORITHMS: dict[str, type] = {
     "deep_squeeze": DeepSqueeze,
     "def_atc": DEFATC,
     "motef": MoTEF,
+    "lead": LEAD,
     "sgp": SGP,
     "power_gossip": PowerGossip,
     "ef_sgd": EFSGD,
@@ -74,6 +76,7 @@ __all__ = [
     "EFSGD",
     "GMC",
     "GOSSIP",
+    "LEAD",
     "SGD",
     "SGP",
     "SSGD",

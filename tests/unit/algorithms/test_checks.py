@@ -1,13 +1,13 @@
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DEFATC, DPSGD, EFSGD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms import DEFATC, DPSGD, EFSGD, LEAD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Cast, ErrorFeedback, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, Topology, exponential, random_digraph, ring, star
 
 
-@pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1), DEFATC(0.1)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Choco(0.1), AdaGossip(0.1), DEFATC(0.1), LEAD()], ids=lambda m: m.name)
 class TestFixedSymmetricGraph:
     def test_directed_graph_is_refused(self, method):
         with pytest.raises(TopologyError, match=r"'exponential' has a directed graph .*'dpsgd'"):
@@ -69,7 +69,7 @@ def test_dpsgd_refuses_lossy_messages():
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, SGP])
+@pytest.mark.parametrize("method", [DPSGD, Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, LEAD, SGP])
 def test_gamma_must_be_positive(method, gamma):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = .* must be a finite number > 0"):
         method(gamma=gamma)
@@ -101,7 +101,7 @@ def test_def_atc_checks_its_damping(damping):
         DEFATC(gamma=0.1, damping=damping)
 
 
-@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, SGP])
+@pytest.mark.parametrize("method", [Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, LEAD, SGP])
 def test_methods_with_an_error_memory_take_no_second_one(method):
     with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))
@@ -122,6 +122,7 @@ def test_local_sgd_checks_its_period():
     [
         (EFSGD(TopK(0.1)), r"algorithm.inner: EFSGD has no mixing .* Use a gossip method: 'dpsgd', 'choco'"),
         (LocalSGD(), "algorithm.inner: LocalSGD has no mixing"),
+        (LEAD(), "algorithm.inner: LEAD has no mixing"),
         (Choco(0.1, overlap=True), r"algorithm.overlap = true: Choco would send behind one gradient, .* Leave it out"),
         (AdaGossip(0.1, overlap=True), "algorithm.overlap = true: AdaGossip"),
         (DPSGD(order="combine_then_adapt"), "Use algorithm.order = 'adapt_then_combine'"),

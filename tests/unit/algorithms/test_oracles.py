@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DEFATC, DPSGD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms import DEFATC, DPSGD, LEAD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.topology import (
     OnePeerExponential,
@@ -477,6 +477,7 @@ class TestMemory:
             (DeepSqueeze(0.05, TOP), 1),
             (DEFATC(0.1, TOP), 3),
             (MoTEF(0.1, TOP), 8),
+            (LEAD(), 5),
         ],
         ids=lambda value: getattr(value, "name", value),
     )

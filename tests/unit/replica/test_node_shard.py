@@ -112,7 +112,7 @@ def configured(name, *overrides):
     return RunConfig.load(f"configs/methods/{name}.toml", [*NODES, *overrides])
 
 
-@pytest.mark.parametrize("name", ["choco", "adagossip", "gmc_plus", "local_sgd_choco", "powersgd", "motef"])
+@pytest.mark.parametrize("name", ["choco", "adagossip", "gmc_plus", "local_sgd_choco", "powersgd", "motef", "lead"])
 def test_a_run_continues_bit_for_bit(name, tmp_path):
     stops = ["checkpoint.every_steps=10", "checkpoint.every_minutes=", "schedule.kind=constant", "schedule.warmup="]
     folders = [RunFolder(tmp_path / part) for part in ("whole", "half")]

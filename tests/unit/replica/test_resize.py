@@ -6,6 +6,7 @@ from support import small
 from mpicomp.algorithms import (
     DEFATC,
     EFSGD,
+    LEAD,
     SGP,
     AdaGossip,
     Choco,
@@ -20,7 +21,7 @@ from mpicomp.algorithms import (
     StreamingDiLoCo,
 )
 from mpicomp.checkpoint.folder import Checkpoints
-from mpicomp.compression import RandomK, TopK
+from mpicomp.compression import Natural, RandomK, TopK
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange import loopback
 from mpicomp.replica.resize import load_resized
@@ -57,6 +58,7 @@ def copied(state):
         DeepSqueeze(0.05, TopK(0.2)),
         DEFATC(0.2, TopK(0.2)),
         MoTEF(0.2, TopK(0.2)),
+        LEAD(compressor=Natural()),
         SGP(0.2, TopK(0.2)),
         SGP(overlap=True),
         PowerGossip(),
@@ -95,6 +97,8 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
         if f"{at}feedback/ratio/level" in state:
             assert (state[f"{at}feedback/ratio/level"], state[f"{at}feedback/ratio/messages"]) == (1, 6)
             assert torch.equal(state[f"{at}feedback/ratio/norms"], old[0][f"{at}feedback/ratio/norms"])
+        for fixed in {f"{at}dual", f"{at}ahead"} & state.keys():
+            assert not state[fixed].any()  # their sum over the ranks must be 0, and is
         if f"{at}w" in state:
             assert state[f"{at}w"] == 1
         if f"{at}compressor/stream" in state:

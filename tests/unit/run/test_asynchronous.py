@@ -130,6 +130,7 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
         (GOSSIP, ["compression.error_feedback=true"], "compression.error_feedback = true: DC-gossip has"),
         (HUB, ["run.on_peer_loss=continue"], "'continue' does not go with algorithm.kind = 'dc_asgd': the part of the"),
         ("configs/methods/motef.toml", ["run.on_peer_loss=continue"], "'motef': it cannot make its state anew"),
+        ("configs/methods/lead.toml", ["run.on_peer_loss=continue"], "'lead': it cannot make its state anew"),
         (CHOCO, ["run.on_peer_loss=continue", "topology.kind=hypercube"], "there is no graph for the others"),
         (CHOCO, ["run.on_peer_loss=continue", "compression.allocation=dagc"], "to which their ratios do not"),
         (GOSSIP, ["run.on_peer_loss=continue", "algorithm.share=equal"], "needs algorithm.share = 'by_speed'"),

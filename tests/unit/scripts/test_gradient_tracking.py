@@ -1,4 +1,4 @@
-"""What the plot of gradient tracking shows: one method alone reaches the optimum of all ranks with a constant step."""
+"""What the plot of gradient tracking shows: only MoTEF and LEAD reach the optimum of all ranks."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def test_the_optimum_is_that_of_all_ranks_and_of_none(name):
 
 @over_problems
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_tracking_alone_reaches_the_optimum(name, method):
+def test_only_methods_for_such_data_reach_the_optimum(name, method):
     falls_short = isinstance(METHODS[method], DPSGD | Choco)
     found = distances(problem(name), METHODS[method], 500 if falls_short else 1500 if name == "mushrooms" else 800)
     if falls_short:

@@ -1,0 +1,152 @@
+"""LEAD: the listing in NumPy, NIDS where nothing is lost, and the optimum of all ranks with a constant step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from support.quadratic import DIM, centers, curvature, top_k, train
+
+from mpicomp.algorithms import DPSGD, LEAD, SGD, Choco
+from mpicomp.compression import QSGD, Cast, Identity, Natural, PerTensor, RandomK, SignNorm, TopK, UniformGrid
+from mpicomp.compression.base import Wrapper
+from mpicomp.errors import ConfigError
+from mpicomp.topology import chain, ring, star, torus
+
+LR = 0.1
+KEPT = 6
+GRAPHS = [ring(5), ring(2), chain(3), star(4), torus(6), ring(1)]
+over_graphs = pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}{g.size}")
+
+
+@dataclass(frozen=True)
+class Replayable(Wrapper):
+    """Says that it is unbiased, so that LEAD takes messages that NumPy can make, too; too few steps to diverge."""
+
+    @property
+    def is_unbiased(self):
+        return True
+
+
+TOP = Replayable(TopK(ratio=KEPT / DIM))
+
+
+def gradients(x):
+    return curvature() * (x - centers(len(x)))
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def stacked(trained, name):
+    return np.stack([getattr(state, name).numpy() for state in trained.states])
+
+
+@over_graphs
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(("gamma", "alpha"), [(1.0, 0.5), (0.3, 0.8)])
+def test_listing(graph, gamma, alpha, momentum):
+    """With rates that change from step to step; where one is 0, the dual variable stays."""
+    rates = [0.0, 0.02, *np.linspace(0.1, 0.05, 17), 0.0]
+    x, d, h, h_w, u = (np.zeros((graph.size, DIM)) for _ in range(5))
+    for lr in rates:
+        u = momentum * u + gradients(x)
+        y = x - lr * u - lr * d
+        q = top_k(y - h, KEPT)
+        y_hat, y_hat_w = h + q, h_w + graph.mixing @ q
+        h, h_w = (1 - alpha) * h + alpha * y_hat, (1 - alpha) * h_w + alpha * y_hat_w
+        if lr:
+            d = d + gamma / (2 * lr) * (y_hat - y_hat_w)
+            x = x - lr * u - lr * d
+        else:
+            x = y - gamma / 2 * (y_hat - y_hat_w)  # the limit of the line above
+        close(d.sum(axis=0), np.zeros(DIM), 1e-10)
+    trained = train(LEAD(gamma, TOP, alpha), graph, len(rates), lr=rates, momentum=momentum)
+    scale = max(1.0, np.abs(d).max())
+    close(trained.x, x)
+    close(stacked(trained, "dual"), d, 1e-12 * scale)
+    close(stacked(trained, "x_hat"), h)
+    close(stacked(trained, "ahead"), h_w - h)
+
+
+@over_graphs
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+def test_uncompressed_it_is_nids(graph, gamma, alpha):
+    """D is eliminated: -lr D = x - x_before + lr g_before. With gamma = 1 the weights are (I + W) / 2."""
+    mixing = np.eye(graph.size) - gamma / 2 * (np.eye(graph.size) - graph.mixing)
+    before = np.zeros((graph.size, DIM))
+    x = mixing @ (before - LR * gradients(before))
+    for _ in range(24):
+        x, before = mixing @ (2 * x - before - LR * (gradients(x) - gradients(before))), x
+    close(train(LEAD(gamma, copy_weight=alpha), graph, 25).x, x)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_on_one_rank_it_is_sgd(momentum):
+    trained = train(LEAD(compressor=Natural()), ring(1), 20, momentum=momentum)
+    close(trained.x, train(SGD(), ring(1), 20, momentum=momentum).x, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "momentum"),
+    [
+        (LEAD(compressor=Natural()), 0.0),
+        (LEAD(compressor=Natural()), 0.5),
+        (LEAD(compressor=QSGD(bits=3)), 0.0),
+        (LEAD(0.3, RandomK(0.5, shared=False, unbiased=True)), 0.0),
+    ],
+    ids=str,
+)
+def test_a_constant_rate_leads_to_the_optimum_of_all_ranks(method, momentum):
+    """The dual variables there undo the steps of the ranks, of gradients over 1 - momentum."""
+    optimum = np.tile(centers(5).mean(axis=0), (5, 1))
+    trained = train(method, ring(5), 220, lr=0.2, momentum=momentum)
+    close(trained.x, optimum, 1e-6)
+    duals = stacked(trained, "dual")
+    close(duals.sum(axis=0), np.zeros(DIM), 1e-10)
+    close(duals, -gradients(optimum) / (1 - momentum), 1e-4)
+
+
+@pytest.mark.parametrize("method", [DPSGD(), Choco(0.3, TopK(0.25))], ids=lambda m: m.name)
+def test_other_methods_stop_short_of_it(method):
+    assert np.abs(train(method, ring(5), 120, lr=0.2).x - centers(5).mean(axis=0)).max() > 1e-2
+
+
+def test_duals_keep_their_meaning_when_the_rate_falls():
+    optimum = np.tile(centers(5).mean(axis=0), (5, 1))
+    rates = [0.3] * 120 + [0.03] * 3
+    trained = train(LEAD(compressor=QSGD(bits=4)), ring(5), len(rates), lr=rates)
+    close(trained.x, optimum, 1e-6)
+    close(stacked(trained, "dual"), -gradients(optimum), 1e-4)
+
+
+def test_the_mean_moves_by_the_mean_of_the_steps():
+    before, after = (train(LEAD(compressor=Natural()), ring(6), steps).x for steps in (9, 10))
+    close(after.mean(axis=0), before.mean(axis=0) - LR * gradients(before).mean(axis=0))
+
+
+def test_bytes_are_those_of_choco():
+    sent = [train(method, ring(5), 7).bytes_sent for method in (LEAD(compressor=Natural()), Choco(0.5, Natural()))]
+    assert sent[0] == sent[1] == [7 * 2 * (DIM + DIM // 8)] * 5
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [TopK(0.1), SignNorm(), UniformGrid(bits=4), RandomK(0.5), QSGD(contractive=True), PerTensor(TopK(0.1))],
+    ids=str,
+)
+def test_biased_messages_are_refused(compressor):
+    with pytest.raises(ConfigError, match=rf"compression.kind = '{type(compressor).__name__}' is biased .* 'natural'"):
+        LEAD(compressor=compressor)
+
+
+def test_messages_that_are_nearly_exact_are_taken():
+    for compressor in (Identity(), Cast("bfloat16"), PerTensor(QSGD(bits=8))):
+        LEAD(compressor=compressor)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.1, float("nan")])
+def test_the_weight_of_a_copy_is_a_fraction(weight):
+    with pytest.raises(ConfigError, match=r"algorithm.copy_weight = .* must be in \(0, 1\]"):
+        LEAD(copy_weight=weight)
