@@ -125,6 +125,7 @@ class _Training:
             stored = run.restore_(self._gossip, self._gossip.meter)
             course = str(stored["data/course"])
             _restore_assignment(setup, run.checkpoint.manifest.size, course, self._gossip.steps, world.size)
+        self._gossip.local.delay.gradients = self._gossip.steps
         self._recorded = min(self._gossip.steps, setup.steps - 1)  # the last step with a record, if it is to have one
         self._membership = ElasticMembership.of(stored, world.size)
         self._between_steps = _BetweenSteps(run, self._gossip, self._membership)
