@@ -61,7 +61,8 @@ class Study:
         validation: how many training samples are held out to choose settings by.
         decide_by: ``"accuracy"``, ``"loss"``, or ``"time"``: the epochs until the mean accuracy of three evaluations
             has come to the target. A setting may have its own.
-        target: an accuracy in percent; the table then has epochs, seconds and megabytes to it.
+        target: an accuracy in percent, or a loss if that decides; the table then has epochs, seconds and megabytes to
+            it.
         reference: the method with which the others are compared.
         other_links: simulations by their name, in which the methods of the table are timed, too: a method in step takes
             the same steps there.

@@ -42,7 +42,7 @@ def table(study: Study, setting: Variant, finished: Sequence[Finished]) -> list[
     columns = ["method", "chosen", quality, "ranks' own (%)", "MB sent a rank", *seconds_heads(study, "seconds")]
     columns += ["twice the length"]
     if study.target:
-        target = f"to {study.target:g} %"
+        target = f"to {study.target:g}" + ("" if study.decide_by == "loss" else " %")
         columns += [f"epochs {target}", f"MB a rank {target}", *seconds_heads(study, f"seconds {target}")]
         columns += [f"seconds {target}, {name}" for name in study.other_links]
     reference = next((row.outcomes for row in finished if row.cell.method.name == study.reference), None)
@@ -96,9 +96,8 @@ def reached(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
 
 def rows_at_target(study: Study, outcomes: Sequence[Outcome]) -> list[Sequence[Any]]:
     """Return the row of each curve at which the target is reached, where it is."""
-    assert study.target is not None
     ended = [outcome for outcome in outcomes if not outcome["diverged"]]
-    return [row for outcome in ended if (row := first_at(outcome["curve"], study.target / 100))]
+    return [row for outcome in ended if (row := first_at(outcome["curve"], study))]
 
 
 def seconds_heads(study: Study, head: str) -> list[str]:
@@ -142,13 +141,14 @@ def write_choices(study: Study, finished: Sequence[Finished]) -> Path:
     """Write tuned.json: of each cell the whole search and the choice."""
     found: dict[str, Any] = {}
     for cell, choice, outcomes, _ in finished:
+        quality = "loss" if cell.study.decide_by == "loss" else "accuracy"
         found.setdefault(cell.setting.name, {})[cell.method.name] = {
             "chosen": dict(choice.values),
             "is_inside": choice.is_inside,
-            "search": [[o["values"], None if o["diverged"] else o["accuracy"]] for o in choice.searched],
+            "search": [[o["values"], None if o["diverged"] else o[quality]] for o in choice.searched],
             "refused": [dict(values) for values in choice.refused],
-            "validation": [choice.full["accuracy"], choice.double["accuracy"]],
-            "test": [None if o["diverged"] else o["accuracy"] for o in outcomes],
+            "validation": [choice.full[quality], choice.double[quality]],
+            "test": [None if o["diverged"] else o[quality] for o in outcomes],
         }
     path = study.folder / "tuned.json"
     path.write_text(json.dumps(found, indent=1) + "\n")

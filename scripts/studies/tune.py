@@ -142,8 +142,7 @@ class Cell:
         if self.study.decide_by == "loss":
             return -float(outcome["loss"])
         if self.study.decide_by == "time":
-            assert self.study.target is not None
-            reached = first_at(outcome["curve"], self.study.target / 100)
+            reached = first_at(outcome["curve"], self.study)
             return -reached[0] if reached else -1000 + float(outcome["accuracy"])
         return float(outcome["accuracy"])
 
@@ -156,9 +155,15 @@ class Cell:
         return bool(double["accuracy"] > full["accuracy"] - STABLE_WITHIN)
 
 
-def first_at(curve: Sequence[Sequence[Any]], accuracy: float) -> Sequence[Any] | None:
-    """Return the first row of a curve at which the mean accuracy of the last evaluations has come to `accuracy`."""
+def first_at(curve: Sequence[Sequence[Any]], study: Study) -> Sequence[Any] | None:
+    """Return the first row of a curve at which the mean of the last evaluations has come to the study's target."""
+    assert study.target is not None
     for i in range(SMOOTHING - 1, len(curve)):
-        if fmean(row[3] for row in curve[i - SMOOTHING + 1 : i + 1]) >= accuracy:
+        recent = curve[i - SMOOTHING + 1 : i + 1]
+        if study.decide_by == "loss":
+            has_come = fmean(row[4] for row in recent) <= study.target
+        else:
+            has_come = 100 * fmean(row[3] for row in recent) >= study.target
+        if has_come:
             return curve[i]
     return None

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,10 +155,14 @@ def test_a_damaged_line_is_named(study):
         Runs(study, 0)
 
 
-def test_targets_are_reached_by_the_mean_of_three_evaluations():
-    curve = [[epoch, 0, 0, accuracy, 1.0] for epoch, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.7, 0.8])]
-    assert first_at(curve, 0.6)[0] == 3  # not 1, where one evaluation is above
-    assert first_at(curve, 0.95) is None
+def test_targets_are_reached_by_the_mean_of_three_evaluations(study):
+    qualities = [0.1, 0.9, 0.5, 0.6, 0.7, 0.8]
+    curve = [[epoch, 0, 0, quality, 1 - quality] for epoch, quality in enumerate(qualities)]
+    assert first_at(curve, replace(study, target=60.0))[0] == 3  # not 1, where one evaluation is above
+    assert first_at(curve, replace(study, target=95.0)) is None
+    by_loss = replace(study, decide_by="loss")
+    assert first_at(curve, replace(by_loss, target=0.4))[0] == 3
+    assert first_at(curve, replace(by_loss, target=0.05)) is None
 
 
 def test_differences_are_paired_by_seed(study):
