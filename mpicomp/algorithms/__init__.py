@@ -23,6 +23,7 @@ from mpicomp.algorithms.sums.demo import DeMo
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
 from mpicomp.algorithms.sums.efficient_adam import EfficientAdam
+from mpicomp.algorithms.sums.fedadam_ssm import FedAdamSSM
 from mpicomp.algorithms.sums.gmc import GMC
 from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
 from mpicomp.algorithms.sums.powersgd import PowerSGD
@@ -37,6 +38,7 @@ ALGORITHMS: dict[str, type] = {
     "streaming_diloco": StreamingDiLoCo,
     "noloco": NoLoCo,
     "sparse_loco": SparseLoCo,
+    "fedadam_ssm": FedAdamSSM,
     "ssgd": SSGD,
     "dpsgd": DPSGD,
     "choco": Choco,
@@ -87,6 +89,7 @@ __all__ = [
     "DeepSqueeze",
     "DiLoCo",
     "EfficientAdam",
+    "FedAdamSSM",
     "Gossip",
     "Local",
     "LocalSGD",

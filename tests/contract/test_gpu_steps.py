@@ -22,7 +22,7 @@ from support.methods import ALL_REDUCE, ASYNCHRONOUS, DETERMINISTIC, graph_for
 from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
 from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
-from mpicomp.algorithms.sums.two_way import TwoWayAdam
+from mpicomp.algorithms.sums.adam import OwnAdam
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.mailbox import slots
@@ -53,6 +53,8 @@ MOST = {
     "noloco": (1, 0, 30),
     "sparse_loco": (1, 9, 41),
     "sparse_loco_statistical": (1, 9, 147),
+    "fedadam_ssm": (1, 18, 47),
+    "fedadam_ssm_every_step": (1, 18, 47),
     "dpsgd": (1, 0, 23),
     "dpsgd_overlapped": (1, 0, 23),
     "dpsgd_float16": (1, 0, 26),
@@ -191,7 +193,7 @@ def flat_model(algorithm, device):
     if device is not None:
         move_(model)
     has_own = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
-    momentum = 0.0 if has_own or isinstance(algorithm, TwoWayAdam) else 0.9
+    momentum = 0.0 if has_own or isinstance(algorithm, OwnAdam) else 0.9
     return FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, foreach=False))
 
 
