@@ -27,6 +27,7 @@ from mpicomp.algorithms.sums.fedadam_ssm import FedAdamSSM
 from mpicomp.algorithms.sums.gmc import GMC
 from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
 from mpicomp.algorithms.sums.powersgd import PowerSGD
+from mpicomp.algorithms.sums.sketched_amsgrad import SketchedAMSGrad
 from mpicomp.algorithms.sums.sparse_loco import SparseLoCo
 from mpicomp.algorithms.sums.ssgd import SSGD
 from mpicomp.algorithms.sums.streaming_diloco import StreamingDiLoCo
@@ -54,6 +55,7 @@ ALGORITHMS: dict[str, type] = {
     "demo": DeMo,
     "efficient_adam": EfficientAdam,
     "onebit_adam": OneBitAdam,
+    "sketched_amsgrad": SketchedAMSGrad,
     "powersgd": PowerSGD,
     "asgd": ASGD,
     "dc_asgd": DCASGD,
@@ -98,6 +100,7 @@ __all__ = [
     "OneBitAdam",
     "PowerGossip",
     "PowerSGD",
+    "SketchedAMSGrad",
     "SparseLoCo",
     "StreamingDiLoCo",
 ]

@@ -105,6 +105,7 @@ MOST = {
     "efficient_adam_decaying": (1, 14, 32),
     "efficient_adam_random": (1, 9, 29),
     "onebit_adam": (2, 54, 89),
+    "sketched_amsgrad": (2, 11, 128),
     "powersgd": (4, 0, 66),
     "powersgd_momentum": (4, 0, 57),
     "choco_identity": (1, 1, 25),

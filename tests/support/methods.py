@@ -31,6 +31,7 @@ from mpicomp.algorithms import (
     OneBitAdam,
     PowerGossip,
     PowerSGD,
+    SketchedAMSGrad,
     SparseLoCo,
     StreamingDiLoCo,
 )
@@ -150,6 +151,7 @@ DETERMINISTIC = {
     "efficient_adam_decaying": EfficientAdam(TOP, downlink=TOP, rates="decaying", bias_correction=False),
     "efficient_adam_random": EfficientAdam(COMPRESSORS["qsgd"], downlink=COMPRESSORS["qsgd"]),
     "onebit_adam": OneBitAdam(COMPRESSORS["sign_per_tensor"], downlink=COMPRESSORS["sign_per_tensor"], freeze_step=4),
+    "sketched_amsgrad": SketchedAMSGrad(columns=30, k=5, epsilon=0.1),
     "powersgd": PowerSGD(rank=1),
     "powersgd_momentum": PowerSGD(rank=2, momentum=0.9),
     **{f"choco_{name}": Choco(0.1, c) for name, c in COMPRESSORS.items() if not isinstance(c, ErrorFeedback)},

@@ -57,16 +57,18 @@ class OwnAdam(Algorithm[S]):
                 "the loss"
             )
 
+    def corrections(self, of_m: int, of_v: int) -> tuple[float, float]:
+        """Return what to divide m and sqrt(v) by, moments of so many gradients; 1 without bias correction."""
+        return (1 - self.beta1**of_m, (1 - self.beta2**of_v) ** 0.5) if self.bias_correction else (1.0, 1.0)
+
     def steps_of_(self, m: Tensor, v: Tensor, local: Local, steps: tuple[int, int], scale: float = 1.0) -> None:
         """``g = scale lr m / (sqrt(v) + epsilon)``, all (n,), corrected for moments of `steps` (of m, of v) gradients.
 
         lr is that of each parameter's group.
         """
+        first, root = self.corrections(*steps)
         for part, group in local.groups:
-            lr, epsilon = scale * group["lr"], self.epsilon
-            if self.bias_correction:
-                root = (1 - self.beta2 ** steps[1]) ** 0.5
-                lr, epsilon = lr * root / (1 - self.beta1 ** steps[0]), epsilon * root
+            lr, epsilon = scale * group["lr"] * root / first, self.epsilon * root
             for start, stop in blocks(part.stop - part.start):
                 block = slice(part.start + start, part.start + stop)
                 torch.div(m[block], sqrt(v[block]).add_(epsilon), out=local.g[block]).mul_(lr)
