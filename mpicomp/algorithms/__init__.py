@@ -24,9 +24,11 @@ from mpicomp.algorithms.sums.demo import DeMo
 from mpicomp.algorithms.sums.dgc import DGC
 from mpicomp.algorithms.sums.ef_sgd import EFSGD
 from mpicomp.algorithms.sums.efficient_adam import EfficientAdam
+from mpicomp.algorithms.sums.fedadam_ssm import FedAdamSSM
 from mpicomp.algorithms.sums.gmc import GMC
 from mpicomp.algorithms.sums.onebit_adam import OneBitAdam
 from mpicomp.algorithms.sums.powersgd import PowerSGD
+from mpicomp.algorithms.sums.sketched_amsgrad import SketchedAMSGrad
 from mpicomp.algorithms.sums.sparse_loco import SparseLoCo
 from mpicomp.algorithms.sums.ssgd import SSGD
 from mpicomp.algorithms.sums.streaming_diloco import StreamingDiLoCo
@@ -38,6 +40,7 @@ ALGORITHMS: dict[str, type] = {
     "streaming_diloco": StreamingDiLoCo,
     "noloco": NoLoCo,
     "sparse_loco": SparseLoCo,
+    "fedadam_ssm": FedAdamSSM,
     "ssgd": SSGD,
     "dpsgd": DPSGD,
     "choco": Choco,
@@ -54,6 +57,7 @@ ALGORITHMS: dict[str, type] = {
     "demo": DeMo,
     "efficient_adam": EfficientAdam,
     "onebit_adam": OneBitAdam,
+    "sketched_amsgrad": SketchedAMSGrad,
     "powersgd": PowerSGD,
     "asgd": ASGD,
     "dc_asgd": DCASGD,
@@ -90,6 +94,7 @@ __all__ = [
     "DeepSqueeze",
     "DiLoCo",
     "EfficientAdam",
+    "FedAdamSSM",
     "Gossip",
     "Local",
     "LocalSGD",
@@ -98,6 +103,7 @@ __all__ = [
     "OneBitAdam",
     "PowerGossip",
     "PowerSGD",
+    "SketchedAMSGrad",
     "SparseLoCo",
     "StreamingDiLoCo",
 ]

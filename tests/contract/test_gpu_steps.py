@@ -22,7 +22,7 @@ from support.methods import ALL_REDUCE, ASYNCHRONOUS, DETERMINISTIC, graph_for
 from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
 
 from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
-from mpicomp.algorithms.sums.two_way import TwoWayAdam
+from mpicomp.algorithms.sums.adam import OwnAdam
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.mailbox import slots
@@ -54,6 +54,8 @@ MOST = {
     "noloco_topk": (3, 9, 56),
     "sparse_loco": (1, 9, 41),
     "sparse_loco_statistical": (1, 9, 147),
+    "fedadam_ssm": (1, 18, 47),
+    "fedadam_ssm_every_step": (1, 18, 47),
     "dpsgd": (1, 0, 23),
     "dpsgd_overlapped": (1, 0, 23),
     "dpsgd_float16": (1, 0, 26),
@@ -106,6 +108,7 @@ MOST = {
     "efficient_adam_decaying": (1, 14, 32),
     "efficient_adam_random": (1, 9, 29),
     "onebit_adam": (2, 54, 89),
+    "sketched_amsgrad": (2, 11, 128),
     "powersgd": (4, 0, 66),
     "powersgd_momentum": (4, 0, 57),
     "choco_identity": (1, 1, 25),
@@ -196,7 +199,7 @@ def flat_model(algorithm, device):
     if device is not None:
         move_(model)
     has_own = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
-    momentum = 0.0 if has_own or isinstance(algorithm, TwoWayAdam) else 0.9
+    momentum = 0.0 if has_own or isinstance(algorithm, OwnAdam) else 0.9
     return FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, foreach=False))
 
 

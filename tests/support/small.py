@@ -4,7 +4,7 @@ import torch
 from support.methods import graph_for
 from torch import nn
 
-from mpicomp.algorithms.sums.two_way import TwoWayAdam
+from mpicomp.algorithms.sums.adam import OwnAdam
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 from mpicomp.state import TORCH_GENERATOR
@@ -32,7 +32,7 @@ def make(world, algorithm, topology=None, seed=0, **options) -> tuple[Distribute
     """Return a model under `algorithm`, and a function that gives the closure of a step."""
     model = network(seed)
     has_own_momentum = getattr(algorithm, "quasi_global_momentum", 0) or getattr(algorithm, "momentum", 0)
-    takes_own_steps = isinstance(algorithm, TwoWayAdam)
+    takes_own_steps = isinstance(algorithm, OwnAdam)
     momentum = 0.0 if has_own_momentum or takes_own_steps else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
     gossip = distribute(model, optimizer, algorithm, topology or graph_for(algorithm), world=world, **options)

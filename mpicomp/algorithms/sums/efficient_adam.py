@@ -43,7 +43,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState, moments_
+from mpicomp.algorithms.sums.adam import moments_
+from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 

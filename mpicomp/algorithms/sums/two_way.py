@@ -15,19 +15,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, require_positive
-from mpicomp.algorithms.sums.base import AggregatedAlgorithm, S
-from mpicomp.compression.base import Compressor, blocks
+from mpicomp.algorithms.base import Local, S
+from mpicomp.algorithms.sums.adam import OwnAdam
+from mpicomp.algorithms.sums.base import AggregatedAlgorithm
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
-from mpicomp.kernels.reference import sqrt
 from mpicomp.state import SERVERS, State
 
 
@@ -48,37 +47,24 @@ class TwoWayState:
 
 
 @dataclass(frozen=True)
-class TwoWayAdam(AggregatedAlgorithm[S]):
-    """A method that takes steps of Adam's kind by itself, with the learning rates of the optimizer's groups.
-
-    Their weight decay is decoupled as in AdamW, ``x (1 - lr weight_decay)``, on all ranks alike and never compressed.
+class TwoWayAdam(OwnAdam[S], AggregatedAlgorithm[S]):
+    """A method that takes steps of Adam's kind by itself; weight decay is the same on all ranks, and never compressed.
 
     Attributes:
         downlink: of the server's answer; any contractive compressor.
-        beta1: decay of the first moment, in [0, 1).
-        beta2: decay of the second moment, in [0, 1).
-        epsilon: added to the root of the second moment.
-        bias_correction: whether the moments are corrected for their start at zero, as in `torch.optim.Adam`.
 
     """
 
     downlink: Compressor = Identity()
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        OwnAdam.__post_init__(self)
+        AggregatedAlgorithm.__post_init__(self)
         if self.downlink.remembers_errors:
             raise ConfigError(
                 f"downlink.error_feedback = true: the server of {self.name} has an error memory of its own and would "
                 "count every error twice. Leave it out."
             )
-        for key, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"algorithm.{key} = {value} must be in [0, 1)")
-        require_positive(epsilon=self.epsilon)
 
     def init_messages(self, local: Local, exchange: Exchange) -> TwoWayState:
         """Return errors of zero, and new states of the compressors.
@@ -88,17 +74,7 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
 
         """
         self.rank_weights(exchange.size)  # raises what is wrong with them
-        if local.momentum:
-            raise ConfigError(
-                f"optimizer.momentum = {local.momentum:g} (or its betas): {self.name} takes its steps by itself, and "
-                "of the optimizer only the learning rates and the weight decay. Use optimizer.kind = 'sgd' without "
-                "momentum; algorithm.beta1 and algorithm.beta2 are the method's own."
-            )
-        if any(group.get("maximize") for _, group in local.groups):
-            raise ConfigError(
-                f"optimizer.maximize = True: {self.name} takes its steps by itself, and downhill. Change the sign of "
-                "the loss"
-            )
+        self.require_plain_optimizer(local)
         spec, device = local.spec, local.x.device
         error = local.x.new_zeros(spec.numel if Aggregator(exchange).is_server else 0)
         uplink = ErrorFeedback(self.compressor).init(spec, device, exchange.rank)
@@ -118,39 +94,9 @@ class TwoWayAdam(AggregatedAlgorithm[S]):
             q = ErrorFeedback(self.downlink).compress(z, spec, server)  # q and e
         return aggregator.answer(q, self.downlink.layout(spec))
 
-    def steps_of_(self, m: Tensor, v: Tensor, local: Local, steps: tuple[int, int], scale: float = 1.0) -> None:
-        """``g = scale lr m / (sqrt(v) + epsilon)``, all (n,), corrected for moments of `steps` (of m, of v) gradients.
-
-        lr is that of each parameter's group.
-        """
-        for part, group in local.groups:
-            lr, epsilon = scale * group["lr"], self.epsilon
-            if self.bias_correction:
-                root = (1 - self.beta2 ** steps[1]) ** 0.5
-                lr, epsilon = lr * root / (1 - self.beta1 ** steps[0]), epsilon * root
-            for start, stop in blocks(part.stop - part.start):
-                block = slice(part.start + start, part.start + stop)
-                torch.div(m[block], sqrt(v[block]).add_(epsilon), out=local.g[block]).mul_(lr)
-
-    def decay_(self, local: Local, scale: float = 1.0) -> None:
-        """``x = x (1 - scale lr weight_decay)``, with those of each parameter's group."""
-        for part, group in local.groups:
-            if weight_decay := group.get("weight_decay", 0.0):
-                local.x[part].mul_(1 - scale * group["lr"] * weight_decay)
-
-    def tell_optimizer(self, local: Local) -> None:
-        """Have the optimizer step on nothing, so that its hooks run and schedulers see that it has been called."""
-        local.update(slice(0, 0))
-
     def error_norms(self, state: TwoWayState) -> dict[str, float]:
         """Return ``error_norm``, |e_k|, and on servers ``server_error_norm``, |e|."""
         norms = {"error_norm": float(state.uplink.residual.norm())}
         if state.server_error.numel():
             norms["server_error_norm"] = float(state.server_error.norm())
         return norms
-
-
-def moments_(m: Tensor, v: Tensor, g: Tensor, beta1: float, beta2: float) -> None:
-    """``m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g``, all (n,)."""
-    m.mul_(beta1).add_(g, alpha=1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
