@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ import click
 from mpicomp.algorithms.gossip.automatic_step import SHORTEST
 from mpicomp.cli import debug_option
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import ConfigError, DivergenceError
+from mpicomp.errors import ConfigError, DivergenceError, MpicompError
 from mpicomp.exchange.launcher import launched_by
+from mpicomp.exchange.node import groups_of_size
 from mpicomp.files import replacing
 from mpicomp.run.result import readable_time
 from mpicomp.run.search import Axis, Values, search
@@ -106,14 +109,28 @@ class _Request:
         }
         return self.config({**short, **values})
 
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError if `config` cannot be trained on these ranks."""
+        groups = None
+        if config.topology.level == "node":
+            groups = groups_of_size(self.size, config.topology.node_size or self.size)
+        config.check(self.size, groups)
+        if config.simulation.fault and not self.simulate:
+            raise ConfigError(f"{config.simulation.fault} needs simulated time: give --simulate N, not --loopback N")
+
     def run(self, values: Mapping[str, object]) -> Row:
-        """Train shortly with `values`."""
+        """Train shortly with `values`.
+
+        Raises:
+            MpicompError: the run failed otherwise than by diverging.
+
+        """
         words = tuple(str(value) for value in values.values())
         try:
             config = self.trial_config(values)
-            config.check(self.size)
+            self.check(config)
         except ConfigError as error:
-            return Row(words, math.inf, remark=f"not possible: {' '.join(str(error).split())}")
+            return Row(words, math.inf, remark=f"not possible: {_one_line(error)}")
         started = time.monotonic()
         trial = run_trial(config.to_toml(), self.size, self.simulate)
         seconds = time.monotonic() - started
@@ -123,7 +140,7 @@ class _Request:
         result, gamma = trial.result, trial.records[-1]["diagnostics"].get("gamma")
         remark = "" if gamma is None else f"{gamma:.3g} at the end"
         if gamma is not None and result["steps"] < FEW_STEPS:
-            remark += f", too early: it measures for {FEW_STEPS} steps"
+            remark += f", after {result['steps']} steps, too few to find it"
         accuracy, distance = result["test_accuracy"], result["consensus_distance"]
         return Row(words, loss, accuracy, math.nan if distance is None else distance, seconds, result["steps"], remark)
 
@@ -175,11 +192,12 @@ def tune(
         raise ConfigError(f"--factor {factor:g}: must be a number > 1, e.g. 2")
     if target is not None:
         _check_target(target)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the trial that runs ends, too
     axes = _axes(config_path, overrides, searched, factor)
     starts = values_at_start(axes)
     request = _Request(config_path, overrides, size, simulate is not None, epochs)
     config = request.config(starts)
-    config.check(size)
+    request.check(config)
     request = _Request(config_path, overrides, size, simulate is not None, epochs, held_out(config))
     try:
         request.trial_config(starts)
@@ -195,7 +213,13 @@ def tune(
     rows: dict[str, Row] = {}
 
     def score(values: Values) -> float:
-        row = rows[str(values)] = request.run(values)
+        try:
+            row = request.run(values)
+        except MpicompError as error:
+            if not rows:
+                raise
+            row = Row(tuple(map(str, values.values())), math.inf, remark=f"failed: {_one_line(error)}")
+        rows[str(values)] = row
         click.echo(line(names, row))
         return row.score
 
@@ -207,11 +231,15 @@ def tune(
     if math.isinf(rows[str(best)].loss):
         lower = " ".join(f"--search {axis.key}={min(v[axis.key] for v in ranked) / 10:.3g}" for axis in axes)
         also = ", or take algorithm.gamma = 'auto', which did not" if automatic and automatic.loss < math.inf else ""
-        raise DivergenceError(f"all {len(ranked)} runs diverged: begin lower, {lower}{also}")
+        raise DivergenceError(f"none of {len(ranked)} runs has come to a loss: begin lower, {lower}{also}")
     click.echo("\n" + "\n".join(curve(names, [rows[str(v)] for v in ordered(ranked)], rows[str(best)], automatic)))
     click.echo("\n" + "\n".join(verdict(names, rows[str(best)], is_inside, automatic is not None)))
     if target is not None:
         _write(target, request.config(best))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def values_at_start(axes: Sequence[Axis]) -> dict[str, float]:
@@ -323,6 +351,8 @@ def _axes(path: Path, overrides: Sequence[str], searched: Sequence[str], factor:
             raise ConfigError(f"--search {text}: must have the form section.key=start, e.g. --search {GAMMA}=0.2")
         if key in axes:
             raise ConfigError(f"--search {text}: {key} is given twice")
+        if isinstance(_value(RunConfig.load(path, overrides), key), int):
+            raise ConfigError(f"--search {text}: {key} takes whole numbers, and the search tries fractions")
         axes[key] = Axis(key, _start(text, value) if equals else _start_of_file(path, overrides, key), factor)
     return tuple(axes.values())
 
@@ -338,9 +368,15 @@ def _start(text: str, value: object) -> float:
 
 
 def _start_of_file(path: Path, overrides: Sequence[str], key: str) -> float:
-    section, name = key.split(".", 1)
-    value = getattr(getattr(RunConfig.load(path, overrides), section, None), name, None)
+    value = _value(RunConfig.load(path, overrides), key)
+    if value is None:
+        RunConfig.load(path, [*overrides, f"{key}=0.1"])  # raises, if the key is unknown or takes no fractions
     return GAMMA_START if value == "auto" else _start(key, value)
+
+
+def _value(config: RunConfig, key: str) -> object:
+    section, name = key.split(".", 1)
+    return getattr(getattr(config, section, None), name, None)
 
 
 def _automatic(request: _Request, best: Values) -> Row | None:

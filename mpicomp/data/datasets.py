@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +36,8 @@ Labels = npt.NDArray[np.int64]
 
 FOLDER_VARIABLE = "MPICOMP_DATA"
 CROP_PADDING = 4
+DIGESTED = 2**28
+"""Bytes of a tensor that a digest is made of, at most."""
 
 # The first entry of every key of random bits; those of partition.py start at 1.
 _SPLIT, _SYNTHETIC, _AUGMENT = 101, 102, 103
@@ -112,19 +113,20 @@ class Dataset:
             return np.zeros(len(self.train), dtype=np.int64)
         return self.train.labels.numpy()
 
-    @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that depend on all shapes and types, and on up to 4,096 samples, evenly chosen.
+        """Return 16 hexadecimal digits that depend on all shapes, types and whole numbers, such as pixels and tokens.
 
-        Of floating-point numbers only shape and type count: other processors may compute other last digits.
+        Of a tensor of more than 256 MB, only every so many samples count. Of floating-point numbers only shape and type
+        do: other processors may compute other last digits.
         """
         total = hashlib.blake2b(digest_size=8)
-        for samples in (self.train, self.test):
-            chosen = torch.arange(0, len(samples), max(1, len(samples) // 4096))
-            for values in (samples.inputs, samples.labels):
-                total.update(f"{values.dtype} {tuple(values.shape)}".encode())
-                if not values.is_floating_point():
-                    total.update(values[chosen].contiguous().numpy().tobytes())
+        for values in (self.train.inputs, self.train.labels, self.test.inputs, self.test.labels):
+            total.update(f"{values.dtype} {tuple(values.shape)}".encode())
+            if values.numel() and not values.is_floating_point():
+                sample_nbytes = values[0].numel() * values.element_size()
+                chosen = values[:: max(1, -(-len(values) * sample_nbytes // DIGESTED))]
+                for part in torch.split(chosen, max(1, 2**20 // sample_nbytes)):
+                    total.update(part.contiguous().numpy().data)
         return total.hexdigest()
 
     def with_validation(self, count: int) -> Dataset:

@@ -85,29 +85,36 @@ class RunContext:
         assert checkpoint is not None
         stored: dict[str, Leaf] = {}
         with together(world):
-            check_fits(checkpoint, replica.identity(self.config.to_toml()), world.size, self.resize)
             if checkpoint.manifest.size == world.size:
                 stored = checkpoint.read(world.rank)
+                self._check_data(stored)  # first: changed texts often make another model
+            check_fits(checkpoint, replica.identity(self.config.to_toml()), world.size, self.resize)
+            if stored:
                 replica.load_state_dict(stored)
         if not stored:
             stored = load_resized(replica, checkpoint)
+            with together(world):
+                self._check_data(stored)
         restore_(meter, meter_leaves(stored))
-        with together(world):
-            if stored.get(DATA, self.setup.dataset.digest) != self.setup.dataset.digest:  # 0.1.0 did not store it
-                raise CheckpointError(
-                    f"{checkpoint.path}: the data set, data.kind = {self.config.data.kind!r}, is not the one that this "
-                    "run began with: its files have changed, or data.path leads to others. Put them back, or start a "
-                    "new run"
-                )
         if folder := self.written_folder:
             folder.save_config(self.config)
             folder.rewind(checkpoint.manifest.step)
         return stored
 
+    def _check_data(self, stored: Mapping[str, Leaf]) -> None:
+        """Raise CheckpointError if the data set is not that of the checkpoint; older ones do not say."""
+        assert self.checkpoint is not None
+        if stored.get(DATA, self.setup.digest) != self.setup.digest:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the data set, data.kind = {self.config.data.kind!r}, is not the one that "
+                "this run began with: its files have changed, or data.path leads to others. Put them back, or start "
+                "a new run"
+            )
+
     def leaves(self, replica: Replica, meter: Meter) -> dict[str, Leaf]:
         """Return the leaves that `restore_` restores."""
         found = {METER + path: leaf for path, leaf in flatten(meter).items()}
-        return {**replica.state_dict(), **found, DATA: self.setup.dataset.digest}
+        return {**replica.state_dict(), **found, DATA: self.setup.digest}
 
     def start(self, step: int, part_done: float) -> None:
         """Show that training begins after `step` steps, with `part_done` of the run done."""

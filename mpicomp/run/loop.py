@@ -81,7 +81,7 @@ def train(
         watchdog.moved()
         with together(world):
             setup = set_up(config, world, groups)
-        check_same_data(setup.dataset, world)
+        check_same_data(setup, world)
         watchdog.moved()
         run = RunContext(config, world, setup, watchdog, folder, progress, callbacks, requests, checkpoint, resize)
         if isinstance(setup.algorithm, AsynchronousAlgorithm):

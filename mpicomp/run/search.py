@@ -5,7 +5,8 @@ A point gives every axis a whole number of steps from its start; its value is ``
     1. runs the start;
     2. runs the neighbors of the best point, one step up and one down along every axis, and moves on as soon as one is
        better. So the best point of a search that has come this far is never at an edge;
-    3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up;
+    3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up, or the
+       steps are finer than short runs can tell apart;
     4. as long as everything diverges, goes down along all axes instead.
 """
 
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 Values = Mapping[str, float]
+FINEST = 1.05
+"""The factor from a value to the next that is the finest; a search with finer steps would follow the noise."""
+
 Point = tuple[Fraction, ...]
 
 
@@ -71,6 +75,8 @@ def search(axes: tuple[Axis, ...], budget: int, score: Callable[[Values], float]
             continue
         if following is None:
             step /= 2
+            if all(axis.factor ** float(step) < FINEST for axis in axes):
+                break
             continue
         scores[following] = score(values_of(axes, following))
         if scores[following] > scores[best]:

@@ -32,7 +32,7 @@ from mpicomp.topology.absence import Absences
 from mpicomp.topology.base import Schedule
 
 _loading = threading.Lock()
-_loaded: dict[str, tuple[Dataset, Callable[..., list[Indices]]]] = {}
+_loaded: dict[str, tuple[Dataset, str, Callable[..., list[Indices]]]] = {}
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Setup:
 
     Attributes:
         dataset: all samples.
+        digest: of them, see `Dataset.digest`.
         assignment: the samples of each training rank at each step; all take from one queue if its size is 1.
         trainers: how many ranks train.
         schedule: the graph of each step.
@@ -54,6 +55,7 @@ class Setup:
     """
 
     dataset: Dataset
+    digest: str
     assignment: BatchAssignment
     trainers: int
     schedule: Schedule
@@ -137,7 +139,7 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
             f"{fault}: messages are lost, and ranks leave, in simulated time only. Train with --simulate, or leave the "
             "key out"
         )
-    dataset, split = _load(config)
+    dataset, digest, split = _load(config)
     trainers = sharers = world.size
     if isinstance(algorithm, AsynchronousAlgorithm):
         trainers = len(algorithm.trainers(world.size))
@@ -155,21 +157,21 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     optimizer = config.optimizer.build(model)
     absences = config.simulation.absences(world.size)
     return Setup(
-        dataset, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
+        dataset, digest, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
     )
 
 
-def check_same_data(dataset: Dataset, world: World) -> None:
+def check_same_data(setup: Setup, world: World) -> None:
     """Raise DataError on every rank if ranks have different data sets; collective on all ranks."""
-    digests = world.all_gather(dataset.digest)
+    digests = world.all_gather(setup.digest)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        which = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
         agree(
             world,
             DataError(
-                f"data.kind = {dataset.kind!r}: the files of {which} hold other samples than those of rank 0. Give all "
-                "nodes the same files"
+                f"data.kind = {setup.dataset.kind!r}: the data set of rank{'s' if len(others) > 1 else ''} "
+                f"{', '.join(others)} is another one than that of rank 0. Give all nodes the same files; a data set "
+                "that code makes must not depend on the rank"
             ),
         )
 
@@ -189,14 +191,15 @@ def with_volumes(algorithm: AnyAlgorithm, volumes: Sequence[int], section: Compr
     return cast(AnyAlgorithm, dataclasses.replace(cast(Any, algorithm), **found)) if found else algorithm
 
 
-def _load(config: RunConfig) -> tuple[Dataset, Callable[..., list[Indices]]]:
-    """Return the data set, and what splits it over ranks; ranks that are threads of one process share both."""
+def _load(config: RunConfig) -> tuple[Dataset, str, Callable[..., list[Indices]]]:
+    """Return the data set, its digest, and what splits it over ranks; ranks of one process share them."""
     key = config.data.model_dump_json()
     with _loading:
         if key not in _loaded:
             dataset = config.data.load()
             _loaded.clear()
-            _loaded[key] = dataset, lru_cache(partial(config.data.split, dataset.train_labels))
+            split = lru_cache(partial(config.data.split, dataset.train_labels))
+            _loaded[key] = dataset, dataset.digest(), split
         return _loaded[key]
 
 

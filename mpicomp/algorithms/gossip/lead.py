@@ -22,8 +22,9 @@ gamma the consensus step.
 The sum of d over the ranks is 0 in every step, and the mean of x moves by the mean of the steps of the optimizers. At
 rest d_i = -u_i, so the u_i add up to 0: with SGD, with momentum or without, that is the optimum. Adam divides by other
 numbers on each rank, so with it the ranks agree elsewhere. The published method has u_i = g_i. d keeps its meaning when
-lr changes; while lr is 0, it stays as it is. The published first step, a gradient step of every rank alone, is left
-out: all ranks hold the same model at first.
+lr changes. But d changes by r_i over lr, and what r_i holds of compression errors does not become less with lr: so d
+stays as it is while lr is below a hundredth of the largest so far, or a rate that rises again would find d too large.
+The published first step, a gradient step of every rank alone, is left out: all ranks hold the same model at first.
 
 Without compression this is, for any alpha, NIDS and exact diffusion with the weights M = I - gamma / 2 (I - W):
 x_i' = sum_j M_ij (2 x_j - x_j^- - lr (u_j - u_j^-)), where ^- is of the step before.
@@ -79,6 +80,7 @@ class LEADState:
         scratch: (n,) room for a difference.
         room: (n,) for r, while a message may lie in `scratch`.
         compressor: state of the compressor.
+        largest_lr: the largest learning rate so far.
 
     """
 
@@ -88,6 +90,11 @@ class LEADState:
     scratch: Tensor = field(metadata=SCRATCH)
     room: Tensor = field(metadata=SCRATCH)
     compressor: State
+    largest_lr: float = 0.0
+
+
+SMALLEST_RATE = 0.01
+"""The part of the largest learning rate so far below which d stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,9 @@ class LEAD(Algorithm[LEADState]):
             x[part].sub_(dual[part], alpha=group["lr"])
         r = self._exchange(local, state, exchange)
         x.add_(r, alpha=self.gamma / 2)
+        state.largest_lr = max([state.largest_lr, *(group["lr"] for _, group in local.groups)])
         for part, group in local.groups:
-            if group["lr"]:  # without a rate there was no step to correct
+            if group["lr"] > SMALLEST_RATE * state.largest_lr:
                 dual[part].sub_(r[part], alpha=self.gamma / (2 * group["lr"]))
 
     def _exchange(self, local: Local, state: LEADState, exchange: Exchange) -> Tensor:

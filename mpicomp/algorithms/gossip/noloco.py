@@ -25,9 +25,10 @@ With a compressor C that loses something, a pair exchanges twice:
 
 e_i (n,) is the error memory, what the rank has not sent so far, and rho ``error_decay``, what of it stays until the
 next outer step. Random partners have no public copies of each other that could tell how far their slow models are
-apart. But those differ only where one of them has moved, and that is s. So what moves is compared, as often as it
-moves, and a coordinate at rest costs nothing. The mean over the ranks is as above, with q_i for d_i. Messages that add
-up what earlier ones left out do the work of a momentum: take alpha = 0. This form is this package's own.
+apart. But these come apart only where messages have moved them, so a pair compares them where one of its two messages
+does. What one of them has moved with an earlier partner is compared when that coordinate is sent again. The mean over
+the ranks is as above, with q_i for d_i. Messages that add up what earlier ones left out do the work of a momentum: take
+alpha = 0. Entries beyond what half precision holds, 65,504, are not compared. This form is this package's own.
 
 Wire, every H steps, to one partner: two dense vectors; compressed, q_i and 2 bytes for each coordinate of s. Memory:
 ``phi`` and ``delta``; compressed, ``e``, too. Kolehmainen et al. 2025, arXiv 2506.10911.
@@ -60,7 +61,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
-from mpicomp.errors import TopologyError
+from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
 
@@ -95,7 +96,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
         outer_momentum: alpha, in [0, 1).
         gamma: consensus step, > 0.
         compressor: of what a rank has moved; any contractive one, without `ErrorFeedback`, which is part of the method.
-        error_decay: rho, in [0, 1]; without meaning if there is no compressor.
+        error_decay: rho, in [0, 1); without meaning if there is no compressor.
 
     """
 
@@ -111,6 +112,12 @@ class NoLoCo(Algorithm[NoLoCoState]):
         require_positive(outer_lr=self.outer_lr, gamma=self.gamma)
         require_fraction(outer_momentum=self.outer_momentum, error_decay=self.error_decay)
         require_no_feedback("NoLoCo", self.compressor)
+        if not self.compressor.is_contractive:
+            raise ConfigError(
+                f"compression.kind = {type(self.compressor).__name__!r} is not contractive as it is set, and the error "
+                "memory of NoLoCo would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
+                "compression.contractive = true"
+            )
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` pairs the ranks, anew for each step if there are more than two."""
@@ -201,7 +208,9 @@ class NoLoCo(Algorithm[NoLoCoState]):
         if not arrived:
             return  # no partner in this outer step
         places = has_moved.nonzero().view(-1)  # the same on both
-        values = phi[places].to(_HALF[phi.dtype])
+        half = _HALF.get(phi.dtype, phi.dtype)
+        largest = torch.finfo(half).max
+        values = phi[places].clamp_(-largest, largest).to(half)
         layout = Layout((Field("phi", values.dtype, values.numel()),))
         for source, message in exchange.start({"phi": values}, layout, topology).wait().items():
             apart = message["phi"].to(phi.dtype) - values.to(phi.dtype)  # rounded on both sides: the mean is preserved

@@ -121,6 +121,15 @@ def test_duals_keep_their_meaning_when_the_rate_falls():
     close(stacked(trained, "dual"), -gradients(optimum), 1e-4)
 
 
+@pytest.mark.parametrize("low", [1e-2, 1e-4, 1e-6, 0.0])
+def test_a_rate_that_rises_again_finds_duals_of_the_old_length(low):
+    far = [
+        np.abs(train(LEAD(compressor=Natural()), ring(5), len(rates), lr=rates).x - centers(5).mean(axis=0)).max()
+        for rates in ([0.2] * 10, [0.2] * 10 + [low] * 10 + [0.2] * 3)
+    ]
+    assert far[1] < 3 * far[0]
+
+
 def test_the_mean_moves_by_the_mean_of_the_steps():
     before, after = (train(LEAD(compressor=Natural()), ring(6), steps).x for steps in (9, 10))
     close(after.mean(axis=0), before.mean(axis=0) - LR * gradients(before).mean(axis=0))

@@ -9,9 +9,10 @@ from support import small
 from support.quadratic import DIM, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD, NoLoCo, SparseLoCo, StreamingDiLoCo
-from mpicomp.compression import BlockTopK, ErrorFeedback, Identity, TopK
+from mpicomp.compression import QSGD, BlockTopK, ErrorFeedback, Identity, RandomK, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
+from mpicomp.replica.distribute import distribute
 from mpicomp.topology import OnePeerExponential, RandomMatching, Topology, chain, complete, ring, star, torus
 
 LR = 0.1
@@ -292,6 +293,28 @@ class TestBadInput:
         for method, key in (*pairs, *((method, "error_decay") for method in (NoLoCo, SparseLoCo))):
             with pytest.raises(ConfigError, match=rf"algorithm.{key} = {value} must be in \[0, 1\)"):
                 method(**{key: value})
+
+    @pytest.mark.parametrize("compressor", [RandomK(0.1, unbiased=True), QSGD(bits=2)], ids=str)
+    def test_noloco_needs_messages_whose_errors_do_not_grow(self, compressor):
+        with pytest.raises(ConfigError, match="is not contractive as it is set"):
+            NoLoCo(compressor=compressor)
+
+    def test_large_entries_and_short_types(self):
+        """In half precision an entry above 65,504 is infinite, and a pair would make a NaN of two of them."""
+
+        def serve(world):
+            model = torch.nn.Linear(4, 1, bias=False)
+            with torch.no_grad():
+                model.weight.copy_(torch.tensor([[1e5, -1e6, 1.0, 2.0]]))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            gossip = distribute(model, optimizer, NoLoCo(1, compressor=TopK(0.5)), RandomMatching, world=world)
+            inputs = torch.tensor([[0.0, 0.0, 1.0, world.rank]])
+            for _ in range(4):
+                gossip.step(lambda: model(inputs).square().mean())
+            return model.weight.detach()
+
+        for weight in loopback.run(2, serve):
+            assert weight.isfinite().all() and weight[0, 1] == -1e6
 
     def test_consensus_step_of_noloco(self):
         with pytest.raises(ConfigError, match=r"algorithm.gamma = 0.0 must be a finite number > 0"):

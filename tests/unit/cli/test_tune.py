@@ -71,7 +71,7 @@ def test_short_runs_on_digits_find_a_value_that_is_written(config, tmp_path):
     lines = result.output.splitlines()
     assert lines[0] == ("choco, ranks: 2, runs: at most 1, epochs of a run: 2, judged by 143 training samples held out")
     assert re.fullmatch(r" +1\.0 +0\.\d+ +\d\d\.\d\d% +\S+ +\d:\d\d", lines[2])
-    assert re.match(r" +auto .*  0\.01 at the end, too early", lines[3])
+    assert re.match(r" +auto .*  0\.01 at the end, after 20 steps, too few to find it", lines[3])
     found = RunConfig.load(tmp_path / "tuned.toml")
     assert found.algorithm.gamma == 1.0
     assert f"Best: algorithm.gamma = {found.algorithm.gamma} (loss" in result.output
@@ -115,7 +115,26 @@ def test_without_gamma_the_learning_rate_is_searched(config, trials, tmp_path):
 def test_if_all_runs_diverge_the_remedy_is_named(config, trials):
     result = tune(config, *RANKS, "--search", "algorithm.gamma=50", "--points", 3)
     assert result.exit_code == DivergenceError.exit_code
-    assert "all 3 runs diverged: begin lower, --search algorithm.gamma=2.5, or take" in result.stderr
+    assert "none of 3 runs has come to a loss: begin lower, --search algorithm.gamma=2.5, or take" in result.stderr
+
+
+def test_a_trial_that_fails_is_a_line_unless_it_is_the_first(config, monkeypatch):
+    def train(text, size, simulate):
+        if RunConfig.from_toml(text).algorithm.gamma != 0.2:
+            raise MpicompError("a trial ended with exit code 9: killed")
+        result = {"test_loss": 1.0, "test_accuracy": 0.9, "consensus_distance": 0.01, "steps": 200}
+        return Trial(result, [{"diagnostics": {}}])
+
+    monkeypatch.setattr(module, "run_trial", train)
+    result = tune(config, *RANKS, "--points", 2, "--set", "run.seed=1")
+    assert re.search(r"0\.4  failed: a trial ended with exit code 9: killed\n", result.output)
+    result = tune(config, *RANKS, "--search", "algorithm.gamma=0.3")
+    assert result.exit_code == 1 and "a trial ended with exit code 9" in result.stderr
+
+
+def test_nodes_are_those_of_the_graph(config, trials):
+    options = ("--set", "topology.kind=hypercube", "--set", "topology.level=node", "--set", "topology.node_size=3")
+    assert tune(config, "--loopback", 12, *options, "--points", 1).exit_code == 0
 
 
 def test_values_that_cannot_be_are_lines(config, trials):
@@ -145,7 +164,13 @@ def test_of_the_same_losses_the_run_whose_ranks_are_closer_together_is_better():
             ["small.toml", *RANKS, "--search", "optimizer.lr", "--search", "optimizer.lr=1"],
             "optimizer.lr is given twice",
         ),
-        (["small.toml", *RANKS, "--search", "training.batch_size"], "training.batch_size"),
+        (["small.toml", *RANKS, "--search", "algorithm.gama"], "Did you mean 'algorithm.gamma'?"),
+        (["small.toml", *RANKS, "--search", "training.batch_size"], "training.batch_size takes whole numbers"),
+        (["small.toml", *RANKS, "--search", "training.batch_size=16"], "training.batch_size takes whole numbers"),
+        (
+            ["small.toml", *RANKS, "--set", "simulation.loss=0.1", "--set", "algorithm.kind=deep_squeeze"],
+            "simulation.loss = 0.1 needs simulated time: give --simulate N, not --loopback N",
+        ),
         (["small.toml", *RANKS, "--factor", 1], "--factor 1: must be a number > 1"),
         (["small.toml", *RANKS, "--write", "small.toml"], "--write small.toml: the file exists already"),
         (["small.toml", *RANKS, "--write", "no/x.toml"], "--write no/x.toml: there is no folder no"),

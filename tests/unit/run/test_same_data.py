@@ -1,12 +1,14 @@
 """Runs whose data set is not the same on all ranks, or no longer the one that they began with."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.config.config import RunConfig
+from mpicomp.data import datasets
 from mpicomp.data.datasets import Samples, load
 from mpicomp.errors import CheckpointError, DataError
 from mpicomp.exchange.loopback import run
@@ -24,8 +26,11 @@ algorithm.kind = "{algorithm}"
 LINE = "To be, or not to be, that is the question.\n"
 
 
-@pytest.mark.parametrize("algorithm", ["dpsgd", "ad_psgd"])
-def test_a_run_does_not_go_on_with_changed_texts(tmp_path, algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "old", "new"),
+    [("dpsgd", "not to be", "to be not"), ("ad_psgd", "not to be", "to be not"), ("dpsgd", "question", "quest")],
+)
+def test_a_run_does_not_go_on_with_changed_texts(tmp_path, algorithm, old, new):
     text = tmp_path / "text.md"
     text.write_text(LINE * 200)
     folder = RunFolder.create(tmp_path / "run")
@@ -37,7 +42,7 @@ def test_a_run_does_not_go_on_with_changed_texts(tmp_path, algorithm):
 
     go_on(4)
     checkpoint = Checkpoints(folder.checkpoints_path).latest()
-    text.write_text(LINE.replace("not to be", "to be not") * 200)
+    text.write_text(LINE * 199 + LINE.replace(old, new) + "!")
     with pytest.raises(CheckpointError, match=r"data.kind = 'text', is not the one that this run began with"):
         go_on(8, checkpoint)
     text.write_text(LINE * 200)
@@ -51,9 +56,10 @@ def test_ranks_with_other_files_are_named():
 
     def check(world):
         other = replace(digits, train=Samples(digits.train.inputs, labels))
-        setup.check_same_data(other if world.rank == 1 else digits, world)
+        dataset = other if world.rank == 1 else digits
+        setup.check_same_data(SimpleNamespace(dataset=dataset, digest=dataset.digest()), world)
 
-    with pytest.raises(DataError, match=r"the files of rank 1 hold other samples than those of rank 0"):
+    with pytest.raises(DataError, match=r"the data set of rank 1 is another one than that of rank 0"):
         run(3, check)
 
 
@@ -61,4 +67,23 @@ def test_last_digits_of_floating_point_numbers_do_not_count():
     data = load("synthetic", None)
     nearly = replace(data, train=Samples(data.train.inputs * (1 + 1e-6), data.train.labels))
     assert not torch.equal(nearly.train.inputs, data.train.inputs)
-    assert nearly.digest == data.digest
+    assert nearly.digest() == data.digest()
+
+
+def test_every_token_of_a_text_counts(tmp_path):
+    def digest(text):
+        (tmp_path / "text.md").write_text(text)
+        return load("text", tmp_path, context=16).digest()
+
+    text = LINE * 3000
+    assert digest(text) == digest(text)
+    for place in (0, 18, 60_001, len(text) - 100):
+        assert digest(text[:place] + "b" + text[place + 1 :]) != digest(text)
+
+
+def test_of_large_data_some_samples_count(monkeypatch):
+    digits = load("digits", None)
+    monkeypatch.setattr(datasets, "DIGESTED", 4096)
+    first = digits.train.inputs.clone()
+    first[0] += 1
+    assert replace(digits, train=Samples(first, digits.train.labels)).digest() != digits.digest()

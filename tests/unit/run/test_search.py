@@ -61,3 +61,11 @@ def test_a_start_that_diverges_like_its_neighbors_is_left_downwards():
     assert points[0]["algorithm.gamma"] in (0.0312, 0.0221)
     points, _ = search((LR, GAMMA), 9, lambda values: -math.inf if max(values.values()) > 0.2 else 1.0)
     assert max(points[0].values()) <= 0.2
+
+
+def test_a_search_ends_where_values_hardly_differ():
+    values = [
+        v["optimizer.lr"] for v in search((LR,), 40, lambda values: -abs(math.log(values["optimizer.lr"] / 0.26)))[0]
+    ]
+    assert len(values) == len(set(values)) < 12
+    assert min(values, key=lambda value: abs(value - 0.26)) == values[0]

@@ -206,7 +206,7 @@ def test_a_method_in_step_is_timed_over_other_links_by_a_few_steps(study, monkey
     monkeypatch.setattr(study_outcomes, "train", train)
     cell = Cell(Runs(study, math.inf), setting, method)
     row = tables.Finished(cell, choice, [outcome(0.61)] * 2, cell.step_seconds(choice))
-    assert timed[0]["simulation"]["bytes_per_s"] == 1e9 and timed[0]["training"]["steps"] == 64
+    assert timed[0]["simulation"]["bytes_per_s"] == 1e9 and timed[0]["training"]["steps"] == 400
     head, _, line = tables.table(study, setting, [row])
     place = head.split(" | ").index("seconds to 60 %, fast")
     assert line.split(" | ")[place] == "3 ± 0"  # 30 steps of a tenth of a second
