@@ -1,5 +1,6 @@
 """Variable-length codes, against a transcription in NumPy, and against compressors with codes of one length."""
 
+import bisect
 import itertools
 import math
 
@@ -48,15 +49,18 @@ def value_nbytes(k, b):
     return math.ceil(k / 8) * b
 
 
-def most_kept(n, budget):
-    return max(k for k in range(1, n + 1) if index_nbytes(n, k) + value_nbytes(k, 1) <= budget or k == 1)
+def most_kept(n, budget, groups):
+    """Return the largest number of signs that fit, by bisection."""
+    if groups == 1 and value_nbytes(n, 1) <= budget:
+        return n
+    return bisect.bisect(range(1, n + 1), budget, key=lambda k: index_nbytes(n, k) + value_nbytes(k, 1))
 
 
 def bounds_of(n, bits, groups):
     budget = max(math.ceil(n * bits / 8), index_nbytes(n, 1) + 1)
-    kept = most_kept(n, budget)
-    cuts = sorted({math.floor(kept / math.sqrt(2.0 ** (i * (i + 1) // 2)) + 1e-9) for i in range(groups)} | {0})
-    return budget, list(itertools.pairwise(cuts))
+    kept = most_kept(n, budget, groups)
+    cuts = {math.floor(kept / math.sqrt(2.0 ** (i * (i + 1) // 2)) + 1e-9) for i in range(max(1, groups - 1))}
+    return budget, list(itertools.pairwise(sorted({0, *cuts} | ({1} if groups > 1 else set()))))
 
 
 def rounded(magnitude, low, high, b):
@@ -65,7 +69,7 @@ def rounded(magnitude, low, high, b):
         return np.zeros_like(magnitude)
     cells = 2 ** (b - 1)
     width = (high - low) / cells
-    cell = np.minimum((magnitude - low) // width, cells - 1) if width else np.zeros_like(magnitude)
+    cell = np.clip((magnitude - low) // width, 0, cells - 1) if width else np.zeros_like(magnitude)
     c, d = low + cell * width, low + (cell + 1) * width
     return np.divide(2 * c * d, c + d, out=np.zeros_like(c), where=c + d > 0)
 
@@ -74,7 +78,7 @@ def transcription(x, bits, groups):
     """Return Q(x) of the lengths that are best of all there are."""
     n = len(x)
     budget, bounds = bounds_of(n, bits, groups)
-    part = math.ceil(budget / 512)
+    parts = min(budget, 512)
     order = np.argsort(-np.abs(x), kind="stable")
     magnitude = np.abs(x)[order]
     ranges = [np.float32([magnitude[stop - 1], magnitude[start]]).astype(float) for start, stop in bounds]
@@ -83,11 +87,13 @@ def transcription(x, bits, groups):
         k = stop - start
         at = magnitude[start + np.arange(256) * k // 256]
         errors.append([k * np.mean((rounded(at, low, high, b) - at) ** 2) for b in range(9)])
-        costs.append([math.ceil((index_nbytes(n, k) + value_nbytes(k, b)) / part) * (b > 0) for b in range(9)])
+        costs.append(
+            [math.ceil((index_nbytes(n, k) + value_nbytes(k, b)) * parts / budget) * (b > 0) for b in range(9)]
+        )
     fitting = (
         lengths
         for lengths in itertools.product(range(9), repeat=len(bounds))
-        if sum(cost[b] for cost, b in zip(costs, lengths, strict=True)) <= budget // part
+        if sum(cost[b] for cost, b in zip(costs, lengths, strict=True)) <= parts
     )
     best = min(fitting, key=lambda lengths: sum(e[b] for e, b in zip(errors, lengths, strict=True)))
     out = np.zeros(n)
@@ -97,7 +103,9 @@ def transcription(x, bits, groups):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("n", "bits", "groups"), [(700, 0.3, 3), (900, 1.0, 4), (3001, 2.0, 4), (50, 1.0, 8), (9, 8, 2)])
+@pytest.mark.parametrize(
+    ("n", "bits", "groups"), [(700, 0.3, 3), (900, 1.0, 4), (3001, 2.0, 4), (50, 1.0, 8), (9, 8, 2), (96, 2, 1)]
+)
 def test_it_is_the_transcription(n, bits, groups, alpha):
     x = gaussian(n, torch.float64) if alpha == 0 else power_law(n, alpha).double()
     compressor, spec = VariableLength(bits, groups), Spec.flat(n, torch.float64)
@@ -110,11 +118,11 @@ def test_it_is_the_transcription(n, bits, groups, alpha):
 @pytest.mark.parametrize("bits", [0.1, 0.25, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("alpha", [0, 0.5, 0.75, 1.0])
 def test_the_error_is_smaller_than_that_of_top_k_at_the_same_bytes(alpha, bits):
-    n = 30_000
+    n = 100_000
     x = power_law(n, alpha) if alpha else gaussian(n)
     nbytes, y = send(VariableLength(bits), x)
     assert nbytes <= n * bits / 8 + 14 * 8 + 12
-    for values, most in (("full", 0.95), ("int8", 1.0)):
+    for values, most in (("full", 0.97), ("int8", 1.0)):
         low, high = 1e-5, 1.0
         for _ in range(12):  # the largest ratio that takes no more bytes
             middle = math.sqrt(low * high)
@@ -132,31 +140,29 @@ def test_the_budget_is_kept_and_used(bits):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_one_group_of_all_entries_is_quantization(bits):
-    """Of as many cells as a uniform grid has steps, and one more."""
+    """At the bytes of a uniform grid of as many levels."""
     x = gaussian(1000, torch.float64)
     nbytes, y = send(VariableLength(bits, groups=1), x)
     magnitude = x.abs().numpy()
     low, high = np.float32([magnitude.min(), magnitude.max()]).astype(float)
-    np.testing.assert_allclose(y, x.sign() * rounded(magnitude, low, high, bits), rtol=1e-12)
-    if bits > 1:
-        grid_nbytes, grid = send(UniformGrid(bits - 1), x)
-        assert nbytes <= grid_nbytes + 12  # of lengths, range and a count
-        assert error(x, y) < error(x, grid)
+    np.testing.assert_allclose(y, np.sign(x.numpy()) * rounded(magnitude, low, high, bits), rtol=1e-12)
+    assert nbytes <= send(UniformGrid(bits), x)[0] - 125 + 12  # of a length, a range and a count
 
 
 def test_a_tiny_budget_is_sparsification():
-    """Of one entry, exactly; of a few, those of top-k and nothing else."""
-    x = gaussian(1000)
+    """The first entry of a heavy tail, exactly; some of the largest of others, and nothing else."""
+    x = power_law(1000, 1.0)
     assert torch.equal(send(VariableLength(1e-9), x)[1], send(TopK(1e-9), x)[1])
-    y = send(VariableLength(0.02), x)[1]
-    kept = int((y != 0).sum())
-    assert kept == 1 or torch.equal(y != 0, send(TopK(kept / 1000), x)[1] != 0)
+    x = gaussian(100_000)
+    sent = send(VariableLength(0.01), x)[1] != 0
+    assert 50 < sent.sum() < 100 and x[sent].abs().min() >= x.abs().topk(100).values[-1]
 
 
 def test_larger_entries_have_longer_codes():
     spec = Spec.flat(100_000)
     lengths = VariableLength(0.5).compress(power_law(100_000, 0.75), spec, None)["lengths"].tolist()
-    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 3
+    assert lengths[0] == 1  # the largest alone is given by its range
+    assert lengths[1:] == sorted(lengths[1:], reverse=True) and len(set(lengths[1:])) > 3
 
 
 @settings(deadline=None, max_examples=150)
@@ -169,8 +175,8 @@ def test_no_entry_moves_by_more_than_its_magnitude(values, bits, groups):
     x = torch.tensor(values)
     _, y = send(VariableLength(bits, groups), x)
     assert ((y.double() - x.double()).abs() <= x.abs().double() * (1 + 1e-6)).all()
-    if groups == 16 and x.abs().max() > 1e-40:
-        assert y.abs().max() > 0.9 * x.abs().max()
+    if groups > 1 and x.abs().max() > 1e-40:
+        assert error(x, y) < 1 - 0.9 / len(x)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 100, 5000])
@@ -180,7 +186,8 @@ def test_zeros_are_not_sent_and_signs_are_enough_for_equal_magnitudes(n, bits):
     assert torch.equal(y, torch.zeros(n)) and nbytes <= 17 * 8 + 12
     equal = 3 * gaussian(n).sign()
     y = send(VariableLength(bits), equal)[1]
-    assert ((y == equal) | (y == 0)).all() and (bits < 3 or n < 2 or (y != 0).float().mean() >= 0.49)
+    assert ((y == equal) | (y == 0)).all()
+    assert (y != 0).float().sum() >= (min(n, 1) if n < 1000 else n * bits / 12)
 
 
 def test_error_feedback_sends_in_the_end_what_was_left_out():
@@ -215,7 +222,8 @@ def test_a_message_from_a_device_becomes_that_of_the_host():
         padded = {name: torch.cat([t, t.new_zeros(longest[name] - len(t))]) for name, t in payload.items()}
         used = layout.pack(padded, wire)
         assert used > nbytes == layout.finish(wire[:used])
-        assert torch.equal(wire[:nbytes], expected[:nbytes])
+        for name, tensor in layout.unpack(wire[:nbytes]).items():
+            assert torch.equal(tensor, payload[name])
         layout.check_codes(layout.unpack(wire[:nbytes]))
         code = next(name for name in payload if name.endswith("indices") and payload[name].numel())
         payload[code] = payload[code].clone()
