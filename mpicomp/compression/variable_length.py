@@ -13,8 +13,8 @@ bits for all but the first group sparsification.
 
 The harmonic mean of a cell is the mean of entries that fall as ``rank^(-1/2)``; being at most 2 c, it moves no entry by
 more than its magnitude. The largest entry is a group that always fits, and a message is at least as good as that entry
-alone, so Q contracts; it is biased, and needs error feedback, or a method that has it built in. Bytes: at most B, and for each group 9 and up to 14 of counts, so it is for whole models
-and not for tensors of a few hundred entries.
+alone, so Q contracts; it is biased, and needs error feedback, or a method that has it built in. Bytes: at most B, and
+for each group 9 and two counts of 4, so it is for whole models and not for tensors of a few hundred entries.
 
 ``|Q(x) - x|^2 / |x|^2`` with 8 groups, and of top-k with the ratio that takes the same bytes, of float32 and of int8:
 
@@ -273,8 +273,9 @@ class VariableLength(Compressor):
             room = packed_nbytes(stop - start, _BITS) - packed.numel()
             planes.append(torch.nn.functional.pad(packed, (0, room)).view(_BITS, -1))
         joined = torch.cat(planes, dim=1).flip(0)
-        codes = unpack_codes(joined.flatten(), _BITS, 8 * joined.shape[1]).split([8 * each.shape[1] for each in planes])
-        for (g, start, stop), code in zip(bounds, codes, strict=True):
+        codes = unpack_codes(joined.flatten(), _BITS, 8 * joined.shape[1])
+        parts = torch.split(codes, [8 * each.shape[1] for each in planes])
+        for (g, start, stop), code in zip(bounds, parts, strict=True):
             values = table[g][code[: stop - start].int()]
             if stop - start == n:
                 out.add_(values, alpha=weight)

@@ -155,7 +155,7 @@ def test_a_tiny_budget_is_sparsification():
     assert torch.equal(send(VariableLength(1e-9), x)[1], send(TopK(1e-9), x)[1])
     x = gaussian(100_000)
     sent = send(VariableLength(0.01), x)[1] != 0
-    assert 50 < sent.sum() < 100 and x[sent].abs().min() >= x.abs().topk(100).values[-1]
+    assert 40 < sent.sum() < 100 and x[sent].abs().min() >= x.abs().topk(100).values[-1]
 
 
 def test_larger_entries_have_longer_codes():
