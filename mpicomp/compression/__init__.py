@@ -16,6 +16,7 @@ from mpicomp.compression.terngrad import TernGrad
 from mpicomp.compression.threshold import HardThreshold
 from mpicomp.compression.topk import TopK
 from mpicomp.compression.uniform_grid import UniformGrid
+from mpicomp.compression.variable_length import VariableLength
 from mpicomp.compression.wrap.allocation import allocate
 from mpicomp.compression.wrap.by_rank import ByRank
 from mpicomp.compression.wrap.feedback import ErrorFeedback
@@ -35,6 +36,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "natural": Natural,
     "log_grid": LogGrid,
     "uniform_grid": UniformGrid,
+    "variable_length": VariableLength,
     "cast": Cast,
 }
 """The values of ``compression.kind``."""
@@ -63,6 +65,7 @@ __all__ = [
     "TernGrad",
     "TopK",
     "UniformGrid",
+    "VariableLength",
     "Wrapper",
     "allocate",
 ]

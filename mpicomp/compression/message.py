@@ -80,8 +80,10 @@ class Field:
         must_be: what the entries must be, and are unless the vector has a NaN, or an infinity. Compressors raise
             DivergenceError; on a device, where they would have to wait, who sends the message does.
         parts: names of tensors, and how many consecutive entries come from each, for that error.
-        code_of: the entries of the vector, if this is the code of its indices of ``values``, with zeros behind it where
-            a device made it; else 0.
+        code_of: the entries of the vector, if this is the code of its indices, with zeros behind it where a device made
+            it; else 0.
+        count: how many indices the code is of; 0 if as many as there are ``values``.
+        has_zeros_behind: whether zeros at the end of these bytes are not sent, which only the host can cut.
         on_host: whether the tensor, of one number, stays in host memory, as the host must know it to read the message.
 
     """
@@ -93,7 +95,14 @@ class Field:
     must_be: Literal["", "a number", "finite"] = ""
     parts: tuple[tuple[str, int], ...] = ()
     code_of: int = 0
+    count: int = 0
+    has_zeros_behind: bool = False
     on_host: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the host cuts zeros behind it that a device has left there."""
+        return bool(self.code_of) or self.has_zeros_behind
 
     def check(self, entries: Tensor) -> None:
         """Raise DivergenceError unless `entries` are what they must be; names the tensor."""
@@ -189,23 +198,23 @@ class Layout:
     def finish(self, wire: Tensor) -> int:
         """Check a message that was packed on a device, and has come to the host in `wire`; return the bytes used.
 
-        They are fewer than before by the zeros behind codes.
+        They are fewer than before by the zeros that are cut.
 
         Raises:
             DivergenceError: a NaN or an infinity among what was compressed.
 
         """
-        if not any(field.must_be or field.code_of for field in self.fields):
+        if not any(field.must_be or field.is_cut for field in self.fields):
             return wire.numel()
         payload = self.unpack(wire)
         has_moved = False
         for field in self.fields:
             tensor = payload[field.name]
             field.check(tensor)
-            if field.code_of:
+            if field.is_cut:
                 tensor = trim_code(tensor)
             payload[field.name] = tensor.clone() if has_moved else tensor  # it would be copied over itself
-            has_moved |= bool(field.code_of)
+            has_moved |= field.is_cut
         return self.pack(payload, wire, non_blocking=False) if has_moved else wire.numel()
 
     def check_codes(self, payload: Payload) -> None:
@@ -213,8 +222,8 @@ class Layout:
         for field in self.fields:
             code = payload[field.name]
             if field.code_of and code.numel():
-                values = payload[field.name.partition("indices")[0] + "values"]
-                check_code(code, values.numel(), field.code_of)
+                count = field.count or payload[field.name.partition("indices")[0] + "values"].numel()
+                check_code(code, count, field.code_of)
 
     @staticmethod
     def concatenate(layouts: Sequence[Layout], names: Sequence[str] = ()) -> Layout:

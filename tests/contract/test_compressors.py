@@ -25,6 +25,7 @@ from mpicomp.compression import (
     Spec,
     TopK,
     UniformGrid,
+    VariableLength,
 )
 from mpicomp.compression.base import BLOCK
 from mpicomp.compression.indices import scatter_add_
@@ -48,6 +49,8 @@ CASES = {
     "log_grid_30": LogGrid(k=30),
     "uniform_grid_1": UniformGrid(bits=1),
     "uniform_grid_8": UniformGrid(bits=8),
+    "variable_length_1_bit": VariableLength(bits=1.0, groups=16),
+    "variable_length_1_group": VariableLength(bits=4.0, groups=1),
     **{
         f"by_rank_{name}": ByRank(tuple(make(ratio) for ratio in (0.5, 0.003, 0.1, 0.02, 1.0)))
         for name, make in {

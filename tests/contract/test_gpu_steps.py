@@ -118,6 +118,7 @@ MOST = {
     "choco_natural": (1, 2, 100),
     "choco_log_grid": (1, 5, 26),
     "choco_uniform_grid": (1, 4, 69),
+    "choco_variable_length": (1, 26, 436),
     "choco_cast": (1, 1, 30),
     "choco_topk": (1, 10, 33),
     "choco_topk_int8": (1, 10, 50),
