@@ -31,8 +31,8 @@ for each group 9 and two counts of 4, so it is for whole models and not for tens
                                           1     0.11      0.30      0.12
                                           2     0.051     0.17      0.034
 
-QSGD with its least bits, 2 for each entry, has 279, 50, 13 and 109: it needs more. From 1 bit on, the indices of large
-groups, which are coded one by one, take more than they should.
+``scripts/studies/variable_length.py`` prints them. From 1 bit on, the indices of large groups, which are coded one by
+one, take more than they should: there top-k of int8 may be better.
 
 Fed-CVLC, Su et al. 2024, arXiv 2402.03770, has the idea: longer codes for larger entries, so that the error is least
 within a budget, with quantization and sparsification as its extremes. From the paper's abstract and summaries; there a

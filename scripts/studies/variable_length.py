@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from mpicomp.compression import QSGD, TopK, VariableLength
+from mpicomp.compression import TopK, VariableLength
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
 
