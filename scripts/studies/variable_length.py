@@ -29,11 +29,8 @@ def main() -> None:
     for name, x in data.items():
         for bits in BITS:
             nbytes, error = measure(VariableLength(bits), x)
-            others = [
-                at_most(nbytes, lambda ratio, values=values: TopK(ratio, values), x) for values in ("full", "int8")
-            ]
-            print(f"{name:12} {bits:5g} {error:9.2g} {others[0]:9.2g} {others[1]:10.2g}")
-        print(f"{name:12} qsgd of least bits: {measure(QSGD(2), x)[1]:.2g}")
+            full, int8 = at_most(nbytes, TopK, x), at_most(nbytes, lambda ratio: TopK(ratio, values="int8"), x)
+            print(f"{name:12} {bits:5g} {error:9.2g} {full:9.2g} {int8:10.2g}")
 
 
 def measure(compressor: Compressor, x: Tensor) -> tuple[int, float]:
