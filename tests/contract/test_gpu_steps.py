@@ -51,7 +51,7 @@ MOST = {
     "streaming_diloco": (2, 0, 37),
     "streaming_diloco_waiting": (2, 0, 33),
     "noloco": (1, 0, 30),
-    "noloco_topk": (3, 9, 56),
+    "noloco_topk": (3, 9, 57),
     "sparse_loco": (1, 9, 41),
     "sparse_loco_statistical": (1, 9, 147),
     "fedadam_ssm": (1, 18, 47),

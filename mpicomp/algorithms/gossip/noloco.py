@@ -30,7 +30,7 @@ does. What one of them has moved with an earlier partner is compared when that c
 the ranks is as above, with q_i for d_i. Messages that add up what earlier ones left out do the work of a momentum: take
 alpha = 0. Entries beyond what half precision holds, 65,504, are not compared. This form is this package's own.
 
-Wire, every H steps, to one partner: two dense vectors; compressed, q_i and 2 bytes for each coordinate of s. Memory:
+Wire: every H steps, to one partner, two dense vectors; compressed, q_i and 2 bytes for each coordinate of s. Memory:
 ``phi`` and ``delta``; compressed, ``e``, too. Kolehmainen et al. 2025, arXiv 2506.10911.
 
 In a script:
