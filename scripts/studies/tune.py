@@ -109,7 +109,10 @@ class Cell:
             config.get("schedule", {}).pop("warmup", None)  # longer than so few steps
             merge_(config, {"simulation": links})
             outcome = self._outcome(config, purpose="time", values=dict(choice.values))
-            _, steps, _, _, _, seconds = outcome["curve"][-1] if not outcome["diverged"] else [math.nan] * 6
+            if outcome["diverged"]:
+                found.append(math.nan)
+                continue
+            _, steps, _, _, _, seconds = outcome["curve"][-1]
             found.append(float(seconds / steps))
         return found
 

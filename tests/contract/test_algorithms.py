@@ -1,7 +1,5 @@
 """The contract of algorithms over the loopback: training works, the state can be stored, restarts are exact."""
 
-import copy
-
 import pytest
 import torch
 from support import small
@@ -34,28 +32,7 @@ ON_DIGRAPHS = [(name, 5, random_digraph) for name, method in METHODS.items() if 
 @pytest.mark.parametrize(("name", "size", "topology"), [*((name, 3, None) for name in METHODS), *ON_DIGRAPHS])
 def test_restart_is_exact(name, size, topology):
     """6 steps, store, restore into new objects, 6 steps = 12 steps, bit for bit."""
-
-    def stored(world):
-        gossip, closure = small.make(world, METHODS[name], topology)
-        for step in range(6):
-            gossip.step(closure(step))
-        saved = copy.deepcopy(gossip.state_dict())
-        for step in range(6, 12):
-            gossip.step(closure(step))
-        return saved, gossip.local.x.clone(), gossip.bytes_sent
-
-    def resumed(world, saved):
-        gossip, closure = small.make(world, METHODS[name], topology, seed=1)
-        gossip.load_state_dict(saved[world.rank])
-        for step in range(6, 12):
-            gossip.step(closure(step))
-        return gossip.local.x, gossip.bytes_sent
-
-    first = loopback.run(size, stored)
-    second = loopback.run(size, resumed, [saved for saved, _, _ in first])
-    for (_, x, sent), (x_resumed, sent_resumed) in zip(first, second, strict=True):
-        assert torch.equal(x, x_resumed)
-        assert sent == sent_resumed
+    small.assert_restart_is_exact(METHODS[name], topology, size)
 
 
 @pytest.mark.parametrize("name", METHODS)

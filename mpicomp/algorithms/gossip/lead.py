@@ -68,6 +68,9 @@ from mpicomp.exchange.base import Exchange
 from mpicomp.state import OWN, PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule
 
+SMALLEST_RATE = 0.01
+"""The part of the largest learning rate so far below which d stays as it is."""
+
 
 @dataclass
 class LEADState:
@@ -91,10 +94,6 @@ class LEADState:
     room: Tensor = field(metadata=SCRATCH)
     compressor: State
     largest_lr: float = 0.0
-
-
-SMALLEST_RATE = 0.01
-"""The part of the largest learning rate so far below which d stays as it is."""
 
 
 @dataclass(frozen=True)

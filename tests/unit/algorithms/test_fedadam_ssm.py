@@ -1,7 +1,5 @@
 """FedAdam-SSM against a transcription in NumPy, torch's own Adam, and bad input."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -108,26 +106,7 @@ def test_one_list_of_indices_for_three_of_values():
 
 
 def test_restart_within_a_period_on_a_star_is_exact():
-    method = FedAdamSSM(TOP, period=4)
-
-    def stored(world):
-        gossip, closure = small.make(world, method, star)
-        for step in range(10):
-            gossip.step(closure(step))
-            if step == 5:
-                saved = copy.deepcopy(gossip.state_dict())
-        return saved, gossip.local.x
-
-    def resumed(world, saved):
-        gossip, closure = small.make(world, method, star, seed=1)
-        gossip.load_state_dict(saved[world.rank])
-        for step in range(6, 10):
-            gossip.step(closure(step))
-        return gossip.local.x
-
-    first = loopback.run(3, stored)
-    second = loopback.run(3, resumed, [saved for saved, _ in first])
-    assert all(torch.equal(x, again) for (_, x), again in zip(first, second, strict=True))
+    small.assert_restart_is_exact(FedAdamSSM(TOP, period=4), star)
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ class TestConvergence:
     @pytest.mark.parametrize("method", [Choco(0.2, TOP), Choco(0.2, TOP, overlap=True), DPSGD()], ids=str)
     def test_optimum_up_to_the_bias_of_a_constant_rate(self, method):
         distance = []
-        for lr in (0.04, 0.02):
+        for lr in (0.04, 0.02, 0.01):
             trained = train(method, ring(8), 800, lr=lr)
             distance.append(np.linalg.norm(trained.x - centers(8).mean(axis=0)))
         # the stationary error of decentralized gradient descent is proportional to the rate
@@ -418,7 +418,7 @@ class TestConvergence:
         """What D-PSGD leaves as it is solves x = M (x - lr D (x - c)), with M = (1 - gamma) I + gamma W."""
         far, c = [], centers(5)
         mixing = 0.6 * np.eye(5) + 0.4 * ring(5).mixing
-        for lr in (0.04, 0.02):
+        for lr in (0.04, 0.02, 0.01):
             fixed = [
                 np.linalg.solve(np.eye(5) - (1 - lr * d) * mixing, lr * d * mixing @ c[:, k])
                 for k, d in enumerate(curvature())
@@ -426,7 +426,7 @@ class TestConvergence:
             x = train(DEFATC(0.4, TOP, zeta), ring(5), round(30 / lr), lr=lr).x
             close(x, np.stack(fixed, axis=1), 1e-4)
             far.append(np.linalg.norm(x - c.mean(axis=0)))
-        assert far[1] < 0.56 * far[0]
+        assert far[1] < 0.56 * far[0] and far[2] < 0.53 * far[1]  # towards 1/2
 
     def test_the_mean_of_def_atc_moves_by_what_was_sent(self):
         """Mean of x and e: what the mean gradient step adds, and mixing does not change."""

@@ -1,7 +1,5 @@
 """SketchedAMSGrad and its count sketch against transcriptions in NumPy, torch's own AMSGrad, and identities."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -202,26 +200,7 @@ def test_bytes_are_those_of_a_dense_sum_of_a_table(graph, each):
 
 
 def test_restart_on_a_star_is_exact():
-    method = SketchedAMSGrad(30, 5)
-
-    def stored(world):
-        gossip, closure = small.make(world, method, star)
-        for step in range(8):
-            gossip.step(closure(step))
-            if step == 3:
-                saved = copy.deepcopy(gossip.state_dict())
-        return saved, gossip.local.x
-
-    def resumed(world, saved):
-        gossip, closure = small.make(world, method, star, seed=1)
-        gossip.load_state_dict(saved[world.rank])
-        for step in range(4, 8):
-            gossip.step(closure(step))
-        return gossip.local.x
-
-    first = loopback.run(3, stored)
-    second = loopback.run(3, resumed, [saved for saved, _ in first])
-    assert all(torch.equal(x, again) for (_, x), again in zip(first, second, strict=True))
+    small.assert_restart_is_exact(SketchedAMSGrad(30, 5), star, store_after=4, steps=8)
 
 
 def test_the_bits_of_the_definitions(monkeypatch):

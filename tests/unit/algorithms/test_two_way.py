@@ -1,7 +1,5 @@
 """Efficient-Adam, 1-bit Adam and PowerSGD against transcriptions in NumPy, torch's own Adam, and identities."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -261,24 +259,7 @@ def test_a_star_is_a_ring(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_restart_on_a_star_is_exact(name):
-    def stored(world):
-        gossip, closure = small.make(world, METHODS[name], star)
-        for step in range(12):
-            gossip.step(closure(step))
-            if step == 5:
-                saved = copy.deepcopy(gossip.state_dict())
-        return saved, gossip.local.x
-
-    def resumed(world, saved):
-        gossip, closure = small.make(world, METHODS[name], star, seed=1)
-        gossip.load_state_dict(saved[world.rank])
-        for step in range(6, 12):
-            gossip.step(closure(step))
-        return gossip.local.x
-
-    first = loopback.run(3, stored)
-    second = loopback.run(3, resumed, [saved for saved, _ in first])
-    assert all(torch.equal(x, again) for (_, x), again in zip(first, second, strict=True))
+    small.assert_restart_is_exact(METHODS[name], star)
 
 
 class TestOptimum:

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from mpicomp.cli import main
-from mpicomp.cli import tune as module
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import DivergenceError, MpicompError
 from mpicomp.exchange.launcher import without_launcher
+from mpicomp.run import tuning as module
 from mpicomp.run.search import Axis
 from mpicomp.run.trial import Trial, run_trial
 
@@ -106,10 +106,16 @@ def test_several_keys_are_searched_together_and_auto_has_the_best_of_the_others(
 
 def test_without_gamma_the_learning_rate_is_searched(config, trials, tmp_path):
     (tmp_path / "ssgd.toml").write_text(CONFIG.replace("choco", "ssgd").replace("gamma = 0.2\n", ""))
-    (axis,) = module._axes(tmp_path / "ssgd.toml", ["compression.kind=identity", "compression.ratio="], (), 2.0)
+    (axis,) = module.axes_of(tmp_path / "ssgd.toml", ["compression.kind=identity", "compression.ratio="], (), 2.0)
     assert axis == Axis("optimizer.lr", 0.1, 2.0)
-    (axis,) = module._axes(tmp_path / config, ["algorithm.gamma=auto"], (), 2.0)
+    (axis,) = module.axes_of(tmp_path / config, ["algorithm.gamma=auto"], (), 2.0)
     assert axis == Axis("algorithm.gamma", module.GAMMA_START, 2.0)
+
+
+def test_a_key_that_the_file_lacks_may_be_searched_for(config, trials, tmp_path):
+    (tmp_path / "lacks.toml").write_text(CONFIG.replace("lr = 0.1\n", ""))
+    result = tune("lacks.toml", *RANKS, "--search", "optimizer.lr=0.2", "--points", 1)
+    assert result.exit_code == 0 and trials[0].optimizer.lr == 0.2
 
 
 def test_if_all_runs_diverge_the_remedy_is_named(config, trials):
@@ -128,6 +134,7 @@ def test_a_trial_that_fails_is_a_line_unless_it_is_the_first(config, monkeypatch
     monkeypatch.setattr(module, "run_trial", train)
     result = tune(config, *RANKS, "--points", 2, "--set", "run.seed=1")
     assert re.search(r"0\.4  failed: a trial ended with exit code 9: killed\n", result.output)
+    assert re.search(r"auto  failed: a trial ended", result.output) and "Best: algorithm.gamma = 0.2" in result.output
     result = tune(config, *RANKS, "--search", "algorithm.gamma=0.3")
     assert result.exit_code == 1 and "a trial ended with exit code 9" in result.stderr
 
@@ -165,8 +172,14 @@ def test_of_the_same_losses_the_run_whose_ranks_are_closer_together_is_better():
             "optimizer.lr is given twice",
         ),
         (["small.toml", *RANKS, "--search", "algorithm.gama"], "Did you mean 'algorithm.gamma'?"),
-        (["small.toml", *RANKS, "--search", "training.batch_size"], "training.batch_size takes whole numbers"),
-        (["small.toml", *RANKS, "--search", "training.batch_size=16"], "training.batch_size takes whole numbers"),
+        (
+            ["small.toml", *RANKS, "--search", "training.batch_size"],
+            "training.batch_size: it takes no fractions",
+        ),
+        (
+            ["small.toml", *RANKS, "--search", "training.batch_size=16"],
+            "training.batch_size: it takes no fractions",
+        ),
         (
             ["small.toml", *RANKS, "--set", "simulation.loss=0.1", "--set", "algorithm.kind=deep_squeeze"],
             "simulation.loss = 0.1 needs simulated time: give --simulate N, not --loopback N",

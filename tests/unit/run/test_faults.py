@@ -75,7 +75,8 @@ def test_a_run_that_continues_loses_the_same_messages_and_ranks(load, tmp_path):
     sent = [whole[2].read(rank)["exchange/bytes_sent"] for rank in range(4)]
     assert sent[0] == 0 and [round(nbytes / sent[2], 1) for nbytes in sent[1:]] == [0.5, 1.0, 0.5]
 
-    lossless, _ = simulate(load("simulation.loss=0.0"), tmp_path / "lossless")
+    lossless, _ = simulate(load("simulation.loss=0.0", "simulation.spread=fixed"), tmp_path / "lossless")
+    assert lossless.seconds == pytest.approx(8.0)
     assert lossless.consensus_distance != result.consensus_distance
 
 

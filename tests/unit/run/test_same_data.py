@@ -81,9 +81,13 @@ def test_every_token_of_a_text_counts(tmp_path):
         assert digest(text[:place] + "b" + text[place + 1 :]) != digest(text)
 
 
-def test_of_large_data_some_samples_count(monkeypatch):
+def test_of_large_data_every_so_many_samples_count(monkeypatch):
     digits = load("digits", None)
-    monkeypatch.setattr(datasets, "DIGESTED", 4096)
-    first = digits.train.inputs.clone()
-    first[0] += 1
-    assert replace(digits, train=Samples(first, digits.train.labels)).digest() != digits.digest()
+    monkeypatch.setattr(datasets, "DIGESTED", -(-digits.train.inputs.numel() // 3))
+
+    def digest(changed):
+        inputs = digits.train.inputs.clone()
+        inputs[changed] += 1
+        return replace(digits, train=Samples(inputs, digits.train.labels)).digest()
+
+    assert digest(0) != digits.digest() != digest(3) and digest(1) == digits.digest()

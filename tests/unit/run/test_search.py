@@ -64,8 +64,7 @@ def test_a_start_that_diverges_like_its_neighbors_is_left_downwards():
 
 
 def test_a_search_ends_where_values_hardly_differ():
-    values = [
-        v["optimizer.lr"] for v in search((LR,), 40, lambda values: -abs(math.log(values["optimizer.lr"] / 0.26)))[0]
-    ]
+    points, _ = search((LR,), 40, bowl({"optimizer.lr": 0.26})[0])
+    values = [point["optimizer.lr"] for point in points]
     assert len(values) == len(set(values)) < 12
     assert min(values, key=lambda value: abs(value - 0.26)) == values[0]

@@ -29,9 +29,9 @@ def test_the_optimum_is_that_of_all_ranks_and_of_none(name):
     assert np.linalg.norm(at_optimum, axis=1).min() > 0.1
 
 
+@over_problems
 @pytest.mark.parametrize("method", METHODS)
-def test_only_methods_for_such_data_reach_the_optimum(method):
-    name = "mushrooms" if "MPICOMP_DATA" in os.environ else "quadratic"
+def test_only_methods_for_such_data_reach_the_optimum(name, method):
     falls_short = isinstance(METHODS[method], DPSGD | Choco)
     steps = 600 if not isinstance(METHODS[method], MoTEF) else 1500 if name == "mushrooms" else 800
     found = distances(problem(name), METHODS[method], steps)
