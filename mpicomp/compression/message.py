@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,9 +153,14 @@ class Layout:
             end = offset + numel * field.dtype.itemsize
         return end
 
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether all messages are equally long."""
+        return not any(field.variable for field in self.fields)
+
     def nbytes_of(self, payload: Payload) -> int:
         """Return the bytes that `payload` takes on the wire."""
-        return self._end({name: tensor.numel() for name, tensor in payload.items()})
+        return self.nbytes if self.is_fixed else self._end({name: tensor.numel() for name, tensor in payload.items()})
 
     @traced("pack")
     def pack(self, payload: Payload, wire: Tensor, non_blocking: bool = True) -> int:
@@ -242,6 +248,49 @@ class Layout:
                 for field in layout.fields
             )
         )
+
+
+class Wire:
+    """Memory of the host for messages of one layout, one after the other.
+
+    It does as `Layout.pack` and `Layout.unpack`. Where all messages are equally long, their fields have always the same
+    place, and the views of them are made once: to make them takes longer than to copy a short message.
+
+    Args:
+        layout: of the messages.
+        memory: (layout.nbytes,) uint8; shorter where a sender had another layout, whose messages are to be refused.
+
+    Attributes:
+        layout: of the messages.
+        array: the memory.
+
+    """
+
+    def __init__(self, layout: Layout, memory: Tensor) -> None:
+        self.layout = layout
+        self.array: np.ndarray = memory.numpy()
+        self._memory = memory
+        self._views = None
+        if layout.is_fixed and memory.numel() == layout.nbytes and not any(field.on_host for field in layout.fields):
+            self._views = layout.unpack(memory)
+
+    @traced("pack")
+    def pack(self, payload: Payload) -> np.ndarray:
+        """Copy `payload` here, and return the bytes used."""
+        if self._views is None:
+            return self.array[: self.layout.pack(payload, self._memory)]
+        for name, view in self._views.items():
+            tensor = payload[name]
+            assert tensor.dtype == view.dtype and tensor.shape == view.shape, (name, tensor.dtype, tensor.shape)
+            view.copy_(tensor)
+        return self.array
+
+    @traced("unpack")
+    def unpack(self, nbytes: int) -> Payload:
+        """Return the payload of `nbytes` bytes that is here; its tensors are views."""
+        if self._views is None or nbytes != self.layout.nbytes:
+            return self.layout.unpack(self._memory[:nbytes])
+        return dict(self._views)
 
 
 def index_dtype(numel: int) -> torch.dtype:

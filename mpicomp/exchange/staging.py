@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.compression.message import Layout, Payload
+from mpicomp.compression.message import Layout, Payload, Wire
 from mpicomp.exchange.placement import cores_near, running_on
 
 Bytes = np.ndarray
@@ -31,8 +31,8 @@ class Staging(Protocol):
     def pack_each(self, payloads: Sequence[Payload], layout: Layout) -> list[Bytes]:
         """Return the packed `payloads`, each in host memory of its own."""
 
-    def receive(self, count: int, nbytes: int) -> list[Bytes]:
-        """Return `count` host buffers (nbytes,) to receive into; they overwrite those of the last call."""
+    def receive(self, count: int, layout: Layout) -> list[Bytes]:
+        """Return `count` host buffers (layout.nbytes,) to receive into; they overwrite those of the last call."""
 
     def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
         """Return the payloads in the first buffers given by `receive`, of which ``sizes[i]`` bytes were filled."""
@@ -74,8 +74,8 @@ class HostStaging:
     """Payloads in host memory."""
 
     def __init__(self) -> None:
-        self._sent = _Buffers(torch.device("cpu"))
-        self._received = _Buffers(torch.device("cpu"))
+        self._sent = _Wires()
+        self._received = _Wires()
 
     def pack(self, payload: Payload, layout: Layout) -> Bytes:
         """Pack into the first send buffer."""
@@ -83,20 +83,37 @@ class HostStaging:
 
     def pack_each(self, payloads: Sequence[Payload], layout: Layout) -> list[Bytes]:
         """Pack into the send buffers."""
-        wires = [self._sent.get(i, layout.nbytes) for i in range(len(payloads))]
-        return [_bytes(wire[: layout.pack(payload, wire)]) for payload, wire in zip(payloads, wires, strict=True)]
+        wires = self._sent.get(len(payloads), layout)
+        return [wire.pack(payload) for wire, payload in zip(wires, payloads, strict=True)]
 
-    def receive(self, count: int, nbytes: int) -> list[Bytes]:
+    def receive(self, count: int, layout: Layout) -> list[Bytes]:
         """Return the receive buffers."""
-        return [_bytes(self._received.get(i, nbytes)) for i in range(count)]
+        return [wire.array for wire in self._received.get(count, layout)]
 
     def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
         """Return views of the receive buffers."""
-        return [layout.unpack(self._received.get(i, nbytes)) for i, nbytes in enumerate(sizes)]
+        return [wire.unpack(nbytes) for wire, nbytes in zip(self._received.get(len(sizes), layout), sizes, strict=True)]
 
     def load(self, data: Bytes, layout: Layout) -> Payload:
         """Return views of `data`."""
         return layout.unpack(torch.from_numpy(data))
+
+
+class _Wires:
+    """Buffers in host memory, made ready for one layout at a time."""
+
+    def __init__(self) -> None:
+        self._buffers = _Buffers(torch.device("cpu"))
+        self._layout: Layout | None = None
+        self._wires: list[Wire] = []
+
+    def get(self, count: int, layout: Layout) -> list[Wire]:
+        """Return the first `count` buffers, ready for `layout`."""
+        if layout is not self._layout:
+            self._layout, self._wires = layout, []
+        while len(self._wires) < count:
+            self._wires.append(Wire(layout, self._buffers.get(len(self._wires), layout.nbytes)))
+        return self._wires[:count]
 
 
 class DeviceStaging:
@@ -159,10 +176,10 @@ class DeviceStaging:
         self._is_sent.synchronize()
         return [_bytes(host[: layout.finish(host)]) for host in hosts]
 
-    def receive(self, count: int, nbytes: int) -> list[Bytes]:
+    def receive(self, count: int, layout: Layout) -> list[Bytes]:
         """Return the pinned receive buffers, once the last messages in them have reached the device."""
         self._is_received.synchronize()
-        return [_bytes(self._received_host.get(i, nbytes)) for i in range(count)]
+        return [_bytes(self._received_host.get(i, layout.nbytes)) for i in range(count)]
 
     def unpack(self, layout: Layout, sizes: Sequence[int]) -> list[Payload]:
         """Copy to the device on the current stream, which is where the payloads are read next.

@@ -32,7 +32,7 @@ def payload(count, device, seed=0):
 
 
 def deliver(staging, wires, layout):
-    for buffer, wire in zip(staging.receive(len(wires), layout.nbytes), wires, strict=True):
+    for buffer, wire in zip(staging.receive(len(wires), layout), wires, strict=True):
         buffer[: wire.size] = wire
     return staging.unpack(layout, [wire.size for wire in wires])
 
@@ -42,7 +42,7 @@ def test_the_gpu_gets_pinned_staging(device):
     assert isinstance(staging, DeviceStaging)
     wire = torch.from_numpy(staging.pack(payload(5, device), LAYOUT))
     assert wire.is_pinned()
-    assert all(torch.from_numpy(buffer).is_pinned() for buffer in staging.receive(2, 64))
+    assert all(torch.from_numpy(buffer).is_pinned() for buffer in staging.receive(2, LAYOUT))
 
 
 @pytest.mark.parametrize("count", [0, 1, 500, 999])
@@ -83,7 +83,7 @@ def test_receive_buffers_are_not_overwritten_before_they_have_reached_the_device
     total = torch.zeros(1_000_000, device=device)
     big = torch.randn(4000, 4000, device=device)
     for step in range(20):
-        (buffer,) = staging.receive(1, layout.nbytes)
+        (buffer,) = staging.receive(1, layout)
         buffer.view("float32")[:] = step
         _ = big @ big  # keeps the stream busy, so that the copy to the device is late
         (received,) = staging.unpack(layout, [layout.nbytes])

@@ -7,6 +7,7 @@ from support.exchange_table import TABLE, VARIABLE, message
 
 from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import ExchangeError
+from mpicomp.exchange.mpi import neighbor
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.topology import Topology, complete, erdos_renyi, ring, star, torus
 
@@ -21,6 +22,12 @@ def test_contract_when_ranks_outnumber_cores(world, check):
     if world.is_polite:
         return  # they do: `test_contract` was that
     world.is_polite = True
+    check(world)
+
+
+@pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
+def test_contract_with_memory_that_neighbors_read(world, check, monkeypatch):
+    monkeypatch.setattr(neighbor, "SHORTEST", 1)
     check(world)
 
 

@@ -343,8 +343,8 @@ class WatchedStaging(DeviceStaging):
             self._gpu.host_reads(wire, "MPI begins to send")
         return self._sending
 
-    def receive(self, count, nbytes):
-        self._receiving = super().receive(count, nbytes)
+    def receive(self, count, layout):
+        self._receiving = super().receive(count, layout)
         for buffer in self._receiving:
             self._gpu.host_writes(buffer, "MPI begins to receive")
             buffer[:] = 0xFF  # a message may arrive at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -36,7 +36,8 @@ class Communicator:
         rank: this rank.
         size: how many ranks there are.
         host: the name of this machine.
-        local_rank: this rank's number among those of its machine.
+        local_ranks: the ranks of this machine, ascending.
+        local_rank: this rank's number among them.
         local_size: how many ranks this machine has.
         core_share: the cores that fall to this rank; below 1 where ranks outnumber cores.
         is_polite: whether this rank sleeps while it waits, because others need its core.
@@ -52,7 +53,7 @@ class Communicator:
         self._take(comm)
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
         cores = os.sched_getaffinity(0)
-        self._share(node.Get_rank(), cores, node.allgather(cores))
+        self._share(cores, dict(node.allgather((self.rank, cores))))
         node.Free()
 
     def join_survivors_(self, comm: MPI.Intracomm) -> None:
@@ -61,8 +62,7 @@ class Communicator:
         self.is_polite = True
         cores = os.sched_getaffinity(0)
         rows = self.all_gather((self.host, cores))
-        here = [rank for rank, (host, _) in enumerate(rows) if host == self.host]
-        self._share(here.index(self.rank), cores, [rows[rank][1] for rank in here])
+        self._share(cores, {rank: theirs for rank, (host, theirs) in enumerate(rows) if host == self.host})
 
     def _take(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
@@ -70,10 +70,11 @@ class Communicator:
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
 
-    def _share(self, local_rank: int, cores: set[int], of_host: Sequence[set[int]]) -> None:
+    def _share(self, cores: set[int], of_host: Mapping[int, set[int]]) -> None:
         """Share the `cores` of this rank with those of the ranks of its host."""
-        self.local_rank, self.local_size = local_rank, len(of_host)
-        self.core_share = core_share(cores, of_host)
+        self.local_ranks = sorted(of_host)
+        self.local_rank, self.local_size = self.local_ranks.index(self.rank), len(of_host)
+        self.core_share = core_share(cores, list(of_host.values()))
         self.is_polite = self.core_share < 1 - 1e-9
         torch.set_num_threads(thread_count(self.core_share))
 

@@ -3,13 +3,15 @@
 The communicator is Cartesian for grids and a distributed graph for other topologies. It documents and checks the
 neighborhood. When ranks have died, it is that of the world. The messages themselves use Irecv and Isend, one for each
 distinct neighbor: Open MPI 5.0.11's non-blocking neighbor all-to-all delivers wrong data on periodic dimensions of 1
-and 2, and no neighbor collective was faster.
+and 2, and no neighbor collective was faster. Long messages between ranks of one machine lie in memory that both see,
+and only a notice is sent (`neighbor_memory`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,12 +21,11 @@ from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
+from mpicomp.exchange.mpi.neighbor_memory import SHORTEST, TAG, NeighborMemory, Notice, new_notice
 from mpicomp.exchange.mpi.node import NodeGroup
-from mpicomp.exchange.staging import Bytes, make_staging
+from mpicomp.exchange.staging import make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology
-
-_TAG = 0
 
 
 class NeighborExchange:
@@ -71,35 +72,71 @@ class NeighborExchange:
         self._staging = make_staging(device)
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
+        self._memory = NeighborMemory(world, self.comm, self._sources | self._targets, device.type == "cpu")
+        self._route: _Route | None = None
         self._pending: _NeighborPending | None = None
 
     @timed("exchange", "send")
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> _NeighborPending:
         """Send `payload` to this rank's targets, and begin to receive from its sources."""
-        return self._start(lambda targets: [self._staging.pack(payload, layout)] * len(targets), layout, topology)
+        return self._start([payload], layout, topology)
 
     @timed("exchange", "send")
     def start_each(self, payloads: Mapping[int, Payload], layout: Layout, topology: Topology) -> _NeighborPending:
         """Send each target its own payload, and begin to receive from the sources."""
-        return self._start(
-            lambda targets: self._staging.pack_each([payloads[target] for target in targets], layout), layout, topology
-        )
+        return self._start([payloads[target] for target in topology.targets(self.rank)], layout, topology)
 
-    def _start(self, pack: Callable[[list[int]], list[Bytes]], layout: Layout, topology: Topology) -> _NeighborPending:
-        """Begin to receive, and send what `pack` returns for the targets."""
+    def _start(self, payloads: Sequence[Payload], layout: Layout, topology: Topology) -> _NeighborPending:
+        """Begin to receive, and send: one payload to all targets, or to each its own."""
         if self._pending is not None:
             raise ExchangeError("an exchange is still pending: wait for it before the next one")
+        route = self._route
+        if route is None or route.layout is not layout or route.topology is not topology:
+            route = self._route = self._find_route(layout, topology)
+        self._memory.release()
+        buffers = iter(self._staging.receive(len(route.sources) - len(route.notices), layout))
+        requests = [
+            self.comm.Irecv(notice if (notice := route.notices.get(source)) is not None else next(buffers), source, TAG)
+            for source in route.sources
+        ]
+        if route.targets:
+            requests += self._send(payloads, route)
+        self._pending = _NeighborPending(self, requests, route)
+        return self._pending
+
+    def _find_route(self, layout: Layout, topology: Topology) -> _Route:
         sources, targets = topology.sources(self.rank), topology.targets(self.rank)
         if not (self._sources.issuperset(sources) and self._targets.issuperset(targets)):
             raise ExchangeError(f"topology {topology.name!r} has edges that {self.schedule.name!r} did not announce")
-        buffers = self._staging.receive(len(sources), layout.nbytes)
-        requests = [self.comm.Irecv(buffer, source, _TAG) for buffer, source in zip(buffers, sources, strict=True)]
-        if targets:
-            wires = pack(targets)
-            requests += [self.comm.Isend(wire, target, _TAG) for wire, target in zip(wires, targets, strict=True)]
-            self.bytes_sent += sum(wire.nbytes for wire in wires)
-        self._pending = _NeighborPending(self, requests, layout, sources, targets)
-        return self._pending
+        near = self._memory.near if layout.nbytes >= SHORTEST else frozenset()
+        return _Route(
+            layout,
+            topology,
+            sources,
+            targets,
+            readers=near.intersection(targets),
+            notices={source: new_notice() for source in sources if source in near},
+            statuses=[MPI.Status() for _ in (*sources, *targets)],
+            peers=[self._names[peer] for peer in (*sources, *targets)],
+        )
+
+    def _send(self, payloads: Sequence[Payload], route: _Route) -> list[MPI.Request]:
+        if route.readers:
+            wires = [
+                wire.pack(payload)
+                for wire, payload in zip(self._memory.reserve(len(payloads), route.layout), payloads, strict=True)
+            ]
+        else:
+            wires = self._staging.pack_each(payloads, route.layout)
+        which = {target: i if len(wires) > 1 else 0 for i, target in enumerate(route.targets)}
+        requests = []
+        for target, i in which.items():
+            self.bytes_sent += wires[i].nbytes
+            if target in route.readers:
+                requests.append(self._memory.notify(target, i, wires[i].nbytes))
+            else:
+                requests.append(self.comm.Isend(wires[i], target, TAG))
+        return requests
 
     @timed("exchange", "all_reduce")
     def mean_(self, x: Tensor) -> None:
@@ -121,39 +158,66 @@ class NeighborExchange:
         if self.comm != self._world.comm:
             self.comm.Free()
 
-    def _finish(self, statuses: list[MPI.Status], layout: Layout, sources: list[int]) -> dict[int, Payload]:
+    def _finish(self, route: _Route) -> dict[int, Payload]:
         self._pending = None
-        sizes = [status.Get_count(MPI.BYTE) for status in statuses[: len(sources)]]
-        payloads = self._staging.unpack(layout, sizes)
-        for source, size, payload in zip(sources, sizes, payloads, strict=True):
-            check_message(payload, layout, size, self._names[source])
-        return dict(zip(sources, payloads, strict=True))
+        layout, notices = route.layout, route.notices
+        sizes = [
+            status.Get_count(MPI.BYTE)
+            for source, status in zip(route.sources, route.statuses, strict=False)
+            if source not in notices
+        ]
+        packed = zip(sizes, self._staging.unpack(layout, sizes), strict=True)
+        received = {}
+        for source in route.sources:
+            if source in notices:
+                nbytes, payload = self._memory.read(source, notices[source], layout)
+            else:
+                nbytes, payload = next(packed)
+            check_message(payload, layout, nbytes, self._names[source])
+            received[source] = payload
+        return received
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What an exchange of one layout in one topology needs; found once, for all that follow one another.
+
+    Attributes:
+        layout: of the messages.
+        topology: the graph.
+        sources: who sends to this rank, ascending.
+        targets: to whom it sends, ascending.
+        readers: the targets that read its memory.
+        notices: the buffers for notices of the sources whose memory it reads.
+        statuses: one for each source, then for each target.
+        peers: by which name reports call these.
+
+    """
+
+    layout: Layout
+    topology: Topology
+    sources: Sequence[int]
+    targets: Sequence[int]
+    readers: frozenset[int]
+    notices: Mapping[int, Notice]
+    statuses: list[MPI.Status]
+    peers: Sequence[int]
 
 
 class _NeighborPending:
     """A pending exchange over MPI."""
 
-    def __init__(
-        self,
-        exchange: NeighborExchange,
-        requests: list[MPI.Request],
-        layout: Layout,
-        sources: list[int],
-        targets: list[int],
-    ) -> None:
+    def __init__(self, exchange: NeighborExchange, requests: list[MPI.Request], route: _Route) -> None:
         self._exchange = exchange
         self._requests = requests
-        self._layout = layout
-        self._sources = sources
-        self._targets = targets
-        self._statuses = [MPI.Status() for _ in requests]
+        self._route = route
         self._is_complete = not requests
         self._underway = Underway() if requests else None
 
     @timed("exchange", is_event=False)
     def test(self) -> bool:
         """Return whether all messages have arrived, without waiting; makes progress."""
-        if not self._is_complete and self._exchange._world.test_all(self._requests, self._statuses):
+        if not self._is_complete and self._exchange._world.test_all(self._requests, self._route.statuses):
             self._complete()
         return self._is_complete
 
@@ -163,9 +227,8 @@ class _NeighborPending:
         assert self._exchange._pending is self, "waited for twice"
         if not self._is_complete:
             self._complete()
-            peers = [self._exchange._names[peer] for peer in (*self._sources, *self._targets)]
-            self._exchange._world.wait_all(self._requests, self._statuses, peers=peers)
-        return self._exchange._finish(self._statuses, self._layout, self._sources)
+            self._exchange._world.wait_all(self._requests, self._route.statuses, peers=self._route.peers)
+        return self._exchange._finish(self._route)
 
     def _complete(self) -> None:
         """Note that the messages have arrived, which ends the hidden time of this exchange."""

@@ -46,7 +46,7 @@ def exchanges(staging, arriving, is_read_late):
     sent, read = [], []
     for step, counts in enumerate(COUNTS):
         layout = layout_of(max(counts, default=1))
-        buffers = staging.receive(len(counts), layout.nbytes)
+        buffers = staging.receive(len(counts), layout)
         if step != 2:  # a rank without targets
             message = payload(max(counts, default=1), step)
             sent.append(staging.pack(message, layout).copy())
@@ -57,7 +57,7 @@ def exchanges(staging, arriving, is_read_late):
         received = staging.unpack(layout, [wire.size for wire in arriving[step]])
         # Read late, payloads are on their way to the device when their buffers are received into again.
         read += [{name: late_copy(t) if is_read_late else t.clone() for name, t in m.items()} for m in received]
-    staging.receive(2, 100)
+    staging.receive(2, layout_of(10))
     return sent, read
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_code_is_refused_as_it_arrives():
         wire[-1] ^= 255
         with pytest.raises(IndexError, match="damaged"):
             staging.load(wire.numpy(), layout)
-        (buffer,) = staging.receive(1, layout.nbytes)
+        (buffer,) = staging.receive(1, layout)
         buffer[: len(wire)] = wire.numpy()
         with pytest.raises(IndexError, match="damaged"):
             staging.unpack(layout, [len(wire)])
@@ -173,7 +173,7 @@ def test_reading_on_another_stream_needs_both_waits():
             staging, other = WatchedStaging(gpu), gpu.Stream()
             for _ in range(2):
                 layout = layout_of(3)
-                (buffer,) = staging.receive(1, layout.nbytes)
+                (buffer,) = staging.receive(1, layout)
                 wire = torch.empty(layout.nbytes, dtype=torch.uint8)
                 layout.pack(payload(3, 0), wire)
                 buffer[:] = wire.numpy()

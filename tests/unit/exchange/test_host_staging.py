@@ -9,13 +9,17 @@ from mpicomp.exchange.staging import HostStaging, make_staging
 LAYOUT = Layout((Field("index", torch.int16, 9, True), Field("value", torch.float32, 9, True)))
 
 
+def of_bytes(nbytes):
+    return Layout((Field("x", torch.uint8, nbytes),))
+
+
 def payload(count):
     return {"index": torch.arange(count, dtype=torch.int16), "value": torch.linspace(0, 1, count)}
 
 
 def deliver(staging, wires, layout):
     """Copy `wires` into the receive buffers, as MPI would, and return what arrives."""
-    for buffer, wire in zip(staging.receive(len(wires), layout.nbytes), wires, strict=True):
+    for buffer, wire in zip(staging.receive(len(wires), layout), wires, strict=True):
         buffer[: wire.size] = wire
     return staging.unpack(layout, [wire.size for wire in wires])
 
@@ -44,14 +48,14 @@ def test_buffers_are_kept_and_grow():
     first = staging.pack(payload(2), LAYOUT)
     second = staging.pack(payload(9), LAYOUT)
     assert first.ctypes.data == second.ctypes.data
-    small = [buffer.ctypes.data for buffer in staging.receive(2, 100)]
-    assert [buffer.ctypes.data for buffer in staging.receive(3, 50)][:2] == small
-    assert [buffer.nbytes for buffer in staging.receive(3, 1000)] == [1000] * 3
+    small = [buffer.ctypes.data for buffer in staging.receive(2, of_bytes(100))]
+    assert [buffer.ctypes.data for buffer in staging.receive(3, of_bytes(50))][:2] == small
+    assert [buffer.nbytes for buffer in staging.receive(3, of_bytes(1000))] == [1000] * 3
 
 
 def test_received_payloads_are_views_of_the_buffers():
     staging = HostStaging()
-    (buffer,) = staging.receive(1, LAYOUT.nbytes)
+    (buffer,) = staging.receive(1, LAYOUT)
     (received,) = deliver(staging, [staging.pack(payload(9), LAYOUT).copy()], LAYOUT)
     begin = buffer.ctypes.data
     assert all(begin <= tensor.data_ptr() < begin + buffer.nbytes for tensor in received.values())
