@@ -56,7 +56,7 @@ def open_files():
 def test_long_messages_are_read_where_the_sender_packed_them(world):
     topology = complete(world.size)
     exchange = world.exchange(topology)
-    assert exchange._memory.near == frozenset(topology.sources(world.rank))
+    assert exchange.near == frozenset(topology.sources(world.rank))
     for step in range(6):
         received = exchange.start(message(world.rank, step), LONG, topology).wait()
         for source, payload in received.items():
@@ -107,7 +107,7 @@ def test_a_neighbor_that_cannot_see_the_memory_is_sent_messages(world, monkeypat
     topology = complete(world.size)
     exchange = world.exchange(topology)
     others = set() if world.rank == 0 else set(topology.sources(world.rank)) - {0}
-    assert exchange._memory.near == others
+    assert exchange.near == others
     for step in range(6):
         received = exchange.start(message(world.rank, step), LONG, topology).wait()
         for source, payload in received.items():

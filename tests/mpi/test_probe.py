@@ -29,6 +29,7 @@ def test_neighbors_are_tried_for_real(world):
     assert trial.problem == ""
     assert trial.latency_us > 0
     assert (trial.mb_per_s > 0) == (world.size > 1)
+    assert trial.how == ("" if world.size == 1 else "shared memory")
     assert world.all_gather(trial) == [trial] * world.size
 
 

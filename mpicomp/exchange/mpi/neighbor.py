@@ -40,6 +40,7 @@ class NeighborExchange:
 
     Attributes:
         comm: the communicator of the neighborhood.
+        near: the neighbors with which this rank shares memory.
 
     Raises:
         ExchangeError: the ranks were given different graphs.
@@ -73,6 +74,7 @@ class NeighborExchange:
         self._sources = frozenset(union.sources(self.rank))
         self._targets = frozenset(union.targets(self.rank))
         self._memory = NeighborMemory(world, self.comm, self._sources | self._targets, device.type == "cpu")
+        self.near = self._memory.near
         self._route: _Route | None = None
         self._pending: _NeighborPending | None = None
 
@@ -108,7 +110,7 @@ class NeighborExchange:
         sources, targets = topology.sources(self.rank), topology.targets(self.rank)
         if not (self._sources.issuperset(sources) and self._targets.issuperset(targets)):
             raise ExchangeError(f"topology {topology.name!r} has edges that {self.schedule.name!r} did not announce")
-        near = self._memory.near if layout.nbytes >= SHORTEST else frozenset()
+        near = self.near if layout.nbytes >= SHORTEST else frozenset()
         return _Route(
             layout,
             topology,

@@ -167,10 +167,12 @@ def try_neighbors(world: MpiWorld) -> Trial:
 
     outcomes = [once(numel, step) for step, numel in enumerate((1, SMALL, 65_537, LARGE))]
     small, large = (exchange_seconds(world, exchange, topology, *trial) for trial in ((SMALL, 50), (LARGE, 5)))
+    reads = world.all_gather([source in exchange.near for source in topology.sources(world.rank)])
+    how = "shared memory" if all(map(all, reads)) else "shared memory and MPI" if any(map(any, reads)) else "MPI"
     exchange.free()
     problem = "" if all(outcomes) else "wrong bytes arrived from a neighbor"
     sent = LARGE * len(topology.targets(world.rank))
-    return _slowest(world, Trial(problem, small * 1e6, sent / large / 1e6))
+    return replace(_slowest(world, Trial(problem, small * 1e6, sent / large / 1e6)), how=how if world.size > 1 else "")
 
 
 def try_window(world: MpiWorld) -> Trial:
