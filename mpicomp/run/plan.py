@@ -1,9 +1,8 @@
 """What a step of each method would take over given links: measured computing, simulated messages.
 
-The gradient is measured on the model and a batch of a configuration. Each method then does
-steps with its own code: what it computes is measured, what it sends is counted, and its messages travel in simulated
-time (`mpicomp.exchange.loopback.network`). There, a gradient takes its measured seconds, and messages with overlap
-travel meanwhile.
+Each method does steps with its own code on the model and a batch of a configuration: what it computes is measured, what
+it sends is counted, and its messages travel in simulated time (`mpicomp.exchange.loopback.network`). There, a gradient
+takes its measured seconds, and messages with overlap travel meanwhile.
 
 One rank is enough (`mpicomp.exchange.loopback.symmetric`): it hears from its neighbors what it sends itself. So a plan
 for 64 ranks takes memory for one model, and the time of one rank's steps; a sum round a ring is relayed and added up as
@@ -12,9 +11,10 @@ often as with all of them. Of an irregular graph, it is the rank with the most n
 DistributedDataParallel adds up buckets of gradients as the backward pass makes them, in their order:
 
     end_b = max(time at which bucket b is complete, end_{b - 1}) + time of an all-reduce of bucket b
-    step = max(gradient, end of the last bucket) + optimizer's step
+    step = max(gradient, end of the last bucket) + two copies of the gradient + optimizer's step
 
-with torch's sizes of buckets, 1 MiB for the first and 25 MiB for the others (Li et al. 2020, arXiv 2006.15704).
+with torch's sizes of buckets, 1 MiB for the first and 25 MiB for the others (Li et al. 2020, arXiv 2006.15704). By
+default it copies the gradients into the buckets and back.
 
 What is not seen: ranks of unequal speed, links that others use, and computing that the transport of messages itself
 takes from the ranks. How much a step learns differs from method to method; this is about its seconds alone.
@@ -75,7 +75,7 @@ _OVERLAP = ((False, ""), (True, ", overlap"))
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 _GRADIENTS = 15
 _MOST_WARM, _WARM_S = 100, 0.5
-_WARM, _ROUND, _STEPS = 4, 4, 12
+_WARM, _ROUND, _STEPS = 6, 4, 12
 
 
 @dataclass(frozen=True)
@@ -330,8 +330,9 @@ def predict_ddp(computing: Computing, update_s: float, ranks: int, links: Links)
         part = all_reduce_nbytes(torch.empty(nbytes, dtype=torch.uint8, device="meta"), ranks)
         end_s = max(end_s, complete_s) + network.all_reduce_ns(part, ranks) / 1e9
         sent += part
-    computing_s = computing.gradient_s + update_s
-    seconds = max(computing.gradient_s, end_s) + update_s
+    after_s = 2 * computing.copy_s + update_s
+    computing_s = computing.gradient_s + after_s
+    seconds = max(computing.gradient_s, end_s) + after_s
     return Prediction(DDP, seconds, computing_s, sent, is_dense=True)
 
 
@@ -346,8 +347,8 @@ def predict(
 ) -> Prediction:
     """Return what a step of `method` takes: medians over rounds of steps, after a few that are not counted.
 
-    ``local.closure`` computes the loss. The gradients are computed, too, because what follows finds the caches as they
-    leave them, but each counts as the measured seconds of all.
+    ``local.closure`` computes the loss. The gradients are computed in these steps, and all count as the median of the
+    first ones. They take longer than a gradient alone where the vectors of the method no longer fit into a cache.
 
     Raises:
         ConfigError: the method cannot have this compressor or optimizer.
@@ -359,6 +360,7 @@ def predict(
     exchange = SymmetricExchange(_busiest(schedule), schedule, links, sums, stopwatch)
     steps = Steps(algorithm, local, exchange, local.gradient, computing.gradient_s)
     steps.run(_WARM)
+    steps.set_gradient_s(statistics.median(steps.taken_s))
     length = max(method.period, _ROUND)
     rounds = [steps.run(length) for _ in range(max(1, _STEPS // length))]
     seconds, waiting_s, nbytes = (statistics.median(figures) / length for figures in zip(*rounds, strict=True))
@@ -375,6 +377,9 @@ class Steps:
         gradient: computes ``local.g``.
         gradient_s: the simulated seconds that it takes.
 
+    Attributes:
+        taken_s: the seconds that each gradient has really taken.
+
     """
 
     def __init__(
@@ -387,9 +392,14 @@ class Steps:
     ) -> None:
         self._algorithm, self._local, self._exchange, self._gradient = algorithm, local, exchange, gradient
         self._state = algorithm.init(local, exchange)
-        self._delay = GradientDelay(gradient_s=gradient_s)
-        self._delay.sleep = exchange.sleep
+        self.taken_s: list[float] = []
+        self.set_gradient_s(gradient_s)
         exchange.skip()
+
+    def set_gradient_s(self, seconds: float) -> None:
+        """Let each gradient take so many simulated seconds from here on."""
+        self._delay = GradientDelay(gradient_s=seconds)
+        self._delay.sleep = self._exchange.sleep
 
     def run(self, count: int) -> tuple[float, float, int]:
         """Do `count` steps; return their seconds, those of waiting among them, and the bytes sent."""
@@ -399,7 +409,7 @@ class Steps:
             for meanwhile in self._algorithm.phases(self._local, self._state, exchange):
                 exchange.now()
                 self._gradient()
-                exchange.skip()
+                self.taken_s.append(exchange.skip())
                 self._delay.keep(0.0, meanwhile)
         return exchange.now() - begin, exchange.waited_s - waited, exchange.bytes_sent - sent
 

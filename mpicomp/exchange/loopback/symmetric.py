@@ -70,9 +70,10 @@ class SymmetricExchange:
         self._count()
         self._now_ns += round(1e9 * seconds)
 
-    def skip(self) -> None:
-        """Leave out what was computed since the last call of this object."""
-        self._since = self._stopwatch()
+    def skip(self) -> float:
+        """Leave out what was computed since the last call of this object, and return its seconds."""
+        begin, self._since = self._since, self._stopwatch()
+        return self._since - begin
 
     def start(self, payload: Payload, layout: Layout, topology: Topology) -> SymmetricPending:
         """Send `payload` to this rank's targets, and hear the same from its sources."""

@@ -27,9 +27,9 @@ def plan(*arguments):
 
 def test_table_choice_and_json(tmp_path):
     path = tmp_path / "plan.json"
-    result = plan(*SMALL, "--link", "1mbit", "--latency", "1ms", "--ranks", "6", "--json", path)
+    result = plan(*SMALL, "--link", "10kbit", "--latency", "1ms", "--ranks", "6", "--json", path)
     assert result.exit_code == 0, result.output
-    for text in ("6 ranks", "links (1mbit, 1ms)", "times DDP's speed", "GMC, 10 %, overlap", "Choice: ", "as fast a"):
+    for text in ("6 ranks", "links (10kbit, 1ms)", "times DDP's speed", "GMC, 10 %, overlap", "Choice: ", "as fast a"):
         assert text in result.output
     report = json.loads(path.read_text())
     assert report["ranks"] == 6 and report["links"]["latency_s"] == 1e-3
