@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.exchange_table import TABLE
+from support import exchange_table
 
 from mpicomp.compression.message import Field, Layout
 from mpicomp.exchange.mpi import neighbor, neighbor_memory
@@ -114,7 +114,10 @@ def test_a_neighbor_that_cannot_see_the_memory_is_sent_messages(world, monkeypat
             assert_arrived(payload, source, step)
 
 
-@pytest.mark.parametrize("check", TABLE, ids=lambda check: check.__name__)
+MIXED = (exchange_table.on_a_ring, exchange_table.sending_each_neighbor_a_message_of_its_own)
+
+
+@pytest.mark.parametrize("check", MIXED, ids=lambda check: check.__name__)
 def test_contract_where_some_see_the_memory_and_others_do_not(world, check, monkeypatch):
     monkeypatch.setattr(neighbor, "SHORTEST", 1)
     if world.rank == 0:
