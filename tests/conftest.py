@@ -1,7 +1,7 @@
 """Options of all tests, and Triton's interpreter.
 
-``--sample N`` runs about one in N cases of each test that has more than N, always the same ones. A test's cases are its
-parameters: methods, compressors, graphs, sizes.
+``--sample N`` runs about one in N cases of each test that has more than `FEW`, always the same ones. A test's cases are
+its parameters: methods, compressors, graphs, sizes.
 
 Where there is no GPU, Triton's interpreter must be chosen before anything imports triton, as torch does.
 """
@@ -16,12 +16,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+FEW = 4
+"""Of tests with so many cases, all are run."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--sample", type=int, default=1, metavar="N", help="of tests with many cases, run one in N")
 
 
 def pytest_collection_modifyitems(config, items):
     one_in = config.getoption("--sample")
+    if one_in == 1:
+        return
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
@@ -29,8 +35,7 @@ def pytest_collection_modifyitems(config, items):
         item
         for of_test in cases.values()
         for place, item in enumerate(of_test)
-        if len(of_test) <= one_in or place == 0 or zlib.crc32(item.nodeid.encode()) % one_in == 0
+        if len(of_test) <= FEW or place == 0 or zlib.crc32(item.nodeid.encode()) % one_in == 0
     }
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
