@@ -137,7 +137,8 @@ def verdict(names: Sequence[str], found: Found) -> list[str]:
         lines.append("It lies at the edge of what was run: give more --points.")
     if best.steps < FEW_STEPS:
         lines.append(f"The runs had {best.steps} steps each, which tell little: give more --epochs.")
-    automatic = ', or take gamma = "auto", which needs no search' if found.automatic else ""
+    is_automatic = found.automatic is not None and math.isfinite(found.automatic.loss)
+    automatic = ', or take gamma = "auto", which needs no search' if is_automatic else ""
     lines.append(
         f"A short run tends to choose too large a step: train the best at full length, and a smaller one{automatic}."
     )

@@ -43,6 +43,7 @@ In a script:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         period: H, the steps from one exchange to the next.
 
     """
+
+    ranks_stay_equal: ClassVar[bool] = False  # between two exchanges
 
     period: int = 5
 
