@@ -1,7 +1,8 @@
 """Options of all tests, and Triton's interpreter.
 
-``--sample N`` runs about one in N cases of each test that has more than `FEW`, always the same ones. A test's cases are
-its parameters: methods, compressors, graphs, sizes.
+``--sample N`` runs about one in N cases of each test that has more than `FEW`, always the same ones, unless the test is
+marked as ``every_case``, and leaves out what is marked as ``long``. A test's cases are its parameters: methods,
+compressors, graphs, sizes.
 
 Where there is no GPU, Triton's interpreter must be chosen before anything imports triton, as torch does.
 """
@@ -21,7 +22,8 @@ FEW = 4
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sample", type=int, default=1, metavar="N", help="of tests with many cases, run one in N")
+    help = "run one in N cases of tests that have many, and no long tests"
+    parser.addoption("--sample", type=int, default=1, metavar="N", help=help)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,12 +32,16 @@ def pytest_collection_modifyitems(config, items):
         return
     cases = defaultdict(list)
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
+        if not item.get_closest_marker("long"):
+            cases[item.nodeid.partition("[")[0]].append(item)
     kept = {
         item
         for of_test in cases.values()
         for place, item in enumerate(of_test)
-        if len(of_test) <= FEW or place == 0 or zlib.crc32(item.nodeid.encode()) % one_in == 0
+        if len(of_test) <= FEW
+        or place == 0
+        or item.get_closest_marker("every_case")
+        or zlib.crc32(item.nodeid.encode()) % one_in == 0
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

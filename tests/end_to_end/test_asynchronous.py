@@ -29,7 +29,7 @@ def test_a_run_that_is_stopped_takes_every_batch_once(tmp_path, method):
     run = start("train", f"configs/methods/{method}.toml", *RUN, *SLOW[method], "--run-dir", folder, ranks=ranks)
     wait_until(lambda: gradients(folder) > 20, "training")
     (folder / "stop").touch()
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 75, output
     assert "stop file." in output
     finished = mpicomp("train", "--resume", folder, ranks=ranks)
@@ -45,7 +45,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     run = start("train", "configs/methods/dc_gossip.toml", *options, "--run-dir", folder, ranks=3)
     wait_until(lambda: (folder / "checkpoints" / "latest").exists() and gradients(folder) > 30, "a checkpoint")
     os.kill(ranks_of(folder)[1], signal.SIGKILL)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode != 0, output
     finished = mpicomp("train", "--resume", folder, ranks=3)
     assert finished.returncode == 0, finished.stdout

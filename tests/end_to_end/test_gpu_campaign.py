@@ -132,6 +132,14 @@ def test_the_environment_has_what_was_packed_and_the_rest_from_the_machine(packe
 RUN = ("run", "--device", "cpu", "--tiny", "--minutes", "4.5")
 
 
+def test_one_stage_is_run_into_a_folder_of_its_own(unpacked, tmp_path):
+    code, output = call(*campaign(unpacked, *RUN, "--out", tmp_path / "out", "kernels"))
+    assert code == 0 and "kernels: complete" in output, output
+    found = json.loads((tmp_path / "out" / "kernels.json").read_text())["items"]
+    assert {entry["state"] for entry in found.values()} == {"done"}
+
+
+@pytest.mark.long
 def test_a_stage_that_is_killed_costs_one_item(unpacked):
     """Its process is killed in the middle of an item: the stage goes on with the next one."""
     run = subprocess.Popen(
@@ -172,6 +180,7 @@ def stage_of(unpacked):
     return None
 
 
+@pytest.mark.long
 def test_results_are_not_overwritten(unpacked):
     code, output = call(*campaign(unpacked, *RUN))
     assert code == 2 and "--resume goes on with them" in output
@@ -187,6 +196,7 @@ def test_no_time_is_no_failure(unpacked):
     assert not (unpacked / "campaign" / "step.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stages", [STAGES[:2], *([stage] for stage in STAGES[2:])], ids=" ".join)
 def test_the_rest_is_done_on_resuming(unpacked, stages):
     """In several starts, for the time limit of a test on a busy machine."""
@@ -199,6 +209,7 @@ def test_the_rest_is_done_on_resuming(unpacked, stages):
         assert {entry["state"] for entry in items(unpacked, stage).values()} == {"done"}
 
 
+@pytest.mark.long
 def test_what_the_stages_have_found(unpacked):
     results = {stage: {name: entry["result"] for name, entry in items(unpacked, stage).items()} for stage in STAGES}
     compared = [result for result in results["correctness"].values() if "same_bits" in result]
@@ -218,6 +229,7 @@ def test_what_the_stages_have_found(unpacked):
     assert headline["ranks_are"] == max(speeds, key=speeds.get) and headline["epoch"] == 1
 
 
+@pytest.mark.long
 def test_the_report_has_a_table_of_each_stage(unpacked):
     code, output = call(*campaign(unpacked, "report"))
     assert code == 0, output

@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import MPIEXEC, is_code, run_command, wait_until
+from support.runs import MPIEXEC, is_code, others_long, run_command, wait_until
 
 ROOT = Path(__file__).parents[2]
 MPIEXECS = [MPIEXEC, *(path for path in sorted(ROOT.glob(".venv*/bin/mpiexec")) if path != MPIEXEC)]
 
 pytestmark = [
     pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no MPI in this environment: {MPIEXEC} is missing"),
-    pytest.mark.parametrize("mpiexec", MPIEXECS, ids=lambda path: path.parents[1].name),
+    pytest.mark.parametrize("mpiexec", others_long(MPIEXECS), ids=lambda path: path.parents[1].name),
 ]
 
 TIMEOUT_S = 2.0

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.runs import others_long
 
 ROOT = Path(__file__).parents[2]
 LINK_LAB = ROOT / "scripts" / "link_lab"
@@ -29,7 +30,7 @@ def hosts():
     subprocess.run([LINK_LAB, "down"], env=ENVIRON, check=True)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", others_long(LIBRARIES))
 def test_the_mailbox_between_hosts(hosts, library):
     python = ROOT / f".venv-{library}" / "bin" / "python"
     # Two ranks on one host, which share a window, and one on the other, which gets messages.

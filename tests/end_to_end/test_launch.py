@@ -24,7 +24,7 @@ world = MpiWorld.from_environment(device="cpu")
 """
 
 
-def run(*command, environ=None, timeout=60):
+def run(*command, environ=None, timeout=120):
     """Run `command` with a hard limit on all its processes; return the exit code and what it printed."""
     environ = (
         OPEN_MPI_HERE | {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"} | (environ or {})
@@ -33,7 +33,7 @@ def run(*command, environ=None, timeout=60):
     return done.returncode, done.stdout
 
 
-def run_ranks(code, ranks=3, timeout=60):
+def run_ranks(code, ranks=3, timeout=120):
     return run(MPIEXEC, "-n", ranks, sys.executable, "-c", START + code, timeout=timeout)
 
 
@@ -50,7 +50,7 @@ def test_an_exception_on_one_rank_ends_all_of_them(enter, error, code, has_trace
     body = f"{enter}\n    if world.rank == 1: raise {error}\n    world.barrier()\n    print('went on')"
     got, output = run_ranks(body)
     assert is_code(got, code), output
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 100
     assert re.search(r"mpicomp: error: rank 1 on \S+: ", output), output
     assert output.count(error.split("'")[1]) == 1, output
     assert ("Traceback" in output) == has_traceback, output

@@ -56,7 +56,7 @@ def test_survivors_name_the_dead(mpiexec, tmp_path):
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired as error:
         output = str(error.stdout)
     finally:

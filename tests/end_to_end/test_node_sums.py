@@ -5,14 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
-from support.runs import ranks_of, run_command
+from support.runs import others_long, ranks_of, run_command
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(ROOT.glob(".venv*/bin/mpiexec"))
 SSGD = ROOT / "configs" / "methods" / "ssgd.toml"
 SHORT = ["training.steps=12", "run.log_every=6", "schedule.warmup=0"]
 
-pytestmark = pytest.mark.parametrize("mpiexec", LAUNCHERS, ids=lambda path: path.parents[1].name)
+
+def names(path):
+    return path.parents[1].name
+
 
 # A shell that outlives its rank keeps MPICH's launcher from ending the others; Open MPI's has an option for that.
 OUTLIVE = ["sh", "-c", '"$@"; sleep 3', "sh"]
@@ -38,6 +41,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.parametrize("mpiexec", others_long(LAUNCHERS), ids=names)
 def test_a_run_ends_well_and_leaves_nothing(mpiexec, tmp_path):
     sets = [word for setting in ["run.node_sums=gloo", *SHORT] for word in ("--set", setting)]
     python = [mpiexec.parent / "python", "-m", "mpicomp"]
@@ -53,6 +57,7 @@ def test_a_run_ends_well_and_leaves_nothing(mpiexec, tmp_path):
     assert records[1]["consensus_distance"] == 0
 
 
+@pytest.mark.parametrize("mpiexec", LAUNCHERS, ids=names)
 def test_mates_of_a_killed_rank_get_an_error(mpiexec, tmp_path):
     library = mpiexec.parents[1].name.removeprefix(".venv-")
     line = [*KEEP_THE_OTHERS[library], "-n", 3, *OUTLIVE, mpiexec.parent / "python", "-c", CODE, tmp_path]

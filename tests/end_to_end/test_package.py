@@ -205,6 +205,7 @@ for module in pkgutil.walk_packages(mpicomp.__path__, "mpicomp."):
 
 
 @pytest.mark.skipif(not MPI, reason="no MPI from PyPI in this environment")
+@pytest.mark.long
 def test_the_recipe_makes_an_image_that_works(tree, wheel, tmp_path):
     """Its own lines, with a folder in the place of /opt/mpicomp, and the packages of this environment for a base."""
     recipe = dockerfile(MPI=MPI)

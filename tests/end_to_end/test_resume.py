@@ -12,7 +12,7 @@ from mpicomp.checkpoint.folder import Checkpoints
 RUN = [
     "configs/methods/choco.toml",
     *("--set", "data.kind=synthetic"),
-    *("--set", "training.steps=1000"),
+    *("--set", "training.steps=500"),
     *("--set", "run.log_every=7"),
 ]
 
@@ -52,12 +52,12 @@ def test_on_mpi_it_stops_when_asked_to_and_goes_on_bit_for_bit(tmp_path, undistu
     run = start("train", *RUN, "--run-dir", folder, ranks=3)
     wait_until(lambda: is_training(folder), "training")
     stop(folder, how)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 75, output
     assert f"Go on with: mpicomp train --resume {folder}" in output
     assert not (folder / "stop").exists()
     stopped = Checkpoints(folder / "checkpoints").latest().manifest.step
-    assert 0 < stopped < 1000
+    assert 0 < stopped < 500
     finished = mpicomp("train", "--resume", folder, ranks=3)
     assert finished.returncode == 0, finished.stdout
     assert f"Going on after step {stopped}" in finished.stdout
@@ -70,7 +70,7 @@ def test_threads_stop_by_a_signal_and_go_on_automatically(tmp_path, undisturbed)
     run = start(*command)
     wait_until(lambda: is_training(folder), "training")
     stop(folder, "signal")
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 75, output
     for text in ("Going on after step", "This run has ended already"):
         again = mpicomp_here(*command)
@@ -120,7 +120,7 @@ DAMAGES = {
         "was written by a newer mpicomp (format version 3",
     ),
     "no JSON": (lambda step: (step / "manifest.json").write_text("{"), "manifest.json: is damaged"),
-    "of another step": (lambda step: step.rename(step.with_name("step_00001001")), "is the manifest of step 1000"),
+    "of another step": (lambda step: step.rename(step.with_name("step_00000501")), "is the manifest of step 500"),
     "edited": (
         lambda step: change(step / "manifest.json", lambda text: text.replace('"Choco(', '"AdaGossip(')),
         "is damaged, or was edited",
@@ -129,13 +129,13 @@ DAMAGES = {
 
 
 def resume(folder, *options):
-    return mpicomp_here("train", "--resume", folder, "--set", "training.steps=1050", *options)
+    return mpicomp_here("train", "--resume", folder, "--set", "training.steps=550", *options)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_nothing_is_lost(finished, damage):
     do, message = DAMAGES[damage]
-    do(finished / "checkpoints" / "step_00001000")
+    do(finished / "checkpoints" / "step_00000500")
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     run = resume(finished, "--loopback", 3)
     assert run.returncode == 6, run.stdout
@@ -164,7 +164,7 @@ def test_another_number_of_ranks_goes_on_with_resize(finished, ranks):
     run = resume(finished, "--resize", "--loopback", ranks)
     assert run.returncode == 0, run.stdout
     assert Checkpoints(finished / "checkpoints").latest().manifest.size == ranks
-    assert records(finished)[-1]["step"] == 1050
+    assert records(finished)[-1]["step"] == 550
     assert records(finished)[-1]["loss"] < 2 * records(finished)[-20]["loss"]
 
 
@@ -176,7 +176,7 @@ def test_a_folder_that_takes_no_more_is_reported_and_training_goes_on(tmp_path):
     wait_until(lambda: (checkpoints / "latest").exists(), "the first checkpoint")
     checkpoints.rename(folder / "moved")
     checkpoints.touch()  # a file, where the folder should be
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=120)
     assert "mpicomp: warning: the checkpoint of step" in output
     assert "could not be written" in output
     assert run.returncode == 6, output  # the last one

@@ -47,7 +47,7 @@ def lab():
         subprocess.run([LAB, "down"], timeout=60)
 
 
-def slurm(*command, timeout=30):
+def slurm(*command, timeout=120):
     done = subprocess.run(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
@@ -101,7 +101,7 @@ def output(folder, job):
     return path.read_text() if path.exists() else "no output"
 
 
-def wait_for_training(folder, job, steps, timeout=60):
+def wait_for_training(folder, job, steps, timeout=120):
     """Wait until the run has gone on for some steps, as far as its metrics tell."""
     metrics = folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -174,9 +174,9 @@ def test_signals_requeue_a_job(undisturbed, tmp_path):
     for restarts, target in enumerate([["--batch"], []], start=1):  # the script, then the ranks
         wait_for_training(folder, job, 2)
         slurm("scancel", *target, "--signal=USR1", job)
-        wait_for(job, lambda now, count=restarts: int(now["Restarts"]) == count, f"{target} requeues", 40)
-        wait_for(job, lambda now: now["JobState"] == "RUNNING", "the job starts again", 40)
-    over = wait_for_end(job, 150)
+        wait_for(job, lambda now, count=restarts: int(now["Restarts"]) == count, f"{target} requeues", 120)
+        wait_for(job, lambda now: now["JobState"] == "RUNNING", "the job starts again", 120)
+    over = wait_for_end(job, 280)
     assert over["JobState"] == "COMPLETED", output(folder, job)
     assert_as_if_undisturbed(folder, undisturbed)
 
@@ -186,7 +186,7 @@ def test_a_killed_rank_ends_the_job_in_seconds(tmp_path):
     job = submit(folder)
     wait_for_training(folder, job, 2)
     os.kill(ranks_of(folder)[1], signal.SIGKILL)
-    over = wait_for_end(job, 45)  # srun waits 30 s for ranks that leave on their own
+    over = wait_for_end(job, 120)  # srun waits 30 s for ranks that leave on their own
     assert over["JobState"] == "FAILED", output(folder, job)
     assert over["Restarts"] == "0"
 
@@ -195,7 +195,7 @@ def test_an_array_has_a_run_folder_for_each_seed(tmp_path):
     folder = tmp_path / "array"
     job = submit(folder, "--seeds", "1-2", steps=100)
     for task in (0, 1):
-        wait_for_end(f"{job}_{task}", 90)
+        wait_for_end(f"{job}_{task}", 240)
     assert {path.name for path in folder.iterdir()} == {"run.seed=1", "run.seed=2"}
     assert all((path / "result.json").exists() for path in folder.iterdir())
 

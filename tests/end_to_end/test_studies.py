@@ -12,6 +12,7 @@ STUDIES = sorted((ROOT / "configs" / "studies").glob("*/study.toml"))
 
 
 @pytest.mark.skipif("MPICOMP_DATA" not in os.environ, reason="MPICOMP_DATA is not set: no folder of real data")
+@pytest.mark.every_case
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
 def test_a_short_run_gives_what_is_stored(path, monkeypatch, capsys):
     """In this process, which saves a start for each."""

@@ -106,7 +106,7 @@ class Run:
         return sorted(int(path.read_text()) for path in self.codes.glob("code.*"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["mpich", "ulfm", pytest.param("openmpi", marks=pytest.mark.long)])
 def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     victims = [1, 0]
     with Run(way, tmp_path, *RUN, "--run-dir", tmp_path / "run", "--tensorboard") as run:
@@ -118,7 +118,7 @@ def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
         if WAYS[way][2]:
             assert run.exit_codes(4) == [0, 0, 137, 137]
         else:
-            assert run.process.wait(60) == 0, run.output
+            assert run.process.wait(120) == 0, run.output
         assert f"rank 1 on {HOST} (PID" in run.output and "died; the other 3 ranks go on, numbered anew" in run.output
     result = run.result()
     assert result["ranks"] == len(result["gradients"]) == len(result["test_accuracy_local"]) == 2
@@ -153,7 +153,7 @@ def test_a_graph_that_falls_apart_ends_the_run(tmp_path):
     with Run(way, tmp_path, *RUN, "--set", "topology.kind=star", "--run-dir", tmp_path / "run") as run:
         wait_until(partial(run.has_reached, 5), "training")
         run.kill(0)
-        run.process.wait(60)
+        run.process.wait(120)
     assert f"rank 0 on {HOST}" in run.output and "leaves a graph that is not connected" in run.output
     assert not (run.folder / "result.json").exists()
 
@@ -172,7 +172,7 @@ def test_ranks_in_step_go_on_without_the_dead(way, settings, tmp_path):
             run.kill(victim)
             wait_until(partial(run.has_ranks, 3 - number), "the others regroup")
         wait_until(run.has_ended, "the end")
-        assert run.exit_codes(4) == [0, 0, 137, 137] if WAYS[way][2] else run.process.wait(60) == 0, run.output
+        assert run.exit_codes(4) == [0, 0, 137, 137] if WAYS[way][2] else run.process.wait(120) == 0, run.output
     result = run.result()
     assert result["ranks"] == len(result["lost"]) == 2 and result["test_accuracy"] > 0.9
     found = records(run.folder)

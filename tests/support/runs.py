@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner
 
@@ -20,6 +21,11 @@ OPEN_MPI_HERE = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
+
+
+def others_long(cases):
+    """Return the cases of a test, all but the first marked as long: for a second MPI, where the first tells most."""
+    return [*cases[:1], *(pytest.param(case, marks=pytest.mark.long) for case in cases[1:])]
 
 
 def mpicomp(*arguments, ranks=None, timeout=120):
@@ -99,8 +105,8 @@ def is_code(code, expected):
     return code in (expected, 9)
 
 
-def wait_until(condition, what, timeout=60):
-    """Return when `condition` returns true."""
+def wait_until(condition, what, timeout=180):
+    """Return when `condition` returns true; the limit is for a machine that is busy with other tests."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not so after {timeout} s"
