@@ -170,6 +170,16 @@ def require_no_feedback(name: str, compressor: Compressor) -> None:
         )
 
 
+def require_bounded_errors(name: str, compressor: Compressor) -> None:
+    """Raise ConfigError if `compressor` amplifies: the errors that a method remembers would grow without bound."""
+    if compressor.amplifies:
+        raise ConfigError(
+            f"compression.kind = {type(compressor).__name__!r} is not contractive as it is set, and the errors that "
+            f"{name} remembers would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
+            "compression.contractive = true"
+        )
+
+
 def require_period(period: int) -> None:
     """Raise ConfigError unless `period` is at least 1."""
     if period < 1:

@@ -51,6 +51,7 @@ from mpicomp.algorithms.base import (
     Algorithm,
     Local,
     Phases,
+    require_bounded_errors,
     require_fraction,
     require_no_feedback,
     require_period,
@@ -61,7 +62,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
 
@@ -112,12 +113,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
         require_positive(outer_lr=self.outer_lr, gamma=self.gamma)
         require_fraction(outer_momentum=self.outer_momentum, error_decay=self.error_decay)
         require_no_feedback("NoLoCo", self.compressor)
-        if not self.compressor.is_contractive:
-            raise ConfigError(
-                f"compression.kind = {type(self.compressor).__name__!r} is not contractive as it is set, and the error "
-                "memory of NoLoCo would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
-                "compression.contractive = true"
-            )
+        require_bounded_errors("NoLoCo", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` pairs the ranks, anew for each step if there are more than two."""
