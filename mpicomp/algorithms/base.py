@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
@@ -53,6 +54,10 @@ class Local(Protocol):
     @property
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
+
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class of the optimizer."""
 
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""

@@ -1,7 +1,7 @@
 """What the methods of Adam's kind share that take their steps by themselves.
 
-Of the optimizer they use the learning rate of each group, and its weight decay, which is decoupled as in AdamW:
-``x = x (1 - lr weight_decay)``. The step is
+The optimizer is `torch.optim.SGD` without momentum. Of it they use the learning rate of each group, and its weight decay,
+which is decoupled as in AdamW: ``x = x (1 - lr weight_decay)``. The step is
 
     lr sqrt(1 - beta2^s) / (1 - beta1^t) m / (sqrt(v) + epsilon sqrt(1 - beta2^s))
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, S, require_fraction, require_positive
+from mpicomp.algorithms.sums.base import require_sgd
 from mpicomp.compression.base import blocks
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import sqrt
@@ -44,12 +45,13 @@ class OwnAdam(Algorithm[S]):
         require_positive(epsilon=self.epsilon)
 
     def require_plain_optimizer(self, local: Local) -> None:
-        """Raise ConfigError if the optimizer has moments, or is to maximize, which would do nothing."""
+        """Raise ConfigError unless the optimizer is SGD, without momentum and `maximize`, which would do nothing."""
+        require_sgd(self.name, local)
         if local.momentum:
             raise ConfigError(
-                f"optimizer.momentum = {local.momentum:g} (or its betas): {self.name} takes its steps by itself, and "
-                "of the optimizer only the learning rates and the weight decay. Use optimizer.kind = 'sgd' without "
-                "momentum; algorithm.beta1 and algorithm.beta2 are the method's own."
+                f"optimizer.momentum = {local.momentum:g}: {self.name} takes its steps by itself, and of the optimizer "
+                "only the learning rates and the weight decay. Set it to 0; the method's own are algorithm.beta1 and "
+                "algorithm.beta2."
             )
         if any(group.get("maximize") for _, group in local.groups):
             raise ConfigError(

@@ -211,6 +211,17 @@ class GradientSum(AggregatedAlgorithm[G]):
         return Aggregator(exchange).start(q, compressor, spec, self.rank_weights(exchange.size))
 
 
+def require_sgd(name: str, local: Local) -> None:
+    """Raise ConfigError unless the optimizer is `torch.optim.SGD`: the method makes its steps by itself."""
+    found = local.optimizer_class
+    if not issubclass(found, torch.optim.SGD):
+        raise ConfigError(
+            f"optimizer.kind = {found.__name__!r}: {name} makes the direction of its steps by itself, which another "
+            "optimizer than SGD would change, or have no part in. Use optimizer.kind = 'sgd' (torch.optim.SGD) without "
+            "momentum"
+        )
+
+
 def require_no_momentum(name: str, local: Local) -> None:
     """Raise ConfigError if the optimizer has momentum: the method has its own, ahead of the compression."""
     if local.momentum:

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum, require_sgd
 from mpicomp.compression.base import Wrapper
 from mpicomp.compression.block_topk import Blocks, LargestOfBlocks
 from mpicomp.compression.message import Payload, Spec
@@ -107,7 +107,8 @@ class DeMo(Algorithm[DeMoState]):
         plan(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> DeMoState:
-        """Return a momentum of zero, once the optimizer is found to have none."""
+        """Return a momentum of zero, once the optimizer is found to be SGD, and to have none."""
+        require_sgd("DeMo", local)
         require_no_momentum("DeMo", local)
         return DeMoState(torch.zeros_like(local.x))
 
