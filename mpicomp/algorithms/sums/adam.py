@@ -1,12 +1,12 @@
 """What the methods of Adam's kind share that take their steps by themselves.
 
-The optimizer is `torch.optim.SGD` without momentum. Of it they use the learning rate of each group, and its weight decay,
-which is decoupled as in AdamW: ``x = x (1 - lr weight_decay)``. The step is
+The optimizer is `torch.optim.SGD` without momentum. Of it they use the learning rate of each group, and its weight
+decay, which is decoupled as in AdamW: ``x = x (1 - lr weight_decay)``. The step is
 
     lr sqrt(1 - beta2^s) / (1 - beta1^t) m / (sqrt(v) + epsilon sqrt(1 - beta2^s))
 
 with m and v (n,) the moments, made of t and s gradients: Adam's, corrected for moments that start at zero. Without
-``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``.
+``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``. Moments are in float32 where parameters are in half precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, S, require_fraction, require_positive
-from mpicomp.algorithms.sums.base import require_sgd
+from mpicomp.algorithms.sums.base import require_sgd, wide
 from mpicomp.compression.base import blocks
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import sqrt
@@ -73,7 +73,8 @@ class OwnAdam(Algorithm[S]):
             lr, epsilon = scale * group["lr"] * root / first, self.epsilon * root
             for start, stop in blocks(part.stop - part.start):
                 block = slice(part.start + start, part.start + stop)
-                torch.div(m[block], sqrt(v[block]).add_(epsilon), out=local.g[block]).mul_(lr)
+                root_of_v = sqrt(v[block]).add_(epsilon)
+                torch.mul(torch.div(m[block], root_of_v, out=root_of_v), lr, out=local.g[block])
 
     def decay_(self, local: Local, scale: float = 1.0) -> None:
         """``x = x (1 - scale lr weight_decay)``, with those of each parameter's group."""
@@ -84,6 +85,12 @@ class OwnAdam(Algorithm[S]):
     def tell_optimizer(self, local: Local) -> None:
         """Have the optimizer step on nothing, so that its hooks run and schedulers see that it has been called."""
         local.update(slice(0, 0))
+
+
+def zero_moments(local: Local) -> tuple[Tensor, Tensor]:
+    """Return m and v at the start, (n,)."""
+    m, v = (torch.zeros_like(local.x, dtype=wide(local.x.dtype)) for _ in range(2))
+    return m, v
 
 
 def moments_(m: Tensor, v: Tensor, g: Tensor, beta1: float, beta2: float) -> None:

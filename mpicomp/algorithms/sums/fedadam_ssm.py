@@ -31,7 +31,7 @@ left out are smaller than it assumes, as in Adam's start without correction (``b
 Wire: every H steps; star: a worker one message of 12 bytes for each entry of its mask (of float32) and its index once,
 about a byte (see `mpicomp.compression.indices`), the hub the sums to each worker, without their zeros; ring: the
 messages of all ranks, relayed. Memory: ``m``, ``v``, the copies W, M and V, and while they are averaged three vectors
-more. Deng et al. 2024, arXiv 2405.17932.
+more. Both are in float32 where parameters are in half precision. Deng et al. 2024, arXiv 2405.17932.
 
 In a script:
 
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases, require_period
-from mpicomp.algorithms.sums.adam import OwnAdam, moments_
+from mpicomp.algorithms.sums.adam import OwnAdam, moments_, zero_moments
 from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -114,7 +114,7 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         """Return moments of zero, and copies of these and of the model, once the optimizer is found to fit."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         self.require_plain_optimizer(local)
-        m, v = torch.zeros_like(local.x), torch.zeros_like(local.x)
+        m, v = zero_moments(local)
         return FedAdamSSMState(m, v, torch.cat([local.x, m, v]))
 
     def phases(self, local: Local, state: FedAdamSSMState, exchange: Exchange) -> Phases:
@@ -137,11 +137,12 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         q, aggregator = mask.compress(moved, spec, None), Aggregator(exchange)
         aggregator.start(q, mask, spec, self.rank_weights(exchange.size)).wait_on_servers(moved)
         for part in _thirds(moved):
-            aggregator.share_(part, local.spec)
+            aggregator.share_(part, local.spec.of_type(part.dtype))
         w, m, v = _thirds(state.common.add_(moved))
         v.clamp_min_(0.0)  # a sum of weights may be above 1 by rounding
-        for own, common in ((local.x, w), (state.m, m), (state.v, v)):
-            own.copy_(common)
+        w.copy_(local.x.copy_(w))  # in half precision W is rounded as the model, or the next moves would hold the rest
+        state.m.copy_(m)
+        state.v.copy_(v)
 
 
 @dataclass(frozen=True)
