@@ -59,6 +59,10 @@ class Local(Protocol):
     def optimizer_class(self) -> type[Optimizer]:
         """The class of the optimizer."""
 
+    @property
+    def skips_update(self) -> bool:
+        """Whether `update` does nothing, because this rank has no gradient in this step."""
+
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
 

@@ -66,6 +66,11 @@ class NodeShard:
         """The class of the optimizer."""
         return self._whole.optimizer_class
 
+    @property
+    def skips_update(self) -> bool:
+        """Whether `update` does nothing."""
+        return self._whole.skips_update
+
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Compute the gradient of this rank, and return the shard of the node's mean."""
         self._whole.gradient(meanwhile)

@@ -19,14 +19,18 @@ weight decay, which is part of the local steps. So an entry that never is among 
 is, and a small ratio with ``period = 1`` learns little; with more local steps the moves differ more in length. Averages
 keep V >= 0: every rank sends a V >= 0 or leaves the old one.
 
+In a step without a gradient (`mpicomp.replica.distributed.Distributed.step_with_gradients`) a rank keeps its model and
+its moments, which t does not count, and takes part in the exchange if there is one.
+
 Without compression and with one rank this is Adam. With ``period = 1`` it is Adam with the mean of the gradients in M,
 and the mean of their squares in V, whose steps are averaged over ranks.
 
 The paper's are: Adam on each device from the common model and moments, the shared mask for all three, what it is chosen
 by (a bound on the distance to central Adam), their average. Its text could not be read beyond the abstract. So these
 are this package's reading: that the mask is the top-k of |w_k - W|; where epsilon and weight decay stand; and bias
-correction with t the number of local steps done, as if no message had left anything out: M and V of an entry that was
-left out are smaller than it assumes, as in Adam's start without correction (``bias_correction = false`` has none).
+correction with t the number of local steps of the rank, as if no message had left anything out: M and V of an entry
+that was left out are smaller than it assumes, as in Adam's start without correction (``bias_correction = false`` has
+none).
 
 Wire: every H steps; star: a worker one message of 12 bytes for each entry of its mask (of float32) and its index once,
 about a byte (see `mpicomp.compression.indices`), the hub the sums to each worker, without their zeros; ring: the
@@ -75,6 +79,7 @@ class FedAdamSSMState:
         v: (n,) second moment of this rank.
         common: (3 n,) W, M and V of the last exchange, one behind the other, the same on all ranks.
         steps: steps done, which tell when to exchange.
+        local_steps: t, those of them in which there was a gradient.
 
     """
 
@@ -82,6 +87,7 @@ class FedAdamSSMState:
     v: Tensor
     common: Tensor
     steps: int = 0
+    local_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,21 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
 
     def phases(self, local: Local, state: FedAdamSSMState, exchange: Exchange) -> Phases:
         """Take a local step, and after every `period` of them exchange, in the order of the module's docstring."""
-        t = state.steps + 1
         yield None
+        if not local.skips_update:
+            self._local_step(local, state)
+        state.steps += 1
+        if state.steps % self.period == 0:
+            self._average_(local, state, exchange)
+
+    def _local_step(self, local: Local, state: FedAdamSSMState) -> None:
+        t = state.local_steps + 1
         moments_(state.m, state.v, local.g, self.beta1, self.beta2)
         self.steps_of_(state.m, state.v, local, (t, t))
         self.decay_(local)
         local.x.sub_(local.g)
         self.tell_optimizer(local)
-        state.steps = t
-        if t % self.period == 0:
-            self._average_(local, state, exchange)
+        state.local_steps = t
 
     def _average_(self, local: Local, state: FedAdamSSMState, exchange: Exchange) -> None:
         mask = _SharedMask(self.compressor.ratio if isinstance(self.compressor, TopK) else 1.0)
