@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
@@ -53,6 +54,14 @@ class Local(Protocol):
     @property
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
+
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class of the optimizer."""
+
+    @property
+    def skips_update(self) -> bool:
+        """Whether `update` does nothing, because this rank has no gradient in this step."""
 
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
@@ -167,6 +176,16 @@ def require_no_feedback(name: str, compressor: Compressor) -> None:
         raise ConfigError(
             f"compression.error_feedback = true: {name} has an error memory of its own and would count every error "
             "twice. Leave it out."
+        )
+
+
+def require_bounded_errors(name: str, compressor: Compressor) -> None:
+    """Raise ConfigError if `compressor` amplifies: the errors that a method remembers would grow without bound."""
+    if compressor.amplifies:
+        raise ConfigError(
+            f"compression.kind = {type(compressor).__name__!r} is not contractive as it is set, and the errors that "
+            f"{name} remembers would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
+            "compression.contractive = true"
         )
 
 

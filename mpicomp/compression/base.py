@@ -45,6 +45,11 @@ class Compressor(ABC):
         return True
 
     @property
+    def amplifies(self) -> bool:
+        """Whether E|Q(x) - x|^2 may exceed |x|^2, so that an error memory grows without bound."""
+        return not self.is_contractive
+
+    @property
     def relative_error(self) -> float:
         """A bound on |Q(x)_i - x_i| / |x_i| of every entry in the normal range; infinite if none is known."""
         return math.inf
@@ -140,6 +145,11 @@ class Wrapper(Compressor):
     def is_contractive(self) -> bool:
         """See `Compressor.is_contractive`; the inner compressor answers."""
         return self.inner.is_contractive
+
+    @property
+    def amplifies(self) -> bool:
+        """See `Compressor.amplifies`; the inner compressor answers."""
+        return self.inner.amplifies
 
     @property
     def relative_error(self) -> float:

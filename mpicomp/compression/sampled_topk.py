@@ -62,6 +62,11 @@ class SampledTopK(Compressor):
         """False: a sample may miss the large entries."""
         return False
 
+    @property
+    def amplifies(self) -> bool:
+        """False: what is sent is right, and the rest is left out."""
+        return False
+
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
         """Return the start of this rank's random stream."""
         return Draws(stream)

@@ -47,6 +47,11 @@ class HardThreshold(Compressor):
         """False: of a small vector nothing is sent."""
         return False
 
+    @property
+    def amplifies(self) -> bool:
+        """False: what is sent is right, and the rest is left out."""
+        return False
+
     def layout(self, spec: Spec) -> Layout:
         """Return ``scale`` if values have one, ``values``, at most (n,), and ``indices``, coded."""
         n = spec.numel

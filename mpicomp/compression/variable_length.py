@@ -194,6 +194,11 @@ class VariableLength(Compressor):
         """False for a single group, of which nothing may be sent."""
         return self.groups > 1
 
+    @property
+    def amplifies(self) -> bool:
+        """False: no entry is sent as more than twice its magnitude."""
+        return False
+
     def layout(self, spec: Spec) -> Layout:
         """Return ``lengths`` (G,), ``ranges`` (2 G,) of magnitudes, and ``g.indices`` and ``g.values`` of each group.
 

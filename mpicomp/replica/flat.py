@@ -133,6 +133,11 @@ class FlatModel:
         return max(float(group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]) for group in groups)
 
     @property
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The class of the optimizer."""
+        return type(self.optimizer)
+
+    @property
     def is_updating(self) -> bool:
         """Whether `update` is running the optimizer's step."""
         return self._is_updating

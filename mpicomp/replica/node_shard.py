@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
@@ -59,6 +60,16 @@ class NodeShard:
     def momentum(self) -> float:
         """The momentum of the optimizer, 0 if it has none."""
         return self._whole.momentum
+
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class of the optimizer."""
+        return self._whole.optimizer_class
+
+    @property
+    def skips_update(self) -> bool:
+        """Whether `update` does nothing."""
+        return self._whole.skips_update
 
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Compute the gradient of this rank, and return the shard of the node's mean."""

@@ -2,12 +2,11 @@
 
 A point gives every axis a whole number of steps from its start; its value is ``start * factor ** steps``. The search
 
-    1. runs the start;
+    1. runs the start, and as long as that diverges goes a step down along all axes at once;
     2. runs the neighbors of the best point, one step up and one down along every axis, and moves on as soon as one is
        better. So the best point of a search that has come this far is never at an edge;
     3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up, or the
-       steps are finer than short runs can tell apart;
-    4. as long as everything diverges, goes down along all axes instead.
+       steps are finer than short runs can tell apart.
 """
 
 from __future__ import annotations
@@ -67,12 +66,11 @@ def search(axes: tuple[Axis, ...], budget: int, score: Callable[[Values], float]
     scores = {best: score(values_of(axes, best))}
     step = Fraction(1)
     while axes and len(scores) < budget:
-        following = next((near for near in neighbors(best, step) if near not in scores), None)
-        if following is None and scores[best] == -math.inf:
+        if scores[best] == -math.inf:
             best = tuple(place - step for place in best)
-            if best not in scores:
-                scores[best] = score(values_of(axes, best))
+            scores[best] = score(values_of(axes, best))
             continue
+        following = next((near for near in neighbors(best, step) if near not in scores), None)
         if following is None:
             step /= 2
             if all(axis.factor ** float(step) < FINEST for axis in axes):

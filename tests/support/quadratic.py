@@ -44,6 +44,8 @@ class Quadratic:
     momentum: float = 0.0
     weight_decay: float = 0.0
     shapes: tuple[tuple[int, ...], ...] = SHAPES
+    optimizer_class = torch.optim.SGD
+    skips_update = False
 
     def __post_init__(self) -> None:
         self.spec = Spec(tuple("abcd"[: len(self.shapes)]), self.shapes, self.x.dtype)

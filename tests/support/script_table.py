@@ -28,7 +28,17 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from mpicomp.algorithms import EFSGD, GMC, SSGD, Choco, EfficientAdam
+from mpicomp.algorithms import (
+    EFSGD,
+    GMC,
+    SSGD,
+    Choco,
+    DeMo,
+    EfficientAdam,
+    FedAdamSSM,
+    OneBitAdam,
+    SketchedAMSGrad,
+)
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
 from mpicomp.replica.distribute import distribute
@@ -659,6 +669,24 @@ def sparse_adam(world, algorithm):
 def momentum_for_a_method_with_its_own(world, _):
     model = small()
     begun(world, EfficientAdam(TopK(0.3)), model, SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+OWN_STEPS = {
+    method.name: method for method in (DeMo(), FedAdamSSM(), SketchedAMSGrad(8, 4), EfficientAdam(), OneBitAdam())
+}
+NEEDS_SGD = r" makes the direction of its steps by itself, .* Use optimizer.kind = 'sgd' \(torch.optim.SGD\)"
+
+
+@refused("optimizer.kind = 'RMSprop': [A-Za-z-]+" + NEEDS_SGD, methods=OWN_STEPS)
+def rmsprop_for_a_method_with_steps_of_its_own(world, algorithm):
+    model = small()
+    begun(world, algorithm, model, torch.optim.RMSprop(model.parameters(), lr=0.1))
+
+
+@refused("optimizer.kind = 'Adagrad': [A-Za-z-]+" + NEEDS_SGD, methods=OWN_STEPS)
+def adagrad_for_a_method_with_steps_of_its_own(world, algorithm):
+    model = small()
+    begun(world, algorithm, model, torch.optim.Adagrad(model.parameters(), lr=0.1))
 
 
 @refused("parameters that are not the model's")

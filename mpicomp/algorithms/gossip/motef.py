@@ -46,6 +46,7 @@ from mpicomp.algorithms.base import (
     Algorithm,
     Local,
     Phases,
+    require_bounded_errors,
     require_fixed_symmetric,
     require_no_feedback,
 )
@@ -113,6 +114,7 @@ class MoTEF(Algorithm[MoTEFState]):
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         require_no_feedback("MoTEF", self.compressor)
+        require_bounded_errors("MoTEF", self.compressor)
         if not 0 < self.gradient_weight <= 1:
             raise ConfigError(f"algorithm.gradient_weight = {self.gradient_weight} must be in (0, 1]")
 

@@ -51,6 +51,7 @@ from mpicomp.algorithms.base import (
     Algorithm,
     Local,
     Phases,
+    require_bounded_errors,
     require_fraction,
     require_no_feedback,
     require_period,
@@ -61,7 +62,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Schedule, Topology
 
@@ -112,12 +113,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
         require_positive(outer_lr=self.outer_lr, gamma=self.gamma)
         require_fraction(outer_momentum=self.outer_momentum, error_decay=self.error_decay)
         require_no_feedback("NoLoCo", self.compressor)
-        if not self.compressor.is_contractive:
-            raise ConfigError(
-                f"compression.kind = {type(self.compressor).__name__!r} is not contractive as it is set, and the error "
-                "memory of NoLoCo would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
-                "compression.contractive = true"
-            )
+        require_bounded_errors("NoLoCo", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` pairs the ranks, anew for each step if there are more than two."""
@@ -156,24 +152,24 @@ class NoLoCo(Algorithm[NoLoCoState]):
         state.step += 1
         if state.step % self.period == 0:
             topology = exchange.schedule(state.step // self.period - 1)
-            d = local.x.sub_(state.phi)  # the model is phi from here on
+            moved = local.x.sub_(state.phi)  # the model is phi from here on
             state.delta.mul_(self.outer_momentum)
             if state.feedback is None:
-                self._meet(d, state, exchange, topology)
+                self._meet(moved, state, exchange, topology)
             else:
-                self._meet_compressed(d, local.spec, state, state.feedback, exchange, topology)
+                self._meet_compressed(moved, local.spec, state, state.feedback, exchange, topology)
             state.phi.add_(state.delta)
             local.x.copy_(state.phi)
 
-    def _meet(self, d: Tensor, state: NoLoCoState, exchange: Exchange, topology: Topology) -> None:
-        """Add beta times the mean of d, and the step towards the partner's phi, to delta."""
+    def _meet(self, moved: Tensor, state: NoLoCoState, exchange: Exchange, topology: Topology) -> None:
+        """Add beta times the mean of what both have moved, and the step towards the partner's phi, to delta."""
         phi, delta, rank = state.phi, state.delta, exchange.rank
         layout = Layout(tuple(Field(name, phi.dtype, phi.numel()) for name in ("d", "phi")))
-        pending = exchange.start({"d": d, "phi": phi}, layout, topology)
-        delta.add_(d, alpha=self.outer_lr * topology.weight(rank, rank))
+        pending = exchange.start({"d": moved, "phi": phi}, layout, topology)
+        delta.add_(moved, alpha=self.outer_lr * topology.weight(rank, rank))
         arrived = pending.wait()
         if lost := lost_weight(topology, rank, arrived):
-            delta.add_(d, alpha=self.outer_lr * lost)
+            delta.add_(moved, alpha=self.outer_lr * lost)
         for source, message in arrived.items():
             weight = topology.weight(rank, source)
             delta.add_(message["d"], alpha=self.outer_lr * weight)
@@ -181,25 +177,25 @@ class NoLoCo(Algorithm[NoLoCoState]):
 
     def _meet_compressed(
         self,
-        d: Tensor,
+        moved: Tensor,
         spec: Spec,
         state: NoLoCoState,
         feedback: FeedbackState,
         exchange: Exchange,
         topology: Topology,
     ) -> None:
-        """Do as `_meet`, with q for d, and phi where q is not 0; d is used up."""
+        """Do as `_meet`, with the messages for the moves, and phi where one is not 0; `moved` is used up."""
         phi, delta, rank, compressor = state.phi, state.delta, exchange.rank, self.compressor
         feedback.residual.mul_(self.error_decay)
-        own = ErrorFeedback(compressor).compress(d, spec, feedback)
+        own = ErrorFeedback(compressor).compress(moved, spec, feedback)
         pending = exchange.start(own, compressor.layout(spec), topology)
-        has_moved = torch.zeros_like(d, dtype=torch.bool)
+        is_sent = torch.zeros_like(moved, dtype=torch.bool)
 
         def add(message: Payload, weight: float) -> None:
-            q = d.zero_()
-            compressor.accumulate(message, spec, q)
-            delta.add_(q, alpha=self.outer_lr * weight)
-            has_moved.logical_or_(q != 0)
+            decoded = moved.zero_()
+            compressor.accumulate(message, spec, decoded)
+            delta.add_(decoded, alpha=self.outer_lr * weight)
+            is_sent.logical_or_(decoded != 0)
 
         add(own, topology.weight(rank, rank))
         arrived = pending.wait()
@@ -207,7 +203,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
             add(message, topology.weight(rank, source))
         if not arrived:
             return  # no partner in this outer step
-        places = has_moved.nonzero().view(-1)  # the same on both
+        places = is_sent.nonzero().view(-1)  # the same on both
         half = _HALF.get(phi.dtype, phi.dtype)
         largest = torch.finfo(half).max
         values = phi[places].clamp_(-largest, largest).to(half)

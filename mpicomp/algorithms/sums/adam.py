@@ -1,12 +1,12 @@
 """What the methods of Adam's kind share that take their steps by themselves.
 
-Of the optimizer they use the learning rate of each group, and its weight decay, which is decoupled as in AdamW:
-``x = x (1 - lr weight_decay)``. The step is
+The optimizer is `torch.optim.SGD` without momentum. Of it they use the learning rate of each group, and its weight
+decay, which is decoupled as in AdamW: ``x = x (1 - lr weight_decay)``. The step is
 
     lr sqrt(1 - beta2^s) / (1 - beta1^t) m / (sqrt(v) + epsilon sqrt(1 - beta2^s))
 
 with m and v (n,) the moments, made of t and s gradients: Adam's, corrected for moments that start at zero. Without
-``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``.
+``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``. Moments are in float32 where parameters are in half precision.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, S, require_fraction, require_positive
+from mpicomp.algorithms.sums.base import require_sgd, wide
 from mpicomp.compression.base import blocks
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import sqrt
@@ -44,12 +45,13 @@ class OwnAdam(Algorithm[S]):
         require_positive(epsilon=self.epsilon)
 
     def require_plain_optimizer(self, local: Local) -> None:
-        """Raise ConfigError if the optimizer has moments, or is to maximize, which would do nothing."""
+        """Raise ConfigError unless the optimizer is SGD, without momentum and `maximize`, which would do nothing."""
+        require_sgd(self.name, local)
         if local.momentum:
             raise ConfigError(
-                f"optimizer.momentum = {local.momentum:g} (or its betas): {self.name} takes its steps by itself, and "
-                "of the optimizer only the learning rates and the weight decay. Use optimizer.kind = 'sgd' without "
-                "momentum; algorithm.beta1 and algorithm.beta2 are the method's own."
+                f"optimizer.momentum = {local.momentum:g}: {self.name} takes its steps by itself, and of the optimizer "
+                "only the learning rates and the weight decay. Set it to 0; the method's own are algorithm.beta1 and "
+                "algorithm.beta2."
             )
         if any(group.get("maximize") for _, group in local.groups):
             raise ConfigError(
@@ -71,7 +73,8 @@ class OwnAdam(Algorithm[S]):
             lr, epsilon = scale * group["lr"] * root / first, self.epsilon * root
             for start, stop in blocks(part.stop - part.start):
                 block = slice(part.start + start, part.start + stop)
-                torch.div(m[block], sqrt(v[block]).add_(epsilon), out=local.g[block]).mul_(lr)
+                root_of_v = sqrt(v[block]).add_(epsilon)
+                torch.mul(torch.div(m[block], root_of_v, out=root_of_v), lr, out=local.g[block])
 
     def decay_(self, local: Local, scale: float = 1.0) -> None:
         """``x = x (1 - scale lr weight_decay)``, with those of each parameter's group."""
@@ -82,6 +85,12 @@ class OwnAdam(Algorithm[S]):
     def tell_optimizer(self, local: Local) -> None:
         """Have the optimizer step on nothing, so that its hooks run and schedulers see that it has been called."""
         local.update(slice(0, 0))
+
+
+def zero_moments(local: Local) -> tuple[Tensor, Tensor]:
+    """Return m and v at the start, (n,)."""
+    m, v = (torch.zeros_like(local.x, dtype=wide(local.x.dtype)) for _ in range(2))
+    return m, v
 
 
 def moments_(m: Tensor, v: Tensor, g: Tensor, beta1: float, beta2: float) -> None:

@@ -103,6 +103,14 @@ class AggregatedAlgorithm(Algorithm[S]):
         return [volume / sum(self.volumes) for volume in self.volumes]
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of moments with a decay near 1, float32 or that of the parameters if it is longer.
+
+    In bfloat16 ``0.999 v`` is rounded to v; in float16 squares of gradients, and what is added to their root, are zero.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 class GradientSumState(Protocol):
     """What the state of a `GradientSum` has.
 
@@ -209,6 +217,17 @@ class GradientSum(AggregatedAlgorithm[G]):
 
     def _start_sum(self, q: Payload, compressor: Compressor, spec: Spec, exchange: Exchange) -> PendingAverage:
         return Aggregator(exchange).start(q, compressor, spec, self.rank_weights(exchange.size))
+
+
+def require_sgd(name: str, local: Local) -> None:
+    """Raise ConfigError unless the optimizer is `torch.optim.SGD`: the method makes its steps by itself."""
+    found = local.optimizer_class
+    if not issubclass(found, torch.optim.SGD):
+        raise ConfigError(
+            f"optimizer.kind = {found.__name__!r}: {name} makes the direction of its steps by itself, which another "
+            "optimizer than SGD would change, or have no part in. Use optimizer.kind = 'sgd' (torch.optim.SGD) without "
+            "momentum"
+        )
 
 
 def require_no_momentum(name: str, local: Local) -> None:

@@ -32,7 +32,7 @@ class CountSketch:
     Memory: ``rows`` vectors (n,) of 4 bytes an entry, the places with the signs.
 
     Args:
-        like: (n,), a vector of the length, type and device of those that are sketched; n < 2**31.
+        like: (n,), a vector of the length and device of those that are sketched; n < 2**31.
         rows: of the table, odd.
         columns: of the table; at most n are used.
         seed: of permutations and signs.

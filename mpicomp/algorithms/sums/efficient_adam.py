@@ -39,11 +39,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.adam import moments_
+from mpicomp.algorithms.sums.adam import moments_, zero_moments
 from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -95,7 +94,7 @@ class EfficientAdam(TwoWayAdam[EfficientAdamState]):
     def init(self, local: Local, exchange: Exchange) -> EfficientAdamState:
         """Return moments and errors of zero, once the weights and the optimizer are found to fit."""
         messages = self.init_messages(local, exchange)
-        return EfficientAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
+        return EfficientAdamState(*zero_moments(local), messages)
 
     def phases(self, local: Local, state: EfficientAdamState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""

@@ -19,19 +19,23 @@ weight decay, which is part of the local steps. So an entry that never is among 
 is, and a small ratio with ``period = 1`` learns little; with more local steps the moves differ more in length. Averages
 keep V >= 0: every rank sends a V >= 0 or leaves the old one.
 
+In a step without a gradient (`mpicomp.replica.distributed.Distributed.step_with_gradients`) a rank keeps its model and
+its moments, which t does not count, and takes part in the exchange if there is one.
+
 Without compression and with one rank this is Adam. With ``period = 1`` it is Adam with the mean of the gradients in M,
 and the mean of their squares in V, whose steps are averaged over ranks.
 
 The paper's are: Adam on each device from the common model and moments, the shared mask for all three, what it is chosen
 by (a bound on the distance to central Adam), their average. Its text could not be read beyond the abstract. So these
 are this package's reading: that the mask is the top-k of |w_k - W|; where epsilon and weight decay stand; and bias
-correction with t the number of local steps done, as if no message had left anything out: M and V of an entry that was
-left out are smaller than it assumes, as in Adam's start without correction (``bias_correction = false`` has none).
+correction with t the number of local steps of the rank, as if no message had left anything out: M and V of an entry
+that was left out are smaller than it assumes, as in Adam's start without correction (``bias_correction = false`` has
+none).
 
 Wire: every H steps; star: a worker one message of 12 bytes for each entry of its mask (of float32) and its index once,
 about a byte (see `mpicomp.compression.indices`), the hub the sums to each worker, without their zeros; ring: the
 messages of all ranks, relayed. Memory: ``m``, ``v``, the copies W, M and V, and while they are averaged three vectors
-more. Deng et al. 2024, arXiv 2405.17932.
+more. Both are in float32 where parameters are in half precision. Deng et al. 2024, arXiv 2405.17932.
 
 In a script:
 
@@ -50,7 +54,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases, require_period
-from mpicomp.algorithms.sums.adam import OwnAdam, moments_
+from mpicomp.algorithms.sums.adam import OwnAdam, moments_, zero_moments
 from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -75,6 +79,7 @@ class FedAdamSSMState:
         v: (n,) second moment of this rank.
         common: (3 n,) W, M and V of the last exchange, one behind the other, the same on all ranks.
         steps: steps done, which tell when to exchange.
+        local_steps: t, those of them in which there was a gradient.
 
     """
 
@@ -82,6 +87,7 @@ class FedAdamSSMState:
     v: Tensor
     common: Tensor
     steps: int = 0
+    local_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,21 +120,26 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         """Return moments of zero, and copies of these and of the model, once the optimizer is found to fit."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         self.require_plain_optimizer(local)
-        m, v = torch.zeros_like(local.x), torch.zeros_like(local.x)
+        m, v = zero_moments(local)
         return FedAdamSSMState(m, v, torch.cat([local.x, m, v]))
 
     def phases(self, local: Local, state: FedAdamSSMState, exchange: Exchange) -> Phases:
         """Take a local step, and after every `period` of them exchange, in the order of the module's docstring."""
-        t = state.steps + 1
         yield None
+        if not local.skips_update:
+            self._local_step(local, state)
+        state.steps += 1
+        if state.steps % self.period == 0:
+            self._average_(local, state, exchange)
+
+    def _local_step(self, local: Local, state: FedAdamSSMState) -> None:
+        t = state.local_steps + 1
         moments_(state.m, state.v, local.g, self.beta1, self.beta2)
         self.steps_of_(state.m, state.v, local, (t, t))
         self.decay_(local)
         local.x.sub_(local.g)
         self.tell_optimizer(local)
-        state.steps = t
-        if t % self.period == 0:
-            self._average_(local, state, exchange)
+        state.local_steps = t
 
     def _average_(self, local: Local, state: FedAdamSSMState, exchange: Exchange) -> None:
         mask = _SharedMask(self.compressor.ratio if isinstance(self.compressor, TopK) else 1.0)
@@ -137,11 +148,12 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         q, aggregator = mask.compress(moved, spec, None), Aggregator(exchange)
         aggregator.start(q, mask, spec, self.rank_weights(exchange.size)).wait_on_servers(moved)
         for part in _thirds(moved):
-            aggregator.share_(part, local.spec)
+            aggregator.share_(part, local.spec.of_type(part.dtype))
         w, m, v = _thirds(state.common.add_(moved))
         v.clamp_min_(0.0)  # a sum of weights may be above 1 by rounding
-        for own, common in ((local.x, w), (state.m, m), (state.v, v)):
-            own.copy_(common)
+        w.copy_(local.x.copy_(w))  # in half precision W is rounded as the model, or the next moves would hold the rest
+        state.m.copy_(m)
+        state.v.copy_(v)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.adam import moments_
+from mpicomp.algorithms.sums.adam import moments_, zero_moments
 from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -88,7 +88,7 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
     def init(self, local: Local, exchange: Exchange) -> OneBitAdamState:
         """Return moments and errors of zero, once the weights and the optimizer are found to fit."""
         messages = self.init_messages(local, exchange)
-        return OneBitAdamState(torch.zeros_like(local.x), torch.zeros_like(local.x), messages)
+        return OneBitAdamState(*zero_moments(local), messages)
 
     def phases(self, local: Local, state: OneBitAdamState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
@@ -109,10 +109,11 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
     def _agree_on_momentum(self, g: Tensor, local: Local, state: OneBitAdamState, exchange: Exchange) -> None:
         """``m = C_down(...)`` of ``beta1 m + (1 - beta1) g_k``, 0 where v is; `g` is g_k, whose content is lost."""
         messages, is_idle = state.messages, state.v == 0
-        torch.lerp(g, state.m, self.beta1, out=g).masked_fill_(is_idle, 0.0)
+        p = g.to(state.m.dtype)  # g itself, unless in half precision
+        g.copy_(torch.lerp(p, state.m, self.beta1, out=p)).masked_fill_(is_idle, 0.0)
         answer = self.agree(g, local, messages, exchange)
-        state.m.zero_()
-        self.downlink.accumulate(answer, local.spec, state.m)
+        self.downlink.accumulate(answer, local.spec, g.zero_())
+        state.m.copy_(g)
         for vector in (state.m, messages.uplink.residual, messages.server_error):
             if vector.numel():
                 vector.masked_fill_(is_idle, 0.0)

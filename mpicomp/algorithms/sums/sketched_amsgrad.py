@@ -38,7 +38,8 @@ Where the groups of the optimizer have different learning rates, lr is the large
 own over that. Every rank reads the same tables and must get the same bits of them, so use ranks of the same kind.
 
 Wire: a dense sum (see `mpicomp.exchange.sums.aggregate`) of ``rows x columns`` numbers. Memory: v and v', ``rows``
-vectors of places, and three tables. Xian, Huang, Huang 2022, arXiv 2210.07454.
+vectors of places, and three tables. Both are in float32 where parameters are in half precision. Xian, Huang, Huang
+2022, arXiv 2210.07454.
 
 In a script:
 
@@ -57,7 +58,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.adam import OwnAdam
+from mpicomp.algorithms.sums.adam import OwnAdam, zero_moments
 from mpicomp.algorithms.sums.count_sketch import CountSketch
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -126,15 +127,15 @@ class SketchedAMSGrad(OwnAdam[SketchedAMSGradState]):
         """Return moments and errors of zero, once the optimizer is found to fit."""
         self.require_plain_optimizer(local)
         sketch = CountSketch(local.x, self.rows, self.columns, self.seed)
-        v, largest = torch.zeros_like(local.x), torch.zeros_like(local.x)
-        momentum, error = local.x.new_zeros(sketch.shape), local.x.new_zeros(sketch.shape)
+        v, largest = zero_moments(local)
+        momentum, error = v.new_zeros(sketch.shape), v.new_zeros(sketch.shape)
         return SketchedAMSGradState(v, largest, momentum, error, sketch)
 
     def phases(self, local: Local, state: SketchedAMSGradState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         t = state.steps + 1
         yield None
-        g, sketch = local.g, state.sketch
+        g, sketch = local.g.to(state.v.dtype), state.sketch  # local.g itself, unless in half precision
         table = sketch.of(g)
         Aggregator(exchange).mean_(table.view(-1))
         sketch.read(table, g)  # h

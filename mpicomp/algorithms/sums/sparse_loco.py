@@ -34,7 +34,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Phases, require_fraction, require_period, require_positive
+from mpicomp.algorithms.base import (
+    Local,
+    Phases,
+    require_bounded_errors,
+    require_fraction,
+    require_period,
+    require_positive,
+)
 from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
@@ -76,6 +83,7 @@ class SparseLoCo(AggregatedAlgorithm[SparseLoCoState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_bounded_errors("SparseLoCo", self.compressor)
         require_period(self.period)
         require_positive(outer_lr=self.outer_lr)
         require_fraction(error_decay=self.error_decay)

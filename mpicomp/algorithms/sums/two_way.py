@@ -70,7 +70,7 @@ class TwoWayAdam(OwnAdam[S], AggregatedAlgorithm[S]):
         """Return errors of zero, and new states of the compressors.
 
         Raises:
-            ConfigError: the optimizer has moments, or is to maximize, which would do nothing.
+            ConfigError: the optimizer is not SGD without momentum, or is to maximize, which would do nothing.
 
         """
         self.rank_weights(exchange.size)  # raises what is wrong with them

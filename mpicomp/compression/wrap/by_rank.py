@@ -93,6 +93,11 @@ class ByRank(Compressor):
         return all(compressor.is_contractive for compressor in self.compressors)
 
     @property
+    def amplifies(self) -> bool:
+        """Whether the compressor of a rank does."""
+        return any(compressor.amplifies for compressor in self.compressors)
+
+    @property
     def relative_error(self) -> float:
         """The largest error bound of the ranks' compressors."""
         return max(compressor.relative_error for compressor in self.compressors)

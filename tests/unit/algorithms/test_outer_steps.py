@@ -8,8 +8,18 @@ import torch
 from support import small
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD, NoLoCo, SparseLoCo, StreamingDiLoCo
-from mpicomp.compression import QSGD, BlockTopK, ErrorFeedback, Identity, RandomK, TopK
+from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD, MoTEF, NoLoCo, SparseLoCo, StreamingDiLoCo
+from mpicomp.compression import (
+    QSGD,
+    BlockTopK,
+    ErrorFeedback,
+    HardThreshold,
+    Identity,
+    PerTensor,
+    RandomK,
+    SampledTopK,
+    TopK,
+)
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
 from mpicomp.replica.distribute import distribute
@@ -294,10 +304,22 @@ class TestBadInput:
             with pytest.raises(ConfigError, match=rf"algorithm.{key} = {value} must be in \[0, 1\)"):
                 method(**{key: value})
 
-    @pytest.mark.parametrize("compressor", [RandomK(0.1, unbiased=True), QSGD(bits=2)], ids=str)
-    def test_noloco_needs_messages_whose_errors_do_not_grow(self, compressor):
-        with pytest.raises(ConfigError, match="is not contractive as it is set"):
-            NoLoCo(compressor=compressor)
+    @pytest.mark.parametrize(
+        "compressor", [RandomK(0.1, unbiased=True), QSGD(bits=2), PerTensor(QSGD(bits=2))], ids=str
+    )
+    @pytest.mark.parametrize("method", [NoLoCo, SparseLoCo, partial(MoTEF, 0.1)], ids=["NoLoCo", "SparseLoCo", "MoTEF"])
+    def test_errors_that_are_remembered_must_not_grow(self, method, compressor):
+        with pytest.raises(ConfigError, match="is not contractive as it is set, and the errors that"):
+            method(compressor=compressor)
+
+    @pytest.mark.parametrize("compressor", [HardThreshold(0.05), SampledTopK(0.2, sample=0.5)], ids=str)
+    def test_a_message_may_be_empty_if_it_adds_no_error(self, compressor):
+        for method, schedule in (
+            (NoLoCo(3, 0.7, 0.0, compressor=compressor), RandomMatching(4)),
+            (SparseLoCo(compressor, period=3), ring(4)),
+        ):
+            far = np.abs(train(method, schedule, 60).x.mean(axis=0) - centers(4).mean(axis=0)).max()
+            assert far < 0.2 < np.abs(centers(4).mean(axis=0)).max()
 
     def test_large_entries_and_short_types(self):
         """In half precision an entry above 65,504 is infinite, and a pair would make a NaN of two of them."""

@@ -422,7 +422,7 @@ class TestChecks:
 
     @pytest.mark.parametrize("method", [EfficientAdam(), OneBitAdam(), PowerSGD(momentum=0.9)], ids=lambda m: m.name)
     def test_an_optimizer_with_momentum_is_refused(self, method):
-        with pytest.raises(ConfigError, match=r"optimizer.momentum = 0.9 \(or its betas\)"):
+        with pytest.raises(ConfigError, match=r"optimizer.momentum = 0.9"):
             train(method, ring(2), 1, momentum=0.9)
 
     @pytest.mark.parametrize("method", [EfficientAdam(), OneBitAdam(), PowerSGD()], ids=lambda m: m.name)

@@ -116,7 +116,14 @@ def test_the_relative_error_holds_for_each_entry(name):
 def test_a_wrapper_answers_as_what_it_wraps(name):
     inner = COMPRESSORS[name]
     for wrapped in (Counted(inner), Counted(Counted(inner), label="your")):
-        for capability in ("is_unbiased", "is_contractive", "relative_error", "is_lossless", "remembers_errors"):
+        for capability in (
+            "is_unbiased",
+            "is_contractive",
+            "amplifies",
+            "relative_error",
+            "is_lossless",
+            "remembers_errors",
+        ):
             assert getattr(wrapped, capability) == getattr(inner, capability)
         assert wrapped.has_common_support == inner.has_common_support
         assert [wrapped.exempts(part) for part in SPEC.parts] == [inner.exempts(part) for part in SPEC.parts]
