@@ -2,11 +2,12 @@
 
 A point gives every axis a whole number of steps from its start; its value is ``start * factor ** steps``. The search
 
-    1. runs the start, and as long as that diverges goes a step down along all axes at once;
+    1. runs the start;
     2. runs the neighbors of the best point, one step up and one down along every axis, and moves on as soon as one is
        better. So the best point of a search that has come this far is never at an edge;
     3. when all neighbors are worse, halves the steps and goes back to 2, until the budget of runs is used up, or the
-       steps are finer than short runs can tell apart.
+       steps are finer than short runs can tell apart;
+    4. where the start and all its neighbors diverge, goes down along all axes at once until a run does not.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def search(axes: tuple[Axis, ...], budget: int, score: Callable[[Values], float]
     scores = {best: score(values_of(axes, best))}
     step = Fraction(1)
     while axes and len(scores) < budget:
-        if scores[best] == -math.inf:
+        if scores[best] == -math.inf and len(scores) > 2 * len(axes):
             best = tuple(place - step for place in best)
-            scores[best] = score(values_of(axes, best))
+            if best not in scores:  # with one axis, the first is a neighbor of the start
+                scores[best] = score(values_of(axes, best))
             continue
         following = next((near for near in neighbors(best, step) if near not in scores), None)
         if following is None:

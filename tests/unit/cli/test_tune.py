@@ -121,7 +121,7 @@ def test_a_key_that_the_file_lacks_may_be_searched_for(config, trials, tmp_path)
 def test_if_all_runs_diverge_the_remedy_is_named(config, trials):
     result = tune(config, *RANKS, "--search", "algorithm.gamma=50", "--points", 3)
     assert result.exit_code == DivergenceError.exit_code
-    assert "none of 3 runs has come to a loss: begin lower, --search algorithm.gamma=1.25, or take" in result.stderr
+    assert "none of 3 runs has come to a loss: begin lower, --search algorithm.gamma=2.5, or take" in result.stderr
 
 
 def test_a_trial_that_fails_is_a_line_unless_it_is_the_first(config, monkeypatch):

@@ -57,21 +57,22 @@ def test_a_start_that_diverges_like_its_neighbors_is_left_downwards():
         return -math.inf if seen[-1] > 0.05 else -abs(math.log(seen[-1] / 0.03))
 
     points, _ = search((GAMMA,), 8, score)
-    assert seen[:5] == [0.5, 0.25, 0.125, 0.0625, 0.0312]
+    assert seen[:6] == [0.5, 1.0, 0.25, 0.125, 0.0625, 0.0312]
     assert points[0]["algorithm.gamma"] in (0.0312, 0.0221)
     points, _ = search((LR, GAMMA), 9, lambda values: -math.inf if max(values.values()) > 0.2 else 1.0)
     assert max(points[0].values()) <= 0.2
 
 
-def test_two_keys_go_down_at_once_while_everything_diverges():
+def test_two_keys_go_down_at_once_when_the_start_and_its_neighbors_diverge():
     seen = []
 
     def score(values):
         seen.append(tuple(values.values()))
         return -math.inf if values["optimizer.lr"] * values["algorithm.gamma"] > 0.001 else 1.0
 
-    points, _ = search((LR, GAMMA), 5, score)
-    assert seen == [(0.1, 0.5), (0.05, 0.25), (0.025, 0.125), (0.0125, 0.0625), (0.025, 0.0625)]
+    points, _ = search((LR, GAMMA), 8, score)
+    assert seen[:5] == [(0.1, 0.5), (0.2, 0.5), (0.05, 0.5), (0.1, 1.0), (0.1, 0.25)]
+    assert seen[5:] == [(0.05, 0.25), (0.025, 0.125), (0.0125, 0.0625)]
     assert points[0] == {"optimizer.lr": 0.0125, "algorithm.gamma": 0.0625}
 
 
