@@ -198,13 +198,13 @@ def compress_difference_(
     """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it."""
     measures = automatic is not None and automatic.measures
     if automatic and measures:
-        automatic.measure(0, x, x_hat)
+        automatic.measure_difference(x, x_hat)
     own, layout = compressor.compress_difference_(x, x_hat, spec, state, scratch), compressor.layout(spec)
     if automatic is None:
         return own, layout
     if measures:
-        automatic.measure(1, x, x_hat)
-    return automatic.attached(own), layout_with_delta(layout)
+        automatic.measure_left_out(x, x_hat)
+    return automatic.with_delta(own), layout_with_delta(layout)
 
 
 def add_messages_(
