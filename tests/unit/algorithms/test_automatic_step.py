@@ -18,7 +18,9 @@ TOP = TopK(ratio=KEPT / DIM)
 
 def carried(d, r):
     """The delta of each rank; infinity where nothing differed."""
-    return np.float32([1 - left_out / differed if differed else np.inf for differed, left_out in zip(d, r, strict=True)])
+    return np.float32(
+        [1 - left_out / differed if differed else np.inf for differed, left_out in zip(d, r, strict=True)]
+    )
 
 
 def transcription(graph, steps, window, overlap=False):
