@@ -1,13 +1,28 @@
 """The consensus step that finds itself, ``gamma = "auto"``: as large as what compression leaves out allows.
 
-    every 8th step:   D_i = D_i + |x_i - xhat_i|^2;  R_i = R_i + |x_i - xhat_i - q_i|^2
-    every K steps:    delta_i = 1 - R_i / D_i, what the messages of these steps carried of the differences
-    in the next K:    every message has the least delta that its sender knows of, and its receiver keeps the lesser one,
-                      so that all ranks come to know delta = min_i delta_i
-    then, on all:     gamma = min(delta / mu, 1),   mu = 1 - the least eigenvalue of W
+Training is cut into windows of K steps. In one window the ranks measure; in the next they agree on the least of what
+they have measured; at its end all of them change gamma, in the same step.
 
-x_i is the model of rank i after its local step, xhat_i its public copy, q_i its message and W the mixing matrix; K is
-at least the diameter of the graph, so the ranks agree without a message more and change gamma in the same step.
+    gamma = min(0.01 / mu, 1);  delta_i = infinity;  D_i = R_i = 0      before the first step
+    repeat for t = 0, 1, ...:
+        if 8 divides t:         D_i = D_i + |x_i - xhat_i|^2
+        q_i = C(x_i - xhat_i)
+        if 8 divides t:         R_i = R_i + |x_i - xhat_i - q_i|^2
+        if K divides t:         delta_i = 1 - R_i / D_i, or infinity where D_i = 0;  D_i = R_i = 0
+        send q_i and delta_i to every neighbor, receive q_j and delta_j
+        delta_i = min(delta_i, delta_j of all neighbors j)
+        if K divides t + 1:     gamma = min(delta_i / mu, 1), unless delta_i is infinity
+
+x_i is the model of rank i after its local step, xhat_i its public copy, C the compressor and q_i the message; D_i is
+what differed in the steps that are measured, R_i what the messages left out of it, and delta_i the part that they
+carried, or the least part that rank i has heard of; mu = 1 - the least eigenvalue of the mixing matrix W. K is at least
+the diameter of the graph, so that at the end of a window delta_i is the same on all ranks, and no message more was
+needed.
+
+A rank on which nothing differed has measured nothing: it sends infinity, which leaves the word to the others. So it is
+in the first window where the public copies are still the models, with ``overlap`` or a learning rate of 0. If no rank
+has measured anything, gamma stays as it is. It does so, too, in what is left of a window when a run goes on with
+another number of ranks.
 
 Why: public copies follow the models with a lag of about 1 / delta steps. For a mode of W with eigenvalue 1 - m, mixing
 and lag together are the oscillator ``x' = -gamma m xhat``, ``xhat' = delta (x - xhat)``, whose damping ratio is
@@ -22,6 +37,7 @@ figures.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -43,16 +59,17 @@ Gamma = float | Literal["auto"]
 MEASURED_EVERY = 8
 """Steps from one measurement to the next: it reads the model twice."""
 
-SHORTEST = 32
-"""The least number of steps from one gamma to the next."""
+SHORTEST_WINDOW = 32
+"""The least K, in steps."""
 
-UNKNOWN = 0.01
-"""The delta before the first one is agreed upon."""
+FIRST_DELTA = 0.01
+"""The delta from which the first gamma is made."""
 
-LEAST = 1e-4
+SMALLEST_DELTA = 1e-4
 """Below it delta is noise of rounding, or of a compressor that is not contractive."""
 
-KEY = "delta"
+DELTA_FIELD = "delta"
+"""The name of delta_i in a message."""
 
 
 @dataclass
@@ -63,9 +80,9 @@ class AutomaticStep:
         mu: 1 - the least eigenvalue of the mixing matrix.
         window: K.
         gamma: the consensus step of now, the same on all ranks.
-        step: the number of steps done.
-        least: (1,) float32, the least delta of this window that the rank knows of.
-        carried: (2,) float64, D_i and R_i of this window.
+        step: t, the number of steps done.
+        least: (1,) float32, delta_i.
+        carried: (2,) float64, D_i and R_i.
 
     """
 
@@ -80,35 +97,41 @@ class AutomaticStep:
     def start(cls, topology: Topology, device: torch.device) -> AutomaticStep:
         """Return the state before the first step on `topology`."""
         mu = 1 - extreme_eigenvalues(topology)[1] if topology.size > 1 else 1.0
-        window = max(SHORTEST, 2 * eccentricity(topology))  # of rank 0; the diameter is at most twice as long
-        least = torch.full((1,), UNKNOWN, device=device)
-        return cls(mu, window, min(UNKNOWN / mu, 1.0), 0, least, torch.zeros(2, dtype=torch.float64, device=device))
+        window = max(SHORTEST_WINDOW, 2 * eccentricity(topology))  # of rank 0; the diameter is at most twice as long
+        least = torch.full((1,), math.inf, device=device)
+        return cls(mu, window, min(FIRST_DELTA / mu, 1.0), 0, least, torch.zeros(2, dtype=torch.float64, device=device))
 
     @property
     def measures(self) -> bool:
         """Whether this step is one of those that are measured."""
         return self.step % MEASURED_EVERY == 0
 
-    def measure(self, place: Literal[0, 1], x: Tensor, x_hat: Tensor) -> None:
-        """Add ``|x - xhat|^2`` to D_i (`place` 0, before the message) or R_i (1, after it)."""
-        self.carried[place] += kernels.norm(x - x_hat).double().square().reshape(())
+    def measure_difference(self, x: Tensor, x_hat: Tensor) -> None:
+        """``D_i += |x - xhat|^2``, before the message is added to xhat; all (n,)."""
+        self.carried[0] += _squared_distance(x, x_hat)
 
-    def attached(self, payload: Payload) -> Payload:
-        """Return a message with the least delta; begins a window in its first step."""
+    def measure_left_out(self, x: Tensor, x_hat: Tensor) -> None:
+        """``R_i += |x - xhat|^2``, when xhat holds the message; all (n,)."""
+        self.carried[1] += _squared_distance(x, x_hat)
+
+    def with_delta(self, payload: Payload) -> Payload:
+        """Return a message with delta_i; the first one of a window ends the measurement of the window before."""
         if self.step % self.window == 0:
             differed, left_out = self.carried[:1], self.carried[1:]
-            share = (1 - left_out / differed).clamp(min=LEAST)
-            self.least = torch.where(differed > 0, share, torch.ones_like(share)).float()  # 1: nothing has moved
+            share = (1 - left_out / differed).clamp(min=SMALLEST_DELTA)
+            self.least = torch.where(differed > 0, share, torch.full_like(share, math.inf)).float()
             self.carried.zero_()
-        return {**payload, KEY: self.least}
+        return {**payload, DELTA_FIELD: self.least}
 
     def hear(self, payloads: Iterable[Payload]) -> None:
         """Take the least delta of the neighbors' messages; ends the step, and a window in its last one."""
         for payload in payloads:
-            self.least = torch.minimum(self.least, payload[KEY].to(self.least.device))
+            self.least = torch.minimum(self.least, payload[DELTA_FIELD].to(self.least.device))
         self.step += 1
         if self.step % self.window == 0:
-            self.gamma = min(float(self.least) / self.mu, 1.0)
+            delta = float(self.least)
+            if delta < math.inf:
+                self.gamma = min(delta / self.mu, 1.0)
 
 
 def check_gamma(gamma: Gamma) -> None:
@@ -122,7 +145,7 @@ def check_gamma(gamma: Gamma) -> None:
 
 def layout_with_delta(layout: Layout) -> Layout:
     """Return the layout of messages that carry a delta."""
-    return Layout((*layout.fields, Field(KEY, torch.float32, 1)))
+    return Layout((*layout.fields, Field(DELTA_FIELD, torch.float32, 1)))
 
 
 def eccentricity(topology: Topology) -> int:
@@ -135,3 +158,8 @@ def eccentricity(topology: Topology) -> int:
                 distance[source] = distance[rank] + 1
                 waiting.append(source)
     return max(distance.values())
+
+
+def _squared_distance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Return |x - xhat|^2 as a float64 scalar."""
+    return kernels.norm(x - x_hat).double().square().reshape(())

@@ -40,6 +40,7 @@ In a script:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -170,8 +171,7 @@ def renew_copies(compressor: Compressor, gamma: Gamma, local: Local, state: Choc
     arrived = exchange.start(payload, whole.layout(spec), topology).wait()
     state.x_hat.copy_(local.x)
     torch.mul(local.x, topology.weight(rank, rank), out=state.s)
-    for source, theirs in arrived.items():
-        whole.accumulate(theirs, spec, state.s, topology.weight(rank, source))
+    add_arrived_(whole, spec, state.s, exchange, arrived, None)
     state.compressor = compressor.init(spec, local.x.device, rank)
     state.automatic = automatic_step(gamma, local, exchange)
 
@@ -198,13 +198,13 @@ def compress_difference_(
     """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it."""
     measures = automatic is not None and automatic.measures
     if automatic and measures:
-        automatic.measure(0, x, x_hat)
+        automatic.measure_difference(x, x_hat)
     own, layout = compressor.compress_difference_(x, x_hat, spec, state, scratch), compressor.layout(spec)
     if automatic is None:
         return own, layout
     if measures:
-        automatic.measure(1, x, x_hat)
-    return automatic.attached(own), layout_with_delta(layout)
+        automatic.measure_left_out(x, x_hat)
+    return automatic.with_delta(own), layout_with_delta(layout)
 
 
 def add_messages_(
@@ -213,11 +213,23 @@ def add_messages_(
     """``s_i += sum_j W_ij q_j``, the own message first, then by ascending rank."""
     rank, topology = exchange.rank, exchange.schedule(0)
     compressor.accumulate(own, local.spec, state.s, topology.weight(rank, rank))
-    arrived = pending.wait()
+    add_arrived_(compressor, local.spec, state.s, exchange, pending.wait(), state.automatic)
+
+
+def add_arrived_(
+    compressor: Compressor,
+    spec: Spec,
+    total: Tensor,
+    exchange: Exchange,
+    arrived: Mapping[int, Payload],
+    automatic: AutomaticStep | None,
+) -> None:
+    """``total += sum_j W_ij q_j`` (n,) of the neighbors' messages, by ascending rank; what finds gamma hears them."""
+    topology = exchange.schedule(0)
     for source, payload in arrived.items():
-        compressor.accumulate(payload, local.spec, state.s, topology.weight(rank, source))
-    if state.automatic:
-        state.automatic.hear(arrived.values())
+        compressor.accumulate(payload, spec, total, topology.weight(exchange.rank, source))
+    if automatic:
+        automatic.hear(arrived.values())
 
 
 def compression_error(x: Tensor, x_hat: Tensor, scratch: Tensor) -> float:

@@ -23,6 +23,9 @@ the order of the learning rate, as it is without compression. With zeta = 1 the 
 by that of the local steps, and mixing preserves it. zeta < 1 damps compressors whose error grows with the message, and
 shortens every local step by that factor.
 
+The model is a combination of public copies, so these start as the common initial model, and e_i as 0. The paper starts
+with x_i = xhat_i = e_i = 0; a public copy of 0 beside another model would replace it by its first message.
+
 The paper mixes in any subspace; here it is that of equal models. The paper's symbols are psi for y, phi for xhat, z for
 e, mu for lr. The recursion follows a summary of the paper, not its text.
 
@@ -46,7 +49,6 @@ from torch import Tensor
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_feedback, require_positive
 from mpicomp.algorithms.gossip.base import Gossip
-from mpicomp.algorithms.gossip.choco import Start
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -81,14 +83,12 @@ class DEFATC(Gossip[DEFATCState]):
         gamma: consensus step, > 0, dimensionless.
         compressor: any compressor, without `ErrorFeedback`, which is part of the method.
         damping: zeta in (0, 1], the part of a message by which the public copies move.
-        start: as in `Choco`, for the public copies.
 
     """
 
     gamma: float
     compressor: Compressor = Identity()
     damping: float = 1.0
-    start: Start = "model"
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
@@ -101,10 +101,10 @@ class DEFATC(Gossip[DEFATCState]):
         require_fixed_symmetric("DEF-ATC", schedule)
 
     def init(self, local: Local, exchange: Exchange) -> DEFATCState:
-        """Return the public copies as `start` says, and an error memory of zero."""
-        first = local.x.clone() if self.start == "model" else torch.zeros_like(local.x)
+        """Return the model as the public copy, and an error memory of zero: all ranks start with one model."""
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
-        return DEFATCState(first, first.clone(), torch.zeros_like(first), compressor)  # the rows of W sum to one
+        x_hat, s = local.x.clone(), local.x.clone()  # the rows of W sum to one
+        return DEFATCState(x_hat, s, torch.zeros_like(x_hat), compressor)
 
     def mix(self, local: Local, state: DEFATCState, exchange: Exchange) -> None:
         """Send the difference with what was left out, and combine the public copies."""

@@ -24,6 +24,7 @@ rest d_i = -u_i, so the u_i add up to 0: with SGD, with momentum or without, tha
 numbers on each rank, so with it the ranks agree elsewhere. The published method has u_i = g_i. d keeps its meaning when
 lr changes. But d changes by r_i over lr, and what r_i holds of compression errors does not become less with lr: so d
 stays as it is while lr is below a hundredth of the largest so far, or a rate that rises again would find d too large.
+Groups of parameters with rates of their own are judged by the largest of their own.
 The published first step, a gradient step of every rank alone, is left out: all ranks hold the same model at first.
 
 Without compression this is, for any alpha, NIDS and exact diffusion with the weights M = I - gamma / 2 (I - W):
@@ -69,7 +70,7 @@ from mpicomp.state import OWN, PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule
 
 SMALLEST_RATE = 0.01
-"""The part of the largest learning rate so far below which d stays as it is."""
+"""The part of a group's largest learning rate so far below which its d stays as it is."""
 
 
 @dataclass
@@ -83,7 +84,7 @@ class LEADState:
         scratch: (n,) room for a difference.
         room: (n,) for r, while a message may lie in `scratch`.
         compressor: state of the compressor.
-        largest_lr: the largest learning rate so far.
+        largest_lr: of each part of `Local.groups`, the largest learning rate so far.
 
     """
 
@@ -93,7 +94,7 @@ class LEADState:
     scratch: Tensor = field(metadata=SCRATCH)
     room: Tensor = field(metadata=SCRATCH)
     compressor: State
-    largest_lr: float = 0.0
+    largest_lr: list[float]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class LEAD(Algorithm[LEADState]):
         """Return the model as the public copy, and zeros for the rest: all ranks start with one model."""
         dual, ahead, scratch, room = (torch.zeros_like(local.x) for _ in range(4))
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
-        return LEADState(dual, local.x.clone(), ahead, scratch, room, compressor)
+        return LEADState(dual, local.x.clone(), ahead, scratch, room, compressor, [0.0] * len(local.groups))
 
     def phases(self, local: Local, state: LEADState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
@@ -142,10 +143,11 @@ class LEAD(Algorithm[LEADState]):
             x[part].sub_(dual[part], alpha=group["lr"])
         r = self._exchange(local, state, exchange)
         x.add_(r, alpha=self.gamma / 2)
-        state.largest_lr = max([state.largest_lr, *(group["lr"] for _, group in local.groups)])
-        for part, group in local.groups:
-            if group["lr"] > SMALLEST_RATE * state.largest_lr:
-                dual[part].sub_(r[part], alpha=self.gamma / (2 * group["lr"]))
+        for i, (part, group) in enumerate(local.groups):
+            lr = float(group["lr"])
+            state.largest_lr[i] = max(state.largest_lr[i], lr)
+            if lr > 0 and lr >= SMALLEST_RATE * state.largest_lr[i]:
+                dual[part].sub_(r[part], alpha=self.gamma / (2 * lr))
 
     def _exchange(self, local: Local, state: LEADState, exchange: Exchange) -> Tensor:
         """Send the difference, bring the public copies up to date, and return r in `state.room`."""

@@ -54,6 +54,7 @@ from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
     Start,
+    add_arrived_,
     automatic_step,
     compress_difference_,
     compression_error,
@@ -176,10 +177,7 @@ class MoTEF(Algorithm[MoTEFState]):
         arrived = exchange.start(payload, Layout.concatenate(layouts), topology).wait()
         for i, (_, _, total, _, _, automatic) in enumerate(parts):
             messages = {source: _part(message, i) for source, message in arrived.items()}
-            for source, message in messages.items():
-                compressor.accumulate(message, spec, total, topology.weight(rank, source))
-            if automatic:
-                automatic.hear(messages.values())
+            add_arrived_(compressor, spec, total, exchange, messages, automatic)
 
     def diagnostics(self, local: Local, state: MoTEFState) -> dict[str, float]:
         """Return ``compression_error``, |x - xhat| / |x|, and ``tracking_error``, the same of v."""

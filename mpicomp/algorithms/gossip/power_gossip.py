@@ -6,6 +6,7 @@
         odd:   Q_e = orthogonal basis of Q_e;  P_e = X_j Q_e - X_i Q_e      i sends X_i Q_e to j, and j sends X_j Q_e
         even:  P_e = orthogonal basis of P_e;  Q_e = X_j' P_e - X_i' P_e    i sends X_i' P_e, and j sends X_j' P_e
         X_i = X_i + W_ij P_e Q_e';  X_j = X_j - W_ij P_e Q_e'
+        if the new P_e, or Q_e, is 0, take the one before
 
 x_i is the model (n,) of rank i and F_i the loss of its batch; lr the learning rate; u_i the direction that the
 optimizer makes of g_i, with its momentum and weight decay; X_i (m, n) one tensor of x_i after that local step; P_e
@@ -23,6 +24,9 @@ On a fixed graph each edge keeps its P_e and Q_e for the next step (a warm start
 both ends, drawn by (seed, i, j). On a graph that varies, such as random pairs, an edge seldom comes back, and keeping
 the matrices of all pairs would take the memory of as many edges as there are ranks; there they are drawn anew by (seed,
 i, j, step). With ``iterations = 1`` such a step is a random projection, so take 2.
+
+Models that do not differ, as before the first step with a learning rate above 0, make a factor of zeros. No basis comes
+of it that could find a later difference, so both ends keep the one that they had.
 
 The authors' code multiplies the move by a diffusion rate and skips the first iteration, where models are equal; here
 the rate is 1, and the models differ by a local step. The gradient comes before the mixing.
@@ -152,11 +156,12 @@ def _iterate_(
     """Do one iteration on all edges of this rank: x (n,) and the matrices of the edges change in place."""
     matrices = low_rank.matrices(x) if is_odd else [matrix.T for matrix in low_rank.matrices(x)]
     found = {j: edge.left if is_odd else edge.right for j, edge in edges.items()}  # flat, of the factor that is sent
-    factors = {}
+    factors, before = {}, {}
     for j, edge in edges.items():
         bases, products = low_rank.rights(edge.right), low_rank.lefts(edge.left)
         if not is_odd:
             bases, products = products, bases
+        before[j] = found[j].clone()
         for matrix, basis, product in zip(matrices, bases, products, strict=True):
             basis.copy_(orthogonal(basis))
             torch.mm(matrix, basis, out=product)  # X_i Q_e, or X_i' P_e
@@ -173,6 +178,9 @@ def _iterate_(
         torch.sub(message["factor"], found[j], out=found[j]).mul_(sign)
         for matrix, basis, difference in factors[j]:
             matrix.addmm_(difference, basis.T, alpha=sign * weight)
+        last = low_rank.lefts(before[j]) if is_odd else low_rank.rights(before[j])
+        for (_, _, difference), kept in zip(factors[j], last, strict=True):
+            torch.where(difference.any(), difference, kept, out=difference)
         move.add_(message["whole"] - own, alpha=weight)
     for part, moved in zip(parts, low_rank.sent_whole(move) if sends_whole else [], strict=True):
         part.add_(moved)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
 from mpicomp.algorithms import AdaGossip, Choco, MoTEF
-from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, UNKNOWN, eccentricity
+from mpicomp.algorithms.gossip.automatic_step import FIRST_DELTA, MEASURED_EVERY, AutomaticStep, eccentricity
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
 from mpicomp.errors import ConfigError
 from mpicomp.topology import chain, complete, hypercube, ring, star, torus
@@ -15,21 +16,29 @@ KEPT = 6
 TOP = TopK(ratio=KEPT / DIM)
 
 
-def transcription(graph, steps, window):
+def carried(d, r):
+    """The delta of each rank; infinity where nothing differed."""
+    return np.float32(
+        [1 - left_out / differed if differed else np.inf for differed, left_out in zip(d, r, strict=True)]
+    )
+
+
+def transcription(graph, steps, window, overlap=False):
     """The rule in matrix form; `window` is K."""
     mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
     x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
-    gamma, least, d, r = UNKNOWN / mu, None, 0, 0
+    gamma, least, d, r = FIRST_DELTA / mu, None, 0, 0
     for step in range(steps):
         y = x - LR * curvature() * (x - centers(graph.size))
-        q = top_k(y - hat, KEPT)
+        difference = (x if overlap else y) - hat
+        q = top_k(difference, KEPT)
         if step % MEASURED_EVERY == 0:
-            d = d + ((y - hat) ** 2).sum(axis=1)
-            r = r + ((y - hat - q) ** 2).sum(axis=1)
+            d = d + (difference**2).sum(axis=1)
+            r = r + ((difference - q) ** 2).sum(axis=1)
         if step % window == 0:
-            least, d, r = np.float32(1 - r / d).min(), 0, 0
+            least, d, r = carried(d, r).min(), 0, 0
         hat = hat + q
-        if step % window == window - 1:
+        if step % window == window - 1 and least < np.inf:
             gamma = min(float(least) / mu, 1)
         x = y + gamma * (graph.mixing @ hat - hat)
     return x, gamma
@@ -38,9 +47,11 @@ def transcription(graph, steps, window):
 @pytest.mark.parametrize(
     "graph", [ring(5), torus(6), star(4), hypercube(8)], ids=lambda graph: f"{graph.name}{graph.size}"
 )
-def test_the_rule(graph):
-    expected, gamma = transcription(graph, 100, window=32)
-    trained = train(Choco("auto", TOP), graph, 100)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("steps", [50, 100])
+def test_the_rule(graph, overlap, steps):
+    expected, gamma = transcription(graph, steps, 32, overlap)
+    trained = train(Choco("auto", TOP, overlap=overlap), graph, steps)
     np.testing.assert_allclose(trained.x, expected, rtol=0, atol=1e-9)
     assert [state.automatic.gamma for state in trained.states] == pytest.approx([gamma] * graph.size, rel=1e-6)
 
@@ -52,7 +63,7 @@ def test_all_ranks_of_a_long_graph_change_to_the_same_step_at_once():
         automatic = [state.automatic for state in train(Choco("auto", TOP), chain(size), steps).states]
         assert len({state.gamma for state in automatic}) == 1
         assert {state.window for state in automatic} == {2 * (size - 1)}
-    assert automatic[0].gamma != UNKNOWN / automatic[0].mu
+    assert automatic[0].gamma != FIRST_DELTA / automatic[0].mu
 
 
 @pytest.mark.parametrize("graph", [ring(1), ring(2), complete(4)], ids=lambda graph: f"{graph.name}{graph.size}")
@@ -69,9 +80,29 @@ def test_the_ranks_come_together(compressor):
     assert np.abs(trained.x - start.mean(axis=0)).max() < 1e-3 * np.abs(start).max()
 
 
-def test_ranks_that_do_not_move_have_nothing_to_say():
-    (state, *_) = train(Choco("auto", TOP), ring(4), 80, lr=0.0).states
-    assert state.automatic.gamma == pytest.approx(1 / state.automatic.mu)
+@pytest.mark.parametrize("method", [Choco, AdaGossip, MoTEF])
+def test_where_nothing_has_differed_the_step_stays_as_it_is(method):
+    (state, *_) = train(method("auto", TOP), ring(4), 80, lr=0.0).states
+    assert state.automatic.gamma == pytest.approx(FIRST_DELTA / state.automatic.mu)
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"), [({}, 0.3), ({1: 0.2}, 0.2), ({3: 0.6}, 0.6), ({0: 0.8, 4: 0.5}, 0.5), ({2: 1.0}, 1.0)]
+)
+def test_ranks_that_have_measured_nothing_leave_the_word_to_the_others(measured, found):
+    """A rank that says its present share would keep gamma from rising, one that says 1 would have it leap."""
+    graph = chain(5)
+    steps = [AutomaticStep.start(graph, torch.device("cpu")) for _ in range(5)]
+    for rank, step in enumerate(steps):
+        step.gamma = 0.3 / step.mu
+        if rank in measured:
+            step.carried[:] = torch.tensor([2.0, 2.0 * (1 - measured[rank])])
+    for _ in range(steps[0].window):
+        messages = [step.with_delta({}) for step in steps]
+        for rank, step in enumerate(steps):
+            step.hear(messages[neighbor] for neighbor in graph.sources(rank))
+    for step in steps:
+        assert step.gamma == pytest.approx(min(found / step.mu, 1.0), rel=1e-6)
 
 
 def test_adagossip_gives_the_usual_entry_the_step_of_choco():
@@ -79,7 +110,7 @@ def test_adagossip_gives_the_usual_entry_the_step_of_choco():
     trained = train(AdaGossip("auto", TOP), graph, 100)
     mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
     x, hat, v, scale = (np.zeros((graph.size, DIM)) for _ in range(4))
-    gamma, least, d, r = UNKNOWN / mu, None, 0, 0
+    gamma, least, d, r = FIRST_DELTA / mu, None, 0, 0
     for step in range(100):
         y = x - LR * curvature() * (x - centers(graph.size))
         q = top_k(y - hat, KEPT)

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from support.quadratic import DIM, centers, curvature, top_k, train
+import torch
+from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DPSGD, LEAD, SGD, Choco
+from mpicomp.algorithms.gossip.lead import SMALLEST_RATE
 from mpicomp.compression import QSGD, Cast, Identity, Natural, PerTensor, RandomK, SignNorm, TopK, UniformGrid
 from mpicomp.compression.base import Wrapper
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.loopback import run
 from mpicomp.topology import chain, ring, star, torus
 
 LR = 0.1
@@ -25,6 +28,22 @@ class Replayable(Wrapper):
     @property
     def is_unbiased(self):
         return True
+
+
+@dataclass
+class TwoRates(Quadratic):
+    """Two groups of parameters: from entry `FIRST` on, the learning rate is `part` of the other."""
+
+    FIRST = 7
+    part: float = 1.0
+
+    @property
+    def groups(self):
+        return [(slice(0, self.FIRST), {"lr": self.lr}), (slice(self.FIRST, DIM), {"lr": self.lr * self.part})]
+
+    def update(self, part=None):
+        for place, group in self.groups:
+            self.x[place].sub_(self.g[place], alpha=group["lr"])
 
 
 TOP = Replayable(TopK(ratio=KEPT / DIM))
@@ -67,6 +86,37 @@ def test_listing(graph, gamma, alpha, momentum):
     close(stacked(trained, "dual"), d, 1e-12 * scale)
     close(stacked(trained, "x_hat"), h)
     close(stacked(trained, "ahead"), h_w - h)
+
+
+@pytest.mark.parametrize("part", [2**-7, 2**-10])  # exact, so that rounding decides nothing
+@pytest.mark.parametrize("falls", [False, True])
+def test_every_group_is_corrected_at_its_own_rate(part, falls):
+    """However small it is beside another group's; and still at a hundredth of the largest so far."""
+    graph, steps = ring(5), 20
+    schedule = [1.0] * 10 + [SMALLEST_RATE if falls else 1.0] * (steps - 10)
+
+    def serve(world):
+        x, center = torch.zeros(DIM, dtype=torch.float64), torch.as_tensor(centers(world.size)[world.rank])
+        local = TwoRates(x, center, part=part)
+        exchange, method = world.exchange(graph), LEAD(0.6, TOP, 0.5)
+        state = method.init(local, exchange)
+        for scale in schedule:
+            local.lr = LR * scale
+            method.step(local, state, exchange)
+        return x.numpy(), state.dual.numpy()
+
+    found = [np.stack(arrays) for arrays in zip(*run(graph.size, serve), strict=True)]
+    x, d, h, h_w = (np.zeros((graph.size, DIM)) for _ in range(4))
+    for scale in schedule:
+        lr = LR * scale * np.where(np.arange(DIM) < TwoRates.FIRST, 1.0, part)
+        y = x - lr * (gradients(x) + d)
+        q = top_k(y - h, KEPT)
+        ahead = h_w + graph.mixing @ q - h - q
+        h, h_w = h + 0.5 * q, h_w + 0.5 * graph.mixing @ q
+        x, d = y + 0.3 * ahead, d - 0.3 / lr * ahead
+    assert np.abs(d[:, TwoRates.FIRST :]).max() > 1e-3
+    close(found[0], x)
+    close(found[1], d, 1e-12 * np.abs(d).max())
 
 
 @over_graphs

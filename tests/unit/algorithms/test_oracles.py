@@ -307,10 +307,16 @@ class TestIdentities:
         assert max(state.e.abs().max() for state in trained.states) < 1e-15
         close(train(DEFATC(1.0), ring(5), 25).x, train(DPSGD(), ring(5), 25).x)
 
+    def test_def_atc_keeps_the_model_that_it_starts_with(self):
+        start = np.tile(spread(1), (5, 1))
+        close(train(DEFATC(0.2, TopK(1 / DIM)), ring(5), 1, lr=0.0, start=start).x, start)
+        with pytest.raises(TypeError, match="start"):
+            DEFATC(0.2, start="zero")
+
     def test_def_atc_damped_without_compression_moves_the_copies_part_of_the_way(self):
-        start = spread(5)
-        damped = train(DEFATC(1.0, damping=0.6, start="zero"), ring(5), 12, start=start).x
-        x, hat = start, np.zeros_like(start)
+        start = np.tile(spread(1), (5, 1))
+        damped = train(DEFATC(1.0, damping=0.6), ring(5), 12, start=start).x
+        x, hat = start, start
         for _ in range(12):
             hat = 0.4 * hat + 0.6 * (x - LR * gradients(x))
             x = ring(5).mixing @ hat

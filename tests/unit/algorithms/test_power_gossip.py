@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from support import small
-from support.quadratic import DIM, centers, curvature, train
+from support.quadratic import DIM, Quadratic, centers, curvature, train
 
 from mpicomp.algorithms import DPSGD, SGD, LocalSGD, PowerGossip
 from mpicomp.algorithms.low_rank import LowRank
 from mpicomp.compression import Spec
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange import loopback
+from mpicomp.exchange.loopback import run
 from mpicomp.topology import (
     OnePeerExponential,
     RandomMatching,
@@ -114,6 +115,27 @@ def test_edges_begin_with_matrices_of_their_own_and_so_do_steps():
     assert len({tuple(factor.tolist()) for factor in factors}) == 9
     assert torch.equal(drawn(method, (2, 1), 4).left, drawn(method, (1, 2), 4).left)
     assert not torch.equal(drawn(PowerGossip(seed=1), (1, 2), 4).left, drawn(method, (1, 2), 4).left)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_edges_of_equal_models_find_what_differs_later(rank, iterations):
+    """In the last row and column, where the basis that QR makes of zeros does not look."""
+
+    def serve(world):
+        center = torch.zeros(DIM, dtype=torch.float64)
+        center[-1] = world.rank + 1.0
+        local = Quadratic(torch.zeros_like(center), center, lr=0.0, shapes=SHAPES)
+        exchange, method = world.exchange(ring(2)), PowerGossip(rank, iterations)
+        state = method.init(local, exchange)
+        for local.lr in [0.0] * 4 + [LR] * 60:
+            method.step(local, state, exchange)
+        return local.x.numpy(), state
+
+    (first, state), (second, other) = run(2, serve)
+    assert abs(first[-1] - second[-1]) < 0.2
+    assert abs(first[-1] + second[-1] - 3) < 0.01
+    assert torch.equal(state.left, other.left) and torch.equal(state.right, other.right)
 
 
 def test_no_matrices_are_kept_of_pairs_that_do_not_last():

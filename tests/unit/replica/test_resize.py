@@ -20,6 +20,7 @@ from mpicomp.algorithms import (
     SparseLoCo,
     StreamingDiLoCo,
 )
+from mpicomp.algorithms.gossip.automatic_step import FIRST_DELTA
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import Natural, RandomK, TopK
 from mpicomp.errors import CheckpointError
@@ -28,9 +29,9 @@ from mpicomp.replica.resize import load_resized
 from mpicomp.topology import from_graph, ring, star
 
 
-def trained(world, folder, algorithm, topology=None):
+def trained(world, folder, algorithm, topology=None, steps=6):
     gossip, closure = small.make(world, algorithm, topology)
-    for step in range(6):
+    for step in range(steps):
         gossip.step(closure(step))
     gossip.save(folder)
     return copied(gossip.state_dict())
@@ -125,6 +126,27 @@ def test_what_is_particular_to_a_rank_begins_anew_whatever_its_shape(tmp_path, s
             assert torch.equal(state[path], fresh[path])
         assert state["algorithm/step"] == 6
         assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("algorithm", [Choco("auto", TopK(0.2)), MoTEF("auto", TopK(0.2))], ids=lambda a: a.name)
+def test_an_automatic_step_stays_until_the_new_ranks_have_measured_their_own(tmp_path, algorithm, size):
+    def go_on(world, folder):
+        gossip, closure = small.make(world, algorithm, ring, seed=1)
+        load_resized(gossip, Checkpoints(folder).latest())
+        found = []
+        for step in range(40, 100):
+            gossip.step(closure(step))
+            found.append(gossip.state.automatic.gamma)
+        return found
+
+    (old, *_) = loopback.run(3, trained, tmp_path, algorithm, ring, 40)  # a window has 32 steps
+    gamma = old["algorithm/automatic/gamma"]
+    assert gamma != FIRST_DELTA / old["algorithm/automatic/mu"]  # it was found
+    for found in (ranks := loopback.run(size, go_on, tmp_path)):
+        assert found[: 95 - 40] == [gamma] * 55
+        assert found[95 - 40 :] == [found[-1]] * 5 and found[-1] != gamma
+        assert found == ranks[0]
 
 
 SERVED = EfficientAdam(TopK(0.2), downlink=TopK(0.2))
