@@ -100,6 +100,11 @@ class DEFATC(Gossip[DEFATCState]):
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("DEF-ATC", schedule)
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the public copy, which the model is made of."""
+        return True
+
     def init(self, local: Local, exchange: Exchange) -> DEFATCState:
         """Return the public copies as `start` says, and an error memory of zero."""
         first = local.x.clone() if self.start == "model" else torch.zeros_like(local.x)
