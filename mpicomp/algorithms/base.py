@@ -122,6 +122,11 @@ class Algorithm(ABC, Generic[S]):
         return False
 
     @property
+    def keeps_anchor(self) -> bool:
+        """Whether the state has a model from which the next ones are made, so that one loaded by the user is undone."""
+        return False
+
+    @property
     def tolerates_loss(self) -> bool:
         """Whether the ranks still agree, if approximately, when messages are lost, and when ranks leave and come back.
 

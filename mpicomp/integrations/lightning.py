@@ -47,6 +47,7 @@ class GossipStrategy(ParallelStrategy):
 
     Making a strategy and all methods of the Trainer are collective on all ranks. A checkpoint is a file ``x.ckpt`` as
     Lightning writes it, with the averaged model, and a folder ``x.ckpt.ranks`` next to it, with the state of each rank.
+    Where names differ, as with a metric of each rank in them, those of rank 0 hold, in writing and in reading.
 
     Args:
         algorithm, topology, compressor: as for `mpicomp.distribute`.
@@ -206,7 +207,7 @@ class GossipStrategy(ParallelStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save the states of the ranks, and then the file; collective on all ranks."""
+        """Save the states of the ranks, and then the file, both where rank 0 says; collective on all ranks."""
         if self.gossip is not None and "optimizer_states" in checkpoint:
             is_validating = self._averaged is not None
             self.on_validation_end()  # what is saved is the model of this rank
@@ -216,6 +217,11 @@ class GossipStrategy(ParallelStrategy):
             # A file that is to be replaced names its own states, which are still there if this one is not written.
             checkpoint[OWN] = {"step": self.gossip.steps}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read the file that rank 0 names, which alone is written if names differ; collective on all ranks."""
+        loaded: dict[str, Any] = super().load_checkpoint(self.world.broadcast(checkpoint_path), *args, **kwargs)
+        return loaded
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the state of every rank from the folder; collective on all ranks."""

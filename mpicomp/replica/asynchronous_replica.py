@@ -69,10 +69,10 @@ class AsynchronousReplica(Replica):
                     f"go on from the last checkpoint with {remedy}"
                 )
 
-    def average_(self) -> None:
+    def _average_(self) -> None:
         """Overwrite the model with the hubs' or, without hubs, the mean; average statistics over training ranks."""
         if not self._owners:
-            super().average_()
+            super()._average_()
             return
         for rank, part in self._owners:
             self.world.broadcast_(self.local.x[part], rank)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from operator import is_
 from typing import Any
@@ -16,10 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
-from mpicomp.errors import ConfigError
+from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.replica.model_checks import listed, named_parameters, trained_parameters
 from mpicomp.timing import timed
+
+FINITE_EVERY = 50
+"""Steps from one look whether the parameters are finite to the next; a step by closure also looks at its loss."""
 
 _taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The parameters of all flat models; the values of the dict are not used."""
@@ -60,6 +63,8 @@ class FlatModel:
         clip: changes `g` when it has been computed; None for no change.
         clip_sum: changes `g` before the optimizer's step; None for no change.
         skips_update: whether `update` does nothing.
+        skips_absent: whether `update` leaves parameters alone that had no gradient, as `torch.optim` does.
+        is_averaged: whether the model is the mean over the ranks for now, see `Replica.averaged`.
         loss: the mean loss of the last `gradient`, detached, on the device.
         has_loss: whether the loss is known; a closure may return None.
         delay: how long each gradient takes.
@@ -88,17 +93,24 @@ class FlatModel:
         self.clip: Callable[[Tensor], None] | None = None
         self.clip_sum: Callable[[Tensor], None] | None = None
         self.skips_update = False
+        self.skips_absent = False
+        self.is_averaged = False
         self.loss = torch.full((), torch.nan)
         self.has_loss = False
         self.delay = GradientDelay()
         self._meanwhile: Meanwhile = None
         self._is_hooked = False
-        self._has_backward = False
         self._is_updating = False
         self._thread = 0
+        self._steps = 0
+        self._anchored = ""
+        self._loaded_over: Tensor | None = None
         self._parameters = [p for _, p in named]
+        self._with_gradient: set[Tensor] = set()
+        self._shown: list[Tensor | None] = [None] * len(named)
         self._values = [x.view(shape) for x, shape in zip(self.spec.split(self.x), self.spec.shapes, strict=True)]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
+        self._places = [g.data_ptr() for g in self._gradients]
         self._dtypes = [p.dtype for p in self._parameters]
         self._copies = [i for i, p in enumerate(self._parameters) if p.dtype != dtype]
         for p, x in zip(self._parameters, self._values, strict=True):
@@ -110,6 +122,7 @@ class FlatModel:
         self._sizes: list[int] = []
         self._read_groups()
         self._read_modules()
+        own_buffers(model)
 
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""
@@ -136,6 +149,11 @@ class FlatModel:
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The class of the optimizer."""
         return type(self.optimizer)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether parameters have other memory than their own (``p.data = ...``)."""
+        return [p.data_ptr() for p in self._parameters] != self._pointers
 
     @property
     def is_updating(self) -> bool:
@@ -190,7 +208,7 @@ class FlatModel:
         if self.clip_sum is not None:
             self.clip_sum(self.g)
         self.show_parameters()  # an algorithm may have mixed `x` since the gradient, and the step is made on parameters
-        self._show_gradients(part or slice(0, self.spec.numel))
+        self._show_gradients(part or slice(0, self.spec.numel), self.skips_absent)
         self._is_updating = True
         try:
             self.optimizer.step()
@@ -202,6 +220,8 @@ class FlatModel:
     def zero_grad(self) -> None:
         """Set all gradients to zero in place."""
         self.g.zero_()
+        self._with_gradient.clear()
+        self._renew_views()
         self._show_gradients(slice(0, self.spec.numel))
 
     def show_parameters(self) -> None:
@@ -215,6 +235,7 @@ class FlatModel:
         self._show_gradients(slice(0, self.spec.numel))
         for p in self._parameters:  # changes of `x` are none of theirs to autograd: it would accept a graph from before
             torch.autograd.graph.increment_version(p)
+        self._steps += 1
 
     def frozen(self) -> list[tuple[Tensor, Tensor]]:
         """Return the part of `x` of each frozen parameter, with a copy of it."""
@@ -225,14 +246,51 @@ class FlatModel:
         """Return the names of the frozen parameters."""
         return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]
 
+    def keep_anchor(self, method: str) -> None:
+        """Let `check` refuse a model that was loaded: the state of `method` has another, and would go back to that."""
+        self._anchored = method
+        for module in self.model.modules():  # a part may be loaded alone
+            module._register_load_state_dict_pre_hook(Hook(self._before_loading))  # type: ignore[no-untyped-call]
+
+    def accept_loaded(self) -> None:
+        """Let the model be that of the state, which has been restored with it."""
+        self._loaded_over = None
+
     def check(self) -> None:
-        """Check that model and optimizer are still the original ones, and repair what can be repaired.
+        """Check before a step that model and optimizer are the original ones, and repair what can be repaired.
+
+        Raises:
+            ConfigError: the model is averaged, or was loaded, or a reason of `refresh`.
+            DivergenceError: a parameter is not finite; looks every `FINITE_EVERY` steps.
+
+        """
+        if self.is_averaged:
+            raise ConfigError(
+                "a step inside averaged(), where the model is the mean over the ranks for now, would be lost at its "
+                "end: train after the block"
+            )
+        self.refresh()
+        if self._loaded_over is not None:
+            if not torch.equal(self.x, self._loaded_over):
+                raise ConfigError(
+                    f"the model was loaded (load_state_dict) since the last step, but {self._anchored} makes its next "
+                    "models of one that it has kept, and would go back to that. Load pretrained weights before "
+                    "mpicomp.distribute(); to return to an earlier model in training, use gossip.save(folder) and "
+                    "gossip.resume(folder, step=...)"
+                )
+            self._loaded_over = None
+        # In double precision no sum of finite values overflows. Of one that does, the name is looked for later.
+        if self._steps and self._steps % FINITE_EVERY == 0 and not self.x.sum(dtype=torch.float64).isfinite():
+            raise DivergenceError("the model has a value that is not finite")
+
+    def refresh(self) -> None:
+        """Take up what the caller has written into the parameters, and check that they are still the original ones.
 
         Raises:
             ConfigError: a parameter was converted, moved or added; names it.
 
         """
-        if [p.data_ptr() for p in self._parameters] != self._pointers:
+        if self.is_elsewhere:
             self._mend()
         if self._unheard:
             self._hear()
@@ -254,27 +312,46 @@ class FlatModel:
         """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
         return [*self._others, *self.model.buffers()]
 
-    def snapshot(self) -> Snapshot:
-        """Return a copy of the parameters and buffers, for `restore_`."""
-        return Snapshot(self.x.clone(), [b.clone() for b in self.buffers()])
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restore parameters and buffers after the block, also those whose memory is the caller's (``p.data = ...``).
 
-    def restore_(self, snapshot: Snapshot) -> None:
-        """Overwrite the parameters and buffers with those of `snapshot`."""
-        self.x.copy_(snapshot.x)
-        self.show_parameters()
-        for buffer, stored in zip(self.buffers(), snapshot.buffers, strict=True):
-            buffer.copy_(stored)
+        The caller may have swapped other values in, and keep the parameters' own memory to swap back.
+        """
+        x, loaded_over, pointers = self.x.clone(), self._loaded_over, self._pointers
+        memory = [p.data for p in self._parameters]
+        rounded = [memory[i].clone() for i in self._copies]
+        buffers = [b.clone() for b in self.buffers()]
+        try:
+            yield
+        finally:
+            self.x.copy_(x)
+            for p, data in zip(self._parameters, memory, strict=True):
+                if p.data_ptr() != data.data_ptr():
+                    p.data = data
+            for i, values in zip(self._copies, rounded, strict=True):
+                memory[i].copy_(values)
+            for buffer, stored in zip(self.buffers(), buffers, strict=True):
+                buffer.copy_(stored)
+            self._loaded_over, self._pointers = loaded_over, pointers
 
     def _micro_batch(self) -> Tensor:
         """Compute the gradient of one call of the closure into `g`, and return its loss."""
         self.zero_grad()
-        self._has_backward = False
-        shown = [p.grad for p in self._parameters]
         with torch.enable_grad():
             loss = self.closure()
-            has_gradients = self._has_backward or any(
-                p.grad is not None and p.grad is not g for p, g in zip(self._parameters, shown, strict=True)
+            has_backward = any(p.grad is not None and p in self._with_gradient for p in self._parameters)
+            has_gradients = has_backward or any(
+                p.grad is not None and p.grad is not shown
+                for p, shown in zip(self._parameters, self._shown, strict=True)
             )
+            if has_backward and isinstance(loss, Tensor) and _awaits_backward(loss):
+                raise ConfigError(
+                    "the closure has run a backward pass, but not that of the loss that it returned (or that one with "
+                    "retain_graph=True, which looks the same): run all backward passes of the step in the closure, "
+                    "and return loss.detach(); or none, and return the sum of the losses. After a backward pass for "
+                    "another purpose, as for adversarial inputs, call gossip.optimizer.zero_grad()"
+                )
             if not isinstance(loss, Tensor) and not (has_gradients and isinstance(loss, float | int | None)):
                 raise ConfigError(
                     f"the closure returned {type(loss).__name__}: return the loss, a scalar tensor. One that calls "
@@ -288,14 +365,24 @@ class FlatModel:
 
     def _collect(self) -> None:
         """Copy gradients that are not views of `g` into `g`: zero_grad() of torch.optim removes the views."""
-        for p, g in zip(self._parameters, self._gradients, strict=True):
-            if p.grad is g and p.requires_grad:
-                continue
-            if p.grad is None or not p.requires_grad:
+        given = [p.grad if p.requires_grad else None for p in self._parameters]
+        self._renew_views()
+        for p, grad, g, shown in zip(self._parameters, given, self._gradients, self._shown, strict=True):
+            if grad is None:
+                self._with_gradient.discard(p)
                 g.zero_()
-            else:
-                g.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+                continue
+            if grad is not shown:
+                self._with_gradient.add(p)
+            if grad is not g:
+                g.copy_(grad.to_dense() if grad.is_sparse else grad)
         self._show_gradients(slice(0, self.spec.numel))
+
+    def _renew_views(self) -> None:
+        """Replace gradients that are no longer views of `g`: ``p.grad.data = ...`` gives the view other memory."""
+        for i, (g, place) in enumerate(zip(self._gradients, self._places, strict=True)):
+            if g.data_ptr() != place:
+                self._gradients[i] = self.spec.split(self.g)[i].view(self.spec.shapes[i])
 
     def _clip(self) -> None:
         if self.clip is not None:
@@ -315,9 +402,13 @@ class FlatModel:
                 p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
         self._unheard = [p for p in self._unheard if not p.requires_grad]
 
-    def _after_gradient(self, _: Tensor) -> None:
-        self._has_backward = True
+    def _after_gradient(self, p: Tensor) -> None:
+        self._with_gradient.add(p)
         self._between_layers()
+
+    def _before_loading(self, *_: object) -> None:
+        if self._loaded_over is None:
+            self._loaded_over = torch.cat([p.detach().reshape(-1).to(self.x.dtype) for p in self._parameters])
 
     def _between_layers(self, *_: object) -> None:
         if torch.compiler.is_compiling():  # a compiled model has no place between its layers
@@ -325,17 +416,19 @@ class FlatModel:
         if self._meanwhile is not None and threading.get_ident() == self._thread and self._meanwhile():
             self._meanwhile = None
 
-    def _show_gradients(self, part: slice) -> None:
+    def _show_gradients(self, part: slice, skips_absent: bool = False) -> None:
         """Set the gradients of parameters in `part` to their views of `g`, rounded for parameters of another type.
 
-        Other parameters, and frozen ones, get no gradient, so the optimizer does not change them.
+        Other parameters, and frozen ones, get no gradient, so the optimizer does not change them. With `skips_absent`,
+        neither do those that had none in this step, unless the algorithm or the caller has written one.
         """
         offset = 0
-        for p, g in zip(self._parameters, self._gradients, strict=True):
-            if offset < part.stop and part.start < offset + g.numel() and p.requires_grad:
-                p.grad = g if p.dtype == g.dtype else g.to(p.dtype)
-            else:
-                p.grad = None
+        for i, (p, g) in enumerate(zip(self._parameters, self._gradients, strict=True)):
+            is_shown = offset < part.stop and part.start < offset + g.numel() and p.requires_grad
+            if is_shown and skips_absent and p not in self._with_gradient:
+                is_shown = bool(g.any())
+            p.grad = (g if p.dtype == g.dtype else g.to(p.dtype)) if is_shown else None
+            self._shown[i] = p.grad
             offset += g.numel()
 
     def _mend(self) -> None:
@@ -404,12 +497,36 @@ class FlatModel:
             )
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The parameters (n,) and the floating-point buffers of a model."""
+def own_buffers(model: nn.Module) -> None:
+    """Replace buffers by contiguous copies where they are not contiguous: an expanded one cannot be written to."""
+    copies: dict[Tensor, Tensor] = {}  # one for a buffer with several names
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_contiguous():
+                module._buffers[name] = copies.setdefault(buffer, buffer.contiguous())
 
-    x: Tensor
-    buffers: list[Tensor]
+
+def _awaits_backward(loss: Tensor) -> bool:
+    """Return whether the graph of `loss` is still there: a backward pass frees what its nodes have saved.
+
+    A graph that has saved nothing tells nothing, and counts as one whose backward pass has run.
+    """
+    nodes: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
+    is_there = False
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        try:
+            saved = [getattr(node, name) for name in names]
+        except RuntimeError:  # has been freed
+            return False
+        is_there = is_there or any(isinstance(s, Tensor) or (isinstance(s, tuple) and s) for s in saved)
+        nodes.extend(following for following, _ in node.next_functions)
+    return is_there
 
 
 def _nothing(*_: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Algorithm, Local
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
@@ -89,6 +89,11 @@ class Replica(ABC):
         self.averages_buffers = True
         self.steps = 0
         self._connect()
+        if isinstance(algorithm, Algorithm):
+            is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
+            self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
+            if algorithm.keeps_anchor:
+                self.local.keep_anchor(algorithm.name)
 
     def steps_of_all(self) -> int:
         """Return the step number for checkpoints and records, the same on all ranks; collective on all ranks."""
@@ -126,11 +131,24 @@ class Replica(ABC):
         )
 
     def average_(self) -> None:
-        """Overwrite the parameters and the batch-norm statistics with the mean over all ranks."""
+        """Overwrite the parameters and the batch-norm statistics with the mean over all ranks; collective on them.
+
+        Raises:
+            ConfigError: the model is no longer the one that was distributed; names the tensor.
+
+        """
+        with together(self.world):
+            self.local.refresh()
+        self._average_()
+
+    def _average_(self) -> None:
         self.world.mean_(self.local.x)
         self.local.show_parameters()
         for buffer in self.local.buffers() if self.averages_buffers else []:
-            self.world.mean_(buffer)
+            mean = buffer.contiguous()
+            self.world.mean_(mean)
+            if mean is not buffer:
+                buffer.copy_(mean)
 
     @property
     def is_in_step(self) -> bool:
@@ -145,30 +163,39 @@ class Replica(ABC):
                 "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
             )
 
+    def _require_own_model(self, what: str) -> None:
+        """Raise ConfigError inside `averaged`; `what` names the call that needs the model of this rank."""
+        if self.local.is_averaged:
+            raise ConfigError(
+                f"{what} inside averaged(), where the model is the mean over the ranks: call it after the block"
+            )
+
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """Set the model to the mean over ranks (parameters and batch-norm statistics) within the block.
 
         This is the model to evaluate and to keep. It is in evaluation mode; afterwards every module is in its former
         mode. Entering is collective on all ranks and not counted as training traffic. The block itself is not
-        collective: a single rank may evaluate in it.
+        collective: a single rank may evaluate in it. Inside, `save`, `resume` and steps are refused.
 
         Raises:
-            ConfigError: a step has begun.
+            ConfigError: a step has begun, or the model is no longer the one that was distributed.
 
         """
         with together(self.world):
             self.require_between_steps("averaged()")
-        snapshot = self.local.snapshot()
         modes = [(module, module.training) for module in self.local.model.modules()]
-        try:
-            self.average_()
-            self.local.model.eval()
-            yield self.local.model
-        finally:
-            self.local.restore_(snapshot)
-            for module, mode in modes:
-                module.training = mode  # not by train(mode), which reaches those below, and may be the user's own
+        was_averaged = self.local.is_averaged
+        with self.local.unchanged():
+            try:
+                self.average_()
+                self.local.is_averaged = True
+                self.local.model.eval()
+                yield self.local.model
+            finally:
+                self.local.is_averaged = was_averaged
+                for module, mode in modes:
+                    module.training = mode  # not by train(mode), which reaches those below, and may be the user's own
 
     def averaged_state_dict(self) -> dict[str, Any]:
         """Return the `state_dict` of the averaged model on the CPU, the same on all ranks; collective on all ranks.
@@ -226,6 +253,7 @@ class Replica(ABC):
         """
         load_model_(self.local, stored)
         self.local.show_parameters()
+        self.local.accept_loaded()
         load_optimizer_(self.local, stored)
         load_algorithm_(self.state, stored)
         self.steps = int(stored["exchange/steps"])
@@ -237,24 +265,33 @@ class Replica(ABC):
 
         `resume` returns `extra` to this rank, with the same structure and types: for example the state of a scheduler,
         a sampler or a gradient scaler, or the epoch. It may contain None, booleans, numbers, texts, bytes, tensors and
-        arrays, in nested dicts, lists and tuples (`mpicomp.checkpoint.nested`).
+        arrays, in nested dicts, lists and tuples (`mpicomp.checkpoint.nested`). If ranks name different folders, as
+        with a time stamp in the name, rank 0's is the one.
 
         Raises:
-            ConfigError: a step has begun.
+            ConfigError: a step has begun, the call is inside `averaged`, or the model is no longer the one that was
+                distributed.
+            DivergenceError: a parameter is NaN or infinite; nothing was written.
             CheckpointError: `extra` or the state of the optimizer has a value that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
 
         """
         problems: list[str] = []
         step = self.steps_of_all()
-        with together(self.world):
-            self.require_between_steps("save()")
-            own = nested.pack({} if extra is None else extra, "extra")
-            leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
-            saver = Saver(self.world, Path(folder), self.identity(), keep_last, None, problems.append)
-        saver.start(step, leaves, in_place=True)
-        is_sound = saver.finish()
-        saver.close()
+        folder = self.world.broadcast(Path(folder))
+        with self.local.unchanged() if self.local.is_elsewhere else nullcontext():
+            with together(self.world), self.naming_divergence():
+                self.require_between_steps("save()")
+                self._require_own_model("save()")
+                self.local.check()
+                if not self.local.x.isfinite().all():
+                    raise DivergenceError("save() has written nothing, because the model is not finite")
+                own = nested.pack({} if extra is None else extra, "extra")
+                leaves = {**self.state_dict(), **{f"extra/{name}": leaf for name, leaf in own.items()}}
+                saver = Saver(self.world, folder, self.identity(), keep_last, None, problems.append)
+            saver.start(step, leaves, in_place=True)
+            is_sound = saver.finish()
+            saver.close()
         if not is_sound:
             raise CheckpointError("; ".join(self.world.broadcast(problems)))
 
@@ -262,10 +299,10 @@ class Replica(ABC):
         """Restore the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
 
         Tensors of `extra` are on the CPU; a `load_state_dict` accepts them there. `step` asks for the checkpoint of
-        that step instead, which must exist.
+        that step instead, which must exist. `folder` is that of rank 0.
 
         Raises:
-            ConfigError: a step has begun.
+            ConfigError: a step has begun, or the call is inside `averaged`.
             CheckpointError: the checkpoint is damaged, or of another model, algorithm or number of ranks.
 
         """
@@ -274,6 +311,7 @@ class Replica(ABC):
             return None
         with together(self.world):
             self.require_between_steps("resume()")
+            self._require_own_model("resume()")
             check_fits(checkpoint, self.identity(), self.world.size)
             stored = checkpoint.read(self.world.rank)
             prefix = "extra/"

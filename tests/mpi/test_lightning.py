@@ -354,3 +354,20 @@ def test_a_checkpoint_that_was_half_replaced_goes_on_from_the_old_one(world, sha
             assert trainer.strategy.gossip.steps == trainer.global_step == 2
 
     fit(trainer(shared_tmp_path, Look(), max_epochs=1), Small(), world.size, path)
+
+
+def test_of_names_that_differ_between_ranks_that_of_rank_0_holds(world, shared_tmp_path):
+    class OwnMetric(Small):
+        def validation_step(self, batch, batch_idx):
+            self.log("own", world.rank + self.current_epoch / 10)
+
+        def configure_optimizers(self):
+            return self.make(self.parameters())
+
+    saver = ModelCheckpoint(shared_tmp_path, filename="{own:.1f}", monitor="own", mode="max")
+    fit(trainer(shared_tmp_path, saver, max_epochs=2), OwnMetric(), world.size)
+    assert saver.best_model_path.endswith(f"own={world.rank}.1.ckpt")
+    assert sorted(path.name for path in shared_tmp_path.iterdir()) == ["own=0.1.ckpt", "own=0.1.ckpt.ranks"]
+    run = trainer(shared_tmp_path, max_epochs=3)
+    fit(run, OwnMetric(), world.size, saver.best_model_path)
+    assert run.strategy.gossip.steps == 3 * BATCHES

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.methods import graph_for
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as schedulers
@@ -29,15 +30,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from mpicomp.algorithms import (
+    DEFATC,
+    DPSGD,
     EFSGD,
     GMC,
     SSGD,
     Choco,
     DeMo,
+    DiLoCo,
     EfficientAdam,
     FedAdamSSM,
+    LocalSGD,
+    NoLoCo,
     OneBitAdam,
     SketchedAMSGrad,
+    SparseLoCo,
+    StreamingDiLoCo,
 )
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
@@ -49,6 +57,17 @@ STEPS = 4
 GOSSIP = Choco(0.2, TopK(0.3), overlap=True)
 SUM = EFSGD(TopK(0.3))
 METHODS = {"gossip": GOSSIP, "sum": SUM}
+ANCHORED = {
+    "diloco": DiLoCo(2),
+    "streaming_diloco": StreamingDiLoCo(2, fragments=2),
+    "noloco": NoLoCo(2),
+    "sparse_loco": SparseLoCo(TopK(0.3), period=2),
+    "fedadam_ssm": FedAdamSSM(TopK(0.3), period=2),
+    "def_atc": DEFATC(0.2, TopK(0.3)),
+    "local_def_atc": LocalSGD(2, DEFATC(0.2, TopK(0.3))),
+    "gmc": GMC(TopK(0.3)),
+    "gmc_plus": GMC(TopK(0.3), detachment=0.3),
+}
 
 
 @dataclass(frozen=True)
@@ -248,7 +267,7 @@ def begun(world, algorithm, model=None, optimizer=None):
     """Return a model, its optimizer, and both distributed."""
     model = model or small()
     optimizer = optimizer or SGD(model.parameters(), lr=0.1)
-    return model, optimizer, distribute(model, optimizer, algorithm, ring, world=world)
+    return model, optimizer, distribute(model, optimizer, algorithm, graph_for(algorithm), world=world)
 
 
 def own_batches(world, steps=STEPS):
@@ -416,6 +435,77 @@ def gradients_from_autograd_grad_in_a_closure(world, algorithm):
     return flat(model)
 
 
+def adversarial_inputs(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for inputs, labels in own_batches(world):
+        moved = inputs.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(model, (moved, labels)), moved)
+        pair = inputs + 0.1 * gradient.sign(), labels
+        gossip.step(lambda pair=pair: loss_of(model, pair))
+    return flat(model)
+
+
+def _adversarial_row(name, clear):
+    def script(world, algorithm):
+        model, optimizer, gossip = begun(world, algorithm)
+        for inputs, labels in own_batches(world):
+
+            def closure(inputs=inputs, labels=labels):
+                moved = inputs.clone().requires_grad_()
+                loss_of(model, (moved, labels)).backward()
+                clear(model, optimizer, gossip)
+                return loss_of(model, (inputs + 0.1 * moved.grad.sign(), labels))
+
+            gossip.step(closure)
+        return flat(model)
+
+    script.__name__ = f"adversarial_inputs_in_a_closure_and_zero_grad_of_{name}"
+    right(adversarial_inputs)(script)
+
+
+_adversarial_row("the_model", lambda model, *_: model.zero_grad())
+_adversarial_row("the_own_optimizer", lambda _, optimizer, __: optimizer.zero_grad())
+_adversarial_row("the_distributed_optimizer", lambda _, __, gossip: gossip.optimizer.zero_grad())
+
+
+def two_losses_of(model, pair):
+    return loss_of(model, pair), 0.1 * model(2 * pair[0]).square().mean()
+
+
+@refused("has run a backward pass, but not that of the loss that it returned", methods=METHODS)
+def a_closure_that_goes_backward_from_another_loss(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+
+    def closure():
+        loss, other = two_losses_of(model, batch(world.rank, 0))
+        other.backward()
+        return loss
+
+    gossip.step(closure)
+
+
+def the_sum_of_two_losses(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for pair in own_batches(world):
+        gossip.step(lambda pair=pair: sum(two_losses_of(model, pair)))
+    return flat(model)
+
+
+@right(the_sum_of_two_losses, tolerance=1e-5)  # gradients are added in another order
+def a_closure_that_goes_backward_twice(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for pair in own_batches(world):
+
+        def closure(pair=pair):
+            losses = two_losses_of(model, pair)
+            for loss in losses:
+                loss.backward()
+            return sum(losses)
+
+        gossip.step(closure)
+    return flat(model)
+
+
 @refused("would train this rank alone: call gossip.optimizer.step", methods=METHODS)
 def step_of_the_own_optimizer(world, algorithm):
     model, optimizer, _ = begun(world, algorithm)
@@ -561,6 +651,28 @@ def clip_grad_value_before_the_step(world, algorithm):
         by_value(model.parameters())
         gossip.optimizer.step()
     return flat(model)
+
+
+@right(clipped_in_the_closure(by_value))
+def gradients_given_other_memory_in_the_loop(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for pair in own_batches(world):
+        gossip.optimizer.zero_grad()
+        loss_of(model, pair).backward()
+        for p in model.parameters():
+            p.grad.data = p.grad.data.clamp(-0.01, 0.01)
+        gossip.optimizer.step()
+    return flat(model)
+
+
+def by_value_in_other_memory(parameters):
+    for p in parameters:
+        p.grad.data = p.grad.data.clamp(-0.01, 0.01)
+
+
+@right(clipped_in_the_closure(by_value))
+def gradients_given_other_memory_in_a_closure(world, algorithm):
+    return clipped_in_the_closure(by_value_in_other_memory)(world, algorithm)
 
 
 @in_all_forms(torch_too=False)  # clamped on each rank, or once: not the same
@@ -767,6 +879,55 @@ def the_model_is_loaded_after_distribute(form):
     for pair in form.batches():
         form.step(lambda pair=pair: loss_of(model, pair))
     return flat(model)
+
+
+@refused("the model was loaded .* Load pretrained weights before mpicomp.distribute", methods=ANCHORED)
+def the_model_is_loaded_after_distribute_with_an_anchor(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+    model[0].load_state_dict(seeded(small(), 7)[0].state_dict())
+    gossip.step(lambda: loss_of(model, batch(world.rank, 1)))
+
+
+def clamped(world, algorithm, evaluate=lambda model, gossip: None):
+    model, _, gossip = begun(world, algorithm)
+    for pair in own_batches(world):
+        gossip.step(lambda pair=pair: loss_of(model, pair))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.3, 0.3)
+        evaluate(model, gossip)
+    return flat(model)
+
+
+@right(clamped, methods={**METHODS, **ANCHORED})
+def other_weights_are_loaded_for_an_evaluation(world, algorithm):
+    def evaluate(model, gossip):
+        own = copy.deepcopy(model.state_dict())
+        model.load_state_dict(seeded(small(), 7).state_dict())
+        with gossip.averaged() as averaged:
+            assert torch.equal(averaged[0].weight, seeded(small(), 7)[0].weight) or world.size > 2  # rounding
+            model.load_state_dict(own)
+        model.load_state_dict(own)
+
+    return clamped(world, algorithm, evaluate)
+
+
+@right(clamped, methods={**METHODS, **ANCHORED}, origin="lucidrains/ema-pytorch#9")
+def other_weights_are_swapped_in_for_an_evaluation(world, algorithm):
+    other = seeded(small(), 7)
+
+    def evaluate(model, gossip):
+        own = [p.data for p in model.parameters()]
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.data = q.data
+        with gossip.averaged():
+            torch.testing.assert_close(flat(model), flat(seeded(small(), 7)))
+        assert torch.equal(flat(model), flat(seeded(small(), 7)))
+        for p, values in zip(model.parameters(), own, strict=True):
+            p.data = values
+
+    return clamped(world, algorithm, evaluate)
 
 
 @in_all_forms(origin="megvii-research/video_analyst#85")
@@ -1656,6 +1817,20 @@ def an_optimizer_that_lacks_a_parameter_on_rank_0(world, algorithm):
 def a_loss_that_is_not_a_number(world, algorithm):
     model, _, gossip = begun(world, algorithm)
     gossip.step(lambda: loss_of(model, batch(world.rank, 0)) * float("nan"))
+
+
+@refused(
+    "not finite .*at step 50 on rank",
+    error=DivergenceError,
+    methods={"dpsgd": DPSGD(), "ssgd": SSGD(), "diloco": DiLoCo(2)},
+)
+def a_gradient_that_is_not_a_number_on_rank_0(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for step in range(51):
+        loss = loss_of(model, batch(world.rank, step))
+        (loss * float("nan") if (world.rank, step) == (0, 3) else loss).backward()
+        gossip.optimizer.step()
+        gossip.optimizer.zero_grad()
 
 
 @refused("rank 1 has another model than rank 0: 1.running_mean is missing", ranks=2)

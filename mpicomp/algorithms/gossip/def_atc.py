@@ -100,6 +100,11 @@ class DEFATC(Gossip[DEFATCState]):
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""
         require_fixed_symmetric("DEF-ATC", schedule)
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the public copy, which the model is made of."""
+        return True
+
     def init(self, local: Local, exchange: Exchange) -> DEFATCState:
         """Return the model as the public copy, and an error memory of zero: all ranks start with one model."""
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)

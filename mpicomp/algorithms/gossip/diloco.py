@@ -110,6 +110,11 @@ class DiLoCo(Algorithm[DiLoCoState]):
             self.inner.check(schedule)
 
     @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the slow model."""
+        return True
+
+    @property
     def tolerates_loss(self) -> bool:
         """Whether there is an inner algorithm that does; an all-reduce does not."""
         return self.inner is not None and self.inner.tolerates_loss

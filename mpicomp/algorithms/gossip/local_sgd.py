@@ -76,6 +76,11 @@ class LocalSGD(Algorithm[LocalSGDState]):
         self.inner.check(schedule)
 
     @property
+    def keeps_anchor(self) -> bool:
+        """Whether the inner algorithm does."""
+        return self.inner.keeps_anchor
+
+    @property
     def tolerates_loss(self) -> bool:
         """Whether the inner algorithm does."""
         return self.inner.tolerates_loss

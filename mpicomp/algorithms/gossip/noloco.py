@@ -130,6 +130,11 @@ class NoLoCo(Algorithm[NoLoCoState]):
         )
 
     @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the slow model."""
+        return True
+
+    @property
     def tolerates_loss(self) -> bool:
         """Without compression: a rank that hears nothing from its partner steps alone; else the two must agree on s."""
         return self.compressor.is_lossless

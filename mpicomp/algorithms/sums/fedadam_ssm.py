@@ -116,6 +116,11 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
                 "per_tensor and allocation, or 'identity' for all entries"
             )
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the model of the last exchange."""
+        return True
+
     def init(self, local: Local, exchange: Exchange) -> FedAdamSSMState:
         """Return moments of zero, and copies of these and of the model, once the optimizer is found to fit."""
         self.rank_weights(exchange.size)  # raises what is wrong with them

@@ -117,6 +117,11 @@ class GMC(ErrorMemorySum[GMCState]):
         """Whether there is a detached point, as in GMC+."""
         return self.detachment > 0
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Whether the momentum is the step from the model before to the one that the step begins with."""
+        return self.momentum > 0 and not self.overlap
+
     def init(self, local: Local, exchange: Exchange) -> GMCState:
         """Return an error of zero, and the model as that of the step before: there is no momentum yet."""
         self.rank_weights(exchange.size)  # raises what is wrong with them

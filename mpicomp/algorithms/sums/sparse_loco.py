@@ -88,6 +88,11 @@ class SparseLoCo(AggregatedAlgorithm[SparseLoCoState]):
         require_positive(outer_lr=self.outer_lr)
         require_fraction(error_decay=self.error_decay)
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the slow model."""
+        return True
+
     def init(self, local: Local, exchange: Exchange) -> SparseLoCoState:
         """Return the slow model, which is that of the start, and an error memory of zero."""
         self.rank_weights(exchange.size)  # raises what is wrong with them

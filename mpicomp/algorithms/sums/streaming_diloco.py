@@ -120,6 +120,11 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         """Whether pseudo-gradients travel behind the gradient."""
         return self.delay > 0
 
+    @property
+    def keeps_anchor(self) -> bool:
+        """Yes, the slow model."""
+        return True
+
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` is a star or a ring."""
         plan(schedule)

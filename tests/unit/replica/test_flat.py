@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,14 +69,13 @@ def test_same_as_training_without_it_bit_for_bit(name):
     assert torch.equal(train(True), train(False))
 
 
-def test_snapshot_restores_parameters_and_statistics():
+def test_parameters_and_statistics_are_unchanged_after_the_block():
     model = tied()
     local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    snapshot = local.snapshot()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model(torch.randn(4, 3))
-    local.x.add_(1)
-    local.restore_(snapshot)
+    with local.unchanged():
+        model(torch.randn(4, 3))
+        local.x.add_(1)
     after = model.state_dict()
     assert after.pop("1.num_batches_tracked") == 1  # a counter is not averaged, so it is not restored either
     assert all(torch.equal(after[name], before[name]) for name in after)
@@ -248,3 +249,104 @@ def test_models_that_are_averaged_before_the_update_are_averaged_in_every_type(a
     for rank, (wide, narrow) in enumerate(run(2, average_of_two_types, algorithm, simulated=Links(0.01))):
         assert torch.equal(wide, narrow)
         assert torch.equal(wide, torch.full_like(wide, (-3.5, -4.5)[rank]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_swapped_in_and_the_memory_that_they_have_replaced_both_stay(dtype):
+    model = nn.Sequential(nn.Linear(3, 3, dtype=dtype), nn.LayerNorm(3))
+    local = FlatModel(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    own, values = model[0].weight.data, model[0].weight.detach().clone()
+    other = torch.full_like(own, 7.0)
+    model[0].weight.data = other
+    with local.unchanged():
+        local.refresh()
+        assert local.x[:9].eq(7).all()
+        local.x.add_(1)
+        local.show_parameters()
+        assert model[0].weight.eq(8).all()
+    assert model[0].weight.eq(7).all() and other.eq(7).all()
+    model[0].weight.data = own
+    assert torch.equal(own, values)
+    local.check()
+    assert torch.equal(local.x[:9].view(3, 3), values.float())
+
+
+@pytest.mark.parametrize("zeroes", ["model", "optimizer", "local"])
+def test_parameters_without_a_gradient_are_left_alone_as_by_torch(zeroes):
+    def train(flat):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        local = FlatModel(model, optimizer) if flat else None
+        if local:
+            local.skips_absent = True
+        for step in range(6):
+            x = torch.randn(8, 4)
+            outputs = model[0](x)
+            if step % 3 == 0:
+                outputs = outputs + model[1](x) + model[2](x.bfloat16())
+            outputs.square().mean().backward()
+            if local:
+                local.take_gradients()
+                local.update()
+                local.end_step()
+                {"model": model, "optimizer": optimizer, "local": local}[zeroes].zero_grad()
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    for ours, theirs in zip(train(True), train(False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_buffers_in_unusual_memory_are_averaged():
+    def serve(world):
+        model = nn.Linear(4, 4)
+        model.register_buffer("expanded", torch.full((1, 4), float(world.rank)).expand(3, 4))
+        model.register_buffer("transposed", torch.arange(6.0).view(2, 3).t() + world.rank)
+        model.register_buffer("sliced", torch.arange(6.0)[::2])
+        model.same = model.sliced
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), DPSGD(), ring, buffers=1, world=world)
+        assert model.expanded.eq(0).all() and model.transposed[0, 1] == 3  # of rank 0
+        model.expanded += world.rank
+        gossip.step(lambda: model(torch.ones(2, 4)).sum())
+        assert model.expanded.eq(0.5).all()
+        model.sliced = torch.stack([model.sliced, model.sliced])[0:1].T.reshape(3)
+        model.transposed = (model.transposed.t().contiguous() + 2 * world.rank).t()  # given later
+        with gossip.averaged():
+            assert model.transposed[0].tolist() == [1.0, 4.0]
+        assert model.transposed[0].tolist() == [2.0 * world.rank, 3.0 + 2 * world.rank]
+
+    run(2, serve)
+
+
+@pytest.mark.parametrize("read", ["averaged", "average_", "averaged_state_dict"])
+def test_values_loaded_into_parameters_of_several_types_are_averaged(read):
+    def serve(world):
+        model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.LayerNorm(4))
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), DPSGD(), ring, world=world)
+        model.load_state_dict({name: torch.full_like(v, 2.0 * world.rank) for name, v in model.state_dict().items()})
+        if read == "averaged":
+            with gossip.averaged():
+                found = copy.deepcopy(model.state_dict())
+            assert all(v.eq(2.0 * world.rank).all() for v in model.state_dict().values())
+        elif read == "average_":
+            gossip.average_()
+            found = model.state_dict()
+        else:
+            found = gossip.averaged_state_dict()
+        assert all(v.eq(1).all() for v in found.values())
+
+    run(2, serve)
+
+
+def test_parameters_replaced_by_loading_are_refused_by_averaged():
+    def serve(world):
+        model = nn.Linear(4, 4)
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), DPSGD(), ring, world=world)
+        model.load_state_dict({name: torch.ones_like(v) for name, v in model.state_dict().items()}, assign=True)
+        with pytest.raises(ConfigError, match=r"trainable parameters since mpicomp\.distribute"):
+            gossip.averaged_state_dict()
+
+    run(2, serve)

@@ -11,7 +11,7 @@ from mpicomp.algorithms import Choco
 from mpicomp.checkpoint import export, hdf5
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
 from mpicomp.compression import TopK
-from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange import loopback
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.state import aliases, load_model_, model_leaves
@@ -329,3 +329,66 @@ def with_(context):
     """Enter and leave `context`."""
     with context:
         pass
+
+
+@pytest.mark.parametrize("call", ["save", "resume", "step"])
+def test_what_needs_the_own_model_is_refused_inside_averaged(call, tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        calls = {
+            "save": lambda: gossip.save(tmp_path),
+            "resume": lambda: gossip.resume(tmp_path),
+            "step": lambda: gossip.step(closure(1)),
+        }
+        gossip.step(closure(0))
+        gossip.save(tmp_path)
+        with gossip.averaged():
+            gossip.averaged_state_dict()
+            with pytest.raises(ConfigError, match=r"inside averaged\(\)"):
+                calls[call]()
+        calls[call]()
+
+    loopback.run(2, serve)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        gossip.save(tmp_path)
+        if world.rank == 1:
+            gossip.local.model[3].bias.data[1] = float("nan")
+        with pytest.raises(DivergenceError, match=r"save\(\) has written nothing.*3.bias\) at step 1 on rank 1"):
+            gossip.save(tmp_path)
+
+    loopback.run(2, serve)
+    assert len(list(tmp_path.glob("step*"))) == 1
+
+
+def test_weights_swapped_in_are_saved_and_those_swapped_out_stay(tmp_path):
+    def serve(world):
+        gossip, _ = small.make(world, CHOCO)
+        weight = gossip.local.model[0].weight
+        own, before = weight.data, weight.detach().clone()
+        weight.data = torch.full_like(own, 7.0)
+        gossip.save(tmp_path)
+        weight.data = own
+        assert torch.equal(weight, before)
+        gossip.resume(tmp_path)
+        assert weight.eq(7).all()
+
+    loopback.run(2, serve)
+
+
+def test_the_folder_is_that_of_rank_0(tmp_path):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO)
+        gossip.step(closure(0))
+        folder = tmp_path / f"12:00:0{world.rank}"
+        gossip.save(folder)
+        gossip.step(closure(1))
+        assert gossip.resume(folder) == {}
+        assert gossip.steps == 1
+
+    loopback.run(2, serve)
+    assert [path.name for path in tmp_path.iterdir()] == ["12:00:00"]
