@@ -6,13 +6,15 @@ plain ``python`` then hangs in ``MPI_Finalize``.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from mpicomp.errors import MpicompError
 from mpicomp.exchange.base import Stopped, World
@@ -115,10 +117,22 @@ def guard(world: World, *, debug: bool = False) -> Iterator[None]:
 
 
 def install_excepthook(world: World, *, debug: bool = False) -> None:
-    """Make an uncaught exception of this program end all ranks, as `guard` does; a second call changes nothing."""
+    """Make an uncaught exception of this program end all ranks, as `guard` does; a second call changes nothing.
+
+    So does an uncaught ``sys.exit`` with another code than 0. Python calls no hook for ``raise SystemExit`` itself.
+    """
     if isinstance(sys.excepthook, _Hook):
         return
     sys.excepthook = _Hook(world, debug)
+    plain, pid = sys.exit, os.getpid()
+
+    def leave(code: Any = None, /) -> NoReturn:
+        # A process that was forked has no ranks to end, and a thread ends alone.
+        if code in (None, 0) or os.getpid() != pid or threading.current_thread() is not threading.main_thread():
+            plain(code)
+        raise _Exit(code, world, debug)
+
+    sys.exit = leave
 
 
 class _Hook:
@@ -130,6 +144,36 @@ class _Hook:
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _end(self._world, error, self._debug)
+
+
+class _Exit(SystemExit):
+    """A `SystemExit` that ends all ranks if nobody catches it.
+
+    Python reads the code of one that nobody has caught, with no frame of the program left; whoever catches one and
+    reads its code has a frame.
+    """
+
+    def __init__(self, code: Any, world: World, debug: bool) -> None:
+        super().__init__(code)
+        self._code = code
+        self._world = world
+        self._debug = debug
+
+    @property
+    def code(self) -> Any:  # type: ignore[override]
+        """The code with which the program ends."""
+        if _is_uncaught():
+            _end(self._world, self, self._debug)
+        return self._code
+
+
+def _is_uncaught() -> bool:
+    """Return whether the property that calls this was read by Python itself, not by a program."""
+    try:
+        sys._getframe(2)
+    except ValueError:
+        return True
+    return False
 
 
 def _end(world: World, error: BaseException, debug: bool) -> NoReturn:

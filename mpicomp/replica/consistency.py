@@ -1,21 +1,27 @@
-"""Checks that compare ranks: the same tensors for all methods, the same model for methods that add up gradients.
+"""Checks that compare ranks: the same settings and tensors for all methods, the same model for sums of gradients.
 
-If tensors differed between ranks, their messages would not fit. Methods that add up gradients do not send the model, so
-a rank with another learning rate or another frozen layer would drift away from the others without an error.
+If settings or tensors differed between ranks, their messages would not fit. Methods that add up gradients do not send
+the model, so a rank with another learning rate, another frozen layer or another state of its optimizer would drift away
+from the others without an error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree
 from mpicomp.replica.flat import FlatModel
-from mpicomp.replica.model_checks import plain_name
+from mpicomp.replica.model_checks import listed, plain_name
+from mpicomp.topology.base import Schedule, Topology
 
 EVERY_STEPS = 50
 """Steps from one comparison to the next."""
@@ -24,24 +30,128 @@ TOLERANCE = 1e-5
 """The allowed difference of sums over all parameters, relative to the sum of absolute values; all-reduces round."""
 
 
-class Compared(NamedTuple):
-    """The values that ranks compare: learning rates by group, names of frozen parameters, sums over all parameters."""
+HOW_COMPUTED = ("foreach", "fused", "capturable", "differentiable")
+"""Hyper-parameters of optimizers of torch that say how a step is computed, not what it does."""
 
-    rates: tuple[float, ...]
-    frozen: tuple[str, ...]
+
+SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+"""The types of tensors in the state of optimizers that are compared."""
+
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
+"""In the text of an object that has none of its own: it differs between processes."""
+
+
+class Sums(NamedTuple):
+    """The sum of the entries of some tensors, and that of their absolute values."""
+
     total: float
     absolute: float
 
 
+class Compared(NamedTuple):
+    """The values that ranks compare.
+
+    Attributes:
+        rates: the learning rate of each group.
+        frozen: the names of frozen parameters.
+        model: the sums over all parameters.
+        hyper: the other hyper-parameters of each group, by ``"weight_decay of group 0"``.
+        state: the sums over what the optimizer keeps, by its name there, such as ``"momentum_buffer"``.
+
+    """
+
+    rates: tuple[float, ...]
+    frozen: tuple[str, ...]
+    model: Sums
+    hyper: dict[str, str]
+    state: dict[str, Sums]
+
+
 def compared(local: FlatModel) -> Compared:
     """Return the values of this rank to compare with those of other ranks."""
-    x = local.x.detach()
+    optimizer = local.optimizer
+    chosen = [key for key in optimizer.defaults if key not in ("lr", *HOW_COMPUTED)]
     return Compared(
-        tuple(float(group["lr"]) for group in local.optimizer.param_groups),
+        tuple(float(group["lr"]) for group in optimizer.param_groups),
         tuple(local.frozen_names()),
-        float(x.sum(dtype=torch.float64)),
-        float(x.abs().sum(dtype=torch.float64)),
+        _sums([local.x.detach()]),
+        {
+            f"{key} of group {i}": _shown(group[key])
+            for i, group in enumerate(optimizer.param_groups)
+            for key in chosen
+            if key in group
+        },
+        _sums_of_state(optimizer),
     )
+
+
+def _sums_of_state(optimizer: torch.optim.Optimizer) -> dict[str, Sums]:
+    kept: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, int | float):
+                    kept.setdefault(key, []).append(torch.tensor(value))
+                elif type(value) is Tensor and value.layout == torch.strided and value.dtype in SUMMED:
+                    kept.setdefault(key, []).append(value.detach())
+    return {key: _sums(tensors) for key, tensors in kept.items()}
+
+
+def _sums(tensors: list[Tensor]) -> Sums:
+    # Sums of tensors on a GPU are waited for once, not tensor by tensor.
+    total = sum(t.sum(dtype=torch.float64) for t in tensors)
+    return Sums(float(total), float(sum(t.abs().sum(dtype=torch.float64) for t in tensors)))
+
+
+def require_same_settings(world: World, settings: Mapping[str, object]) -> None:
+    """Compare `settings` with those of rank 0; collective on all ranks.
+
+    What ranks may have of their own (the ratios of `ByRank`, the weights of ``volumes``) is a setting that lists the
+    values of all ranks, so it is the same on all of them. Fields of a dataclass are compared unless they have
+    ``compare=False``.
+
+    Raises:
+        ConfigError: on all ranks; names the first setting that differs, its values, and the ranks.
+
+    """
+    own = {path: value for name, setting in settings.items() for path, value in _settings(name, setting)}
+    first = world.broadcast(own)
+    differs = next((path for path in [*first, *own] if first.get(path) != own.get(path)), None)
+    found = world.all_gather(None if differs is None else (differs, own.get(differs, "missing")))
+    other = next(filter(None, found), None)
+    if other is None:
+        return
+    path, value = other
+    ranks = [str(rank) for rank, each in enumerate(found) if each == other]
+    error = ConfigError(
+        f"{path} differs between ranks: {first.get(path, 'missing')} on rank 0, and {value} on "
+        f"rank{'s' * (len(ranks) > 1)} {listed(ranks)}. Give all ranks the same settings; seeds, too, because methods "
+        "take the rank into account by themselves. mpicomp.compression.allocate makes a compressor with a ratio for "
+        "each rank"
+    )
+    agree(world, error)
+
+
+def _settings(path: str, value: object) -> Iterator[tuple[str, str]]:
+    """Yield paths and texts of a setting and of those in it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield path, type(value).__name__
+        for field in dataclasses.fields(value):
+            if field.compare:
+                yield from _settings(f"{path}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Topology):
+        yield path, value.name
+        yield f"{path}.weights", value.weights_digest[:12]
+    elif isinstance(value, Schedule):
+        yield path, value.name
+        yield from _settings(f"{path}.union", value.union)
+    elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
+        for i, each in enumerate(value):
+            yield from _settings(f"{path}[{i}]", each)
+    elif isinstance(value, set | frozenset):
+        yield path, str(sorted(map(repr, value)))  # the order of texts in a set differs between processes
+    else:
+        yield path, _shown(value)
 
 
 def require_same_tensors(world: World, local: FlatModel) -> None:
@@ -89,7 +199,7 @@ def require_same_model(world: World, local: FlatModel, groups: Groups | None = N
 def _difference(first: Compared, other: Compared, rank: int, reference: int = 0) -> ConfigError | None:
     if other.rates != first.rates:
         return ConfigError(
-            f"rank {rank} has the learning rates {_shown(other.rates)}, rank {reference} {_shown(first.rates)}: both "
+            f"rank {rank} has the learning rates {_rates(other.rates)}, rank {reference} {_rates(first.rates)}: both "
             "need the same. Let all ranks step their schedulers alike; give ReduceLROnPlateau a loss that is averaged "
             "over ranks"
         )
@@ -99,14 +209,33 @@ def _difference(first: Compared, other: Compared, rank: int, reference: int = 0)
             f"rank {rank} and rank {reference} have frozen different parameters ({', '.join(names)}): "
             "freeze the same on all ranks"
         )
-    apart = abs(other.total - first.total)
-    if not (apart <= TOLERANCE * first.absolute or math.isnan(apart)):  # what is not a number is reported elsewhere
+    for name in [*first.hyper, *other.hyper]:
+        if first.hyper.get(name) != other.hyper.get(name):
+            return ConfigError(
+                f"the optimizer of rank {rank} has {name} = {other.hyper.get(name, 'missing')}, that of rank "
+                f"{reference} {first.hyper.get(name, 'missing')}: both need the same"
+            )
+    if _are_apart(first.model, other.model):
         return ConfigError(
-            f"rank {rank} holds another model than rank {reference} (sums of the parameters: {other.total:.9g} and "
-            f"{first.total:.9g}), but both must be equal: something has changed parameters on one rank "
+            f"rank {rank} holds another model than rank {reference} (sums of the parameters: {other.model.total:.9g} "
+            f"and {first.model.total:.9g}), but both must be equal: something has changed parameters on one rank "
             "alone, such as loading or initializing them after mpicomp.distribute()"
         )
+    for name in [*first.state, *other.state]:
+        theirs, own = first.state.get(name, Sums(0.0, 0.0)), other.state.get(name, Sums(0.0, 0.0))
+        if _are_apart(theirs, own):
+            return ConfigError(
+                f"the optimizer of rank {rank} has another state than that of rank {reference} (sums of the absolute "
+                f"values of {name!r}: {own.absolute:.9g} and {theirs.absolute:.9g}), but both must be equal: load the "
+                "state of an optimizer on all ranks, or on none"
+            )
     return None
+
+
+def _are_apart(first: Sums, other: Sums) -> bool:
+    """Return whether sums differ by more than rounding; what is not a number is reported elsewhere."""
+    apart = max(abs(other.total - first.total), abs(other.absolute - first.absolute))
+    return not (apart <= TOLERANCE * first.absolute or math.isnan(apart))
 
 
 def _agree_on_first(world: World, error: ConfigError | None) -> None:
@@ -116,5 +245,12 @@ def _agree_on_first(world: World, error: ConfigError | None) -> None:
         agree(world, first)
 
 
-def _shown(rates: tuple[float, ...]) -> str:
+def _rates(rates: tuple[float, ...]) -> str:
     return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def _shown(value: Any) -> str:
+    """Return the text of a setting, the same in all processes and on all devices; ``betas`` may be tensors."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shown, value))})"
+    return ADDRESS.sub("", repr(value.tolist() if isinstance(value, Tensor) else value))

@@ -40,6 +40,7 @@ from mpicomp.exchange.placement import DeviceKind
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.asynchronous_distributed import AsynchronousDistributed
 from mpicomp.replica.clipping import Clip
+from mpicomp.replica.consistency import require_same_settings
 from mpicomp.replica.device import device_of, place
 from mpicomp.replica.distributed import Distributed
 from mpicomp.replica.optimizer import DistributedOptimizer
@@ -137,7 +138,7 @@ def distribute(
     Raises:
         ConfigError: model and optimizer do not fit together (names the tensor and the ranks); the model is on another
             device than its rank; a compressor is given, but the algorithm sends no compressed messages, or the
-            compressor is for another number of ranks.
+            compressor is for another number of ranks; ranks have different settings or models.
         TopologyError: the algorithm cannot use the graph, or the graph has another number of ranks.
 
     """
@@ -171,6 +172,8 @@ def distribute(
         raise ConfigError(
             f"Clip(after_sum=True): {algorithm.name} has no sum of gradients to clip: leave after_sum out"
         )
+    same = {"algorithm": algorithm, "topology": schedule, "buffers": buffers, "groups": nodes}
+    require_same_settings(world, same | {"clip": clip if clip and clip.after_sum else None})
     if isinstance(algorithm, AsynchronousAlgorithm):
         if nodes:
             raise ConfigError(f"groups: {algorithm.name} has no common steps, which the ranks of a node take together")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from mpicomp.algorithms.base import Algorithm, Meanwhile, Phases
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange, Gather, Node, World
+from mpicomp.exchange.guard import agree
 from mpicomp.exchange.loss import LossyExchange
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
@@ -52,8 +55,9 @@ class Distributed(Replica):
         self._algorithm = algorithm
         self._phases: Phases | None = None
         self._meanwhile: Meanwhile = None
-        self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._is_joining = False
+        self._is_stepping = False
         self._ends: Gather | None = None
         # The exchanges with ranks that have died: MPI may yet write into their buffers.
         self._given_up: list[Exchange] = []
@@ -84,7 +88,7 @@ class Distributed(Replica):
         if micro_batches < 1:
             raise ConfigError(f"micro_batches = {micro_batches} must be at least 1")
         self.local.closure, self.local.micro_batches = closure, micro_batches
-        with self.meter:
+        with self.meter, self._stepping():
             self._step(self.local.gradient)
             if self.local.has_loss and self.local.x.device.type == "cpu":  # a GPU would be waited for in every step
                 self.check_finite()
@@ -107,12 +111,13 @@ class Distributed(Replica):
                 forward pass began the step, and GMC+ needs one, because it computes the gradient at another point.
 
         """
-        if self._phases is None and self._algorithm.moves_model_for_gradient and not is_skipped:
+        is_late = self._phases is None and self._algorithm.moves_model_for_gradient
+        if is_late and not is_skipped and self._is_trainable():
             raise ConfigError(
                 f"{self._algorithm.name} computes its gradient at another point than the model's, which it takes up "
                 "before the first forward pass: call the model itself, in training mode, or use gossip.step(closure)"
             )
-        with self.meter:
+        with self.meter, self._stepping():
             self._step(lambda _: self._skip() if is_skipped else self.local.take_gradients(scale))
             self._end()
 
@@ -148,6 +153,7 @@ class Distributed(Replica):
             ConfigError: a step has begun and is not finished.
 
         """
+        self._require_company("gossip.metrics()")
         self.require_between_steps("gossip.metrics()")
         return self.meter.record(self, loss)
 
@@ -158,6 +164,9 @@ class Distributed(Replica):
         A rank that reaches the end of the block continues to take part in the exchanges, as in a skipped step (see
         `step_with_gradients`), until all have reached it. In a sum its gradient counts as zero, not as absent. This
         costs an all-gather of one number in each step, which overlaps with the gradient.
+
+        Other collective calls, such as `averaged`, `save` and `metrics`, are refused within the block: a rank that has
+        reached its end would not take part in them.
         """
         self.require_between_steps("join()")
         self._is_joining = True
@@ -169,10 +178,66 @@ class Distributed(Replica):
         while not all(has_left for (has_left,) in self.world.start_gather([True]).wait()):
             self.step_with_gradients(is_skipped=True)
 
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Set the model to the mean over ranks within the block; see `Replica.averaged`."""
+        self._require_company("averaged()")
+        with super().averaged() as model:
+            yield model
+
+    def consensus_distance(self) -> float:
+        """Return the distance of the ranks' models from their mean; see `Replica.consensus_distance`."""
+        self._require_company("consensus_distance()")
+        return super().consensus_distance()
+
+    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
+        """Store a checkpoint of all ranks; see `Replica.save`."""
+        self._require_company("save()")
+        super().save(folder, extra, keep_last)
+
+    def steps_of_all(self) -> int:
+        """Return the number of steps; collective on all ranks.
+
+        Raises:
+            ConfigError: on all ranks: they have done different numbers of steps.
+
+        """
+        done = self.world.all_gather(self.steps)
+        error = None
+        if min(done) != max(done):
+            error = ConfigError(
+                f"the ranks have done different numbers of steps: rank {done.index(min(done))} {min(done)}, rank "
+                f"{done.index(max(done))} {max(done)}. save() and metrics() need all ranks after the same step. A "
+                "signal such as Ctrl-C comes to each rank in a step of its own: let its handler set a flag, tell the "
+                "others by gossip.world.all_gather(flag) after each step, and stop where one is set"
+            )
+        agree(self.world, error)
+        return self.steps
+
     @property
     def is_in_step(self) -> bool:
-        """Whether a step has begun, but its gradient is not complete."""
-        return self._phases is not None
+        """Whether a step has begun and is not finished."""
+        return self._is_stepping or self._phases is not None
+
+    def require_between_steps(self, what: str) -> None:
+        """Raise ConfigError if a step has begun; `what` names the call that must be made between steps."""
+        if self._is_stepping:
+            raise ConfigError(
+                f"{what} in the middle of step {self.steps}: an exception, such as Ctrl-C, has ended the step before "
+                "its end, or the call is made within the step. The model is half-way between two steps, and other "
+                "ranks may be in another one: go on from the last checkpoint"
+            )
+        super().require_between_steps(what)
+
+    def _require_company(self, what: str) -> None:
+        """Raise ConfigError on this rank alone if others do not take part in the collective call `what` now."""
+        if self._is_joining:
+            raise ConfigError(
+                f"{what} within gossip.join(): ranks that have no more batches do not take part in it. Call it after "
+                "the block; one block for each epoch, for example"
+            )
+        if self._is_stepping:
+            self.require_between_steps(what)
 
     def _connect(self) -> None:
         assert isinstance(self.algorithm, Algorithm)
@@ -189,6 +254,7 @@ class Distributed(Replica):
         self._given_up.append(self._exchange)
         sent = self.bytes_sent
         self._phases = None
+        self._is_stepping = False
         self._restore_frozen()
         self.local.end_step()
         self.schedule = schedule
@@ -221,6 +287,13 @@ class Distributed(Replica):
         with self.naming_divergence():
             self._begin()
 
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Note that the block makes a step, and forever if an exception ends it."""
+        self._is_stepping = True
+        yield
+        self._is_stepping = False
+
     def _step(self, compute: Callable[[Meanwhile], object]) -> None:
         """Do one step of the algorithm with the gradient that `compute` writes into ``local.g``."""
         with self.naming_divergence():
@@ -241,7 +314,7 @@ class Distributed(Replica):
             require_same_model(self.world, self.local, groups)
         if self._is_joining:
             self._ends = self.world.start_gather([False])
-        self._frozen = self.local.frozen()
+        self._frozen = dict(zip(self.local.frozen_names(), self.local.frozen(), strict=True))
         self._phases = self._make_phases()
         self._meanwhile = next(self._phases)
         self.local.show_parameters()
@@ -268,13 +341,22 @@ class Distributed(Replica):
             self._ends = None
 
     def _restore_frozen(self) -> None:
-        for x, before in self._frozen:
-            x.copy_(before)
+        """Undo what the step has done to frozen parameters, but not to those thawed since its beginning."""
+        for name in self.local.frozen_names() if self._frozen else []:
+            if name in self._frozen:
+                x, before = self._frozen[name]
+                x.copy_(before)
+
+    def _is_trainable(self) -> bool:
+        """Return whether any parameter requires a gradient."""
+        return len(self.local.frozen_names()) < len(self.local.spec.names)
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Begin a step with the first forward pass of training, so that messages travel during it.
 
         A forward pass within a backward pass is a recomputation (`torch.utils.checkpoint`), which is too late for GMC+.
+        One of a model that is frozen as a whole is part of the training of another, as of a GAN's generator.
         """
-        if module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        is_first = self._phases is None and module.training and torch.is_grad_enabled()
+        if is_first and torch._C._current_graph_task_id() == -1 and self._is_trainable():
             self.begin()

@@ -50,6 +50,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._own = gossip.local.optimizer
         self.__setstate__({})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Raise ConfigError: a copy would exchange messages that no other rank expects.
+
+        Raises:
+            ConfigError: always.
+
+        """
+        raise ConfigError(
+            "gossip.optimizer cannot be copied or pickled, because its steps belong to all ranks: keep "
+            "gossip.optimizer.state_dict(), or a copy of your own optimizer from before mpicomp.distribute()"
+        )
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The parameter groups of the original optimizer."""

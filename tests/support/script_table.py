@@ -13,6 +13,7 @@ a job, such as ranks that wait for one that does not come, is in `tests/end_to_e
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import tempfile
 import weakref
@@ -47,11 +48,13 @@ from mpicomp.algorithms import (
     SparseLoCo,
     StreamingDiLoCo,
 )
-from mpicomp.compression import TopK
+from mpicomp.compression import RandomBlock, SignNorm, TopK, allocate
 from mpicomp.errors import ConfigError, DivergenceError, MpicompError
+from mpicomp.replica.clipping import Clip
+from mpicomp.replica.consistency import require_same_model
 from mpicomp.replica.distribute import distribute
 from mpicomp.state import TORCH_GENERATOR
-from mpicomp.topology import ring
+from mpicomp.topology import RandomMatching, complete, ring
 
 STEPS = 4
 GOSSIP = Choco(0.2, TopK(0.3), overlap=True)
@@ -1671,6 +1674,44 @@ def adversarial(form):
 in_all_forms(origin="Lightning-AI/pytorch-lightning#20866, pytorch/pytorch#175024")(adversarial)
 
 
+def adversarial_with_a_frozen_judge(form, freeze, has_kept=True):
+    """Train two models by turns, and freeze `freeze(judge)` while the generator is trained."""
+    generator, judge = seeded(nn.Linear(3, 6), 1), seeded(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)), 2)
+    of_generator = Form(form.world, form.algorithm, form.kind)
+    of_judge = Form(form.world, form.algorithm, form.kind)
+    of_generator.begin(generator, SGD(generator.parameters(), lr=0.1))
+    of_judge.begin(judge, SGD(judge.parameters(), lr=0.1))
+    softplus = nn.functional.softplus
+    for real, _ in form.batches():
+        noise = real[:, :3]
+        fake = generator(noise).detach()
+        freeze(judge).requires_grad_(True)
+        before = flat(judge[0])
+        of_judge.step(lambda real=real, fake=fake: (softplus(-judge(real)) + softplus(judge(fake))).mean())
+        assert not torch.equal(flat(judge[0]), before)
+        freeze(judge).requires_grad_(False)
+        before = flat(judge[0])
+        of_generator.step(lambda noise=noise: softplus(-judge(generator(noise))).mean())
+        of_judge.optimizer.zero_grad()
+        assert torch.equal(flat(judge[0]), before) or not has_kept
+    return torch.cat([flat(generator), flat(judge)]), of_judge
+
+
+@in_all_forms(origin="junyanz/pytorch-CycleGAN-and-pix2pix")
+def a_judge_frozen_while_the_generator_is_trained(form):
+    result, of_judge = adversarial_with_a_frozen_judge(form, lambda judge: judge)
+    if form.kind != "torch":
+        with of_judge.gossip.averaged():
+            pass
+    return result
+
+
+@in_all_forms()
+def a_layer_of_the_judge_frozen_while_the_generator_is_trained(form):
+    # the generator's step begins that of the judge, which may mix what is frozen until its end
+    return adversarial_with_a_frozen_judge(form, lambda judge: judge[0], has_kept=False)[0]
+
+
 @in_all_forms(origin="horovod/horovod#1417")
 def an_optimizer_for_each_part_of_a_model(form):
     model = small()
@@ -1838,6 +1879,68 @@ def a_norm_without_statistics_on_one_rank(world, algorithm):
     begun(world, algorithm, small(nn.BatchNorm1d(8, track_running_stats=world.rank != 1)))
 
 
+@refused(r"algorithm.compressor.ratio differs between ranks: 0.5 on rank 0, and 0.1 on rank 1", ranks=2)
+def another_ratio_on_one_rank(world, _):
+    begun(world, Choco(0.2, TopK(0.1 if world.rank == 1 else 0.5)))
+
+
+@refused("algorithm.compressor differs between ranks: TopK on rank 0, and SignNorm on rank 1", ranks=2)
+def another_compressor_on_one_rank(world, _):
+    begun(world, EFSGD(SignNorm() if world.rank == 1 else TopK(0.5)))
+
+
+@refused("algorithm.period differs between ranks: 2 on rank 0, and 3 on rank 1", ranks=2)
+def another_period_on_one_rank(world, _):
+    begun(world, LocalSGD(3 if world.rank == 1 else 2, DPSGD()))
+
+
+@refused("algorithm.compressor.seed differs between ranks: 0 on rank 0, and 1 on rank.* seeds, too", ranks=2)
+def the_seed_of_a_compressor_by_rank(world, _):
+    begun(world, EFSGD(RandomBlock(0.2, seed=int(world.rank > 0))))
+
+
+@refused("topology differs between ranks: ring on rank 0, and complete on rank 1", ranks=2)
+def another_graph_on_one_rank(world, _):
+    model = small()
+    graph = complete if world.rank == 1 else ring
+    distribute(model, SGD(model.parameters(), lr=0.1), DPSGD(), graph, world=world)
+
+
+@refused("topology.seed differs between ranks: 0 on rank 0, and 1 on rank 1", ranks=2)
+def another_seed_of_the_graphs_on_one_rank(world, _):
+    model = small()
+    graph = RandomMatching(world.size, seed=int(world.rank == 1))
+    distribute(model, SGD(model.parameters(), lr=0.1), DPSGD(), graph, world=world)
+
+
+@refused("buffers differs between ranks: 2 on rank 0, and 3 on rank 1", ranks=2)
+def another_period_of_statistics_on_one_rank(world, _):
+    model = small()
+    buffers = 3 if world.rank == 1 else 2
+    distribute(model, SGD(model.parameters(), lr=0.1), DPSGD(), ring, world=world, buffers=buffers)
+
+
+def clipped_at(norm):
+    def script(world, algorithm):
+        model = small()
+        volumes = tuple(range(1, world.size + 1))
+        algorithm = dataclasses.replace(algorithm, compressor=allocate(TopK(0.3), volumes))
+        if isinstance(algorithm, EFSGD):
+            algorithm = dataclasses.replace(algorithm, weights="volume", volumes=volumes)
+        clip = Clip(norm=norm(world.rank))
+        gossip = distribute(model, SGD(model.parameters(), lr=0.1), algorithm, ring, world=world, clip=clip)
+        for pair in own_batches(world):
+            gossip.step(lambda pair=pair: loss_of(model, pair))
+        return flat(model)
+
+    return script
+
+
+@right(clipped_at(lambda _: 1e6))
+def a_ratio_a_weight_and_a_limit_of_its_own_on_each_rank(world, algorithm):
+    return clipped_at(lambda rank: 1e6 + rank)(world, algorithm)
+
+
 # ---- what methods that add up gradients need to be the same on all ranks
 
 
@@ -1863,6 +1966,44 @@ def a_layer_frozen_on_one_rank(world, algorithm):
     model = small()
     model[0].requires_grad_(world.rank != 1)
     _, _, gossip = begun(world, algorithm, model)
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+
+
+@refused(
+    "the optimizer of rank 1 has another state than that of rank 0.*'momentum_buffer'",
+    methods={"sum": SSGD()},
+    ranks=2,
+)
+def a_momentum_from_before_on_rank_0_alone(world, algorithm):
+    model = small()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if world.rank == 0:
+        loss_of(model, batch(0, 0)).backward()
+        optimizer.step()
+    _, _, gossip = begun(world, algorithm, model, optimizer)
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+
+
+@refused("the optimizer of rank 1 has another state than that of rank 0", methods={"sum": SSGD()}, ranks=2)
+def the_state_of_adam_loaded_on_rank_0_alone(world, algorithm):
+    model = small()
+    _, optimizer, gossip = begun(world, algorithm, model, AdamW(model.parameters(), lr=0.1))
+    for step in range(2):
+        gossip.step(lambda step=step: loss_of(model, batch(world.rank, step)))
+    stored = copy.deepcopy(optimizer.state_dict())
+    for each in stored["state"].values():
+        each["exp_avg_sq"] *= 2
+    if world.rank == 0:
+        optimizer.load_state_dict(stored)
+    model.load_state_dict(small().state_dict())
+    require_same_model(world, gossip.local)
+
+
+@refused("the optimizer of rank 1 has weight_decay of group 0 = 0.1, that of rank 0 0.0", methods={"sum": SUM}, ranks=2)
+def another_weight_decay_on_one_rank(world, algorithm):
+    model = small()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1 if world.rank == 1 else 0.0)
+    _, _, gossip = begun(world, algorithm, model, optimizer)
     gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
 
 
@@ -1905,3 +2046,63 @@ def a_rank_without_a_batch_steps_with_gradients_of_zero(world, algorithm):
             loss_of(model, pair).backward()
         gossip.optimizer.step()
     return flat(model)
+
+
+def _call_in_join(name, call):
+    def script(world, algorithm):
+        model, _, gossip = begun(world, algorithm)
+        with gossip.join():
+            gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+            call(gossip)
+
+    script.__name__ = f"{name}_within_join"
+    refused(rf"{name}\(\) within gossip.join\(\): ranks that have no more batches", methods=METHODS)(script)
+
+
+_call_in_join("averaged", lambda gossip: gossip.averaged().__enter__())
+_call_in_join("metrics", lambda gossip: gossip.metrics())
+_call_in_join("save", lambda gossip: gossip.save("nowhere"))
+_call_in_join("consensus_distance", lambda gossip: gossip.consensus_distance())
+
+
+# ---- interrupted steps
+
+
+@refused("save.. in the middle of step 1: an exception, such as Ctrl-C, has ended the step", methods=METHODS)
+def saving_after_an_interrupt(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    gossip.step(lambda: loss_of(model, batch(world.rank, 0)))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gossip.step(interrupted)
+    gossip.save("nowhere")
+
+
+@refused("different numbers of steps: rank 0 0, rank 1 1", ranks=2)
+def saving_after_unequal_numbers_of_steps(world, algorithm):
+    _, _, gossip = begun(world, algorithm)
+    gossip.steps += world.rank > 0  # as after signals that came to the ranks in different steps
+    gossip.save("nowhere")
+
+
+@right(plain)
+def a_bad_batch_in_a_closure_is_replaced(world, algorithm):
+    model, _, gossip = begun(world, algorithm)
+    for pair in own_batches(world):
+        with pytest.raises(IndexError):
+            gossip.step(lambda: loss_of(model, [][world.rank]))
+        gossip.step(lambda pair=pair: loss_of(model, pair))
+    return flat(model)
+
+
+@refused("gossip.optimizer cannot be copied or pickled")
+def a_copy_of_the_distributed_optimizer(world, algorithm):
+    copy.deepcopy(begun(world, algorithm)[2].optimizer)
+
+
+@refused("gossip.optimizer cannot be copied or pickled")
+def the_distributed_optimizer_is_stored_as_a_whole(world, algorithm):
+    torch.save(begun(world, algorithm)[2].optimizer, io.BytesIO())

@@ -1,5 +1,6 @@
 """What a failure prints, and with which code all ranks end."""
 
+import subprocess
 import sys
 
 import pytest
@@ -88,8 +89,60 @@ def test_description_of_an_error():
     assert "ConfigError: bad" in describe(error, debug=True)
 
 
+LEAVES = """
+import argparse, os, sys, threading
+from mpicomp.exchange.guard import install_excepthook
+
+class World:
+    rank, host = 1, "node"
+    def abort(self, code):
+        print(f"ends all ranks with {code}", flush=True)
+        os._exit(code)
+
+install_excepthook(World())
+try:
+    BODY
+finally:
+    print("cleaned up", flush=True)
+"""
+CAUGHT = """
+    try:
+        sys.exit(3)
+    except SystemExit as error:
+        print(error.code)
+"""
+FORKED = """
+    if os.fork() == 0:
+        sys.exit(3)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "output"),
+    [
+        ("sys.exit(3)", 3, "cleaned up\nends all ranks with 3\n"),
+        ("sys.exit('rank 1 gives up')", 1, "cleaned up\nends all ranks with 1\n"),
+        ("argparse.ArgumentParser().parse_args(['--no'])", 2, "cleaned up\nends all ranks with 2\n"),
+        ("sys.exit()", 0, "cleaned up\n"),
+        ("sys.exit(0)", 0, "cleaned up\n"),
+        (CAUGHT, 0, "3\ncleaned up\n"),
+        ("thread = threading.Thread(target=sys.exit, args=(3,)); thread.start(); thread.join()", 0, "cleaned up\n"),
+        (FORKED, 0, "cleaned up\n3\ncleaned up\n"),
+    ],
+    ids=["code", "text", "argparse", "none", "zero", "caught", "thread", "fork"],
+)
+def test_sys_exit_on_one_rank_ends_all_of_them(body, code, output):
+    program = LEAVES.replace("    BODY", body if body.startswith("\n") else f"    {body}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, output), done.stderr
+    assert ("mpicomp: error: rank 1 on node: " in done.stderr) == ("ends" in output)
+    assert ("rank 1 gives up" in done.stderr) == ("gives up" in body)
+
+
 def test_the_hook_is_installed_once(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "exit", sys.exit)
 
     def function(world):
         install_excepthook(world)
