@@ -119,6 +119,7 @@ def test_a_started_torch_distributed_is_refused(tmp_path):
     assert "hidden_launcher()" in done.stdout
 
 
+@pytest.mark.long
 def test_bfloat16_on_the_cpu_with_an_exchange_behind_the_gradient(tmp_path):
     done = train(tmp_path, "--bfloat16")
     assert done.returncode == 0, done.stdout

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from mpicomp.errors import DivergenceError
-from mpicomp.kernels.cpu import blocks, select, update
+from mpicomp.kernels.cpu import blocks, random, select, update
 from mpicomp.kernels.cpu import indices as codes
 from mpicomp.kernels.cpu import quantize as quantizer
-from mpicomp.kernels.reference import DAMAGED, NAN, finite, index_code_nbytes, index_shift, number, packed_nbytes
+from mpicomp.kernels.reference import (
+    DAMAGED,
+    NAN,
+    feistel_half,
+    finite,
+    index_code_nbytes,
+    index_shift,
+    number,
+    packed_nbytes,
+)
 
 
 def _array(x: Tensor, like: Tensor | None = None) -> npt.NDArray[Any]:
@@ -131,6 +140,13 @@ def add_coded_(out: Tensor, code: Tensor, values: Tensor, weight: float = 1.0) -
         raise ValueError(f"values of {values.dtype} cannot be added to {out.dtype}")
     if not codes.decode(_array(code), index_shift(n, k), n, _array(values), weight, _array(out), k):
         raise IndexError(DAMAGED)
+
+
+def random_indices(seed: Tensor, n: int, k: int) -> Tensor:
+    """See `reference.random_indices`."""
+    indices = torch.empty(k, dtype=torch.int32)
+    random.random_indices(indices.numpy().view("u4"), int(seed), n, feistel_half(n))
+    return indices
 
 
 def mix_(x: Tensor, s: Tensor, x_hat: Tensor, gamma: float) -> None:
