@@ -218,7 +218,7 @@ class GossipStrategy(ParallelStrategy):
             checkpoint[OWN] = {"step": self.gossip.steps}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read the file that rank 0 names, which alone is written if names differ; collective on all ranks."""
         loaded: dict[str, Any] = super().load_checkpoint(self.world.broadcast(checkpoint_path), *args, **kwargs)
         return loaded
