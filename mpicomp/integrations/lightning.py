@@ -220,8 +220,7 @@ class GossipStrategy(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read the file that rank 0 names, which alone is written if names differ; collective on all ranks."""
-        loaded: dict[str, Any] = super().load_checkpoint(self.world.broadcast(checkpoint_path), *args, **kwargs)
-        return loaded
+        return super().load_checkpoint(self.world.broadcast(checkpoint_path), *args, **kwargs)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the state of every rank from the folder; collective on all ranks."""

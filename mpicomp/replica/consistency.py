@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpicomp.compression.wrap.by_rank import STRENGTHS
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree
@@ -123,11 +124,14 @@ def require_same_settings(world: World, settings: Mapping[str, object]) -> None:
         return
     path, value = other
     ranks = [str(rank) for rank, each in enumerate(found) if each == other]
+    remedy = "all ranks need the same settings"
+    if path.endswith(".seed"):
+        remedy += ", seeds too: where ranks are to draw different numbers, methods see to it by themselves"
+    if path.endswith(STRENGTHS):
+        remedy += ". mpicomp.compression.allocate makes one compressor for all, with a ratio for each rank"
     error = ConfigError(
         f"{path} differs between ranks: {first.get(path, 'missing')} on rank 0, and {value} on "
-        f"rank{'s' * (len(ranks) > 1)} {listed(ranks)}. Give all ranks the same settings; seeds, too, because methods "
-        "take the rank into account by themselves. mpicomp.compression.allocate makes a compressor with a ratio for "
-        "each rank"
+        f"rank{'s' * (len(ranks) > 1)} {listed(ranks)}; {remedy}"
     )
     agree(world, error)
 
