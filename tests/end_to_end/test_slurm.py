@@ -127,10 +127,11 @@ def undisturbed(tmp_path_factory):
 def limited(tmp_path_factory):
     """A job longer than its time limit, which sleeps on two of the nodes while the other tests use the rest.
 
-    90 s of sleep and some work, of which no more than 45 s fit into a minute before the last checkpoint.
+    150 s of sleep and some work, of which no more than 110 s fit into two minutes before the last checkpoint. Within one
+    minute, ranks that start slowly on a busy machine would come to no checkpoint at all.
     """
     folder = tmp_path_factory.mktemp("limited") / "run"
-    return folder, submit(folder, "--time", 1, "--signal", 10, step_s=0.09)
+    return folder, submit(folder, "--time", 2, "--signal", 10, step_s=0.15)
 
 
 def assert_as_if_undisturbed(folder, undisturbed):
@@ -203,7 +204,7 @@ def test_an_array_has_a_run_folder_for_each_seed(tmp_path):
 
 def test_a_job_longer_than_its_time_limit_requeues_itself_to_the_end(limited, undisturbed):
     folder, job = limited
-    over = wait_for_end(job, 400)
+    over = wait_for_end(job, 280)
     assert over["JobState"] == "COMPLETED", output(folder, job)
-    assert int(over["Restarts"]) >= 2
+    assert int(over["Restarts"]) >= 1
     assert_as_if_undisturbed(folder, undisturbed)
