@@ -127,8 +127,8 @@ def undisturbed(tmp_path_factory):
 def limited(tmp_path_factory):
     """A job longer than its time limit, which sleeps on two of the nodes while the other tests use the rest.
 
-    150 s of sleep and some work, of which no more than 110 s fit into two minutes before the last checkpoint. Within one
-    minute, ranks that start slowly on a busy machine would come to no checkpoint at all.
+    150 s of sleep and some work, of which no more than 110 s fit into two minutes before the last checkpoint. Within
+    one minute, ranks that start slowly on a busy machine would come to no checkpoint at all.
     """
     folder = tmp_path_factory.mktemp("limited") / "run"
     return folder, submit(folder, "--time", 2, "--signal", 10, step_s=0.15)
