@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,23 +176,6 @@ class Distributed(Replica):
         while not all(has_left for (has_left,) in self.world.start_gather([True]).wait()):
             self.step_with_gradients(is_skipped=True)
 
-    @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """Set the model to the mean over ranks within the block; see `Replica.averaged`."""
-        self._require_company("averaged()")
-        with super().averaged() as model:
-            yield model
-
-    def consensus_distance(self) -> float:
-        """Return the distance of the ranks' models from their mean; see `Replica.consensus_distance`."""
-        self._require_company("consensus_distance()")
-        return super().consensus_distance()
-
-    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
-        """Store a checkpoint of all ranks; see `Replica.save`."""
-        self._require_company("save()")
-        super().save(folder, extra, keep_last)
-
     def steps_of_all(self) -> int:
         """Return the number of steps; collective on all ranks.
 
@@ -230,7 +211,7 @@ class Distributed(Replica):
         super().require_between_steps(what)
 
     def _require_company(self, what: str) -> None:
-        """Raise ConfigError on this rank alone if others do not take part in the collective call `what` now."""
+        """Raise ConfigError within `join`, or if an exception has ended a step."""
         if self._is_joining:
             raise ConfigError(
                 f"{what} within gossip.join(): ranks that have no more batches do not take part in it. Call it after "

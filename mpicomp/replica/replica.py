@@ -163,6 +163,10 @@ class Replica(ABC):
                 "gossip.optimizer.step(), and evaluate in model.eval() or torch.no_grad()"
             )
 
+    def _require_company(self, what: str) -> None:
+        """Raise ConfigError on this rank alone if others will not take part in the collective call `what`."""
+        return
+
     def _require_own_model(self, what: str) -> None:
         """Raise ConfigError inside `averaged`; `what` names the call that needs the model of this rank."""
         if self.local.is_averaged:
@@ -182,6 +186,7 @@ class Replica(ABC):
             ConfigError: a step has begun, or the model is no longer the one that was distributed.
 
         """
+        self._require_company("averaged()")
         with together(self.world):
             self.require_between_steps("averaged()")
         modes = [(module, module.training) for module in self.local.model.modules()]
@@ -216,6 +221,7 @@ class Replica(ABC):
 
     def consensus_distance(self) -> float:
         """Return ``sqrt(mean_i |x_i - xbar|^2)``, the distance of the ranks' models from their mean; collective."""
+        self._require_company("consensus_distance()")
         mean = self.local.x.clone()
         self.world.mean_(mean)
         return root_mean_square(self.world, float((self.local.x - mean).norm()))
@@ -276,6 +282,7 @@ class Replica(ABC):
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
 
         """
+        self._require_company("save()")
         problems: list[str] = []
         step = self.steps_of_all()
         folder = self.world.broadcast(Path(folder))
@@ -306,6 +313,7 @@ class Replica(ABC):
             CheckpointError: the checkpoint is damaged, or of another model, algorithm or number of ranks.
 
         """
+        self._require_company("resume()")
         checkpoint = find_checkpoint(self.world, Path(folder), step)
         if checkpoint is None:
             return None

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from support.runs import mpicomp, ranks_of, start, wait_until
+from support.runs import mpicomp, others_long, ranks_of, start, wait_until
 
 BATCHES = 2 * (1437 // 16)
 RUN = ["--set", "training.epochs=2", "--set", "schedule.warmup=0", "--set", "run.log_every=5"]
@@ -23,7 +23,7 @@ def gradients(folder):
     return sum(json.loads(lines[-1])["gradients"]) if lines else 0
 
 
-@pytest.mark.parametrize("method", ["dc_asgd", "dc_gossip", "ad_psgd"])
+@pytest.mark.parametrize("method", others_long(["dc_asgd", "dc_gossip", "ad_psgd"]))
 def test_a_run_that_is_stopped_takes_every_batch_once(tmp_path, method):
     folder, ranks = tmp_path / "run", RANKS[method]
     run = start("train", f"configs/methods/{method}.toml", *RUN, *SLOW[method], "--run-dir", folder, ranks=ranks)

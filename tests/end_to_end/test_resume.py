@@ -5,7 +5,17 @@ import shutil
 import signal
 
 import pytest
-from support.runs import MPIEXEC, assert_same_checkpoint, mpicomp, mpicomp_here, ranks_of, records, start, wait_until
+from support.runs import (
+    MPIEXEC,
+    assert_same_checkpoint,
+    mpicomp,
+    mpicomp_here,
+    others_long,
+    ranks_of,
+    records,
+    start,
+    wait_until,
+)
 
 from mpicomp.checkpoint.folder import Checkpoints
 
@@ -46,7 +56,7 @@ def stop(folder, how):
 
 
 @pytest.mark.skipif(not MPIEXEC.exists(), reason=f"no MPI in this environment: {MPIEXEC} is missing")
-@pytest.mark.parametrize("how", ["signal", "file"])
+@pytest.mark.parametrize("how", others_long(["signal", "file"]))
 def test_on_mpi_it_stops_when_asked_to_and_goes_on_bit_for_bit(tmp_path, undisturbed, how):
     folder = tmp_path / "run"
     run = start("train", *RUN, "--run-dir", folder, ranks=3)

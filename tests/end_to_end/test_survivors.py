@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.runs import OPEN_MPI_HERE, records, wait_until
+from support.runs import OPEN_MPI_HERE, others_long, records, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ class Run:
         return sorted(int(path.read_text()) for path in self.codes.glob("code.*"))
 
 
-@pytest.mark.parametrize("way", ["mpich", "ulfm", pytest.param("openmpi", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", others_long(["ulfm", "mpich", "openmpi"]))
 def test_the_others_finish_the_run_and_go_on_from_its_checkpoint(way, tmp_path):
     victims = [1, 0]
     with Run(way, tmp_path, *RUN, "--run-dir", tmp_path / "run", "--tensorboard") as run:
@@ -162,7 +162,11 @@ def test_a_graph_that_falls_apart_ends_the_run(tmp_path):
     "way, settings",
     [
         ("mpich", ["configs/methods/adagossip.toml", "--set", "algorithm.overlap=true"]),
-        ("ulfm", ["configs/methods/choco.toml", "--set", "data.partition=dirichlet", "--set", "data.alpha=1.0"]),
+        pytest.param(
+            "ulfm",
+            ["configs/methods/choco.toml", "--set", "data.partition=dirichlet", "--set", "data.alpha=1.0"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_ranks_in_step_go_on_without_the_dead(way, settings, tmp_path):

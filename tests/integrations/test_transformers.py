@@ -93,6 +93,7 @@ def test_only_rank_0_speaks(whole):
     assert (whole / "stdout").read_text().count("train_runtime") == 1
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
     killed = train(tmp_path, "--die-in-save", 8)
     assert killed.returncode != 0

@@ -24,7 +24,7 @@ OPEN_MPI_HERE = {
 
 
 def others_long(cases):
-    """Return the cases of a test, all but the first marked as long: for a second MPI, where the first tells most."""
+    """Return the cases of a test, all but the first marked as long: where the first tells most, as of two MPIs."""
     return [*cases[:1], *(pytest.param(case, marks=pytest.mark.long) for case in cases[1:])]
 
 
