@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-FEW = 4
+FEW = 2
 """Of tests with so many cases, all are run."""
 
 

@@ -15,6 +15,7 @@ if torch.cuda.is_available():
 
 from mpicomp.kernels.gpu.compiled import OPTIONS
 
+pytestmark = pytest.mark.long
 CAPABILITIES = [80, 90, 100]
 
 # At most so many bytes of shared memory a program, and registers a thread, in float32 and float64.
