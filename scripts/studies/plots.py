@@ -32,19 +32,26 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     for setting, row in zip(settings, rows, strict=True):
         for key, axes in zip(keys, row, strict=True):
             best = max(100 * outcome["accuracy"] for outcome in _ended(finished, setting))
-            for i, (cell, choice, *_) in enumerate(row for row in finished if row.cell.setting.name == setting):
-                if line := _line(key, choice):
+            for cell, choice, *_ in finished:
+                line = _line(key, choice) if cell.setting.name == setting else []
+                if line:
                     factors = [value / choice.values[key] for value, _ in line]
                     shown = [max(quality, best - SHOWN) for _, quality in line]
-                    axes.plot(factors, shown, "o-", label=cell.method.title, color=f"C{i}", clip_on=False)
+                    color = f"C{study.methods.index(cell.method)}"
+                    axes.plot(factors, shown, "o-", label=cell.method.title, color=color, clip_on=False)
+            axes.set_visible(axes.has_data())
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set(xlabel=f"{key} over its chosen value", ylim=(best - SHOWN, best + 1))
         row[0].set(ylabel="validation accuracy (%)", title=_title(study, setting))
-    rows[0][-1].legend(frameon=False)
+    entries = {}
+    for axes in rows.flat:
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": len(keys)}  # where it hides no line
+    figure.legend(entries.values(), entries, frameon=False, **below)
     figure.tight_layout()
     path = study.folder / "search.svg"
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
     return path
 
