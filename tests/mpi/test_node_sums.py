@@ -175,6 +175,10 @@ def test_ranks_that_do_not_meet_are_an_error_on_all_ranks(world, monkeypatch):
         monkeypatch.setattr(NodeGroup, "_try_out", lambda self, device: None)
     with pytest.raises(ExchangeError, match=r"the sum inside .* fails: .*run\.node_sums=mpi"):
         NodeGroup(world, world.comm.Split(0, key=world.rank), "gloo", CPU)
+    for thread in threading.enumerate():
+        if thread.name == "node group":
+            thread.join(10)
+            assert not thread.is_alive()
     world.barrier()
 
 

@@ -182,9 +182,11 @@ class NodeGroup:
             self._group = c10d.ProcessGroupNCCL(self._store, rank, size, options)
         else:
             options = c10d.ProcessGroupGloo._Options()
-            options._timeout = _NEVER
+            # A thread that still looked for its mates at the end of the program could abort it.
+            options._timeout = timedelta(seconds=LIMIT_S)
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_HERE)]
             self._group = c10d.ProcessGroupGloo(self._store, rank, size, options)
+            self._group._set_default_timeout(_NEVER)
 
     def _try_out(self, device: torch.device) -> None:
         x = torch.full((1,), float(self._place + 1), device=device)
