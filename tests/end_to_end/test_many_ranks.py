@@ -22,7 +22,7 @@ def test_a_thousand_ranks_train_in_less_than_four_gigabytes(tmp_path):
     options = [word for key, value in OPTIONS.items() for word in ("--set", f"{key}={value}")]
     command = ["-m", "mpicomp", "train", CHOCO, *options, "--loopback", RANKS, "--run-dir", tmp_path]
     polite = ["nice", "-n", "5", sys.executable]  # its threads would take the cores from the tests beside it
-    done = subprocess.run([*map(str, [*polite, *command])], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*map(str, [*polite, *command])], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     # the largest child of this process so far, which is this one unless it took less than another test's
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4e9

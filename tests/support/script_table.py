@@ -1654,13 +1654,17 @@ def evaluation_of_the_averaged_model_on_rank_0_alone(world, algorithm):
 # ---- several models, several times
 
 
+def form_of(form, model):
+    """A form of its own for one of several models, with an optimizer and messages of its own."""
+    own = Form(form.world, form.algorithm, form.kind)
+    own.begin(model, SGD(model.parameters(), lr=0.1))
+    return own
+
+
 def adversarial(form):
     """Two models that train each other, each with an optimizer and messages of its own."""
     generator, judge = seeded(nn.Linear(3, 6), 1), seeded(nn.Linear(6, 1), 2)
-    of_generator = Form(form.world, form.algorithm, form.kind)
-    of_judge = Form(form.world, form.algorithm, form.kind)
-    of_generator.begin(generator, SGD(generator.parameters(), lr=0.1))
-    of_judge.begin(judge, SGD(judge.parameters(), lr=0.1))
+    of_generator, of_judge = (form_of(form, model) for model in (generator, judge))
     softplus = nn.functional.softplus
     for real, _ in form.batches():
         noise = real[:, :3]
@@ -1677,10 +1681,7 @@ in_all_forms(origin="Lightning-AI/pytorch-lightning#20866, pytorch/pytorch#17502
 def adversarial_with_a_frozen_judge(form, freeze, has_kept=True):
     """Train two models by turns, and freeze `freeze(judge)` while the generator is trained."""
     generator, judge = seeded(nn.Linear(3, 6), 1), seeded(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)), 2)
-    of_generator = Form(form.world, form.algorithm, form.kind)
-    of_judge = Form(form.world, form.algorithm, form.kind)
-    of_generator.begin(generator, SGD(generator.parameters(), lr=0.1))
-    of_judge.begin(judge, SGD(judge.parameters(), lr=0.1))
+    of_generator, of_judge = (form_of(form, model) for model in (generator, judge))
     softplus = nn.functional.softplus
     for real, _ in form.batches():
         noise = real[:, :3]

@@ -29,8 +29,8 @@ mean gradient. Every rank transforms the same Q and must get the same bits of it
 
 Wire: star: a worker the ``k`` coefficients of each chunk, of 4 bytes and 12 bits for the place, the hub the mean
 without its zeros to each worker; ring: ``size - 1`` messages a rank. Memory: ``M_k``, and on servers one vector while
-they add up. Both are in float32 where parameters are in half precision. Peng et al. 2024, arXiv 2411.19870: chunks of
-64 x 64, k = 32, mu = 0.999.
+they add up. Messages and vectors are in float32 where parameters are in half precision. Peng et al. 2024, arXiv
+2411.19870: chunks of 64 x 64, k = 32, mu = 0.999.
 
 In a script:
 

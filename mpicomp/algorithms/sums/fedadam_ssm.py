@@ -35,7 +35,7 @@ none).
 Wire: every H steps; star: a worker one message of 12 bytes for each entry of its mask (of float32) and its index once,
 about a byte (see `mpicomp.compression.indices`), the hub the sums to each worker, without their zeros; ring: the
 messages of all ranks, relayed. Memory: ``m``, ``v``, the copies W, M and V, and while they are averaged three vectors
-more. Both are in float32 where parameters are in half precision. Deng et al. 2024, arXiv 2405.17932.
+more. Messages and vectors are in float32 where parameters are in half precision. Deng et al. 2024, arXiv 2405.17932.
 
 In a script:
 

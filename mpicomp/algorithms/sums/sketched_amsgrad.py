@@ -38,8 +38,8 @@ Where the groups of the optimizer have different learning rates, lr is the large
 own over that. Every rank reads the same tables and must get the same bits of them, so use ranks of the same kind.
 
 Wire: a dense sum (see `mpicomp.exchange.sums.aggregate`) of ``rows x columns`` numbers. Memory: v and v', ``rows``
-vectors of places, and three tables. Both are in float32 where parameters are in half precision. Xian, Huang, Huang
-2022, arXiv 2210.07454.
+vectors of places, and three tables. Moments and tables, which are the messages, are in float32 where parameters are in
+half precision. Xian, Huang, Huang 2022, arXiv 2210.07454.
 
 In a script:
 
