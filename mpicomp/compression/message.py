@@ -59,10 +59,6 @@ class Spec:
         """The specs of the single tensors."""
         return tuple(Spec((n,), (s,), self.dtype) for n, s in zip(self.names, self.shapes, strict=True))
 
-    def of_type(self, dtype: torch.dtype) -> Spec:
-        """Return the spec of these tensors in another type."""
-        return self if dtype == self.dtype else replace(self, dtype=dtype)
-
     @property
     def is_vector(self) -> bool:
         """Whether it is one tensor of less than two dimensions."""

@@ -49,8 +49,10 @@ class FlatModel:
     """A `torch.nn.Module` and its optimizer, seen as the flat vectors that algorithms work on (a `Local`).
 
     Parameters and their gradients become views of two flat buffers, so that messages and arithmetic of an algorithm
-    need not go parameter by parameter. The optimizer continues to work on the parameters. If parameters have several
-    types, the buffers have the widest type, and a parameter of another type is kept equal to its part of `x`, rounded.
+    need not go parameter by parameter. The optimizer continues to work on the parameters. The buffers have the widest
+    type of the parameters, and float32 at least: public copies, error memories and moments are sums of many small
+    numbers, which half precision would round away. A parameter of a shorter type is kept equal to its part of `x`,
+    rounded.
 
     A frozen parameter (``requires_grad`` is false) does not change; it may be thawed later.
 
@@ -84,7 +86,7 @@ class FlatModel:
         _taken.update((p, None) for _, p in named)
         self.model = model
         self.optimizer = optimizer
-        dtype = reduce(torch.promote_types, (p.dtype for _, p in named))
+        dtype = reduce(torch.promote_types, (p.dtype for _, p in named), torch.float32)
         self.spec = Spec(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named), dtype)
         self.x = torch.cat([p.detach().reshape(-1).to(dtype) for _, p in named])
         self.g = torch.zeros_like(self.x)

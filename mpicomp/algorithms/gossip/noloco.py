@@ -209,7 +209,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
         if not arrived:
             return  # no partner in this outer step
         places = is_sent.nonzero().view(-1)  # the same on both
-        half = _HALF.get(phi.dtype, phi.dtype)
+        half = _HALF[phi.dtype]
         largest = torch.finfo(half).max
         values = phi[places].clamp_(-largest, largest).to(half)
         layout = Layout((Field("phi", values.dtype, values.numel()),))

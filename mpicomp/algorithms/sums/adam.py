@@ -6,7 +6,7 @@ decay, which is decoupled as in AdamW: ``x = x (1 - lr weight_decay)``. The step
     lr sqrt(1 - beta2^s) / (1 - beta1^t) m / (sqrt(v) + epsilon sqrt(1 - beta2^s))
 
 with m and v (n,) the moments, made of t and s gradients: Adam's, corrected for moments that start at zero. Without
-``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``. Moments are in float32 where parameters are in half precision.
+``bias_correction`` it is ``lr m / (sqrt(v) + epsilon)``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, S, require_fraction, require_positive
-from mpicomp.algorithms.sums.base import require_sgd, wide
+from mpicomp.algorithms.sums.base import require_sgd
 from mpicomp.compression.base import blocks
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import sqrt
@@ -89,8 +89,7 @@ class OwnAdam(Algorithm[S]):
 
 def zero_moments(local: Local) -> tuple[Tensor, Tensor]:
     """Return m and v at the start, (n,)."""
-    m, v = (torch.zeros_like(local.x, dtype=wide(local.x.dtype)) for _ in range(2))
-    return m, v
+    return torch.zeros_like(local.x), torch.zeros_like(local.x)
 
 
 def moments_(m: Tensor, v: Tensor, g: Tensor, beta1: float, beta2: float) -> None:

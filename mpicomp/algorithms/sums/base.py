@@ -103,14 +103,6 @@ class AggregatedAlgorithm(Algorithm[S]):
         return [volume / sum(self.volumes) for volume in self.volumes]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of moments with a decay near 1, float32 or that of the parameters if it is longer.
-
-    In bfloat16 ``0.999 v`` is rounded to v; in float16 squares of gradients, and what is added to their root, are zero.
-    """
-    return torch.promote_types(dtype, torch.float32)
-
-
 class GradientSumState(Protocol):
     """What the state of a `GradientSum` has.
 

@@ -29,8 +29,7 @@ mean gradient. Every rank transforms the same Q and must get the same bits of it
 
 Wire: star: a worker the ``k`` coefficients of each chunk, of 4 bytes and 12 bits for the place, the hub the mean
 without its zeros to each worker; ring: ``size - 1`` messages a rank. Memory: ``M_k``, and on servers one vector while
-they add up. Messages and vectors are in float32 where parameters are in half precision. Peng et al. 2024, arXiv
-2411.19870: chunks of 64 x 64, k = 32, mu = 0.999.
+they add up. Peng et al. 2024, arXiv 2411.19870: chunks of 64 x 64, k = 32, mu = 0.999.
 
 In a script:
 
@@ -51,7 +50,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum, require_sgd, wide
+from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum, require_sgd
 from mpicomp.compression.base import Wrapper
 from mpicomp.compression.block_topk import Blocks, LargestOfBlocks
 from mpicomp.compression.message import Payload, Spec
@@ -111,13 +110,12 @@ class DeMo(Algorithm[DeMoState]):
         """Return a momentum of zero, once the optimizer is found to be SGD, and to have none."""
         require_sgd("DeMo", local)
         require_no_momentum("DeMo", local)
-        return DeMoState(torch.zeros_like(local.x, dtype=wide(local.x.dtype)))
+        return DeMoState(torch.zeros_like(local.x))
 
     def phases(self, local: Local, state: DeMoState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
         yield None
-        dtype, largest = state.momentum.dtype, _Largest(self.chunk, self.k)
-        g, spec = local.g.to(dtype), local.spec.of_type(dtype)  # local.g itself, unless in half precision
+        g, spec, largest = local.g, local.spec, _Largest(self.chunk, self.k)
         for part, group in local.groups:
             g[part].mul_(group["lr"])
         transform_(g, spec, self.chunk)
@@ -125,7 +123,7 @@ class DeMo(Algorithm[DeMoState]):
         q = ErrorFeedback(largest).compress_sum(spec, FeedbackState(state.momentum, None))
         _mean_of_senders_(q, largest, spec, g, exchange)
         transform_(g, spec, self.chunk, inverse=True)
-        local.g.copy_(g.sign_())
+        g.sign_()
         local.update()
 
     def diagnostics(self, local: Local, state: DeMoState) -> dict[str, float]:

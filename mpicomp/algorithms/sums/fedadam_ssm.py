@@ -35,7 +35,7 @@ none).
 Wire: every H steps; star: a worker one message of 12 bytes for each entry of its mask (of float32) and its index once,
 about a byte (see `mpicomp.compression.indices`), the hub the sums to each worker, without their zeros; ring: the
 messages of all ranks, relayed. Memory: ``m``, ``v``, the copies W, M and V, and while they are averaged three vectors
-more. Messages and vectors are in float32 where parameters are in half precision. Deng et al. 2024, arXiv 2405.17932.
+more. Deng et al. 2024, arXiv 2405.17932.
 
 In a script:
 
@@ -153,10 +153,10 @@ class FedAdamSSM(OwnAdam[FedAdamSSMState], AggregatedAlgorithm[FedAdamSSMState])
         q, aggregator = mask.compress(moved, spec, None), Aggregator(exchange)
         aggregator.start(q, mask, spec, self.rank_weights(exchange.size)).wait_on_servers(moved)
         for part in _thirds(moved):
-            aggregator.share_(part, local.spec.of_type(part.dtype))
+            aggregator.share_(part, local.spec)
         w, m, v = _thirds(state.common.add_(moved))
         v.clamp_min_(0.0)  # a sum of weights may be above 1 by rounding
-        w.copy_(local.x.copy_(w))  # in half precision W is rounded as the model, or the next moves would hold the rest
+        local.x.copy_(w)
         state.m.copy_(m)
         state.v.copy_(v)
 

@@ -109,8 +109,7 @@ class OneBitAdam(TwoWayAdam[OneBitAdamState]):
     def _agree_on_momentum(self, g: Tensor, local: Local, state: OneBitAdamState, exchange: Exchange) -> None:
         """``m = C_down(...)`` of ``beta1 m + (1 - beta1) g_k``, 0 where v is; `g` is g_k, whose content is lost."""
         messages, is_idle = state.messages, state.v == 0
-        p = g.to(state.m.dtype)  # g itself, unless in half precision
-        g.copy_(torch.lerp(p, state.m, self.beta1, out=p)).masked_fill_(is_idle, 0.0)
+        torch.lerp(g, state.m, self.beta1, out=g).masked_fill_(is_idle, 0.0)
         answer = self.agree(g, local, messages, exchange)
         self.downlink.accumulate(answer, local.spec, g.zero_())
         state.m.copy_(g)

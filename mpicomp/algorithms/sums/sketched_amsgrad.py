@@ -38,8 +38,7 @@ Where the groups of the optimizer have different learning rates, lr is the large
 own over that. Every rank reads the same tables and must get the same bits of them, so use ranks of the same kind.
 
 Wire: a dense sum (see `mpicomp.exchange.sums.aggregate`) of ``rows x columns`` numbers. Memory: v and v', ``rows``
-vectors of places, and three tables. Moments and tables, which are the messages, are in float32 where parameters are in
-half precision. Xian, Huang, Huang 2022, arXiv 2210.07454.
+vectors of places, and three tables. Xian, Huang, Huang 2022, arXiv 2210.07454.
 
 In a script:
 
@@ -135,7 +134,7 @@ class SketchedAMSGrad(OwnAdam[SketchedAMSGradState]):
         """Do one step in the order of the module's docstring."""
         t = state.steps + 1
         yield None
-        g, sketch = local.g.to(state.v.dtype), state.sketch  # local.g itself, unless in half precision
+        g, sketch = local.g, state.sketch
         table = sketch.of(g)
         Aggregator(exchange).mean_(table.view(-1))
         sketch.read(table, g)  # h
