@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
-from operator import is_
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.replica.gradient_delay import GradientDelay
-from mpicomp.replica.model_checks import listed, named_parameters, trained_parameters
+from mpicomp.replica.membership import Membership
+from mpicomp.replica.model_checks import listed, trained_parameters
 from mpicomp.timing import timed
 
 FINITE_EVERY = 50
@@ -121,9 +121,7 @@ class FlatModel:
         self._unheard = list(self._parameters)
         self._hear()
         self._pointers = [p.data_ptr() for p in self._parameters]
-        self._sizes: list[int] = []
-        self._read_groups()
-        self._read_modules()
+        self._membership = Membership(model, optimizer, named)
         own_buffers(model)
 
     def not_finite(self) -> str | None:
@@ -139,7 +137,7 @@ class FlatModel:
     @property
     def groups(self) -> list[tuple[slice, dict[str, Any]]]:
         """The parts of `x`, in order, each with the optimizer's group to which it belongs."""
-        return [(part, self.optimizer.param_groups[group]) for part, group in self._parts]
+        return [(part, self.optimizer.param_groups[group]) for part, group in self._membership.parts]
 
     @property
     def momentum(self) -> float:
@@ -296,13 +294,7 @@ class FlatModel:
             self._mend()
         if self._unheard:
             self._hear()
-        if [len(group["params"]) for group in self.optimizer.param_groups] != self._sizes:
-            self._read_groups()
-        if any(len(now) != len(then) or not all(map(is_, now.values(), then)) for now, then in self._children):
-            self._check_modules()
-            self._read_modules()
-        if any(p.requires_grad for p in self._others):
-            self._check_modules()
+        self._membership.check()
         for i in self._copies:
             self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
 
@@ -312,7 +304,7 @@ class FlatModel:
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
-        return [*self._others, *self.model.buffers()]
+        return [*self._membership.others, *self.model.buffers()]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -447,56 +439,6 @@ class FlatModel:
                 if dtype == x.dtype:
                     p.data = x
         self._pointers = [p.data_ptr() for p in self._parameters]
-
-    def _read_groups(self) -> None:
-        """Determine which group holds which part of `x`."""
-        groups = self.optimizer.param_groups
-        self._sizes = [len(group["params"]) for group in groups]
-        index = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        own = set(self._parameters)
-        if added := [tuple(p.shape) for p in index if p not in own]:
-            raise ConfigError(
-                f"the optimizer has got parameters of shapes {added} since mpicomp.distribute(), which would not be "
-                "trained together: make model and optimizer complete first (a layer to be added later may be there "
-                "from the beginning, frozen by requires_grad_(False))"
-            )
-        if removed := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in index]:
-            raise ConfigError(
-                f"the optimizer has lost parameters since mpicomp.distribute(): {listed(removed)}. "
-                "Freeze them by requires_grad_(False) instead"
-            )
-        self._parts: list[tuple[slice, int]] = []
-        offset = 0
-        for p in self._parameters:
-            stop, group = offset + p.numel(), index[p]
-            if self._parts and self._parts[-1][1] == group:
-                self._parts[-1] = slice(self._parts[-1][0].start, stop), group
-            else:
-                self._parts.append((slice(offset, stop), group))
-            offset = stop
-
-    def _read_modules(self) -> None:
-        """Remember the parameters of each module, to notice changes."""
-        held = [children for module in self.model.modules() for children in (module._modules, module._parameters)]
-        self._children = [(children, list(children.values())) for children in held]
-        own = set(self._parameters)
-        self._others = [p for p in self.model.parameters() if p not in own]
-
-    def _check_modules(self) -> None:
-        """Raise ConfigError if the model's trainable parameters have changed."""
-        own = set(self._parameters)
-        found = dict(named_parameters(self.model))
-        if added := [name for name, p in found.items() if p.requires_grad and p not in own]:
-            raise ConfigError(
-                f"the model has got trainable parameters since mpicomp.distribute(): {listed(added)}. They would not "
-                "be trained together: build the whole model first, and give the optimizer what is to be thawed later"
-            )
-        now = set(found.values())
-        if lost := [name for name, p in zip(self.spec.names, self._parameters, strict=True) if p not in now]:
-            raise ConfigError(
-                f"the model has lost parameters since mpicomp.distribute(): {listed(lost)}. Freeze them by "
-                "requires_grad_(False) instead of removing or replacing them"
-            )
 
 
 def own_buffers(model: nn.Module) -> None:
