@@ -44,6 +44,7 @@ from mpicomp.replica.consistency import require_same_settings
 from mpicomp.replica.device import device_of, place
 from mpicomp.replica.distributed import Distributed
 from mpicomp.replica.optimizer import DistributedOptimizer
+from mpicomp.replica.several_optimizers import SeveralOptimizers, singles
 from mpicomp.topology.base import Schedule, Topology
 
 _distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -57,7 +58,7 @@ Buffers = Literal["averaged", "own"] | int
 @overload
 def distribute(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     algorithm: Algorithm[Any],
     topology: Schedule | Callable[[int], Schedule],
     compressor: Compressor | None = None,
@@ -74,7 +75,7 @@ def distribute(
 @overload
 def distribute(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     algorithm: AsynchronousAlgorithm[Any],
     topology: Schedule | Callable[[int], Schedule],
     compressor: Compressor | None = None,
@@ -89,7 +90,7 @@ def distribute(
 ) -> AsynchronousDistributed: ...
 def distribute(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     algorithm: AnyAlgorithm,
     topology: Schedule | Callable[[int], Schedule],
     compressor: Compressor | None = None,
@@ -112,7 +113,8 @@ def distribute(
         model: a module; the parameters that the optimizer holds become views of one flat buffer. All ranks take rank
             0's values.
         optimizer: a first-order optimizer of `torch.optim` (not LBFGS or SparseAdam) over all trainable parameters of
-            `model`; it makes the local step. Afterwards call ``gossip.optimizer`` instead.
+            `model`, or several that hold them together, such as ``[muon, adamw]``; they make the local step one after
+            another. Afterwards call ``gossip.optimizer`` instead.
         algorithm: an object of `mpicomp.algorithms`, e.g. ``Choco(gamma=0.2)``.
         topology: a graph or schedule, or a function of the number of ranks such as `mpicomp.topology.ring`.
         compressor: replaces ``algorithm.compressor``; `mpicomp.compression.allocate` makes one with a ratio for each
@@ -142,7 +144,9 @@ def distribute(
         TopologyError: the algorithm cannot use the graph, or the graph has another number of ranks.
 
     """
-    if optimizer in _distributed or isinstance(optimizer, DistributedOptimizer):
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = SeveralOptimizers(optimizer)
+    if any(each in _distributed or isinstance(each, DistributedOptimizer) for each in singles(optimizer)):
         raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
     is_own_world, watchdog = world is None, None
     if world is None:
@@ -188,7 +192,7 @@ def distribute(
     gossip.buffers_every = buffers if isinstance(buffers, int) else 0
     gossip.is_compared = algorithm.ranks_stay_equal or nodes is not None
     gossip.optimizer.take_over()
-    _distributed.add(optimizer)
+    _distributed.update(singles(optimizer))
     return gossip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpicomp.errors import ConfigError
+from mpicomp.replica.several_optimizers import singles
 
 LISTED = 4
 """How many tensors an error names at most."""
@@ -55,7 +56,8 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     if missing := [name for name, p in named if p.requires_grad and p not in held]:
         raise ConfigError(
             f"the model has trainable parameters that the optimizer does not hold: {listed(missing)}. Give them to "
-            "the optimizer, or freeze them by requires_grad_(False)"
+            "the optimizer or to a second one, distribute(model, [optimizer, second], ...), or freeze them by "
+            "requires_grad_(False)"
         )
     trained = [(name, p) for name, p in named if p in held]
     if not any(p.requires_grad for _, p in trained):
@@ -109,12 +111,13 @@ def _check_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"SyncBatchNorm would not synchronize without torch.distributed: {listed(synchronized)}. Use BatchNorm, "
             "whose statistics averaged() averages"
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
+    kinds = {type(each) for each in singles(optimizer)}
+    if any(issubclass(kind, torch.optim.LBFGS) for kind in kinds):
         raise ConfigError(
             "LBFGS computes several gradients a step, which is not supported: use a first-order optimizer, such as SGD "
             "or Adam"
         )
-    if isinstance(optimizer, torch.optim.SparseAdam):
+    if any(issubclass(kind, torch.optim.SparseAdam) for kind in kinds):
         raise ConfigError(
             "SparseAdam takes sparse gradients only, and exchanged ones are dense: use Adam, and nn.Embedding with "
             "sparse=False"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpicomp.errors import ConfigError
 from mpicomp.replica.flat import FlatModel
+from mpicomp.replica.several_optimizers import singles
 
 
 class Steps(Protocol):
@@ -97,7 +98,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     "closure), where gossip = mpicomp.distribute(...)"
                 )
 
-        self._own.register_step_pre_hook(refuse)
+        for optimizer in singles(self._own):
+            optimizer.register_step_pre_hook(refuse)
 
     @overload
     def step(self, closure: None = None) -> None: ...

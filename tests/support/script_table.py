@@ -25,7 +25,7 @@ import pytest
 import torch
 from support.methods import graph_for
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Muon
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +53,7 @@ from mpicomp.errors import ConfigError, DivergenceError, MpicompError
 from mpicomp.replica.clipping import Clip
 from mpicomp.replica.consistency import require_same_model
 from mpicomp.replica.distribute import distribute
+from mpicomp.replica.several_optimizers import SeveralOptimizers
 from mpicomp.state import TORCH_GENERATOR
 from mpicomp.topology import RandomMatching, complete, ring
 
@@ -690,6 +691,18 @@ def a_hook_on_a_gradient(form):
 
 
 # ---- parameter groups and optimizers
+
+
+@in_all_forms()
+def muon_for_matrices_and_adamw_for_the_rest(form):
+    model = small()
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    muon = Muon([p for p in model.parameters() if p.ndim == 2], lr=0.02, weight_decay=0.01)
+    pair = [muon, AdamW(vectors, lr=0.01)]
+    form.begin(model, SeveralOptimizers(pair) if form.kind == "torch" else pair)
+    for batch_pair in form.batches():
+        form.step(lambda pair=batch_pair: loss_of(model, pair))
+    return flat(model)
 
 
 @in_all_forms(torch_too=True)
