@@ -93,9 +93,7 @@ def tune(
     if math.isinf(found.best.loss):
         lowest = {axis.key: min(float(row.values[i]) for row in found.rows) for i, axis in enumerate(axes)}
         lower = " ".join(f"--search {key}={value / 10:.3g}" for key, value in lowest.items())
-        has_auto = found.automatic is not None and math.isfinite(found.automatic.loss)
-        also = ", or take algorithm.gamma = 'auto', which did" if has_auto else ""
-        raise DivergenceError(f"none of {len(found.rows)} runs has come to a loss: begin lower, {lower}{also}")
+        raise DivergenceError(f"none of {len(found.rows)} runs has come to a loss: begin lower, {lower}")
     click.echo("\n" + "\n".join(curve(names, found)))
     click.echo("\n" + "\n".join(verdict(names, found)))
     if target is not None:
@@ -137,6 +135,8 @@ def verdict(names: Sequence[str], found: Found) -> list[str]:
         lines.append("It lies at the edge of what was run: give more --points.")
     if best.steps < FEW_STEPS:
         lines.append(f"The runs had {best.steps} steps each, which tell little: give more --epochs.")
+    if best is found.automatic:
+        return lines
     is_automatic = found.automatic is not None and math.isfinite(found.automatic.loss)
     automatic = ', or take gamma = "auto", which needs no search' if is_automatic else ""
     lines.append(

@@ -72,9 +72,10 @@ class Found:
 
     Attributes:
         values: the best ones.
-        best: their run; its loss is infinite if no run has come to one.
+        best: their run; its loss is infinite if no run has come to one. It is that of ``"auto"`` if this is better than
+            all others, and long enough to have found its step.
         rows: all runs but that of ``"auto"``, by ascending values.
-        is_inside: whether others enclose the best one on every axis.
+        is_inside: whether others enclose the best one on every axis, or it is ``"auto"``.
         automatic: the run with ``gamma = "auto"`` and the other best values; None where the method has none.
 
     """
@@ -184,8 +185,13 @@ class Tuning:
         ranked, is_inside = search(axes, points, score)
         best = ranked[0]
         ascending = sorted(ranked, key=lambda values: tuple(values.values()))
-        automatic = run({**best, GAMMA: "auto"}) if GAMMA in best and self._has_automatic(best) else None
-        return Found(best, rows[str(best)], [rows[str(values)] for values in ascending], is_inside, automatic)
+        row, given = rows[str(best)], [rows[str(values)] for values in ascending]
+        if GAMMA not in best or not self._has_automatic(best):
+            return Found(best, row, given, is_inside, None)
+        automatic = run(with_auto := {**best, GAMMA: "auto"})
+        if automatic.score > row.score and automatic.steps >= FEW_STEPS:
+            return Found(with_auto, automatic, given, True, automatic)
+        return Found(best, row, given, is_inside, automatic)
 
     def _has_automatic(self, values: Values) -> bool:
         """Return whether the method takes ``gamma = "auto"``."""

@@ -95,6 +95,22 @@ def test_a_run_that_diverges_is_a_line_and_the_search_goes_on(config, trials):
     assert re.search(r"2\.0  diverged\n", result.output) and "It lies at the edge" in result.output
 
 
+@pytest.mark.parametrize(("steps", "chosen"), [(200, "auto"), (100, 0.2)], ids=["long_enough", "too_short"])
+def test_auto_is_written_where_it_was_the_best(config, monkeypatch, tmp_path, steps, chosen):
+    def train(text, size, simulate):
+        gamma = RunConfig.from_toml(text).algorithm.gamma
+        loss = 0.9 if gamma == "auto" else 1 + abs(math.log(gamma / 0.2))
+        result = {"test_loss": loss, "test_accuracy": 0.9, "consensus_distance": 0.01, "steps": steps}
+        return Trial(result, [{"diagnostics": {"gamma": 0.123} if gamma == "auto" else {}}])
+
+    monkeypatch.setattr(module, "run_trial", train)
+    result = tune(config, *RANKS, "--points", 3, "--epochs", 1, "--write", "tuned.toml")
+    assert f"Best: algorithm.gamma = {chosen} (loss" in result.output
+    assert RunConfig.load(tmp_path / "tuned.toml").algorithm.gamma == chosen
+    assert result.output.count(" best\n") == 1
+    assert ("A short run tends" in result.output) == (chosen != "auto")
+
+
 def test_several_keys_are_searched_together_and_auto_has_the_best_of_the_others(config, trials):
     options = ("--search", "algorithm.gamma=0.4", "--search", "optimizer.lr", "--points", 5)
     result = tune(config, *RANKS, *options)
@@ -118,10 +134,14 @@ def test_a_key_that_the_file_lacks_may_be_searched_for(config, trials, tmp_path)
     assert result.exit_code == 0 and trials[0].optimizer.lr == 0.2
 
 
-def test_if_all_runs_diverge_the_remedy_is_named(config, trials):
-    result = tune(config, *RANKS, "--search", "algorithm.gamma=50", "--points", 3)
+def test_if_all_runs_diverge_the_remedy_is_named(config, trials, monkeypatch):
+    options = ("--search", "algorithm.gamma=50", "--points", 3)
+    result = tune(config, *RANKS, *options)
+    assert result.exit_code == 0 and "Best: algorithm.gamma = auto (loss 1.5" in result.output
+    monkeypatch.setattr(module, "run_trial", lambda *_: None)
+    result = tune(config, *RANKS, *options)
     assert result.exit_code == DivergenceError.exit_code
-    assert "none of 3 runs has come to a loss: begin lower, --search algorithm.gamma=2.5, or take" in result.stderr
+    assert "none of 3 runs has come to a loss: begin lower, --search algorithm.gamma=2.5\n" in result.stderr
 
 
 def test_a_trial_that_fails_is_a_line_unless_it_is_the_first(config, monkeypatch):
