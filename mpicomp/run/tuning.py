@@ -80,7 +80,7 @@ class Found:
 
     """
 
-    values: Values
+    values: Mapping[str, object]
     best: Row
     rows: list[Row]
     is_inside: bool

@@ -16,7 +16,7 @@ from torch import Tensor
 from mpicomp import kernels
 from mpicomp.cli import debug_option
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, seconds, write_json
-from mpicomp.compression import QSGD, Compressor, SignNorm, Spec, TopK
+from mpicomp.compression import QSGD, Compressor, RandomK, SignNorm, Spec, TopK
 from mpicomp.compression.ratio import kept
 from mpicomp.kernels.reference import trim_code
 
@@ -219,7 +219,7 @@ def _updates(x: Tensor) -> Iterator[Operation]:
 
 
 def _dense(x: Tensor) -> Iterator[Operation]:
-    """Yield packing and unpacking of signs and levels, by themselves and with their scales."""
+    """Yield packing and unpacking of signs and levels, by themselves and with their scales, and random entries."""
     spec, y = Spec.flat(len(x)), torch.zeros_like(x)
     unit = kernels.norm(x, 15)
     step = float(unit)
@@ -232,6 +232,7 @@ def _dense(x: Tensor) -> Iterator[Operation]:
     yield from _both_ways(sign, "sign", x, y, spec)
     yield Operation("pack 4-bit levels", lambda: kernels.quantize(x, unit, 4, 1), torch_levels)
     yield from _both_ways(qsgd, "QSGD, 4 bits", x, y, spec)
+    yield from _both_ways(RandomK(RATIO), f"random-k, {RATIO:.1%}", x, y, spec)
 
 
 def _both_ways(compressor: Compressor, name: str, x: Tensor, y: Tensor, spec: Spec) -> Iterator[Operation]:
