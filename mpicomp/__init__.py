@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from mpicomp.replica.clipping import Clip
     from mpicomp.replica.distribute import distribute
     from mpicomp.replica.distributed import Distributed
+    from mpicomp.replica.several_optimizers import SeveralOptimizers
     from mpicomp.replica.tensorboard import TensorBoard
 
 __version__ = "0.1.0"
 __all__ = [
     "Clip",
     "Distributed",
+    "SeveralOptimizers",
     "TensorBoard",
     "__version__",
     "algorithms",
@@ -32,6 +34,7 @@ __all__ = [
 _FOUND_IN = {
     "Clip": "mpicomp.replica.clipping",
     "Distributed": "mpicomp.replica.distributed",
+    "SeveralOptimizers": "mpicomp.replica.several_optimizers",
     "TensorBoard": "mpicomp.replica.tensorboard",
     "distribute": "mpicomp.replica.distribute",
 }

@@ -125,7 +125,8 @@ class GossipStrategy(ParallelStrategy):
                 names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
                 raise ConfigError(
                     f"configure_optimizers() gave {names}, but ranks train together with one optimizer: return one "
-                    "over all trainable parameters, with groups where learning rates differ"
+                    "over all trainable parameters, with groups where learning rates differ, or "
+                    "mpicomp.SeveralOptimizers([...]), which make their steps together"
                 )
             if self.gossip is not None and self.gossip.local.model is self.lightning_module:
                 raise ConfigError(

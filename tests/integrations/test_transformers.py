@@ -121,6 +121,16 @@ def test_a_started_torch_distributed_is_refused(tmp_path):
 
 
 @pytest.mark.long
+def test_muon_and_adamw_die_and_go_on_bit_for_bit(tmp_path):
+    for options in (["whole"], ["killed", "--die-in-save", 8], ["killed", "--resume"]):
+        done = train(tmp_path / options[0], "--muon", *options[1:])
+        assert (done.returncode == 0) == ("--die-in-save" not in options), done.stdout
+    assert_same_checkpoint(checkpoint(tmp_path / "whole", LAST), checkpoint(tmp_path / "killed", LAST))
+    losses = evaluated(tmp_path / "killed")
+    assert losses[LAST] < losses[8]
+
+
+@pytest.mark.long
 def test_bfloat16_on_the_cpu_with_an_exchange_behind_the_gradient(tmp_path):
     done = train(tmp_path, "--bfloat16")
     assert done.returncode == 0, done.stdout

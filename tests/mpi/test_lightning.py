@@ -122,11 +122,23 @@ def fit(run, module, size, ckpt_path=None, validate=True):
     run.fit(module, train, DataLoader(dataset(size, seed=0), BATCH) if validate else None, ckpt_path=ckpt_path)
 
 
+def muon_and_adamw(parameters):
+    held = list(parameters)
+    muon = torch.optim.Muon([p for p in held if p.ndim == 2], lr=0.1)
+    return mpicomp.SeveralOptimizers([muon, torch.optim.AdamW([p for p in held if p.ndim != 2], lr=0.1)])
+
+
 @pytest.mark.parametrize("save_on_train_epoch_end", [True, False])  # False: while the model is the averaged one
 @pytest.mark.parametrize(
-    "algorithm", [Choco(gamma=0.3, overlap=True), GMC(detachment=0.3)], ids=["overlapping choco", "gmc plus"]
+    ("algorithm", "optimizer"),
+    [
+        (Choco(gamma=0.3, overlap=True), None),
+        (GMC(detachment=0.3), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (Choco(gamma=0.3), muon_and_adamw),
+    ],
+    ids=["overlapping choco", "gmc plus", "muon and adamw"],
 )
-def test_a_restart_goes_on_bit_for_bit(world, shared_tmp_path, algorithm, save_on_train_epoch_end):
+def test_a_restart_goes_on_bit_for_bit(world, shared_tmp_path, algorithm, optimizer, save_on_train_epoch_end):
     def run(ckpt_path=None):
         seed_everything(0)  # of the sampler, too
         if ckpt_path is not None:
@@ -139,10 +151,7 @@ def test_a_restart_goes_on_bit_for_bit(world, shared_tmp_path, algorithm, save_o
         one = trainer(
             shared_tmp_path, observer, keep_all, gossip=strategy(algorithm, ring if is_choco else star), max_epochs=4
         )
-        module = Small(
-            dropout=0.3 if save_on_train_epoch_end else 0.0,
-            optimizer=None if is_choco else lambda p: torch.optim.SGD(p, lr=0.1),
-        )
+        module = Small(dropout=0.3 if save_on_train_epoch_end else 0.0, optimizer=optimizer)
         fit(one, module, world.size, ckpt_path)
         return observer
 

@@ -1,6 +1,6 @@
 """A Trainer script as a user would write it, small; a program of its own, started on MPI ranks.
 
-    train_gpt.py FOLDER [--resume] [--die-in-save STEP] [--uneven] [--use-cpu | --bfloat16]
+    train_gpt.py FOLDER [--resume] [--die-in-save STEP] [--uneven] [--use-cpu | --bfloat16] [--muon]
 
 Trains in FOLDER, and leaves in it for each rank what it has seen and what it ended with (``rank_0.pt`` and so on).
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
+from mpicomp import SeveralOptimizers
 from mpicomp.algorithms import Choco
 from mpicomp.compression import TopK
 from mpicomp.integrations.transformers import GossipTrainer, hidden_launcher
@@ -75,6 +76,13 @@ def make_arguments(options):
     )
 
 
+def make_optimizers(model):
+    """Return Muon for the matrices of the layers, and AdamW for the rest."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
+    return SeveralOptimizers([torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(others, lr=1e-2)])
+
+
 class Mortal(GossipTrainer):
     """Dies while it saves."""
 
@@ -95,20 +103,23 @@ def main():
     parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--use-cpu", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--muon", action="store_true")
     options = parser.parse_args()
     with hidden_launcher() if options.bfloat16 else nullcontext():
         args = make_arguments(options)
     rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     set_seed(1)
     train = Windows(60 + 20 * rank if options.uneven else 60)
+    model = make_model()
     trainer = Mortal(
-        model=make_model(),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=Windows(8),
         algorithm=Choco(gamma=0.3, overlap=options.bfloat16),
         topology=ring,
         compressor=TopK(ratio=0.1),
+        optimizers=(make_optimizers(model) if options.muon else None, None),
     )
     trainer.dies_at = options.die_in_save
     trainer.train(resume_from_checkpoint=options.resume)
