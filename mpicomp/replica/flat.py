@@ -214,8 +214,7 @@ class FlatModel:
             self.optimizer.step()
         finally:
             self._is_updating = False
-        for i in self._copies:
-            self._values[i].copy_(self._parameters[i].detach())
+        self._read_parameters()
 
     def zero_grad(self) -> None:
         """Set all gradients to zero in place."""
@@ -226,8 +225,8 @@ class FlatModel:
 
     def show_parameters(self) -> None:
         """Copy `x`, rounded, to parameters of another type, because they do not share memory with it."""
-        for i in self._copies:
-            self._values[i].copy_(self._parameters[i].data.copy_(self._values[i]))
+        _copy([self._parameters[i].data for i in self._copies], [self._values[i] for i in self._copies])
+        self._read_parameters()
 
     def end_step(self) -> None:
         """Make all parameters equal to `x` again, and their gradients to `g`, after an algorithm's step."""
@@ -295,8 +294,7 @@ class FlatModel:
         if self._unheard:
             self._hear()
         self._membership.check()
-        for i in self._copies:
-            self._values[i].copy_(self._parameters[i].detach())  # the caller may have loaded other values
+        self._read_parameters()  # the caller may have loaded other values
 
     def buffers(self) -> list[Tensor]:
         """Return the floating-point buffers (batch-norm statistics), which may be averaged, unlike counters."""
@@ -328,6 +326,10 @@ class FlatModel:
             for buffer, stored in zip(self.buffers(), buffers, strict=True):
                 buffer.copy_(stored)
             self._loaded_over, self._pointers = loaded_over, pointers
+
+    def _read_parameters(self) -> None:
+        """Copy parameters of another type to `x`."""
+        _copy([self._values[i] for i in self._copies], [self._parameters[i].data for i in self._copies])
 
     def _micro_batch(self) -> Tensor:
         """Compute the gradient of one call of the closure into `g`, and return its loss."""
@@ -417,13 +419,19 @@ class FlatModel:
         neither do those that had none in this step, unless the algorithm or the caller has written one.
         """
         offset = 0
+        rounded: list[Tensor] = []
+        exact: list[Tensor] = []
         for i, (p, g) in enumerate(zip(self._parameters, self._gradients, strict=True)):
             is_shown = offset < part.stop and part.start < offset + g.numel() and p.requires_grad
             if is_shown and skips_absent and p not in self._with_gradient:
                 is_shown = bool(g.any())
-            p.grad = (g if p.dtype == g.dtype else g.to(p.dtype)) if is_shown else None
+            p.grad = (g if p.dtype == g.dtype else torch.empty_like(p)) if is_shown else None
             self._shown[i] = p.grad
             offset += g.numel()
+            if p.grad is not None and p.grad is not g:
+                rounded.append(p.grad)
+                exact.append(g)
+        _copy(rounded, exact)
 
     def _mend(self) -> None:
         """Copy parameters that were given other memory (``p.data = ...``) back into `x`."""
@@ -471,6 +479,12 @@ def _awaits_backward(loss: Tensor) -> bool:
         is_there = is_there or any(isinstance(s, Tensor) or (isinstance(s, tuple) and s) for s in saved)
         nodes.extend(following for following, _ in node.next_functions)
     return is_there
+
+
+def _copy(into: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy `tensors`, one to each tensor of another type in `into`; on a GPU all at once."""
+    if into:
+        torch._foreach_copy_(into, tensors)
 
 
 def _nothing(*_: object) -> None:
