@@ -45,6 +45,7 @@ from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.plugins import Factory, find, make, names
 from mpicomp.replica.clipping import Clip
 from mpicomp.replica.gradient_delay import GradientDelay, Spread
+from mpicomp.replica.several_optimizers import SeveralOptimizers
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.absence import Absences
 from mpicomp.topology.base import Schedule
@@ -396,6 +397,10 @@ class OptimizerSection(Section):
     decay_1d: bool = True
     """Whether weight decay also holds for biases and the scales of normalizations, as in plain `torch.optim`."""
 
+    adamw_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """With ``kind = "muon"``, the learning rate of AdamW, which trains all but the matrices of hidden layers; by
+    default `lr`."""
+
     @classmethod
     def normalized(cls, name: str) -> str:
         """Return `name` in lower case, so that names of `torch.optim` are accepted as they are."""
@@ -406,14 +411,36 @@ class OptimizerSection(Section):
     def _lower(cls, kind: str) -> str:
         return cls.normalized(kind)
 
+    @model_validator(mode="after")
+    def _adamw_beside_muon(self) -> OptimizerSection:
+        if self.adamw_lr is not None and self.kind != "muon":
+            raise ValueError(f"has adamw_lr, which is for optimizer.kind = 'muon', not {self.kind!r}: leave it out")
+        return self
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the trainable parameters of `model`."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups: list[Values] = [{"params": trained}]
+        return self._muon(model, trained) if self.kind == "muon" else self.over(self._groups(trained))
+
+    def _muon(self, model: nn.Module, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return Muon for the matrices of hidden layers, and AdamW for the rest."""
+        matrices = _hidden_matrices(model)
+        if not matrices:
+            raise ConfigError("optimizer.kind = 'muon': the model has no linear layer but its last one: use 'adamw'")
+        muon, others = self.over([{"params": matrices}]), [p for p in trained if all(p is not q for q in matrices)]
+        if not others:
+            return muon
+        decay = self.arguments()["weight_decay"]
+        adamw = torch.optim.AdamW(self._groups(others), lr=self.adamw_lr or self.lr, weight_decay=decay)
+        return SeveralOptimizers([muon, adamw])
+
+    def _groups(self, parameters: list[nn.Parameter]) -> list[Values]:
+        """Return the groups of `parameters`."""
+        groups: list[Values] = [{"params": parameters}]
         if not self.decay_1d:
-            groups = [{"params": [p for p in trained if p.ndim > 1]}]
-            groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-        return self.over([group for group in groups if group["params"]])
+            groups = [{"params": [p for p in parameters if p.ndim > 1]}]
+            groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
     def over(self, groups: list[Values]) -> torch.optim.Optimizer:
         """Return the optimizer over groups of parameters; raise ConfigError if it refuses a value or a group."""
@@ -423,6 +450,14 @@ class OptimizerSection(Section):
     def try_out(self, others: Mapping[str, Section]) -> None:
         """Build the optimizer over a matrix, as a check; some optimizers accept only matrices."""
         self.over([{"params": [torch.zeros(1, 1, requires_grad=True)]}])
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of the linear layers of `model`, but not of the last one, nor those that an embedding has."""
+    linear = [id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    embeddings = [id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
+    hidden = set(linear[:-1]) - set(linear[-1:]) - set(embeddings)
+    return [p for p in model.parameters() if p.requires_grad and id(p) in hidden]
 
 
 class ScheduleSection(Section):

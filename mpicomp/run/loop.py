@@ -139,8 +139,7 @@ class _Training:
         record = self._record_if_due()
         for step in range(gossip.steps, setup.steps):
             done = step + 1
-            for group in setup.optimizer.param_groups:
-                group["lr"] = run.config.optimizer.lr * learning_rate(setup.epoch(step))
+            setup.set_learning_rate(learning_rate(setup.epoch(step)))
             if run.world.rank in setup.absences.away(step):
                 gossip.stay_away()
             else:

@@ -49,6 +49,7 @@ class Setup:
         algorithm: the training method.
         model: on the device of the rank.
         optimizer: over the parameters of `model`.
+        rates: the learning rate of each group of the optimizer, before the schedule.
         training: the section of the configuration.
         absences: which ranks are away when, in a simulation.
 
@@ -63,10 +64,16 @@ class Setup:
     algorithm: AnyAlgorithm
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    rates: Sequence[float]
     training: TrainingSection
     absences: Absences
     _ordered: tuple[BatchAssignment, int, int] | None = None
     _order: Indices = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Give each group of the optimizer `factor` times its learning rate."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     @property
     def steps(self) -> int:
@@ -155,9 +162,19 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     algorithm = with_volumes(algorithm, volumes, config.compression)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    absences = config.simulation.absences(world.size)
     return Setup(
-        dataset, digest, assignment, trainers, schedule, groups, algorithm, model, optimizer, config.training, absences
+        dataset,
+        digest,
+        assignment,
+        trainers,
+        schedule,
+        groups,
+        algorithm,
+        model,
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        config.training,
+        config.simulation.absences(world.size),
     )
 
 

@@ -160,8 +160,7 @@ class _Training:
         """Compute a gradient or serve other ranks; pause if there is nothing to do."""
         run, replica, algorithm, meter = self._run, self._replica, self._algorithm, self._meter
         self._look_at_peers()
-        for group in run.setup.optimizer.param_groups:
-            group["lr"] = run.config.optimizer.lr * self._learning_rate(self._own_epoch())
+        run.setup.set_learning_rate(self._learning_rate(self._own_epoch()))
         before = meter.steps
         if self._batches.is_ready():
             replica.local.closure = self._closure

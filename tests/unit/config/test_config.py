@@ -213,6 +213,7 @@ def test_steps_take_the_place_of_epochs(load):
         (["nonsense"], "--set nonsense: must have the form section.key=value, e.g. --set optimizer.lr=0.1"),
         (["lr=0.1"], "--set lr=0.1: must have the form section.key=value"),
         (["optimizer.kind=lbfgs"], "optimizer.kind = 'lbfgs' is unknown."),
+        (["optimizer.adamw_lr=0.1"], "optimizer has adamw_lr, which is for optimizer.kind = 'muon', not 'sgd'"),
     ],
 )
 def test_what_is_wrong_is_named(load, overrides, message):
@@ -290,12 +291,48 @@ def test_check_names_what_does_not_fit_the_ranks(load):
     assert algorithm.compressor == TopK(ratio=0.1)
 
 
-@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS.keys() - {"muon"}))
 def test_every_optimizer_of_torch_can_be_chosen(load, kind):
     config = load(f"optimizer.kind={kind}", "optimizer.lr=0.5")
     optimizer = config.optimizer.build(nn.Linear(3, 2, bias=False))
     assert type(optimizer).__name__.lower() == kind
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Written(nn.Module):
+    """With all that is not for Muon: an embedding that is the last layer, too, vectors, and a convolution."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding, self.inward, self.outward = nn.Embedding(7, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.convolution, self.norm, self.head = nn.Conv1d(4, 4, 3), nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_has_the_matrices_of_hidden_layers_and_adamw_the_rest(load, tied):
+    settings = ("optimizer.kind=Muon", "optimizer.lr=0.02", "optimizer.decay_1d=false", "optimizer.weight_decay=0.1")
+    model = Written(tied)
+    muon, adamw = load(*settings, "optimizer.adamw_lr=0.003").optimizer.build(model).optimizers
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model.inward.weight), id(model.outward.weight)]
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [[names[id(p)] for p in group["params"]] for group in adamw.param_groups]
+    assert held[0] == ["embedding.weight", "convolution.weight", *([] if tied else ["head.weight"])]
+    assert sorted(names.values()) == sorted(["inward.weight", "outward.weight", *held[0], *held[1]])
+    assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(0.003, 0.1), (0.003, 0.0)]
+    assert muon.param_groups[0]["lr"] == 0.02
+    *_, adamw = load(*settings).optimizer.build(model).optimizers
+    assert adamw.param_groups[0]["lr"] == 0.02
+
+
+def test_muon_has_no_adamw_where_all_is_matrices_and_needs_one(load):
+    config = load("optimizer.kind=muon").optimizer
+    with pytest.raises(ConfigError, match="the model has no linear layer but its last one: use 'adamw'"):
+        config.build(nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False))
+    model[1].weight.requires_grad_(False)
+    assert type(config.build(model)) is torch.optim.Muon
 
 
 def test_optimizers_are_named_in_any_case(load):

@@ -5,7 +5,9 @@ import math
 
 import pytest
 from click.testing import CliRunner
+from support.runs import assert_same_checkpoint
 
+from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.config.config import RunConfig
 from mpicomp.exchange.loopback import run
@@ -40,3 +42,23 @@ def test_a_run_has_a_perplexity(tmp_path, algorithm):
         assert (report["test_loss"], report["test_perplexity"]) == (result.test_loss, result.test_perplexity)
     shown = CliRunner().invoke(main, ["evaluate", str(folder.path)]).stdout
     assert f"test loss {result.test_loss:.4f}, test perplexity {result.test_perplexity:.4g}\n" in shown
+
+
+def test_muon_and_adamw_follow_one_schedule_and_go_on_bit_for_bit(tmp_path):
+    (tmp_path / "text.md").write_text("To be, or not to be, that is the question.\n" * 200)
+    text = TOML.format(path=tmp_path, algorithm="dpsgd").replace(', tokenizer = "bpe", vocabulary = 280', "")
+    text = text.replace('kind = "adamw", lr', 'kind = "muon", lr = 0.1, adamw_lr') + "checkpoint.every_steps = 10\n"
+    text += "checkpoint.keep_last = 0\n"
+    whole, again = RunFolder.create(tmp_path / "whole"), RunFolder.create(tmp_path / "again")
+
+    def train_in(folder, checkpoint=None):
+        config = RunConfig.from_toml(text)
+        return run(2, lambda world: train(config, world, folder, checkpoint=checkpoint))[0]
+
+    assert train_in(whole).test_loss < 2
+    first, *_, last = Checkpoints(whole.checkpoints_path).all()
+    for checkpoint in (first, last):
+        groups = json.loads(checkpoint.read(0)["optimizer/groups"])
+        assert [group["lr"] for group in groups] == pytest.approx([5 * groups[1]["lr"], *2 * [groups[1]["lr"]]])
+    train_in(again, first)
+    assert_same_checkpoint(last, Checkpoints(again.checkpoints_path).latest())
