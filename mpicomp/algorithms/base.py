@@ -56,8 +56,8 @@ class Local(Protocol):
         """The momentum of the optimizer, 0 if it has none."""
 
     @property
-    def optimizer_class(self) -> type[Optimizer]:
-        """The class of the optimizer."""
+    def optimizer_classes(self) -> list[type[Optimizer]]:
+        """The class of the optimizer, or of each if there are several."""
 
     @property
     def skips_update(self) -> bool:

@@ -19,6 +19,7 @@ from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.replica.membership import Membership
 from mpicomp.replica.model_checks import listed, trained_parameters
+from mpicomp.replica.several_optimizers import singles
 from mpicomp.timing import timed
 
 FINITE_EVERY = 50
@@ -146,9 +147,9 @@ class FlatModel:
         return max(float(group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]) for group in groups)
 
     @property
-    def optimizer_class(self) -> type[torch.optim.Optimizer]:
-        """The class of the optimizer."""
-        return type(self.optimizer)
+    def optimizer_classes(self) -> list[type[torch.optim.Optimizer]]:
+        """The class of the optimizer, or of each if there are several."""
+        return [type(each) for each in singles(self.optimizer)]
 
     @property
     def is_elsewhere(self) -> bool:

@@ -62,9 +62,9 @@ class NodeShard:
         return self._whole.momentum
 
     @property
-    def optimizer_class(self) -> type[Optimizer]:
+    def optimizer_classes(self) -> list[type[Optimizer]]:
         """The class of the optimizer."""
-        return self._whole.optimizer_class
+        return self._whole.optimizer_classes
 
     @property
     def skips_update(self) -> bool:

@@ -103,6 +103,5 @@ class SeveralOptimizers(torch.optim.Optimizer):
 
 
 def singles(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of which `optimizer` consists, itself among them."""
-    parts = optimizer.optimizers if isinstance(optimizer, SeveralOptimizers) else []
-    return [optimizer, *parts]
+    """Return the optimizers of which `optimizer` consists."""
+    return optimizer.optimizers if isinstance(optimizer, SeveralOptimizers) else [optimizer]

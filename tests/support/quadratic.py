@@ -44,7 +44,7 @@ class Quadratic:
     momentum: float = 0.0
     weight_decay: float = 0.0
     shapes: tuple[tuple[int, ...], ...] = SHAPES
-    optimizer_class = torch.optim.SGD
+    optimizer_classes = (torch.optim.SGD,)
     skips_update = False
 
     def __post_init__(self) -> None:

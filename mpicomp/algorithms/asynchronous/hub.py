@@ -43,6 +43,9 @@ from mpicomp.exchange.base import Mail, Mailbox
 from mpicomp.state import SCRATCH, State
 from mpicomp.topology.base import Schedule
 
+_OF_WHOLE_TENSORS = (torch.optim.Muon, torch.optim.Adafactor)
+"""Optimizers whose step of an entry depends on the gradients of other entries of its tensor."""
+
 
 @dataclass
 class HubState:
@@ -149,7 +152,18 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
         return self._uplink, self.downlink
 
     def init(self, local: Local, mailbox: Mailbox) -> HubState | WorkerState:
-        """Return on a hub copies of its model for all workers, which begin with it; on a worker, that it may begin."""
+        """Return on a hub copies of its model for all workers, which begin with it; on a worker, that it may begin.
+
+        Raises:
+            ConfigError: several hubs, and an optimizer whose step of an entry depends on others of the same tensor.
+
+        """
+        whole = [kind.__name__ for kind in local.optimizer_classes if issubclass(kind, _OF_WHOLE_TENSORS)]
+        if whole and self.hubs > 1:
+            raise ConfigError(
+                f"algorithm.hubs = {self.hubs}: {whole[0]} needs the whole gradient of a tensor, of which each hub has "
+                "a part. Use algorithm.hubs = 1, or an optimizer such as SGD or AdamW"
+            )
         device = local.x.device
         if mailbox.rank >= self.hubs:
             parts = [part_of(local.spec, part) for _, part in self.owners(mailbox.size, local.spec)]

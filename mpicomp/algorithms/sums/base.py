@@ -213,10 +213,9 @@ class GradientSum(AggregatedAlgorithm[G]):
 
 def require_sgd(name: str, local: Local) -> None:
     """Raise ConfigError unless the optimizer is `torch.optim.SGD`: the method makes its steps by itself."""
-    found = local.optimizer_class
-    if not issubclass(found, torch.optim.SGD):
+    if others := [kind.__name__ for kind in local.optimizer_classes if not issubclass(kind, torch.optim.SGD)]:
         raise ConfigError(
-            f"optimizer.kind = {found.__name__!r}: {name} makes the direction of its steps by itself, which another "
+            f"optimizer.kind = {others[0]!r}: {name} makes the direction of its steps by itself, which another "
             "optimizer than SGD would change, or have no part in. Use optimizer.kind = 'sgd' (torch.optim.SGD) without "
             "momentum"
         )

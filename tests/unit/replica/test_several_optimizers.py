@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from mpicomp.algorithms import DPSGD, EFSGD, Choco, DiLoCo
+from mpicomp.algorithms import ASGD, DPSGD, EFSGD, Choco, DeMo, DiLoCo
 from mpicomp.compression import TopK
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange import loopback
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.several_optimizers import SeveralOptimizers
 from mpicomp.state import TORCH_GENERATOR
-from mpicomp.topology import ring
+from mpicomp.topology import complete_bipartite, ring
 
 METHODS = {
     "choco": Choco(0.2, TopK(0.2)),
@@ -153,6 +153,35 @@ def test_optimizers_that_do_not_fit_are_refused(make, match):
             distribute(model, make(model), DPSGD(), ring, world=world)
 
     loopback.run(1, serve)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(muon_and_adamw, "Muon"), (lambda model: torch.optim.Adafactor(model.parameters()), "Adafactor")]
+)
+def test_several_hubs_refuse_optimizers_of_whole_tensors(make, name):
+    def serve(world):
+        model = network()
+        with pytest.raises(ConfigError, match=rf"algorithm.hubs = 2: {name} needs the whole gradient of a tensor"):
+            distribute(model, make(model), ASGD(hubs=2), lambda size: complete_bipartite(size, 2), world=world)
+
+    loopback.run(3, serve)
+
+
+def test_methods_that_make_their_own_direction_take_several_sgd_and_nothing_else():
+    def serve(world):
+        model = network()
+        matrices, others = split(model)
+        pair = [torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW(others)]
+        with pytest.raises(ConfigError, match=r"optimizer.kind = 'AdamW': DeMo makes the direction of its steps"):
+            distribute(model, pair, DeMo(k=4), ring, world=world)
+        model = network()
+        matrices, others = split(model)
+        pair = [torch.optim.SGD(matrices, lr=0.1), torch.optim.SGD(others, lr=0.01)]
+        gossip = distribute(model, pair, DeMo(k=4), ring, world=world)
+        losses = [float(gossip.step(closure(model, 0, world.rank))) for _ in range(10)]
+        assert losses[-1] < losses[0]
+
+    loopback.run(2, serve)
 
 
 def test_a_group_cannot_be_added():
