@@ -22,7 +22,7 @@ def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the `state_dict` of the mean model over ranks: tensors by name; tied weights share one tensor.
 
     Parameters and floating-point buffers are averaged as in training, so that the result is the run's ``model.h5``, bit
-    for bit; counters and parameters that were not trained are rank 0's.
+    for bit; parameters have the model's types; counters and parameters that were not trained are rank 0's.
 
     Raises:
         CheckpointError: a file is damaged or missing.
@@ -83,8 +83,9 @@ def _mean(checkpoint: Checkpoint, name: str, first: Tensor) -> Tensor:
 def _split(flat: Tensor, tensors: str) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor for each part of the flat vector (n,)."""
     start = 0
-    for name, shape in json.loads(tensors):
+    for name, shape, *dtype in json.loads(tensors):  # older checkpoints have no types
         stop = start + math.prod(shape)
-        yield name, flat[start:stop].view(shape).clone()
+        part = flat[start:stop].view(shape)
+        yield name, part.to(getattr(torch, dtype[0]) if dtype else part.dtype, copy=True)
         start = stop
     assert start == flat.numel()

@@ -61,6 +61,7 @@ class FlatModel:
         x: (n,) the parameters that the optimizer holds, in the order of ``model.named_parameters()``.
         g: (n,) their gradients.
         spec: names and shapes of the tensors in `x`.
+        dtypes: of the parameters.
         closure: computes the loss of the next batch, a scalar.
         micro_batches: how often `gradient` calls `closure`; its gradient is the mean.
         clip: changes `g` when it has been computed; None for no change.
@@ -114,7 +115,7 @@ class FlatModel:
         self._values = [x.view(shape) for x, shape in zip(self.spec.split(self.x), self.spec.shapes, strict=True)]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
         self._places = [g.data_ptr() for g in self._gradients]
-        self._dtypes = [p.dtype for p in self._parameters]
+        self.dtypes = [p.dtype for p in self._parameters]
         self._copies = [i for i, p in enumerate(self._parameters) if p.dtype != dtype]
         for p, x in zip(self._parameters, self._values, strict=True):
             if p.dtype == dtype:
@@ -436,7 +437,7 @@ class FlatModel:
 
     def _mend(self) -> None:
         """Copy parameters that were given other memory (``p.data = ...``) back into `x`."""
-        for name, p, x, dtype in zip(self.spec.names, self._parameters, self._values, self._dtypes, strict=True):
+        for name, p, x, dtype in zip(self.spec.names, self._parameters, self._values, self.dtypes, strict=True):
             if (p.dtype, p.shape, p.device) != (dtype, x.shape, x.device):
                 raise ConfigError(
                     f"parameter {name!r} is {p.dtype} {tuple(p.shape)} on {p.device} now, and was {dtype} "

@@ -1,7 +1,7 @@
 """The state of one rank, complete for a restart, as ``{path: tensor, number or text}``, and back.
 
 model/parameters                     (n,) the trainable parameters, flat
-model/tensors                        JSON: name and shape of each tensor in it, in order
+model/tensors                        JSON: name, shape and type of each tensor that it holds, in order
 model/aliases                        JSON: by each further name of a tied tensor, the name under which it is stored
 model/buffers/<name>                 persistent buffers, e.g. batch-norm statistics and counters
 model/frozen/<name>                  parameters that the optimizer does not hold
@@ -36,7 +36,8 @@ from mpicomp.state import TORCH_GENERATOR, Leaf, flatten, restore_
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
     """Return the leaves of the model; tensors are not copied."""
-    tensors = [[name, list(shape)] for name, shape in zip(local.spec.names, local.spec.shapes, strict=True)]
+    named = zip(local.spec.names, local.spec.shapes, local.dtypes, strict=True)
+    tensors = [[name, list(shape), str(dtype).removeprefix("torch.")] for name, shape, dtype in named]
     return {
         "model/parameters": local.x,
         "model/tensors": json.dumps(tensors),
@@ -219,7 +220,7 @@ def _overwrite_(tensors: Mapping[str, Tensor], stored: Mapping[str, Leaf], part:
 
 
 def _shapes(tensors: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in json.loads(tensors)}
+    return {name: tuple(shape) for name, shape, *_ in json.loads(tensors)}
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

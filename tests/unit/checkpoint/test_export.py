@@ -6,10 +6,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from support import tied
 from support.tied import Tied
+from torch import nn
 
+from mpicomp.algorithms import DPSGD
 from mpicomp.checkpoint import export
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.exchange import loopback
+from mpicomp.replica.distribute import distribute
+from mpicomp.topology import ring
 
 ALIASES = {"again.weight": "middle.weight", "again.bias": "middle.bias", "head.weight": "embedding.weight"}
 
@@ -89,3 +93,20 @@ def test_a_checkpoint_of_the_time_before_aliases_is_exported_as_it_is(stored, mo
 
     monkeypatch.setattr(type(checkpoint), "read_checked", without_aliases)
     assert export.mean_model(checkpoint).keys() == expected.keys() - ALIASES.keys()
+
+
+def test_parameters_have_the_types_of_the_model(tmp_path):
+    def serve(world):
+        model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.LayerNorm(4), nn.Linear(4, 3).bfloat16())
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), DPSGD(), ring, world=world)
+        for step in range(3):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3 * step + world.rank))
+            gossip.step(lambda x=x: model[2](model[1](model[0](x.bfloat16()).float()).bfloat16()).square().mean())
+        gossip.save(tmp_path)
+        return gossip.averaged_state_dict()
+
+    expected = loopback.run(3, serve)[0]
+    model = export.mean_model(Checkpoints(tmp_path).latest())
+    assert {tensor.dtype for tensor in model.values()} == {torch.bfloat16, torch.float32}
+    assert_equal(model, expected)
+    assert all(model[name].dtype == tensor.dtype for name, tensor in expected.items())
