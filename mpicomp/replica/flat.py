@@ -17,7 +17,7 @@ from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.replica.gradient_delay import GradientDelay
-from mpicomp.replica.membership import Membership
+from mpicomp.replica.held_parameters import HeldParameters
 from mpicomp.replica.model_checks import listed, trained_parameters
 from mpicomp.replica.several_optimizers import singles
 from mpicomp.timing import timed
@@ -123,7 +123,7 @@ class FlatModel:
         self._unheard = list(self._parameters)
         self._hear()
         self._pointers = [p.data_ptr() for p in self._parameters]
-        self._membership = Membership(model, optimizer, named)
+        self._held = HeldParameters(model, optimizer, named)
         own_buffers(model)
 
     def not_finite(self) -> str | None:
@@ -139,7 +139,7 @@ class FlatModel:
     @property
     def groups(self) -> list[tuple[slice, dict[str, Any]]]:
         """The parts of `x`, in order, each with the optimizer's group to which it belongs."""
-        return [(part, self.optimizer.param_groups[group]) for part, group in self._membership.parts]
+        return [(part, self.optimizer.param_groups[group]) for part, group in self._held.parts]
 
     @property
     def momentum(self) -> float:
@@ -295,7 +295,7 @@ class FlatModel:
             self._mend()
         if self._unheard:
             self._hear()
-        self._membership.check()
+        self._held.check()
         self._read_parameters()  # the caller may have loaded other values
 
     def buffers(self) -> list[Tensor]:
@@ -304,7 +304,7 @@ class FlatModel:
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
-        return [*self._membership.others, *self.model.buffers()]
+        return [*self._held.others, *self.model.buffers()]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

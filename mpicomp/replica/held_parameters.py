@@ -13,7 +13,7 @@ from mpicomp.errors import ConfigError
 from mpicomp.replica.model_checks import listed, named_parameters
 
 
-class Membership:
+class HeldParameters:
     """The parameters of a model that its optimizer holds, and the groups to which they belong.
 
     Args:
