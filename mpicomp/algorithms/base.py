@@ -175,22 +175,23 @@ def require_symmetric(name: str, schedule: Schedule) -> None:
         )
 
 
-def require_no_feedback(name: str, compressor: Compressor) -> None:
+def require_no_feedback(name: str, compressor: Compressor, section: str = "compression") -> None:
     """Raise ConfigError if `compressor` remembers its errors: a method that sends them again by itself diverges."""
     if compressor.remembers_errors:
         raise ConfigError(
-            f"compression.error_feedback = true: {name} has an error memory of its own and would count every error "
-            "twice. Leave it out."
+            f"{section}.error_feedback = true: {name} sends by itself what a message has left out, and would "
+            "count every error twice. Leave it out."
         )
 
 
-def require_bounded_errors(name: str, compressor: Compressor) -> None:
-    """Raise ConfigError if `compressor` amplifies: the errors that a method remembers would grow without bound."""
+def require_bounded_errors(name: str, compressor: Compressor, section: str = "compression") -> None:
+    """Raise ConfigError if what a method remembers of errors would be counted twice, or grow without bound."""
+    require_no_feedback(name, compressor, section)
     if compressor.amplifies:
         raise ConfigError(
-            f"compression.kind = {type(compressor).__name__!r} is not contractive as it is set, and the errors that "
-            f"{name} remembers would grow. Use a sparsifier, such as 'block_topk', or, where it has that, "
-            "compression.contractive = true"
+            f"{section}: {name} sends by itself what a message has left out, and with {compressor} that grows without "
+            f"bound. Set {section}.contractive = true ('qsgd', 'terngrad') or {section}.unbiased = false ('randk'), or "
+            f"choose another compressor, such as {section}.kind = 'topk'"
         )
 
 

@@ -114,7 +114,7 @@ MOST = {
     "choco_identity": (1, 1, 25),
     "choco_sign": (1, 6, 27),
     "choco_qsgd": (1, 6, 29),
-    "choco_terngrad": (1, 2, 105),
+    "choco_terngrad": (1, 2, 113),
     "choco_natural": (1, 2, 100),
     "choco_log_grid": (1, 5, 26),
     "choco_uniform_grid": (1, 4, 69),

@@ -49,6 +49,7 @@ from mpicomp.compression import (
     RandomK,
     SampledTopK,
     SignNorm,
+    TernGrad,
     TopK,
     UniformGrid,
 )
@@ -71,6 +72,7 @@ COMPRESSORS = {
     "block_per_tensor": PerTensor(RandomBlock(ratio=0.25)),
     "sign_per_tensor": PerTensor(SignNorm()),
     "qsgd": QSGD(bits=4, contractive=True),
+    "terngrad": TernGrad(contractive=True),
     "log_grid_per_tensor": PerTensor(LogGrid(k=2)),
     "uniform_grid": UniformGrid(bits=4),
     "float16": Cast(dtype="float16"),

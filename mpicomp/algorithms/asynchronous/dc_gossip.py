@@ -63,7 +63,7 @@ from mpicomp.algorithms.asynchronous.base import (
     count_delay_,
     require_connected,
 )
-from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Local, require_bounded_errors, require_fixed_symmetric, require_positive
 from mpicomp.algorithms.gossip.choco import compression_error
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -136,7 +136,7 @@ class DCGossip(RegroupingAlgorithm[DCGossipState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        require_no_feedback("DC-gossip", self.compressor)
+        require_bounded_errors("DC-gossip", self.compressor)
         if self.max_staleness is not None and self.max_staleness < 0:
             raise ConfigError(f"algorithm.max_staleness = {self.max_staleness} must be at least 0")
         _ = self._compensation  # checks the values

@@ -33,7 +33,7 @@ from mpicomp.algorithms.asynchronous.base import (
     part_of,
     require_connected,
 )
-from mpicomp.algorithms.base import Local
+from mpicomp.algorithms.base import Local, require_bounded_errors
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Spec
@@ -113,11 +113,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     def __post_init__(self) -> None:
         if self.hubs < 1:
             raise ConfigError(f"algorithm.hubs = {self.hubs} must be at least 1")
-        if self.downlink.remembers_errors:
-            raise ConfigError(
-                "downlink.error_feedback = true: a hub knows what its workers hold and sends the difference to it, so "
-                "every error would count twice. Leave it out."
-            )
+        require_bounded_errors("a hub", self.downlink, "downlink")
 
     @property
     def compensation(self) -> DelayCompensation | None:
@@ -272,5 +268,5 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     @property
     def _uplink(self) -> Compressor:
         inner = self.compressor
-        needs_memory = inner.is_contractive and not (inner.is_lossless or inner.remembers_errors)
-        return ErrorFeedback(inner) if needs_memory else inner
+        is_used_as_it_is = inner.is_lossless or inner.remembers_errors or inner.amplifies
+        return inner if is_used_as_it_is else ErrorFeedback(inner)

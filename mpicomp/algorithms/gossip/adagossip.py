@@ -58,8 +58,8 @@ from mpicomp import kernels
 from mpicomp.algorithms.base import (
     Local,
     Phases,
+    require_bounded_errors,
     require_fixed_symmetric,
-    require_no_feedback,
     require_positive,
 )
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
@@ -130,7 +130,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         require_positive(epsilon=self.epsilon)
-        require_no_feedback("AdaGossip", self.compressor)
+        require_bounded_errors("AdaGossip", self.compressor)
         for key in ("beta", "quasi_global_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")

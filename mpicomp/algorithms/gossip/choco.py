@@ -51,8 +51,8 @@ from mpicomp import kernels
 from mpicomp.algorithms.base import (
     Local,
     Phases,
+    require_bounded_errors,
     require_fixed_symmetric,
-    require_no_feedback,
 )
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta
 from mpicomp.algorithms.gossip.base import RegroupingGossip
@@ -106,7 +106,7 @@ class Choco(RegroupingGossip[ChocoState]):
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        require_no_feedback("CHOCO-SGD", self.compressor)
+        require_bounded_errors("CHOCO-SGD", self.compressor)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Local, require_bounded_errors, require_positive
 from mpicomp.algorithms.gossip.base import Gossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -69,7 +69,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        require_no_feedback("DeepSqueeze", self.compressor)
+        require_bounded_errors("DeepSqueeze", self.compressor)
 
     @property
     def tolerates_loss(self) -> bool:

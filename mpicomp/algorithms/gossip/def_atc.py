@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import Local, require_fixed_symmetric, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Local, require_bounded_errors, require_fixed_symmetric, require_positive
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -92,7 +92,7 @@ class DEFATC(Gossip[DEFATCState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        require_no_feedback("DEF-ATC", self.compressor)
+        require_bounded_errors("DEF-ATC", self.compressor)
         if not 0 < self.damping <= 1:
             raise ConfigError(f"algorithm.damping = {self.damping} must be in (0, 1]")
 

@@ -48,7 +48,6 @@ from mpicomp.algorithms.base import (
     Phases,
     require_bounded_errors,
     require_fixed_symmetric,
-    require_no_feedback,
 )
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma
 from mpicomp.algorithms.gossip.choco import (
@@ -114,7 +113,6 @@ class MoTEF(Algorithm[MoTEFState]):
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        require_no_feedback("MoTEF", self.compressor)
         require_bounded_errors("MoTEF", self.compressor)
         if not 0 < self.gradient_weight <= 1:
             raise ConfigError(f"algorithm.gradient_weight = {self.gradient_weight} must be in (0, 1]")

@@ -53,7 +53,6 @@ from mpicomp.algorithms.base import (
     Phases,
     require_bounded_errors,
     require_fraction,
-    require_no_feedback,
     require_period,
     require_positive,
 )
@@ -112,7 +111,6 @@ class NoLoCo(Algorithm[NoLoCoState]):
         require_period(self.period)
         require_positive(outer_lr=self.outer_lr, gamma=self.gamma)
         require_fraction(outer_momentum=self.outer_momentum, error_decay=self.error_decay)
-        require_no_feedback("NoLoCo", self.compressor)
         require_bounded_errors("NoLoCo", self.compressor)
 
     def check(self, schedule: Schedule) -> None:

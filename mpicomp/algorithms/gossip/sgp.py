@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_no_feedback, require_positive
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_bounded_errors, require_positive
 from mpicomp.algorithms.gossip.choco import compression_error
 from mpicomp.algorithms.gossip.dpsgd import LARGEST_ERROR
 from mpicomp.compression.base import Compressor
@@ -125,7 +125,7 @@ class SGP(Algorithm[SGPState]):
 
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
-        require_no_feedback("SGP", self.compressor)
+        require_bounded_errors("SGP", self.compressor)
 
     @property
     def has_copies(self) -> bool:

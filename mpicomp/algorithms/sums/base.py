@@ -38,7 +38,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, require_no_feedback
+from mpicomp.algorithms.base import Algorithm, Local, require_bounded_errors
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Layout, Payload, Spec
@@ -71,7 +71,7 @@ class AggregatedAlgorithm(Algorithm[S]):
     volumes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        require_no_feedback(self.name, self.compressor)
+        require_bounded_errors(self.name, self.compressor)
         if self.weights not in get_args(Weights):
             words = ", ".join(map(repr, get_args(Weights)))
             raise ConfigError(f"algorithm.weights = {self.weights!r} must be one of {words}")

@@ -37,7 +37,6 @@ from torch import Tensor
 from mpicomp.algorithms.base import (
     Local,
     Phases,
-    require_bounded_errors,
     require_fraction,
     require_period,
     require_positive,
@@ -83,7 +82,6 @@ class SparseLoCo(AggregatedAlgorithm[SparseLoCoState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_bounded_errors("SparseLoCo", self.compressor)
         require_period(self.period)
         require_positive(outer_lr=self.outer_lr)
         require_fraction(error_decay=self.error_decay)

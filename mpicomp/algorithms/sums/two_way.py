@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, S
+from mpicomp.algorithms.base import Local, S, require_bounded_errors
 from mpicomp.algorithms.sums.adam import OwnAdam
 from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Payload
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
-from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.state import SERVERS, State
@@ -60,11 +59,7 @@ class TwoWayAdam(OwnAdam[S], AggregatedAlgorithm[S]):
     def __post_init__(self) -> None:
         OwnAdam.__post_init__(self)
         AggregatedAlgorithm.__post_init__(self)
-        if self.downlink.remembers_errors:
-            raise ConfigError(
-                f"downlink.error_feedback = true: the server of {self.name} has an error memory of its own and would "
-                "count every error twice. Leave it out."
-            )
+        require_bounded_errors(f"the server of {self.name}", self.downlink, "downlink")
 
     def init_messages(self, local: Local, exchange: Exchange) -> TwoWayState:
         """Return errors of zero, and new states of the compressors.

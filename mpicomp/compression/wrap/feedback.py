@@ -54,6 +54,11 @@ class ErrorFeedback(Wrapper):
         return False
 
     @property
+    def amplifies(self) -> bool:
+        """True: a message also carries the error of earlier ones."""
+        return True
+
+    @property
     def relative_error(self) -> float:
         """Infinite: the error of a single message has no bound."""
         return math.inf

@@ -1,8 +1,30 @@
+from functools import partial
+
 import pytest
 from support.quadratic import train
 
-from mpicomp.algorithms import DEFATC, DPSGD, EFSGD, LEAD, SGD, SGP, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
-from mpicomp.compression import Cast, ErrorFeedback, TopK
+from mpicomp.algorithms import (
+    ASGD,
+    DCASGD,
+    DEFATC,
+    DGC,
+    DPSGD,
+    EFSGD,
+    GMC,
+    LEAD,
+    SGD,
+    SGP,
+    AdaGossip,
+    Choco,
+    DCGossip,
+    DeepSqueeze,
+    EfficientAdam,
+    LocalSGD,
+    MoTEF,
+    NoLoCo,
+    SparseLoCo,
+)
+from mpicomp.compression import QSGD, Cast, ErrorFeedback, PerTensor, RandomK, TernGrad, TopK
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import OnePeerExponential, Topology, exponential, random_digraph, ring, star
 
@@ -105,6 +127,25 @@ def test_def_atc_checks_its_damping(damping):
 def test_methods_with_an_error_memory_take_no_second_one(method):
     with pytest.raises(ConfigError, match=r"compression.error_feedback = true: .* count every error twice"):
         method(0.1, ErrorFeedback(TopK(0.1)))
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [QSGD(bits=4), TernGrad(), RandomK(0.1, unbiased=True), PerTensor(QSGD(bits=4))],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(method, 0.1) for method in (Choco, AdaGossip, DeepSqueeze, DEFATC, MoTEF, SGP, DCGossip)),
+        *(lambda compressor, method=method: method(compressor=compressor) for method in (NoLoCo, GMC, DGC)),
+        *(EFSGD, EfficientAdam, SparseLoCo),
+        *(lambda compressor, method=method: method(downlink=compressor) for method in (EfficientAdam, ASGD, DCASGD)),
+    ],
+)
+def test_methods_that_send_errors_later_refuse_what_amplifies_them(make, compressor):
+    with pytest.raises(ConfigError, match=r"(compression|downlink): .* grows without bound. Set .*contractive"):
+        make(compressor)
 
 
 def test_quasi_global_momentum_takes_the_place_of_the_optimizers():

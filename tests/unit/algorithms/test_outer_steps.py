@@ -309,7 +309,7 @@ class TestBadInput:
     )
     @pytest.mark.parametrize("method", [NoLoCo, SparseLoCo, partial(MoTEF, 0.1)], ids=["NoLoCo", "SparseLoCo", "MoTEF"])
     def test_errors_that_are_remembered_must_not_grow(self, method, compressor):
-        with pytest.raises(ConfigError, match="is not contractive as it is set, and the errors that"):
+        with pytest.raises(ConfigError, match="grows without bound"):
             method(compressor=compressor)
 
     @pytest.mark.parametrize("compressor", [HardThreshold(0.05), SampledTopK(0.2, sample=0.5)], ids=str)
@@ -368,5 +368,5 @@ class TestBadInput:
     def test_sparse_loco_needs_a_star_or_a_ring_and_no_second_error_memory(self):
         with pytest.raises(TopologyError, match=r"Use topology.kind = 'ring' or 'star'"):
             SparseLoCo().check(torus(6))
-        with pytest.raises(ConfigError, match=r"compression.error_feedback = true: SparseLoCo has an error memory"):
+        with pytest.raises(ConfigError, match=r"compression.error_feedback = true: SparseLoCo sends by itself"):
             SparseLoCo(ErrorFeedback(TOP))

@@ -10,17 +10,22 @@ from support.quadratic import DIM, train, train_asynchronously
 
 from mpicomp.algorithms import ASGD, DGC, DPSGD, EFSGD, AdaGossip, Choco, DeepSqueeze, EfficientAdam
 from mpicomp.compression import (
+    QSGD,
     ByRank,
     Cast,
     Compressor,
     ErrorFeedback,
     Field,
+    HardThreshold,
     Identity,
     Layout,
     PerTensor,
+    SampledTopK,
     SignNorm,
     Spec,
+    TernGrad,
     TopK,
+    VariableLength,
     Wrapper,
     allocate,
 )
@@ -148,6 +153,27 @@ def test_no_method_takes_a_second_error_memory(memory):
     with pytest.raises(ConfigError, match="Put ErrorFeedback around"):
         ByRank((remembering, remembering))
     assert ASGD(compressor=remembering).compressors[0] == remembering  # none is put around it
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        TopK(0.1),
+        HardThreshold(0.1),
+        SampledTopK(0.1),
+        VariableLength(groups=1),
+        PerTensor(HardThreshold(1.0)),
+    ],
+    ids=str,
+)
+def test_workers_of_a_hub_remember_what_messages_leave_out(compressor):
+    """Also where Q is not contractive, as with a threshold: without a memory, small entries would never be sent."""
+    assert ASGD(compressor=compressor).compressors[0] == ErrorFeedback(compressor)
+
+
+@pytest.mark.parametrize("compressor", [QSGD(bits=4), TernGrad(), Identity()], ids=str)
+def test_workers_of_a_hub_send_unbiased_messages_without_a_memory(compressor):
+    assert ASGD(compressor=compressor).compressors[0] == compressor
 
 
 @pytest.mark.parametrize(

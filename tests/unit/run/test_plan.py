@@ -80,7 +80,7 @@ METHODS = {
     "dpsgd overlap": DPSGD("combine_then_adapt"),
     "choco": Choco(0.1, TOPK),
     "choco overlap": Choco(0.1, TOPK, overlap=True),
-    "choco, 4 bits": Choco(0.1, QSGD(4)),
+    "choco, 4 bits": Choco(0.1, QSGD(4, contractive=True)),
     "adagossip": AdaGossip(0.001, TOPK),
     "adagossip overlap": AdaGossip(0.001, TOPK, overlap=True),
     "local sgd": LocalSGD(3),
