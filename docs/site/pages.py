@@ -377,7 +377,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "*required*"
-    return "-" if field.default is None else f"`{_toml(field.default)}`"
+    default = field.get_default(call_default_factory=True)
+    return "-" if default is None else f"`{_toml(default)}`"
 
 
 def _toml(value: Any) -> str:

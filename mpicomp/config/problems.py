@@ -33,7 +33,7 @@ class Checked:
     """The values of a section, checked: the pydantic model that they choose, and the result or the problems."""
 
     def __init__(self, section: type[Section], values: Any) -> None:
-        self.name = section.section()
+        self.name = section.section
         self.result: Section | None = None
         self._model: type[Section] = section
         self._problem: str | None = None
