@@ -147,7 +147,7 @@ class Distributed(Replica):
             loss: of this rank, if only the caller knows it; replaces the mean over the steps.
 
         Raises:
-            DivergenceError: a loss is not finite, or public copies have diverged from the models for three records.
+            DivergenceError: a loss is not finite.
             ConfigError: a step has begun and is not finished.
 
         """
@@ -312,6 +312,7 @@ class Distributed(Replica):
         self.local.skips_update = False
         self.local.end_step()
         self.steps += 1
+        self.check_copies()
         if self.watchdog is not None:
             self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpicomp.errors import DivergenceError
 from mpicomp.replica.record import PARTS, Record, training_seconds
 from mpicomp.replica.replica import Replica, root_mean_square
 from mpicomp.state import SCRATCH
@@ -26,9 +25,6 @@ MEASURED = (*PARTS, HIDDEN)
 
 OTHER = "other"
 """The seconds between two steps."""
-
-RUNAWAY_RECORDS = 3
-"""A run ends after so many consecutive records in which public copies are farther from the models than zero is."""
 
 SAMPLED_ENTRIES = 4096
 """The number of parameters sampled for a record's consensus distance; `Replica.consensus_distance` is exact."""
@@ -47,7 +43,6 @@ class Meter:
         parts: the names of the parts of the seconds.
         seconds: of all steps and meetings, in the order of `parts`.
         total_seconds: their sum since the start, without hidden seconds.
-        runaway: the number of consecutive records in which public copies had diverged from the models.
         other: the seconds between steps.
         start: when the present step began.
         since: the time up to which seconds are counted; None before the first step.
@@ -59,7 +54,6 @@ class Meter:
     parts: tuple[str, ...] = field(default=MEASURED, metadata=SCRATCH)
     seconds: list[float] = field(default_factory=list)
     total_seconds: float = 0.0
-    runaway: int = 0
     other: float = field(default=0.0, metadata=SCRATCH)
     start: float = field(default=0.0, metadata=SCRATCH)
     since: float | None = field(default=None, metadata=SCRATCH)
@@ -132,7 +126,7 @@ class Meter:
             loss: of this rank, instead of the mean over the steps whose loss is known.
 
         Raises:
-            DivergenceError: a loss is not finite, or public copies have diverged from the models for some records.
+            DivergenceError: a loss is not finite.
 
         """
         own = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -155,19 +149,8 @@ class Meter:
         # Computed once: a thousand ranks of a loopback would each take the means of a thousand rows.
         means = world.broadcast(_means(rows) if world.rank == 0 else {})
         record = Record(step=step, epoch=None, lr=replica.local.lr, consensus_distance=distance, **deepcopy(means))
-        self._check_copies(record)
         self.skip()
         return record
-
-    def _check_copies(self, record: Record) -> None:
-        """Raise DivergenceError if the public copies have diverged from the models for some records."""
-        error = record.diagnostics.get("compression_error", 0.0)
-        self.runaway = self.runaway + 1 if error > 1 else 0
-        if self.runaway == RUNAWAY_RECORDS:
-            raise DivergenceError(
-                f"the public copies have left the models behind (compression_error {error:.3g} at step {record.step}): "
-                "algorithm.gamma is too large for this compressor, or optimizer.lr is"
-            )
 
     def _end_work(self, begun: float, is_step: bool) -> None:
         """Count the time since `begun`, by part; ``mix`` gets the rest."""

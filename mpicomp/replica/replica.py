@@ -35,6 +35,12 @@ from mpicomp.replica.state import (
 from mpicomp.state import Leaf
 from mpicomp.topology.base import Schedule
 
+COPIES_EVERY = 20
+"""Steps from one look at the public copies to the next."""
+
+RUNAWAY_LOOKS = 3
+"""Training ends after so many consecutive looks at which the public copy is farther from the model than zero is."""
+
 
 class Link(Protocol):
     """The transport of training messages: an `Exchange` or a `Mailbox`."""
@@ -88,6 +94,7 @@ class Replica(ABC):
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
+        self._runaway = 0
         self._connect()
         if isinstance(algorithm, Algorithm):
             is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
@@ -112,6 +119,18 @@ class Replica(ABC):
         """Raise DivergenceError if the last loss is NaN or infinite."""
         if not bool(torch.isfinite(self.local.loss)):
             raise self._diverged(f"the loss is {self.local.loss.item()}")
+
+    def check_copies(self) -> None:
+        """Raise DivergenceError if the public copy has run away from the model; looks every `COPIES_EVERY` steps."""
+        if self.steps % COPIES_EVERY:
+            return
+        error = self.algorithm.diagnostics(self.part, self.state).get("compression_error", 0.0)
+        self._runaway = self._runaway + 1 if error > 1 else 0
+        if self._runaway == RUNAWAY_LOOKS:
+            raise DivergenceError(
+                f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "
+                f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is"
+            )
 
     @contextmanager
     def naming_divergence(self) -> Iterator[None]:

@@ -241,7 +241,8 @@ class RunContext:
 def meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
     """Return the state of the meter; asynchronous runs of version 0.1 stored it under other names."""
     leaves = {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)}
+    leaves.pop("runaway", None)  # of earlier checkpoints
     if "gradients" in leaves:
-        leaves |= {"steps": leaves.pop("gradients"), "total_seconds": leaves.pop("elapsed_s"), "runaway": 0}
+        leaves |= {"steps": leaves.pop("gradients"), "total_seconds": leaves.pop("elapsed_s")}
         leaves["loss"] = torch.tensor(leaves["loss"], dtype=torch.float64)
     return leaves

@@ -127,5 +127,5 @@ class DEFATC(Gossip[DEFATCState]):
         kernels.mix_(local.x, state.s, state.x_hat, self.gamma)
 
     def diagnostics(self, local: Local, state: DEFATCState) -> dict[str, float]:
-        """Return ``error_norm``, |e|, which grows without end if gamma is too large."""
-        return {"error_norm": float(state.e.norm())}
+        """Return ``compression_error``, |e| / |x|, which grows without end if gamma is too large."""
+        return {"compression_error": float(state.e.norm() / local.x.norm().clamp_min(1e-30))}

@@ -169,6 +169,7 @@ class _Training:
             if meter.steps > before:
                 replica.steps = meter.steps
                 replica.check_finite()
+                replica.check_copies()
                 meter.loss += replica.local.loss.reshape(())
         else:
             with replica.naming_divergence():

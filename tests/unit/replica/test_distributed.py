@@ -3,7 +3,7 @@ import torch
 from support import small
 from torch import nn
 
-from mpicomp.algorithms import DPSGD, SSGD, Choco, DiLoCo, LocalSGD
+from mpicomp.algorithms import DEFATC, DPSGD, SGP, SSGD, Choco, DCGossip, DiLoCo, LocalSGD
 from mpicomp.compression import ByRank, TopK, allocate
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange import loopback
@@ -111,6 +111,28 @@ def test_nan_in_a_message_names_tensor_step_and_rank():
 
     with pytest.raises(DivergenceError, match=r"NaN among the values to be compressed \(first in .+\) at step 0 on"):
         loopback.run(3, serve)
+
+
+@pytest.mark.parametrize("method", [Choco, DEFATC, SGP, DCGossip], ids=lambda method: method.__name__)
+def test_public_copies_that_run_away_end_training_in_a_loop_without_metrics(method):
+    """By a consensus step that is too large for what is sent; a small one trains."""
+
+    def serve(world, gamma):
+        torch.manual_seed(0)
+        model, generator = nn.Linear(40, 10), torch.Generator().manual_seed(world.rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        gossip = distribute(model, optimizer, method(gamma, TopK(0.02)), ring, world=world)
+        for _ in range(200):
+            inputs = torch.randn(16, 40, generator=generator)
+            gossip.step(lambda x=inputs: nn.functional.cross_entropy(model(x), x[:, :10].argmax(dim=1)))
+        if method is DCGossip:
+            gossip.finish()
+
+    loopback.run(4, serve, 0.05)
+    with pytest.raises(
+        DivergenceError, match=r"the public copies have left .* at step \d+0 on rank \d\): algorithm.gamma is too large"
+    ):
+        loopback.run(4, serve, 0.9)
 
 
 def test_the_state_of_another_algorithm_is_refused():
