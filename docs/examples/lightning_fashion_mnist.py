@@ -20,7 +20,7 @@ from torchmetrics import Accuracy
 
 from mpicomp.algorithms import Choco
 from mpicomp.compression import TopK
-from mpicomp.data.datasets import fashion_mnist
+from mpicomp.data.images import fashion_mnist
 from mpicomp.integrations.lightning import GossipStrategy
 from mpicomp.topology import ring
 

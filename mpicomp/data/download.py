@@ -1,4 +1,4 @@
-"""Download data sets once, check them by hash, and write them as the files that `data.load` reads.
+"""Download data sets once, check them by hash, and write them as the files that `mpicomp.data.datasets.load` reads.
 
 The content is checked by the SHA-256 of the archive or text, or of the decoded arrays of pixels and labels. Files in
 the data folder are replaced atomically.
@@ -25,7 +25,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from mpicomp.data import datasets as data
+from mpicomp.data import files
+from mpicomp.data.datasets import load
 from mpicomp.errors import DataError, unknown_name
 from mpicomp.files import replacing
 
@@ -175,7 +176,7 @@ def fetch(kind: str, folder: Path, base: str | None = None, progress: Progress |
 
 
 def check(kind: str, path: Path | None = None) -> dict[str, bool]:
-    """Check the file of `kind` in the data folder (see `data.find`) by its hashes.
+    """Check the file of `kind` in the data folder (see `mpicomp.data.files.find`) by its hashes.
 
     Returns:
         For each part of the file, whether its hash is known and was checked.
@@ -185,18 +186,18 @@ def check(kind: str, path: Path | None = None) -> dict[str, bool]:
 
     """
     origin = _origin(kind)
-    file = data.find(kind, origin.file, path)
+    file = files.find(kind, origin.file, path)
     if origin.decode is None:
         if hashlib.sha256(file.read_bytes()).hexdigest() != origin.sha256[origin.downloads[0]]:
-            raise data.damaged(kind, file, "its SHA-256 is not that of the original")
+            raise files.damaged(kind, file, "its SHA-256 is not that of the original")
         return {origin.file: True}
-    data.load(kind, file)
+    load(kind, file)
     verdict = {}
     with h5py.File(file, "r", locking="best-effort") as opened:
         for name in ("train/images", "train/labels", "test/images", "test/labels"):
             expected = origin.sha256.get(name) or recorded_sha256(opened, name)
             if expected is not None and sha256(opened[name][:]) != expected:
-                raise data.damaged(kind, file, f"the SHA-256 of {name} is not {expected}")
+                raise files.damaged(kind, file, f"the SHA-256 of {name} is not {expected}")
             verdict[name] = expected is not None
     return verdict
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mpicomp.data.datasets import Task
+from mpicomp.data.dataset import Task
 from mpicomp.models.base import Problem
 from mpicomp.models.gpt import gpt
 from mpicomp.models.lenet import lenet5

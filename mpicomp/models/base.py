@@ -2,14 +2,14 @@
 
 A model maps inputs to logits, (b, classes) for classification and (b, context, classes) for language, or to numbers,
 (b, classes), for regression. The models of this package have no dropout or other randomness, so a step is a function of
-parameters and batch only. The loss belongs to the data set: `mpicomp.data.datasets.Dataset.loss`.
+parameters and batch only. The loss belongs to the data set: `mpicomp.data.dataset.Dataset.loss`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpicomp.data.datasets import Task
+from mpicomp.data.dataset import Task
 from mpicomp.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpicomp.data.datasets import Dataset
+from mpicomp.data.dataset import Dataset
 from mpicomp.replica.replica import Replica
 from mpicomp.timing import traced
 

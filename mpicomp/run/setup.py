@@ -19,7 +19,7 @@ from mpicomp.compression.identity import Identity
 from mpicomp.compression.wrap.allocation import BY_BANDWIDTH, allocate, summary
 from mpicomp.config.config import RunConfig
 from mpicomp.config.sections import CompressionSection, TrainingSection
-from mpicomp.data.datasets import Dataset
+from mpicomp.data.dataset import Dataset
 from mpicomp.data.partition import Indices
 from mpicomp.errors import ConfigError, DataError
 from mpicomp.exchange.bandwidths import measure_bandwidths

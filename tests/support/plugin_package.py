@@ -16,7 +16,7 @@ from torch import nn
 from mpicomp.algorithms import Algorithm
 from mpicomp.compression import Compressor, Identity, TopK
 from mpicomp.config.schedule import LearningRateSchedule
-from mpicomp.data.datasets import Dataset, Samples
+from mpicomp.data.dataset import Dataset, Samples
 from mpicomp.models import Problem
 from mpicomp.topology import Topology, from_graph
 

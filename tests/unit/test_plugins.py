@@ -18,13 +18,13 @@ from mpicomp.compression import COMPRESSORS, TopK
 from mpicomp.config.config import RunConfig, tomllib
 from mpicomp.config.schedule import SCHEDULES
 from mpicomp.config.sections import OPTIMIZERS
-from mpicomp.data import datasets as data
+from mpicomp.data import datasets
 from mpicomp.data.partition import PARTITIONS, partition
 from mpicomp.errors import ConfigError
 from mpicomp.plugins import GROUPS, find, names
 from mpicomp.topology import TOPOLOGIES, make_topology
 
-REGISTRIES = (data.DATASETS, PARTITIONS, models.MODELS, TOPOLOGIES, COMPRESSORS, ALGORITHMS, OPTIMIZERS, SCHEDULES)
+REGISTRIES = (datasets.DATASETS, PARTITIONS, models.MODELS, TOPOLOGIES, COMPRESSORS, ALGORITHMS, OPTIMIZERS, SCHEDULES)
 
 PARAMETERS = {
     "data": {"samples": 90},
@@ -134,7 +134,7 @@ def test_the_loss_is_the_data_sets(package, tmp_path):
     dataset = config.data.load()
     outputs, targets = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     assert dataset.loss(outputs, targets) == 4.5
-    assert data.load("from_outside:lines", samples=20, power=1.0).loss(outputs, targets) == 1.5
+    assert datasets.load("from_outside:lines", samples=20, power=1.0).loss(outputs, targets) == 1.5
 
 
 def test_a_loss_that_is_no_scalar_is_refused(package, tmp_path):
@@ -167,7 +167,7 @@ def test_an_asynchronous_regression_has_no_accuracy_either(package, tmp_path):
 
 
 def test_functions_of_the_package_take_them_too(package):
-    assert len(data.load("lines", samples=50).train) == 40
+    assert len(datasets.load("lines", samples=50).train) == 40
     assert isinstance(models.build("from_outside:Scaled", (3,), 2, 0, scale=2.0), torch.nn.Linear)
     assert make_topology("path", 3, lazy=False).size == 3
     assert len(partition("from_outside:blocks", torch.zeros(10, dtype=torch.int64).numpy(), 2, 0, first=4)[0]) == 4
@@ -224,7 +224,7 @@ def test_what_is_wrong_with_one_is_named(package, tmp_path, override, message):
 
 
 def test_what_is_made_is_checked_when_it_is_made(package, tmp_path):
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     for section, build, kind in (
         ("data", lambda config: config.data.load(), "Dataset"),
         ("model", lambda config: config.model.build(digits, 0), "Module"),

@@ -14,7 +14,8 @@ from torch import nn
 from mpicomp import models
 from mpicomp.config.parameters import Choice
 from mpicomp.config.sections.base import Section
-from mpicomp.data import datasets as data
+from mpicomp.data.dataset import Dataset
+from mpicomp.data.datasets import DATASETS, load
 from mpicomp.data.partition import PARTITIONS, Indices, partition
 
 
@@ -22,7 +23,7 @@ class DataSection(Section):
     """``[data]``: the data set, and its partition over the ranks."""
 
     section: ClassVar[str] = "data"
-    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(data.DATASETS, 1), "partition": Choice(PARTITIONS, 3)}
+    choices: ClassVar[Mapping[str, Choice]] = {"kind": Choice(DATASETS, 1), "partition": Choice(PARTITIONS, 3)}
 
     kind: str = "digits"
     path: str | None = None
@@ -33,9 +34,9 @@ class DataSection(Section):
     validation: NonNegativeInt = 0
     """How many training samples are held out and evaluated in place of the test samples, to choose settings by."""
 
-    def load(self) -> data.Dataset:
+    def load(self) -> Dataset:
         """Read the data set; raise DataError if it is missing or damaged."""
-        dataset = data.load(self.kind, Path(self.path) if self.path else None, **self.arguments())
+        dataset = load(self.kind, Path(self.path) if self.path else None, **self.arguments())
         return dataset.with_validation(self.validation) if self.validation else dataset
 
     def split(self, labels: npt.NDArray[np.int64], ranks: int, seed: int) -> list[Indices]:
@@ -51,7 +52,7 @@ class ModelSection(Section):
 
     kind: str = "mlp"
 
-    def build(self, dataset: data.Dataset, seed: int) -> nn.Module:
+    def build(self, dataset: Dataset, seed: int) -> nn.Module:
         """Return the model for `dataset` on the CPU; its parameters depend only on the arguments."""
         return models.build(
             self.kind,

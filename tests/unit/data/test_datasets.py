@@ -13,20 +13,22 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from mpicomp.data import datasets as data
-from mpicomp.data.datasets import crop_and_flip, load
+from mpicomp.data import images
+from mpicomp.data.dataset import crop_and_flip
+from mpicomp.data.datasets import load
+from mpicomp.data.files import FOLDER_VARIABLE, data_folder
 from mpicomp.data.partition import partition
 from mpicomp.errors import ConfigError, DataError
 
-REAL = os.environ.get(data.FOLDER_VARIABLE)
-needs_real_data = pytest.mark.skipif(not REAL, reason=f"{data.FOLDER_VARIABLE} is not set: no folder of real data")
+REAL = os.environ.get(FOLDER_VARIABLE)
+needs_real_data = pytest.mark.skipif(not REAL, reason=f"{FOLDER_VARIABLE} is not set: no folder of real data")
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Let the image sets have 30 training and 20 test images."""
     counts = (("train", 30), ("test", 20))
-    monkeypatch.setattr(data, "IMAGE_COUNTS", {"fashion_mnist": counts, "cifar10": counts})
+    monkeypatch.setattr(images, "IMAGE_COUNTS", {"fashion_mnist": counts, "cifar10": counts})
 
 
 def write_images(path, shape, counts=(30, 20), classes=10):
@@ -112,11 +114,11 @@ def test_a_file_can_be_given_in_place_of_its_folder(tmp_path, small):
 
 
 def test_the_folder_is_the_path_then_the_variable_then_here(tmp_path, monkeypatch):
-    monkeypatch.delenv(data.FOLDER_VARIABLE, raising=False)
-    assert data.data_folder(None) == Path("data")
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
-    assert data.data_folder(None) == tmp_path
-    assert data.data_folder(Path("other")) == Path("other")
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    assert data_folder(None) == Path("data")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    assert data_folder(None) == tmp_path
+    assert data_folder(Path("other")) == Path("other")
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -126,11 +128,11 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path, monkeypatch):
         "fashion_mnist.h5",
         str(tmp_path),
         "data.path",
-        data.FOLDER_VARIABLE,
+        FOLDER_VARIABLE,
         "mpicomp data fetch fashion_mnist",
     ):
         assert part in str(caught.value)
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(DataError, match=r"MPICOMP_DATA or \./data, as data\.path is not set"):
         load("cifar10")
 

@@ -15,13 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from mpicomp.cli.data import data as command
-from mpicomp.data import datasets as data
-from mpicomp.data import download
+from mpicomp.data import download, images
+from mpicomp.data.datasets import load
 from mpicomp.data.download import ORIGINS, check, fetch, read_idx, sha256
+from mpicomp.data.files import FOLDER_VARIABLE
 from mpicomp.errors import DataError
 
 COUNTS = {"train": 30, "test": 20}
-REAL = os.environ.get(data.FOLDER_VARIABLE)
+REAL = os.environ.get(FOLDER_VARIABLE)
 
 
 def idx(array):
@@ -78,7 +79,7 @@ def mirror(tmp_path, monkeypatch):
     for kind, known in hashes.items():
         monkeypatch.setitem(ORIGINS, kind, dataclasses.replace(ORIGINS[kind], sha256=known))
     counts = tuple(COUNTS.items())
-    monkeypatch.setattr(data, "IMAGE_COUNTS", {"fashion_mnist": counts, "cifar10": counts})
+    monkeypatch.setattr(images, "IMAGE_COUNTS", {"fashion_mnist": counts, "cifar10": counts})
     return folder
 
 
@@ -92,7 +93,7 @@ def test_fetched_images_are_the_original_ones(kind, shape, mirror, tmp_path):
     assert check(kind, path.parent) == dict.fromkeys(
         ("train/images", "train/labels", "test/images", "test/labels"), True
     )
-    assert len(data.load(kind, path.parent).train) == 30
+    assert len(load(kind, path.parent).train) == 30
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -199,7 +200,7 @@ def run(*arguments):
 
 
 def test_the_commands_fetch_check_and_list(mirror, tmp_path, monkeypatch):
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path / "data"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "data"))
     assert isinstance(run("check").exception, DataError)
     assert "missing; mpicomp data fetch cifar10" in run("ls").output
     fetched = run("fetch", "cifar10", "--from", mirror)
@@ -216,7 +217,7 @@ def test_a_damaged_file_is_fetched_again(mirror, tmp_path):
     assert (tmp_path / "tinyshakespeare.txt").stat().st_size == 2100
 
 
-@pytest.mark.skipif(not REAL, reason=f"{data.FOLDER_VARIABLE} is not set: no folder of real data")
+@pytest.mark.skipif(not REAL, reason=f"{FOLDER_VARIABLE} is not set: no folder of real data")
 @pytest.mark.parametrize("kind", ["fashion_mnist", "tinyshakespeare"])
 def test_the_hashes_are_those_of_the_real_files(kind):
     assert all(check(kind, Path(REAL)).values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpicomp.data.datasets import Dataset, Samples
+from mpicomp.data.dataset import Dataset, Samples
 from mpicomp.errors import ConfigError
 from mpicomp.models import MODELS, build
 from mpicomp.models.normalization import EvoNormS0

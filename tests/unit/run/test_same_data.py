@@ -8,8 +8,9 @@ import torch
 
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.config.config import RunConfig
-from mpicomp.data import datasets
-from mpicomp.data.datasets import Samples, load
+from mpicomp.data import dataset
+from mpicomp.data.dataset import Samples
+from mpicomp.data.datasets import load
 from mpicomp.errors import CheckpointError, DataError
 from mpicomp.exchange.loopback import run
 from mpicomp.run import setup
@@ -83,7 +84,7 @@ def test_every_token_of_a_text_counts(tmp_path):
 
 def test_of_large_data_every_so_many_samples_count(monkeypatch):
     digits = load("digits", None)
-    monkeypatch.setattr(datasets, "DIGESTED", -(-digits.train.inputs.numel() // 3))
+    monkeypatch.setattr(dataset, "DIGESTED", -(-digits.train.inputs.numel() // 3))
 
     def digest(changed):
         inputs = digits.train.inputs.clone()
