@@ -12,7 +12,7 @@ from support.runs import assert_same_checkpoint, records
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.errors import ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.replica.meter import Meter
@@ -116,6 +116,11 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
     assert sum(map(sum, result.delays.values())) == sum(result.gradients) == sum(last["gradients"])
     assert all(np.argmax(counts) == 3 for counts in result.delays.values())
     assert last["seconds"].keys() == {"gradient", "compress", "exchange", "mix", "wait"}
+
+
+def test_public_copies_that_run_away_end_the_run():
+    with pytest.raises(DivergenceError, match=r"the public copies have left the models behind .* at step \d+ on rank"):
+        simulate(GOSSIP, 4, "training.epochs=6", "algorithm.gamma=1.5", "compression.ratio=0.001")
 
 
 @pytest.mark.parametrize(
