@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -65,11 +66,25 @@ class Runs:
         if time.monotonic() > self.deadline:
             raise OutOfTime
         outcome = {"config": key, **labels, "ranks": size, **train(config, size, self.study.simulate)}
+        print(described(outcome), file=sys.stderr)
         with self._lock:
             self._known[key] = outcome
             with self._path.open("a") as file:
                 file.write(json.dumps(outcome) + "\n")
         return outcome
+
+
+def described(outcome: Outcome) -> str:
+    """Return a line about a run that has ended, e.g. ``iid_99/choco, choice, 20 epochs, optimizer.lr 0.1: ...``."""
+    labels = [f"{outcome['setting']}/{outcome['method']}", outcome["purpose"]]
+    labels += [f"{outcome['epochs']} epochs, seed {outcome['seed']}"] if "epochs" in outcome else []
+    labels += [f"{key} {value:g}" for key, value in outcome["values"].items()]
+    if outcome["diverged"]:
+        return f"{', '.join(labels)}: diverged"
+    figures = [f"loss {outcome['loss']:.4g}", f"{outcome['wall_s']:.0f} s"]
+    if outcome["accuracy"] is not None:
+        figures.insert(0, f"accuracy {100 * outcome['accuracy']:.2f} %")
+    return f"{', '.join(labels)}: {', '.join(figures)}"
 
 
 def train(config: Sections, size: int, simulate: bool) -> Outcome:

@@ -217,3 +217,12 @@ def test_other_links_need_simulated_time(study):
     (study.folder / "study.toml").write_text(text)
     with pytest.raises(StudyError, match="other_links needs simulate = true and a target"):
         Study.read(study.folder)
+
+
+def test_a_run_that_has_ended_is_a_line():
+    labels = {"setting": "plain", "method": "one", "purpose": "choice", "values": {"optimizer.lr": 0.05}}
+    ended = labels | {"epochs": 5, "seed": 100, "diverged": False, "accuracy": 0.9, "loss": 0.25, "wall_s": 61.2}
+    line = "plain/one, choice, 5 epochs, seed 100, optimizer.lr 0.05: "
+    assert study_outcomes.described(ended) == line + "accuracy 90.00 %, loss 0.25, 61 s"
+    assert study_outcomes.described(ended | {"accuracy": None}) == line + "loss 0.25, 61 s"
+    assert study_outcomes.described(ended | {"diverged": True}) == line + "diverged"
