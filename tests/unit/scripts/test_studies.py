@@ -102,7 +102,14 @@ def test_a_wrong_definition_names_the_key(tmp_path, old, new, message):
 
 def outcome(accuracy, epochs=4):
     curve = [[epoch, 10 * epoch, 1000 * epoch, accuracy, 1.0, 0.5 * epoch] for epoch in range(1, epochs + 1)]
-    figures = {"diverged": False, "accuracy": accuracy, "own_accuracy": accuracy, "loss": 1.0, "steps": 10 * epochs}
+    figures = {
+        "diverged": False,
+        "wall_s": 1.0,
+        "accuracy": accuracy,
+        "own_accuracy": accuracy,
+        "loss": 1.0,
+        "steps": 10 * epochs,
+    }
     return figures | {"bytes_per_rank": 1000 * epochs, "consensus_distance": 0.0, "curve": curve}
 
 
