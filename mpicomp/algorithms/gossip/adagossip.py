@@ -55,13 +55,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import (
-    Local,
-    Phases,
-    require_bounded_errors,
-    require_fixed_symmetric,
-    require_positive,
-)
+from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric, require_positive
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.algorithms.gossip.choco import (

@@ -48,12 +48,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import (
-    Local,
-    Phases,
-    require_bounded_errors,
-    require_fixed_symmetric,
-)
+from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.base import Compressor

@@ -42,13 +42,7 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import (
-    Algorithm,
-    Local,
-    Phases,
-    require_bounded_errors,
-    require_fixed_symmetric,
-)
+from mpicomp.algorithms.base import Algorithm, Local, Phases, require_bounded_errors, require_fixed_symmetric
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,

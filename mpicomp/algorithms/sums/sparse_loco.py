@@ -34,13 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import (
-    Local,
-    Phases,
-    require_fraction,
-    require_period,
-    require_positive,
-)
+from mpicomp.algorithms.base import Local, Phases, require_fraction, require_period, require_positive
 from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.exchange.base import Exchange
