@@ -8,7 +8,7 @@ The methods of `World` itself are for set-up, diagnostics, evaluation and sharin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
@@ -163,6 +163,10 @@ class Mailbox(Protocol):
     @property
     def needs_poke(self) -> bool:
         """Whether messages move faster if a rank calls `poke` during a long computation."""
+
+    @property
+    def rest(self) -> Callable[[float], float] | None:
+        """In simulated time, sleeps until something arrives, for so many seconds at most, and returns what is left."""
 
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
         """Send `payload` to the `targets` that have room, and return these. `payload` may be changed afterwards.

@@ -21,7 +21,7 @@ JITTER = 0.05
 
 
 SLICE_S = 2e-3
-"""Seconds between two checks of its messages while a rank that is slow on purpose sleeps."""
+"""Seconds between two checks of its messages while a rank that is slow on purpose sleeps in real time."""
 
 
 class GradientDelay:
@@ -37,7 +37,9 @@ class GradientDelay:
         gradient_spread: the distribution of this time.
 
     Attributes:
-        sleep: the function that sleeps.
+        sleep: the function that sleeps for so many seconds.
+        rest: the function that sleeps for so many seconds at most, between two calls of `meanwhile`, and returns what
+            is left of them.
         gradients: the number of gradients so far.
 
     """
@@ -53,6 +55,7 @@ class GradientDelay:
         gradient_spread: Spread = "fixed",
     ) -> None:
         self.sleep: Callable[[float], None] = time.sleep
+        self.rest: Callable[[float], float] = self._sleep_for_a_slice
         self.gradients = 0
         self._factor = factor
         self._seconds = seconds
@@ -73,10 +76,13 @@ class GradientDelay:
             longer_s = computed_s = self._gradient_s * _draw(self._gradient_spread, random)
         longer_s += ((self._factor - 1) * computed_s + self._seconds) * _draw(self._spread, random)
         while longer_s > 0 and meanwhile is not None and not meanwhile():
-            self.sleep(min(longer_s, SLICE_S))
-            longer_s -= SLICE_S
+            longer_s = self.rest(longer_s)
         if longer_s > 0:
             self.sleep(longer_s)
+
+    def _sleep_for_a_slice(self, seconds: float) -> float:
+        self.sleep(min(seconds, SLICE_S))
+        return seconds - SLICE_S
 
 
 def _draw(spread: Spread, random: np.random.Generator) -> float:

@@ -70,6 +70,7 @@ class LoopbackTransport:
     how = "loopback"
     needs_poke = False
     beat_s = math.inf
+    rest = None
 
     def __init__(
         self,
@@ -170,7 +171,15 @@ class SimulatedTransport:
 
     def pause(self, idle_s: float) -> None:
         """Wait until something arrives, for `PAUSE_NS` at most, because the rank may have other work."""
-        until_ns = self._clock.now_ns() + PAUSE_NS
+        self._await_mail(self._clock.now_ns() + PAUSE_NS)
+
+    def rest(self, seconds: float) -> float:
+        """Sleep until something arrives, for `seconds` at most, and return what is left of them."""
+        end_ns = self._clock.now_ns() + round(1e9 * seconds)
+        self._await_mail(end_ns)
+        return (end_ns - self._clock.now_ns()) / 1e9
+
+    def _await_mail(self, until_ns: int) -> None:
         coming_ns = self._mine.coming[0][0] if self._mine.coming else until_ns
         self._clock.await_mail(self._rank, min(until_ns, coming_ns))
 

@@ -31,6 +31,7 @@ class MessageTransport:
 
     needs_poke = True
     beat_s = 0.25
+    rest = None
 
     def __init__(
         self,

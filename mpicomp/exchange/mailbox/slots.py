@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +115,10 @@ class SlotTransport(Protocol):
     how: str
     needs_poke: bool
     beat_s: float
+
+    @property
+    def rest(self) -> Callable[[float], float] | None:
+        """In simulated time, sleeps until something arrives, for so many seconds at most, and returns what is left."""
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
         """Begin to write `data` into this rank's slot `index` at `target`, or its note there if None.
@@ -221,6 +225,11 @@ class SlotMailbox:
     def needs_poke(self) -> bool:
         """Whether messages move faster if a rank calls `poke` during a long computation."""
         return self.transport.needs_poke and self.progress is None
+
+    @property
+    def rest(self) -> Callable[[float], float] | None:
+        """In simulated time, sleeps until something arrives, for so many seconds at most, and returns what is left."""
+        return self.transport.rest
 
     @timed("exchange")
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:

@@ -35,6 +35,7 @@ class WindowTransport:
     """
 
     beat_s = 0.25
+    rest = None
 
     how = "window"
     needs_poke = False

@@ -82,6 +82,8 @@ class _Training:
         self._share = trainers.index(world.rank) if self._is_trainer and setup.assignment.size > 1 else 0
         self._delay = self._replica.local.delay = config.gradient_delay(world)
         self._replica.local.clip = config.training.clip()
+        if rest := self._replica.mailbox.rest:
+            self._delay.rest = rest
         if self._replica.mailbox.needs_poke:
             self._delay.sleep = self._sleep_and_poke
         self._learning_rate = config.schedule.build(setup.epoch(setup.steps))

@@ -62,3 +62,10 @@ def test_a_slow_rank_looks_at_its_messages_until_they_are_there():
     pace.keep(0.5, lambda: next(looks))
     assert seconds[:3] == [SLICE_S] * 3
     assert len(seconds) == 4 and sum(seconds) == pytest.approx(0.1)
+
+
+def test_a_rank_in_simulated_time_rests_until_a_message_arrives():
+    pace, left, seconds = GradientDelay(gradient_s=1.0), [], []
+    pace.sleep, pace.rest = seconds.append, lambda s: left.append(s) or s - 0.25
+    pace.keep(0.5, lambda: len(left) == 3)
+    assert left == [1.0, 0.75, 0.5] and seconds == [0.25]

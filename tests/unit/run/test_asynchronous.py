@@ -15,6 +15,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
+from mpicomp.exchange.loopback.simulated_time import SimulatedScheduler
 from mpicomp.replica.meter import Meter
 from mpicomp.run.context import meter_leaves
 from mpicomp.run.folder import RunFolder
@@ -116,6 +117,19 @@ def test_the_records_tell_how_late_contributions_were(tmp_path):
     assert sum(map(sum, result.delays.values())) == sum(result.gradients) == sum(last["gradients"])
     assert all(np.argmax(counts) == 3 for counts in result.delays.values())
     assert last["seconds"].keys() == {"gradient", "compress", "exchange", "mix", "wait"}
+
+
+def test_a_rank_that_serves_others_while_it_computes_sleeps_until_they_send(monkeypatch):
+    """AD-PSGD: a gradient of a second, in which up to two neighbors ask; looking every 2 ms would be 500 naps."""
+    naps, nap = [], SimulatedScheduler._nap
+
+    def count(self, rank, *arguments, **options):
+        naps.append(rank)
+        return nap(self, rank, *arguments, **options)
+
+    monkeypatch.setattr(SimulatedScheduler, "_nap", count)
+    result = simulate(PAIRS, 4, *UNEQUAL)
+    assert len(naps) < 20 * sum(result.gradients)
 
 
 def test_public_copies_that_run_away_end_the_run():
