@@ -39,7 +39,8 @@ COPIES_EVERY = 20
 """Steps from one look at the public copies to the next."""
 
 RUNAWAY_LOOKS = 3
-"""Training ends after so many consecutive looks at which the public copy is farther from the model than zero is."""
+"""Training ends after so many consecutive looks at which the public copy is farther from the model than zero is, and
+farther than at the look before: after `load_state_dict` it is far, and comes closer."""
 
 
 class Link(Protocol):
@@ -94,6 +95,7 @@ class Replica(ABC):
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
+        self._copies_error = 0.0
         self._runaway = 0
         self._connect()
         if isinstance(algorithm, Algorithm):
@@ -125,7 +127,8 @@ class Replica(ABC):
         if self.steps % COPIES_EVERY:
             return
         error = self.algorithm.diagnostics(self.part, self.state).get("compression_error", 0.0)
-        self._runaway = self._runaway + 1 if error > 1 else 0
+        self._runaway = self._runaway + 1 if error > max(1.0, self._copies_error) else 0
+        self._copies_error = error
         if self._runaway == RUNAWAY_LOOKS:
             raise DivergenceError(
                 f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "

@@ -135,6 +135,26 @@ def test_public_copies_that_run_away_end_training_in_a_loop_without_metrics(meth
         loopback.run(4, serve, 0.9)
 
 
+def test_public_copies_that_follow_a_loaded_model_do_not_run_away():
+    """They are far from it for hundreds of steps: one entry of 410 is sent in a step."""
+
+    def serve(world):
+        torch.manual_seed(0)
+        model = nn.Linear(40, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        gossip = distribute(model, optimizer, Choco(0.01, TopK(0.0025)), ring, world=world)
+        torch.manual_seed(1)
+        model.load_state_dict({name: 0.03 * torch.randn_like(p) for name, p in model.state_dict().items()})
+        errors = []
+        for _ in range(100):
+            gossip.step(lambda: model(torch.ones(1, 40)).sum())
+            errors.append(gossip.algorithm.diagnostics(gossip.part, gossip.state)["compression_error"])
+        return errors
+
+    for errors in loopback.run(4, serve):
+        assert errors[0] > 2 and errors[79] > 1  # at four looks
+
+
 def test_the_state_of_another_algorithm_is_refused():
     def serve(world):
         linear(world, Choco(0.1)).load_state_dict(linear(world, DPSGD()).state_dict())
