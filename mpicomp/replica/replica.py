@@ -39,8 +39,8 @@ COPIES_EVERY = 20
 """Steps from one look at the public copies to the next."""
 
 RUNAWAY_LOOKS = 3
-"""Training ends after so many consecutive looks at which the public copy is farther from the model than zero is, and
-farther than at the look before: after `load_state_dict` it is far, and comes closer."""
+"""Training ends after so many consecutive looks at which the public copy is farther from the model than zero is, and at
+the last farther than at the first: after `load_state_dict` it is far, too, but comes closer."""
 
 
 class Link(Protocol):
@@ -95,8 +95,7 @@ class Replica(ABC):
         self.local.show_parameters()
         self.averages_buffers = True
         self.steps = 0
-        self._copies_error = 0.0
-        self._runaway = 0
+        self._far: list[float] = []
         self._connect()
         if isinstance(algorithm, Algorithm):
             is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
@@ -127,9 +126,8 @@ class Replica(ABC):
         if self.steps % COPIES_EVERY:
             return
         error = self.algorithm.diagnostics(self.part, self.state).get("compression_error", 0.0)
-        self._runaway = self._runaway + 1 if error > max(1.0, self._copies_error) else 0
-        self._copies_error = error
-        if self._runaway == RUNAWAY_LOOKS:
+        self._far = [*self._far[1 - RUNAWAY_LOOKS :], error] if error > 1 else []
+        if len(self._far) == RUNAWAY_LOOKS and self._far[-1] > self._far[0]:
             raise DivergenceError(
                 f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "
                 f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is"
