@@ -79,7 +79,8 @@ class Distributed(Replica):
                 the means over these calls.
 
         Raises:
-            DivergenceError: the loss, or a value to be sent, is not finite; names step and rank.
+            DivergenceError: the loss, or a value to be sent, is not finite, or the public copy has run away from the
+                model; names step and rank.
             ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor.
 
         """
@@ -104,7 +105,8 @@ class Distributed(Replica):
             scale: a scalar by which the gradients are divided; None if they are not scaled.
 
         Raises:
-            DivergenceError: a value to be sent is not finite; names step and rank.
+            DivergenceError: a value to be sent is not finite, or the public copy has run away from the model; names
+                step and rank.
             ConfigError: the model or the optimizer is no longer the one that was distributed (names the tensor); or no
                 forward pass began the step, and GMC+ needs one, because it computes the gradient at another point.
 
