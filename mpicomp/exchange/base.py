@@ -166,7 +166,7 @@ class Mailbox(Protocol):
 
     @property
     def rest(self) -> Callable[[float], float] | None:
-        """What sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
+        """Sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
 
     def put(self, payload: Payload, layout: Layout, targets: Sequence[int], step: int) -> list[int]:
         """Send `payload` to the `targets` that have room, and return these. `payload` may be changed afterwards.

@@ -118,7 +118,7 @@ class SlotTransport(Protocol):
 
     @property
     def rest(self) -> Callable[[float], float] | None:
-        """What sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
+        """Sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
 
     def write(self, target: int, index: int | None, data: Bytes) -> None:
         """Begin to write `data` into this rank's slot `index` at `target`, or its note there if None.
@@ -228,7 +228,7 @@ class SlotMailbox:
 
     @property
     def rest(self) -> Callable[[float], float] | None:
-        """What sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
+        """Sleeps in simulated time until something arrives, for so many seconds at most, and returns what is left."""
         return self.transport.rest
 
     @timed("exchange")
