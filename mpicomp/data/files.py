@@ -32,13 +32,13 @@ def find(kind: str, file: str, path: Path | None) -> Path:
         return found
     remedy = f" Or download it: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else ""
     raise DataError(
-        f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({asked(path)}). Set "
+        f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({folder_origin(path)}). Set "
         f"data.path or the environment variable {FOLDER_VARIABLE} to the folder that holds it.{remedy}"
     )
 
 
-def asked(path: Path | None) -> str:
-    """Return which keys decide on the folder, for messages."""
+def folder_origin(path: Path | None) -> str:
+    """Return what has decided on the data folder, for messages."""
     return f"data.path = {str(path)!r}" if path is not None else f"{FOLDER_VARIABLE} or ./data, as data.path is not set"
 
 

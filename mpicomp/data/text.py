@@ -12,7 +12,7 @@ import torch
 
 from mpicomp.data.arguments import require_positive
 from mpicomp.data.dataset import Dataset, Samples
-from mpicomp.data.files import asked, damaged, data_folder, find
+from mpicomp.data.files import damaged, data_folder, find, folder_origin
 from mpicomp.data.tokens import byte_pairs, read_text
 from mpicomp.errors import ConfigError, DataError
 
@@ -87,7 +87,7 @@ def _text_files(file: str | tuple[str, ...], path: Path | None) -> list[Path]:
     if not found:
         raise DataError(
             f"data.kind = 'text' needs {' or '.join(wanted)}, and there is no such file in {folder.absolute()} "
-            f"({asked(path)}). Set data.path to a text or to a folder of texts, or data.file to their names."
+            f"({folder_origin(path)}). Set data.path to a text or to a folder of texts, or data.file to their names."
         )
     return sorted(found, key=lambda path: path.as_posix())
 

@@ -6,8 +6,9 @@
                 send w;  b_m = w                           or, compressed: a = C_down(w - b_m);  send a;  b_m = b_m + a
 
 w is the model of the hub and w_m that of worker m; b_m the copy of w_m that the hub keeps; F_m the loss of the batch of
-worker m and e_m its error memory, none if C leaves nothing out; C and C_down are the compressors of both directions; lr
-is the learning rate and u() the direction that the optimizer makes of a gradient, both of the hub.
+worker m and e_m its error memory, none if C leaves nothing out, or amplifies, as unbiased compressors do; C and C_down
+are the compressors of both directions; lr is the learning rate and u() the direction that the optimizer makes of a
+gradient, both of the hub.
 
 The first ranks are the hubs, each with an even part of the flat model, and compute no gradients; the others are the
 workers, which talk to every hub. At the next message of worker m the gradient was computed at ``b_m``; errors of a
@@ -96,7 +97,7 @@ class HubAlgorithm(AsynchronousAlgorithm[HubState | WorkerState]):
     """A method in which hubs hold the model; workers take it up from them ahead of each gradient.
 
     Attributes:
-        compressor: of the gradients; one that leaves something out gets an error memory.
+        compressor: of the gradients; one that leaves something out, and does not amplify, gets an error memory.
         downlink: of the answers; a lossless one sends the model itself.
         hubs: how many ranks hold the model, the first ones.
         share: who computes how many gradients.

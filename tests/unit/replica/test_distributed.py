@@ -136,7 +136,7 @@ def test_public_copies_that_run_away_end_training_in_a_loop_without_metrics(meth
 
 
 def test_public_copies_that_follow_a_loaded_model_do_not_run_away():
-    """They are far from it for hundreds of steps: one entry of 410 is sent in a step."""
+    """They are far from it for more than 80 steps: one entry of 410 is sent in a step."""
 
     def serve(world):
         torch.manual_seed(0)
