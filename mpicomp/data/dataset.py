@@ -7,6 +7,7 @@ read-only, so all ranks of one process share one.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -100,6 +101,13 @@ class Dataset:
         if self.task == "regression":
             return np.zeros(len(self.train), dtype=np.int64)
         return self.train.labels.numpy()
+
+    @property
+    def loss_of_guessing(self) -> float | None:
+        """The loss if all classes, or tokens, are given the same probability; None for any other loss."""
+        if self.task == "regression" or self.classes < 2 or type(self).loss is not Dataset.loss:
+            return None
+        return math.log(self.classes)
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that depend on all shapes, types and whole numbers, such as pixels and tokens.

@@ -11,7 +11,7 @@ import torch
 from mpicomp.checkpoint.folder import Checkpoint
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import CheckpointError
+from mpicomp.errors import CheckpointError, DivergenceError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -35,6 +35,11 @@ METER = "meter/"
 DATA = "data/digest"
 """The path of the digest of the data set in a checkpoint."""
 
+DIVERGED = 10
+"""A loss of so many times that of guessing ends training, if `DIVERGED_RECORDS` in a row have it."""
+
+DIVERGED_RECORDS = 3
+
 
 @dataclass
 class RunContext:
@@ -53,6 +58,7 @@ class RunContext:
         resize: whether `checkpoint` may have another number of ranks.
         lost: the names of the ranks that have died.
         failure_detector: raises RankLost where this rank waits for ranks that have died; None if the run then ends.
+        diverged: how many of the last records had a loss as of training that diverges.
 
     """
 
@@ -68,6 +74,7 @@ class RunContext:
     resize: bool = False
     lost: list[str] = field(default_factory=list)
     failure_detector: FailureDetector | None = None
+    diverged: int = 0
 
     @property
     def written_folder(self) -> RunFolder | None:
@@ -182,8 +189,22 @@ class RunContext:
             self.progress.start([], part_done)
 
     def record(self, record: Record) -> None:
-        """Write a record and show it, on rank 0."""
+        """Write a record and show it, on rank 0.
+
+        Raises:
+            DivergenceError: the loss stays far above that of guessing.
+
+        """
         report(record, self.world.rank, [self.folder, self.progress, *self.callbacks])
+        guessing = self.setup.dataset.loss_of_guessing
+        if guessing is None or record.loss is None:
+            return
+        self.diverged = self.diverged + 1 if record.loss > DIVERGED * guessing else 0
+        if self.diverged == DIVERGED_RECORDS:
+            raise DivergenceError(
+                f"training diverges: at step {record.step} the loss is {record.loss:.4g}, and guessing has "
+                f"{guessing:.3g}. Lower optimizer.lr, or algorithm.gamma of a gossip method"
+            )
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
         """Remove the stop file, and show that the run has stopped with a checkpoint."""

@@ -200,7 +200,8 @@ class _Training:
             **tested(score, setup.dataset),
         )
         self._run.watchdog.moved()
-        self._run.record(record)
+        with together(self._run.world):
+            self._run.record(record)
         self._recorded = done
         return record
 

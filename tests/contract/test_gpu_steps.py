@@ -68,6 +68,7 @@ MOST = {
     "adagossip_quasi_global": (1, 10, 25),
     "adagossip_overlapped": (1, 10, 25),
     "deep_squeeze": (1, 9, 34),
+    "deep_squeeze_auto": (1, 9, 36),
     "def_atc": (1, 11, 37),
     "def_atc_damped": (1, 7, 31),
     "local_sgd_def_atc": (1, 11, 37),

@@ -110,6 +110,7 @@ DETERMINISTIC = {
     "adagossip_quasi_global": AdaGossip(0.01, TOP, quasi_global_momentum=0.9),
     "adagossip_overlapped": AdaGossip(0.01, TOP, quasi_global_momentum=0.9, overlap=True),
     "deep_squeeze": DeepSqueeze(0.05, TOP),
+    "deep_squeeze_auto": DeepSqueeze("auto", TOP),
     "motef": MoTEF(0.2, TOP),
     "motef_auto": MoTEF("auto", TOP),
     "lead": LEAD(compressor=COMPRESSORS["natural"]),

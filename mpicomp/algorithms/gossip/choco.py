@@ -49,7 +49,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric
-from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta
+from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta, sample
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -176,7 +176,7 @@ def send_difference(
 ) -> tuple[Payload, Pending]:
     """Form ``q_i = C(x_i - xhat_i)``, begin to exchange it, and have ``xhat_i += q_i``."""
     own, layout = compress_difference_(
-        compressor, local.x, state.x_hat, local.spec, state.compressor, state.scratch, state.automatic
+        compressor, local.x, state.x_hat, state.s, local.spec, state.compressor, state.scratch, state.automatic
     )
     return own, exchange.start(own, layout, exchange.schedule(0))
 
@@ -185,20 +185,24 @@ def compress_difference_(
     compressor: Compressor,
     x: Tensor,
     x_hat: Tensor,
+    s: Tensor,
     spec: Spec,
     state: State,
     scratch: Tensor,
     automatic: AutomaticStep | None,
 ) -> tuple[Payload, Layout]:
-    """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it."""
-    measures = automatic is not None and automatic.measures
-    if automatic and measures:
-        automatic.measure_difference(x, x_hat)
-    own, layout = compressor.compress_difference_(x, x_hat, spec, state, scratch), compressor.layout(spec)
+    """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it.
+
+    s is the sum of the neighborhood's public copies before this exchange, (n,) as x and xhat.
+    """
+    layout = compressor.layout(spec)
     if automatic is None:
-        return own, layout
-    if measures:
-        automatic.measure_left_out(x, x_hat)
+        return compressor.compress_difference_(x, x_hat, spec, state, scratch), layout
+    if automatic.measures:
+        wanted, apart = sample(x) - sample(x_hat), sample(s) - sample(x_hat)
+    own = compressor.compress_difference_(x, x_hat, spec, state, scratch)
+    if automatic.measures:
+        automatic.measure(wanted, sample(x) - sample(x_hat), apart)
     return automatic.with_delta(own), layout_with_delta(layout)
 
 

@@ -11,8 +11,10 @@ memory, what has not been sent so far; C the compressor and q_i what is sent; W_
 of rank i; gamma the consensus step.
 
 There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm: q_i takes
-the place of the q_j that is lost. But the messages do not vanish at consensus, and gamma must be much smaller than
-CHOCO's (0.01 to 0.05). The mean over ranks is preserved, unless one of the two messages of an edge is lost alone.
+the place of the q_j that is lost. The messages do not vanish at consensus, so the ranks stay a distance apart that
+grows with gamma, and training diverges if gamma is too large; ``gamma = "auto"`` it finds itself
+(`mpicomp.algorithms.gossip.automatic_step`). The mean over ranks is preserved, unless one of the two messages of an
+edge is lost alone, or lost messages have left two ranks with another gamma until the next window.
 Wire: one compressed message, the same to every neighbor. Memory: ``e``.
 Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
 
@@ -30,7 +32,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, require_bounded_errors, require_positive
+from mpicomp.algorithms.base import Local, require_bounded_errors
+from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta, sample
 from mpicomp.algorithms.gossip.base import Gossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -45,12 +48,14 @@ class DeepSqueezeState:
     Attributes:
         e: (n,) what compression has left out so far.
         compressor: state of the compressor.
+        automatic: what finds gamma; None where it is given.
         step: the number of steps done, which picks the graph of a varying schedule.
 
     """
 
     e: Tensor = field(metadata=ERROR_MEMORY)
     compressor: State
+    automatic: AutomaticStep | None
     step: int = 0
 
 
@@ -59,16 +64,16 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
     """DeepSqueeze with any optimizer as the local step.
 
     Attributes:
-        gamma: consensus step, > 0, dimensionless.
+        gamma: consensus step, > 0, dimensionless, or ``"auto"``.
         compressor: any contractive compressor, without `ErrorFeedback`, which is part of the method.
 
     """
 
-    gamma: float
+    gamma: Gamma
     compressor: Compressor = Identity()
 
     def __post_init__(self) -> None:
-        require_positive(gamma=self.gamma)
+        check_gamma(self.gamma)
         require_bounded_errors("DeepSqueeze", self.compressor)
 
     @property
@@ -79,23 +84,42 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
     def skip(self, state: DeepSqueezeState) -> None:
         """Count the step; the error memory stays as it is."""
         state.step += 1
+        if state.automatic:
+            state.automatic.hear(())
 
     def init(self, local: Local, exchange: Exchange) -> DeepSqueezeState:
         """Return an error memory of zero."""
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
-        return DeepSqueezeState(torch.zeros_like(local.x), compressor)
+        automatic = None
+        if self.gamma == "auto":
+            automatic = AutomaticStep.start(exchange.schedule, local.x.device, caution=2.0)
+        return DeepSqueezeState(torch.zeros_like(local.x), compressor, automatic)
 
     def mix(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> None:
         """Exchange the models, compressed, and move towards them."""
         rank, topology, spec = exchange.rank, exchange.schedule(state.step), local.spec
+        automatic = state.automatic
         v = state.e.add_(local.x)
-        own = self.compressor.compress(v, spec, state.compressor)
-        pending = exchange.start(own, self.compressor.layout(spec), topology)
-        arrived = pending.wait()
+        if automatic and automatic.measures:
+            wanted, apart = sample(v), sample(local.x)
+        message = own = self.compressor.compress(v, spec, state.compressor)
+        layout = self.compressor.layout(spec)
+        if automatic:
+            message, layout = automatic.with_delta(own), layout_with_delta(layout)
+        arrived = exchange.start(message, layout, topology).wait()
+        gamma = float(self.gamma) if automatic is None else automatic.gamma
         lost = lost_weight(topology, rank, arrived)
         # x first: with Identity `own` is v itself, which becomes e in place.
-        self.compressor.accumulate(own, spec, local.x, self.gamma * (topology.weight(rank, rank) + lost - 1))
+        self.compressor.accumulate(own, spec, local.x, gamma * (topology.weight(rank, rank) + lost - 1))
         self.compressor.accumulate(own, spec, state.e, -1.0)
         for source, payload in arrived.items():
-            self.compressor.accumulate(payload, spec, local.x, self.gamma * topology.weight(rank, source))
+            self.compressor.accumulate(payload, spec, local.x, gamma * topology.weight(rank, source))
+        if automatic:
+            if automatic.measures:
+                automatic.measure(wanted, sample(state.e), apart)
+            automatic.hear(arrived.values())
         state.step += 1
+
+    def diagnostics(self, local: Local, state: DeepSqueezeState) -> dict[str, float]:
+        """Return the ``gamma`` that was found."""
+        return {"gamma": state.automatic.gamma} if state.automatic else {}

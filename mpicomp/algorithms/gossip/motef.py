@@ -162,7 +162,7 @@ class MoTEF(Algorithm[MoTEFState]):
         payload: Payload = {}
         layouts = []
         for i, (vector, copy, total, of_compressor, scratch, automatic) in enumerate(parts):
-            own, layout = compress_difference_(compressor, vector, copy, spec, of_compressor, scratch, automatic)
+            own, layout = compress_difference_(compressor, vector, copy, total, spec, of_compressor, scratch, automatic)
             compressor.accumulate(own, spec, total, topology.weight(rank, rank))
             payload |= {f"{i}.{name}": tensor for name, tensor in own.items()}
             layouts.append(layout)

@@ -5,38 +5,67 @@ import pytest
 import torch
 from support.quadratic import DIM, centers, curvature, top_k, train
 
-from mpicomp.algorithms import AdaGossip, Choco, MoTEF
-from mpicomp.algorithms.gossip.automatic_step import FIRST_DELTA, MEASURED_EVERY, AutomaticStep, eccentricity
+from mpicomp.algorithms import AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
+from mpicomp.algorithms.gossip.automatic_step import (
+    FIRST_DELTA,
+    MEASURED_EVERY,
+    AutomaticStep,
+    largest_move,
+    sample,
+    steps_to_all,
+)
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
-from mpicomp.errors import ConfigError
-from mpicomp.topology import chain, complete, hypercube, ring, star, torus
+from mpicomp.errors import ConfigError, TopologyError
+from mpicomp.topology import (
+    OnePeerExponential,
+    RandomMatching,
+    Topology,
+    chain,
+    complete,
+    directed_ring,
+    hypercube,
+    ring,
+    star,
+    torus,
+)
 
 LR = 0.1
 KEPT = 6
 TOP = TopK(ratio=KEPT / DIM)
 
 
-def carried(d, r):
-    """The delta of each rank; infinity where nothing differed."""
-    return np.float32(
-        [1 - left_out / differed if differed else np.inf for differed, left_out in zip(d, r, strict=True)]
-    )
+class Measured:
+    """The four sums of each rank."""
+
+    def __init__(self, size):
+        self.sums = np.zeros((4, size))
+
+    def add(self, wanted, q, apart):
+        """Look at d_i, q_i and r_i, the rows of (size, DIM) matrices."""
+        sent = np.divide(abs(q), abs(wanted), out=np.ones_like(q), where=wanted != 0).clip(max=1)
+        parts = (wanted**2, (wanted - q) ** 2, apart**2 * sent, apart**2)
+        self.sums += [part.sum(axis=1) for part in parts]
+
+    def least(self):
+        """The least delta, infinity where nothing differed; begins anew."""
+        shares = [max(1 - r / d, a / b if b else 0) if d else np.inf for d, r, a, b in self.sums.T]
+        self.sums[:] = 0
+        return np.float32(min(shares))
 
 
 def transcription(graph, steps, window, overlap=False):
     """The rule in matrix form; `window` is K."""
     mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
     x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
-    gamma, least, d, r = FIRST_DELTA / mu, None, 0, 0
+    gamma, least, measured = FIRST_DELTA / mu, None, Measured(graph.size)
     for step in range(steps):
         y = x - LR * curvature() * (x - centers(graph.size))
         difference = (x if overlap else y) - hat
         q = top_k(difference, KEPT)
         if step % MEASURED_EVERY == 0:
-            d = d + (difference**2).sum(axis=1)
-            r = r + ((difference - q) ** 2).sum(axis=1)
+            measured.add(difference, q, graph.mixing @ hat - hat)
         if step % window == 0:
-            least, d, r = carried(d, r).min(), 0, 0
+            least = measured.least()
         hat = hat + q
         if step % window == window - 1 and least < np.inf:
             gamma = min(float(least) / mu, 1)
@@ -58,7 +87,7 @@ def test_the_rule(graph, overlap, steps):
 
 def test_all_ranks_of_a_long_graph_change_to_the_same_step_at_once():
     size = 40
-    assert eccentricity(chain(size)) == size - 1
+    assert steps_to_all(chain(size)) == 2 * (size - 1)
     for steps in (2 * (size - 1), 2 * (size - 1) + 1, 200):  # before and after the end of the first window
         automatic = [state.automatic for state in train(Choco("auto", TOP), chain(size), steps).states]
         assert len({state.gamma for state in automatic}) == 1
@@ -96,7 +125,7 @@ def test_ranks_that_have_measured_nothing_leave_the_word_to_the_others(measured,
     for rank, step in enumerate(steps):
         step.gamma = 0.3 / step.mu
         if rank in measured:
-            step.carried[:] = torch.tensor([2.0, 2.0 * (1 - measured[rank])])
+            step.measured[:2] = torch.tensor([2.0, 2.0 * (1 - measured[rank])])
     for _ in range(steps[0].window):
         messages = [step.with_delta({}) for step in steps]
         for rank, step in enumerate(steps):
@@ -110,15 +139,14 @@ def test_adagossip_gives_the_usual_entry_the_step_of_choco():
     trained = train(AdaGossip("auto", TOP), graph, 100)
     mu = 1 - np.linalg.eigvalsh(graph.mixing)[0]
     x, hat, v, scale = (np.zeros((graph.size, DIM)) for _ in range(4))
-    gamma, least, d, r = FIRST_DELTA / mu, None, 0, 0
+    gamma, least, measured = FIRST_DELTA / mu, None, Measured(graph.size)
     for step in range(100):
         y = x - LR * curvature() * (x - centers(graph.size))
         q = top_k(y - hat, KEPT)
         if step % MEASURED_EVERY == 0:
-            d = d + ((y - hat) ** 2).sum(axis=1)
-            r = r + ((y - hat - q) ** 2).sum(axis=1)
+            measured.add(y - hat, q, graph.mixing @ hat - hat)
         if step % 32 == 0:
-            least, d, r = np.float32(1 - r / d).min(), 0, 0
+            least = measured.least()
         hat = hat + q
         if step % 32 == 31:
             gamma = min(float(least) / mu, 1)
@@ -130,7 +158,92 @@ def test_adagossip_gives_the_usual_entry_the_step_of_choco():
     np.testing.assert_allclose(trained.x, x, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", [Choco, MoTEF, AdaGossip])
+@pytest.mark.parametrize(
+    "schedule", [ring(5), directed_ring(4), OnePeerExponential(8)], ids=lambda schedule: schedule.name
+)
+def test_deep_squeeze_takes_half_of_what_choco_would(schedule):
+    size = schedule.size
+    mu = 2 * largest_move(schedule, 32)
+    x, e = np.zeros((size, DIM)), np.zeros((size, DIM))
+    gamma, least, measured = FIRST_DELTA / mu, None, Measured(size)
+    for step in range(100):
+        y = x - LR * curvature() * (x - centers(size))
+        q = top_k(y + e, KEPT)
+        if step % 32 == 0:
+            least = measured.least()
+        if step % MEASURED_EVERY == 0:
+            measured.add(y + e, q, y)
+        e = y + e - q
+        x = y + gamma * (schedule(step).mixing @ q - q)
+        if step % 32 == 31 and least < np.inf:
+            gamma = min(float(least) / mu, 1)
+    trained = train(DeepSqueeze("auto", TOP), schedule, 100)
+    np.testing.assert_allclose(trained.x, x, rtol=0, atol=1e-9)
+    assert gamma != FIRST_DELTA / mu
+
+
+def test_local_steps_count_mixings_and_not_steps():
+    states = train(LocalSGD(3, DeepSqueeze("auto", TOP)), ring(4), 30).states
+    assert {state.inner.automatic.step for state in states} == {10}
+
+
+def test_sign_is_given_a_step_though_entries_that_move_alike_on_all_ranks_are_far_behind():
+    """Their squares are nearly all that the messages leave out, and gossip needs none of them."""
+    size, dim = 4, 1000
+    step = AutomaticStep.start(ring(size), torch.device("cpu"))
+    wanted = torch.full((dim,), 0.01).double()
+    wanted[0] = 100.0
+    q = wanted.abs().mean() * wanted.sign()
+    apart = torch.ones(dim).double()
+    apart[0] = 0.0
+    step.measure(wanted, wanted - q, apart)
+    step.with_delta({})
+    assert float(step.least) == 1.0
+
+
+def test_a_sample_is_of_the_whole_vector():
+    x = torch.arange(5 << 19, dtype=torch.float32)
+    assert torch.equal(sample(x), x[::3].double())
+    assert torch.equal(sample(x[:7]), x[:7].double())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(ring(1), 0), (ring(8), 8), (directed_ring(5), 8), (star(6), 2), (OnePeerExponential(16), 4)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_steps_after_which_all_have_heard_of_all(schedule, steps):
+    assert steps_to_all(schedule) == steps
+
+
+def test_random_pairs_hear_of_all_in_about_twice_the_logarithm():
+    assert 6 <= steps_to_all(RandomMatching(64)) <= 24
+
+
+def test_graphs_that_never_join_all_ranks_need_a_number():
+    class Halves:
+        name, size = "halves", 4
+
+        def __call__(self, step):
+            return apart
+
+    apart = Topology("apart", np.kron(np.eye(2), np.full((2, 2), 0.5)))
+    with pytest.raises(TopologyError, match=r"'halves': after \d+ steps .* Give a number"):
+        steps_to_all(Halves())
+
+
+@pytest.mark.parametrize("graph", [ring(6), torus(8), hypercube(8), star(5)], ids=lambda graph: graph.name)
+def test_the_bound_for_graphs_that_change_holds_for_those_that_do_not(graph):
+    class Changing:
+        size = graph.size
+
+        def __call__(self, step):
+            return graph
+
+    assert largest_move(graph, 1) <= largest_move(Changing(), 3) + 1e-12
+
+
+@pytest.mark.parametrize("method", [Choco, MoTEF, AdaGossip, DeepSqueeze])
 def test_gamma_is_a_number_or_found(method):
     with pytest.raises(ConfigError, match=r"algorithm.gamma = 'much' must be a number > 0, or 'auto'"):
         method("much")

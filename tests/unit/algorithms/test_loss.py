@@ -90,7 +90,7 @@ def test_weights_sum_to_one_whatever_arrives():
 def test_sums_and_public_copies_need_every_message():
     bearing = {name for name, each in DETERMINISTIC.items() if each.tolerates_loss}
     assert bearing == {
-        *("dpsgd", "dpsgd_overlapped", "dpsgd_float16", "deep_squeeze", "noloco", "diloco_dpsgd"),
-        *("local_sgd", "local_sgd_float16", "local_sgd_deep_squeeze"),
+        *("dpsgd", "dpsgd_overlapped", "dpsgd_float16", "deep_squeeze", "deep_squeeze_auto"),
+        *("noloco", "diloco_dpsgd", "local_sgd", "local_sgd_float16", "local_sgd_deep_squeeze"),
     }
     assert not any(isinstance(each, Algorithm) for each in ASYNCHRONOUS.values())
