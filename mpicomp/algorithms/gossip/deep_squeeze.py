@@ -92,6 +92,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         compressor = self.compressor.init(local.spec, local.x.device, exchange.rank)
         automatic = None
         if self.gamma == "auto":
+            # Half: the ranks stay apart by about gamma |e|.
             automatic = AutomaticStep.start(exchange.schedule, local.x.device, caution=2.0)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor, automatic)
 

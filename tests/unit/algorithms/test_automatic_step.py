@@ -48,7 +48,7 @@ class Measured:
 
     def least(self):
         """The least delta, infinity where nothing differed; begins anew."""
-        shares = [max(1 - r / d, a / b if b else 0) if d else np.inf for d, r, a, b in self.sums.T]
+        shares = [max(1 - r / d, a / b / 2 if b else 0) if d else np.inf for d, r, a, b in self.sums.T]
         self.sums[:] = 0
         return np.float32(min(shares))
 
@@ -198,7 +198,7 @@ def test_sign_is_given_a_step_though_entries_that_move_alike_on_all_ranks_are_fa
     apart[0] = 0.0
     step.measure(wanted, wanted - q, apart)
     step.with_delta({})
-    assert float(step.least) == 1.0
+    assert float(step.least) == 0.5
 
 
 def test_a_sample_is_of_the_whole_vector():
