@@ -74,6 +74,11 @@ class Compressor(ABC):
         return False
 
     @property
+    def leaves_out_same_entries(self) -> bool:
+        """Whether all ranks leave out the same entries in the same step."""
+        return False
+
+    @property
     def reads_any_strength(self) -> bool:
         """Whether it reads messages that were made with another ratio or threshold."""
         return True
@@ -169,6 +174,11 @@ class Wrapper(Compressor):
     def has_common_support(self) -> bool:
         """See `Compressor.has_common_support`; the inner compressor answers."""
         return self.inner.has_common_support
+
+    @property
+    def leaves_out_same_entries(self) -> bool:
+        """See `Compressor.leaves_out_same_entries`; the inner compressor answers."""
+        return self.inner.leaves_out_same_entries
 
     @property
     def reads_any_strength(self) -> bool:

@@ -40,6 +40,11 @@ class RandomBlock(Compressor):
         check_ratio(self.ratio)
 
     @property
+    def leaves_out_same_entries(self) -> bool:
+        """Yes: the block of a step is the same on all ranks."""
+        return True
+
+    @property
     def has_common_support(self) -> bool:
         """True: every message holds the block of its step."""
         return True

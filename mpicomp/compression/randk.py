@@ -51,6 +51,11 @@ class RandomK(Compressor):
         """Whether the values are left as they are."""
         return not self.unbiased
 
+    @property
+    def leaves_out_same_entries(self) -> bool:
+        """Whether the choice is shared."""
+        return self.shared
+
     def init(self, spec: Spec, device: torch.device, stream: int = 0) -> Draws:
         """Return the start of this rank's random stream, or of the one that all ranks share."""
         return Draws(0 if self.shared else mix64(1, stream))

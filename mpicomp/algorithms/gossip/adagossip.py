@@ -150,7 +150,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         x = local.x
         return AdaGossipState(
             **initial_copies(self.start, self.compressor, local, exchange),
-            automatic=automatic_step(self.gamma, local, exchange),
+            automatic=automatic_step(self.gamma, self.compressor, local, exchange),
             v=torch.zeros_like(x),
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
         )

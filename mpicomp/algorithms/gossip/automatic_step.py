@@ -1,47 +1,54 @@
-"""The consensus step that finds itself, ``gamma = "auto"``: as large as what compression leaves out allows.
+"""The consensus step that finds itself, ``gamma = "auto"``: half of what the public copies bear.
 
 Training is cut into windows of K steps. In one window the ranks measure; in the next they agree on the least of what
 they have measured; at its end all of them change gamma, in the same step.
 
-    gamma = min(0.1 / mu, 1);  delta_i = infinity;  D_i = R_i = A_i = B_i = 0       before the first step
+    gamma = min(0.1 / mu, 1);  delta_i = infinity;  all sums are 0      before the first step
     repeat for t = 0, 1, ...:
         d_i = what rank i would send;  r_i = how far it is from its neighbors;  q_i = C(d_i)
-        if 8 divides t:         D_i = D_i + |d_i|^2;  R_i = R_i + |d_i - q_i|^2
+        if 8 divides t:         D_i = D_i + |d_i|^2;   R_i = R_i + |d_i - q_i|^2
+                                S_i = S_i + <q_i, d_i>;  Q_i = Q_i + |q_i|^2
                                 A_i = A_i + sum_k r_ik^2 min(|q_ik| / |d_ik|, 1);  B_i = B_i + |r_i|^2
-        if K divides t:         delta_i = max(1 - R_i / D_i, A_i / B_i / 2), or infinity where D_i = 0
-                                D_i = R_i = A_i = B_i = 0
+        if K divides t:         delta_i = max((1 - R_i / D_i) S_i / Q_i, A_i / B_i / 2), or infinity where D_i = 0
+                                all sums are 0
         send q_i and delta_i to every neighbor, receive q_j and delta_j
         delta_i = min(delta_i, delta_j of all neighbors j)
         if K divides t + 1:     gamma = min(delta_i / mu, 1), unless delta_i is infinity
 
-C is the compressor and k an entry. In CHOCO-SGD and what is made of it, d_i is the model minus its public copy, and r_i
-the weighted sum of the neighborhood's public copies minus the own one; in DeepSqueeze d_i is the model and the error
-memory, and r_i the model, for a rank knows no other; gamma is half as large there, for messages do not vanish where
-ranks agree. delta_i is the part of d_i that the messages carried, or the least part that rank i has heard of; mu bounds
-``|I - W|_2``, W being the mixing matrix. K is long enough for delta_i to be the same on all ranks at the end of a
-window, so that no message more is needed.
+    mu = 2 (1 - min_i W_ii);  twice that if all ranks send the same entries, as of random-k or a random block
+
+C is the compressor, k an entry and W the mixing matrix. In CHOCO-SGD and what is made of it, d_i is the model minus its
+public copy, and r_i the weighted sum of the neighborhood's public copies minus the own one. In DeepSqueeze d_i is the
+model and the error memory, and r_i the model, for a rank knows no other; mu is twice as large there, for messages do
+not vanish where ranks agree. K is long enough for delta_i to be the same on all ranks at the end of a window, so that
+no message more is needed.
 
 A rank on which nothing differed has measured nothing: it sends infinity, which leaves the word to the others. So it is
 in the first window where the public copies are still the models, with ``overlap`` or a learning rate of 0. If no rank
 has measured anything, gamma stays as it is. It does so, too, in what is left of a window when a run goes on with
 another number of ranks.
 
-Why: public copies follow the models with a lag of about 1 / delta steps. For a mode of W with eigenvalue 1 - m, mixing
-and lag together are the oscillator ``x' = -gamma m xhat``, ``xhat' = delta (x - xhat)``, whose damping ratio is
-``sqrt(delta / (gamma m)) / 2``. With gamma = delta / mu no mode is damped by less than one half. A smaller step mixes
-slower than it could, and a larger one lets the copies overshoot, in the end without bound. delta is measured in
-training and not a constant of the compressor: top-k of 1 % carries 4 to 14 % of a difference, by how unequal its
-entries are, and less later in a run than at its start.
+Why: take one mode of W, with eigenvalue 1 - m. Mixing moves x by ``-gamma m xhat`` and a message moves xhat by q, with
+the mean ``<q, d> = s |d|^2``. If the lengths of xhat and of ``d = x - xhat`` last,
 
-Why the larger of two: each falls short of the part that matters, in its own way. ``1 - R / D`` is ruled by the largest
-entries of d_i. With `sign`, these are the entries that have moved far on all ranks alike and are brought after with one
-small step a message; they say 2 % where gossip bears a gamma of 0.67. ``A / B`` asks about the entries in which ranks
-differ, and also counts those that are not sent because they are at rest: with top-k it is half of the other. It is
-halved because all of it was too much: with `sign`, on a hypercube of 32 ranks with other labels on each, training
-diverged after more than ten epochs.
+    |xhat + q|^2 = |xhat|^2                             gives   <xhat, d> = -|q|^2 / (2 s)
+    |d - q|^2 - 2 gamma m <xhat, d> = |d|^2             gives   gamma m = (1 - |d - q|^2 / |d|^2) s |d|^2 / |q|^2
+
+and with a larger gamma, d grows. The right-hand side is delta: the ratio for random-k, the part of the squares that it
+carries for top-k, and 1.4 times as much for QSGD of 4 bits. Ranks that choose their entries by themselves spread what
+they leave out over all modes, so that m is ``1 - W_ii``, of the rank where it is largest. If all send the same
+entries, each mode keeps its own, and m is ``|I - W|_2``, up to twice as large. Half of the limit is what a long
+training bears. delta is measured in training and not a constant of the compressor: top-k of 1 % carries 4 to 14 % of
+the squares, by how unequal its entries are, and less later in a run than at its start.
+
+Why the larger of two: the squares are ruled by the largest entries of d_i. With `sign`, these are the entries that have
+moved far on all ranks alike and are brought after with one small step a message; they say 2 % where gossip bears a
+gamma of 0.67. ``A / B`` asks about the entries in which ranks differ, and also counts those that are not sent because
+they are at rest: with top-k it is half of the other. It is halved because all of it was too much: with `sign`, on a
+hypercube of 32 ranks with other labels on each, training diverged after more than ten epochs.
 
 Wire: 4 bytes more a message. Memory and time: of about a million entries, in one step of eight. The rule is this
-package's own.
+package's own; ``docs/studies/automatic_step.md`` has what it is worth.
 """
 
 from __future__ import annotations
@@ -57,11 +64,11 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import require_positive
+from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Field, Layout, Payload
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.state import OWN
 from mpicomp.topology.base import Schedule, Topology
-from mpicomp.topology.spectral import beta
 
 Gamma = float | Literal["auto"]
 
@@ -92,12 +99,12 @@ class AutomaticStep:
     """What a rank keeps.
 
     Attributes:
-        mu: a bound of ``|I - W|_2``, or a multiple of it.
+        mu: what delta is divided by.
         window: K.
         gamma: the consensus step of now, the same on all ranks.
         step: t, the number of steps done.
         least: (1,) float32, delta_i.
-        measured: (4,) float64: D_i, R_i, A_i and B_i.
+        measured: (6,) float64: D_i, R_i, S_i, Q_i, A_i and B_i.
 
     """
 
@@ -109,13 +116,23 @@ class AutomaticStep:
     measured: Tensor = field(metadata=OWN)
 
     @classmethod
-    def start(cls, schedule: Schedule, device: torch.device, caution: float = 1.0) -> AutomaticStep:
-        """Return the state before the first step on the graphs of `schedule`; gamma is `caution` times smaller."""
+    def start(
+        cls, schedule: Schedule, compressor: Compressor, device: torch.device, caution: float = 1.0
+    ) -> AutomaticStep:
+        """Return the state before the first step.
+
+        Args:
+            schedule: the graph, or those of all steps.
+            compressor: of the messages.
+            device: of the model.
+            caution: how many times smaller gamma is than for public copies.
+
+        """
         fixed = isinstance(schedule, Topology)
         window = max(SHORTEST_WINDOW, steps_to_all(schedule) * (1 if fixed else 2))
-        mu = caution * largest_move(schedule, window)
+        mu = 2 * caution * largest_move(schedule, window) * (2 if compressor.leaves_out_same_entries else 1)
         least = torch.full((1,), math.inf, device=device)
-        return cls(mu, window, min(FIRST_DELTA / mu, 1.0), 0, least, torch.zeros(4, dtype=torch.float64, device=device))
+        return cls(mu, window, min(FIRST_DELTA / mu, 1.0), 0, least, torch.zeros(6, dtype=torch.float64, device=device))
 
     @property
     def measures(self) -> bool:
@@ -123,20 +140,19 @@ class AutomaticStep:
         return self.step % MEASURED_EVERY == 0
 
     def measure(self, wanted: Tensor, left_out: Tensor, apart: Tensor) -> None:
-        """Add up the four sums: d_i, ``d_i - q_i`` and r_i, each as `sample` returns it."""
-        # 0 / 0: there was nothing to send
-        sent = ((wanted - left_out) / wanted).abs().clamp(max=1.0).nan_to_num(nan=1.0)
+        """Add up the sums of d_i, ``d_i - q_i`` and r_i, each as `sample` returns it."""
+        q = wanted - left_out
+        sent = (q / wanted).abs().clamp(max=1.0).nan_to_num(nan=1.0)  # 0 / 0: there was nothing to send
         weights = apart.square()
-        sums = (wanted.square().sum(), left_out.square().sum(), torch.dot(weights, sent), weights.sum())
-        self.measured += torch.stack(sums)
+        pairs = ((wanted, wanted), (left_out, left_out), (q, wanted), (q, q), (weights, sent))
+        self.measured += torch.stack([*(torch.dot(a, b) for a, b in pairs), weights.sum()])
 
     def with_delta(self, payload: Payload) -> Payload:
         """Return a message with delta_i; the first one of a window ends the measurement of the window before."""
         if self.step % self.window == 0:
-            differed, left_out, sent, apart = (self.measured[i : i + 1] for i in range(4))
-            # 0 / 0: the ranks agreed
-            share = torch.maximum(1 - left_out / differed, (sent / apart / 2).nan_to_num(nan=0.0))
-            share = share.clamp(min=SMALLEST_DELTA)
+            differed, left_out, along, squares, sent, apart = (self.measured[i : i + 1] for i in range(6))
+            shares = torch.stack([(1 - left_out / differed) * along / squares, sent / apart / 2])
+            share = shares.nan_to_num(nan=0.0).amax(dim=0).clamp(min=SMALLEST_DELTA)  # 0 / 0: nothing sent, all agree
             self.least = torch.where(differed > 0, share, torch.full_like(share, math.inf)).float()
             self.measured.zero_()
         return {**payload, DELTA_FIELD: self.least}
@@ -164,6 +180,11 @@ def check_gamma(gamma: Gamma) -> None:
             raise ConfigError(f"algorithm.gamma = {gamma!r} must be a number > 0, or 'auto'")
     else:
         require_positive(gamma=gamma)
+
+
+def without_delta(payload: Payload) -> Payload:
+    """Return a message as its compressor made it."""
+    return {name: tensor for name, tensor in payload.items() if name != DELTA_FIELD}
 
 
 def layout_with_delta(layout: Layout) -> Layout:
@@ -195,13 +216,11 @@ def steps_to_all(schedule: Schedule) -> int:
 
 
 def largest_move(schedule: Schedule, steps: int) -> float:
-    """Return mu; for graphs that change, from the least weight that a rank gives itself in the first `steps`."""
+    """Return ``1 - min_i W_ii`` of a graph, or of those of the first `steps`; 1/2 for a single rank."""
     if schedule.size == 1:
-        return 1.0
-    if isinstance(schedule, Topology):
-        return beta(schedule)
-    own = min(schedule(step).weight(rank, rank) for step in range(steps) for rank in range(schedule.size))
-    return 2 * (1 - own)
+        return 0.5
+    graphs = [schedule] if isinstance(schedule, Topology) else [schedule(step) for step in range(steps)]
+    return 1 - min(graph.weight(rank, rank) for graph in graphs for rank in range(graph.size))
 
 
 def _farthest(neighbors: Callable[[int], list[int]]) -> int:

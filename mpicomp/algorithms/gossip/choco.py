@@ -49,7 +49,14 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric
-from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta, sample
+from mpicomp.algorithms.gossip.automatic_step import (
+    AutomaticStep,
+    Gamma,
+    check_gamma,
+    layout_with_delta,
+    sample,
+    without_delta,
+)
 from mpicomp.algorithms.gossip.base import RegroupingGossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -110,7 +117,7 @@ class Choco(RegroupingGossip[ChocoState]):
     def init(self, local: Local, exchange: Exchange) -> ChocoState:
         """Return the public copies as `start` says, and room for a difference."""
         copies = initial_copies(self.start, self.compressor, local, exchange)
-        return ChocoState(**copies, automatic=automatic_step(self.gamma, local, exchange))
+        return ChocoState(**copies, automatic=automatic_step(self.gamma, self.compressor, local, exchange))
 
     def phases(self, local: Local, state: ChocoState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
@@ -143,9 +150,9 @@ class Choco(RegroupingGossip[ChocoState]):
         return found if state.automatic is None else found | {"gamma": state.automatic.gamma}
 
 
-def automatic_step(gamma: Gamma, local: Local, exchange: Exchange) -> AutomaticStep | None:
+def automatic_step(gamma: Gamma, compressor: Compressor, local: Local, exchange: Exchange) -> AutomaticStep | None:
     """Return what finds gamma, or None if it is given."""
-    return AutomaticStep.start(exchange.schedule(0), local.x.device) if gamma == "auto" else None
+    return AutomaticStep.start(exchange.schedule(0), compressor, local.x.device) if gamma == "auto" else None
 
 
 def initial_copies(start: Start, compressor: Compressor, local: Local, exchange: Exchange) -> dict[str, Any]:
@@ -168,17 +175,17 @@ def renew_copies(compressor: Compressor, gamma: Gamma, local: Local, state: Choc
     torch.mul(local.x, topology.weight(rank, rank), out=state.s)
     add_arrived_(whole, spec, state.s, exchange, arrived, None)
     state.compressor = compressor.init(spec, local.x.device, rank)
-    state.automatic = automatic_step(gamma, local, exchange)
+    state.automatic = automatic_step(gamma, compressor, local, exchange)
 
 
 def send_difference(
     compressor: Compressor, local: Local, state: ChocoState, exchange: Exchange
 ) -> tuple[Payload, Pending]:
     """Form ``q_i = C(x_i - xhat_i)``, begin to exchange it, and have ``xhat_i += q_i``."""
-    own, layout = compress_difference_(
+    own, message, layout = compress_difference_(
         compressor, local.x, state.x_hat, state.s, local.spec, state.compressor, state.scratch, state.automatic
     )
-    return own, exchange.start(own, layout, exchange.schedule(0))
+    return own, exchange.start(message, layout, exchange.schedule(0))
 
 
 def compress_difference_(
@@ -190,20 +197,23 @@ def compress_difference_(
     state: State,
     scratch: Tensor,
     automatic: AutomaticStep | None,
-) -> tuple[Payload, Layout]:
-    """Return the message ``q = C(x - xhat)`` and its layout, and have ``xhat += q``; what finds gamma measures it.
+) -> tuple[Payload, Payload, Layout]:
+    """Return ``q = C(x - xhat)``, the message with it and the message's layout, and have ``xhat += q``.
+
+    What finds gamma measures q and has a field of the message.
 
     s is the sum of the neighborhood's public copies before this exchange, (n,) as x and xhat.
     """
     layout = compressor.layout(spec)
     if automatic is None:
-        return compressor.compress_difference_(x, x_hat, spec, state, scratch), layout
+        own = compressor.compress_difference_(x, x_hat, spec, state, scratch)
+        return own, own, layout
     if automatic.measures:
         wanted, apart = sample(x) - sample(x_hat), sample(s) - sample(x_hat)
     own = compressor.compress_difference_(x, x_hat, spec, state, scratch)
     if automatic.measures:
         automatic.measure(wanted, sample(x) - sample(x_hat), apart)
-    return automatic.with_delta(own), layout_with_delta(layout)
+    return own, automatic.with_delta(own), layout_with_delta(layout)
 
 
 def add_messages_(
@@ -226,7 +236,7 @@ def add_arrived_(
     """``total += sum_j W_ij q_j`` (n,) of the neighbors' messages, by ascending rank; what finds gamma hears them."""
     topology = exchange.schedule(0)
     for source, payload in arrived.items():
-        compressor.accumulate(payload, spec, total, topology.weight(exchange.rank, source))
+        compressor.accumulate(without_delta(payload), spec, total, topology.weight(exchange.rank, source))
     if automatic:
         automatic.hear(arrived.values())
 

@@ -33,7 +33,14 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, require_bounded_errors
-from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma, layout_with_delta, sample
+from mpicomp.algorithms.gossip.automatic_step import (
+    AutomaticStep,
+    Gamma,
+    check_gamma,
+    layout_with_delta,
+    sample,
+    without_delta,
+)
 from mpicomp.algorithms.gossip.base import Gossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
@@ -93,7 +100,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         automatic = None
         if self.gamma == "auto":
             # Half: the ranks stay apart by about gamma |e|.
-            automatic = AutomaticStep.start(exchange.schedule, local.x.device, caution=2.0)
+            automatic = AutomaticStep.start(exchange.schedule, self.compressor, local.x.device, caution=2.0)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor, automatic)
 
     def mix(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> None:
@@ -114,7 +121,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         self.compressor.accumulate(own, spec, local.x, gamma * (topology.weight(rank, rank) + lost - 1))
         self.compressor.accumulate(own, spec, state.e, -1.0)
         for source, payload in arrived.items():
-            self.compressor.accumulate(payload, spec, local.x, gamma * topology.weight(rank, source))
+            self.compressor.accumulate(without_delta(payload), spec, local.x, gamma * topology.weight(rank, source))
         if automatic:
             if automatic.measures:
                 automatic.measure(wanted, sample(state.e), apart)

@@ -126,8 +126,8 @@ class MoTEF(Algorithm[MoTEFState]):
             r=r,
             tracking=self.compressor.init(local.spec, local.x.device, exchange.rank),
             room=room,
-            automatic=automatic_step(self.gamma, local, exchange),
-            automatic_of_v=automatic_step(self.gamma, local, exchange),
+            automatic=automatic_step(self.gamma, self.compressor, local, exchange),
+            automatic_of_v=automatic_step(self.gamma, self.compressor, local, exchange),
         )
 
     def phases(self, local: Local, state: MoTEFState, exchange: Exchange) -> Phases:
@@ -162,9 +162,11 @@ class MoTEF(Algorithm[MoTEFState]):
         payload: Payload = {}
         layouts = []
         for i, (vector, copy, total, of_compressor, scratch, automatic) in enumerate(parts):
-            own, layout = compress_difference_(compressor, vector, copy, total, spec, of_compressor, scratch, automatic)
+            own, message, layout = compress_difference_(
+                compressor, vector, copy, total, spec, of_compressor, scratch, automatic
+            )
             compressor.accumulate(own, spec, total, topology.weight(rank, rank))
-            payload |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            payload |= {f"{i}.{name}": tensor for name, tensor in message.items()}
             layouts.append(layout)
         arrived = exchange.start(payload, Layout.concatenate(layouts), topology).wait()
         for i, (_, _, total, _, _, automatic) in enumerate(parts):

@@ -98,6 +98,11 @@ class ByRank(Compressor):
         return any(compressor.amplifies for compressor in self.compressors)
 
     @property
+    def leaves_out_same_entries(self) -> bool:
+        """Whether the compressors of all ranks do."""
+        return all(compressor.leaves_out_same_entries for compressor in self.compressors)
+
+    @property
     def relative_error(self) -> float:
         """The largest error bound of the ranks' compressors."""
         return max(compressor.relative_error for compressor in self.compressors)
