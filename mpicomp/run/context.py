@@ -203,7 +203,7 @@ class RunContext:
         if self.diverged == DIVERGED_RECORDS:
             raise DivergenceError(
                 f"training diverges: at step {record.step} the loss is {record.loss:.4g}, and guessing has "
-                f"{guessing:.3g}. Lower optimizer.lr, or algorithm.gamma of a gossip method"
+                f"{guessing:.3g}. Lower optimizer.lr or algorithm.gamma"
             )
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
