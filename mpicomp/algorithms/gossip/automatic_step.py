@@ -15,7 +15,7 @@ they have measured; at its end all of them change gamma, in the same step.
         delta_i = min(delta_i, delta_j of all neighbors j)
         if K divides t + 1:     gamma = min(delta_i / mu, 1), unless delta_i is infinity
 
-    mu = 2 (1 - min_i W_ii);  twice that if all ranks send the same entries, as of random-k or a random block
+    mu = 2 (1 - min_i W_ii);  twice that if all ranks leave out the same entries, as with random-k and random blocks
 
 C is the compressor, k an entry and W the mixing matrix. In CHOCO-SGD and what is made of it, d_i is the model minus its
 public copy, and r_i the weighted sum of the neighborhood's public copies minus the own one. In DeepSqueeze d_i is the
@@ -29,17 +29,17 @@ has measured anything, gamma stays as it is. It does so, too, in what is left of
 another number of ranks.
 
 Why: take one mode of W, with eigenvalue 1 - m. Mixing moves x by ``-gamma m xhat`` and a message moves xhat by q, with
-the mean ``<q, d> = s |d|^2``. If the lengths of xhat and of ``d = x - xhat`` last,
+the mean ``<q, d> = s |d|^2``. If the lengths of xhat and of ``d = x - xhat`` stay the same,
 
     |xhat + q|^2 = |xhat|^2                             gives   <xhat, d> = -|q|^2 / (2 s)
     |d - q|^2 - 2 gamma m <xhat, d> = |d|^2             gives   gamma m = (1 - |d - q|^2 / |d|^2) s |d|^2 / |q|^2
 
 and with a larger gamma, d grows. The right-hand side is delta: the ratio for random-k, the part of the squares that it
-carries for top-k, and 1.4 times as much for QSGD of 4 bits. Ranks that choose their entries by themselves spread what
-they leave out over all modes, so that m is ``1 - W_ii``, of the rank where it is largest. If all send the same
-entries, each mode keeps its own, and m is ``|I - W|_2``, up to twice as large. Half of the limit is what a long
-training bears. delta is measured in training and not a constant of the compressor: top-k of 1 % carries 4 to 14 % of
-the squares, by how unequal its entries are, and less later in a run than at its start.
+carries for top-k, and 1.3 to 1.4 times that for QSGD of 4 bits. Ranks that choose their entries by themselves spread
+what they leave out over all modes, so that m is ``1 - W_ii``, of the rank where it is largest. If all leave out the
+same entries, each mode keeps its own, and m is ``|I - W|_2``, up to twice as large. gamma is half of the limit. delta
+is measured in training and not a constant of the compressor: top-k of 1 % carries 4 to 14 % of the squares, by how
+unequal the entries are, and less later in a run than at its start.
 
 Why the larger of two: the squares are ruled by the largest entries of d_i. With `sign`, these are the entries that have
 moved far on all ranks alike and are brought after with one small step a message; they say 2 % where gossip bears a
@@ -82,7 +82,7 @@ SHORTEST_WINDOW = 32
 """The least K, in steps."""
 
 MOST_STEPS = 10_000
-"""In which all ranks must have heard of each other."""
+"""The number of steps in which all ranks must have heard of each other."""
 
 FIRST_DELTA = 0.1
 """The delta from which the first gamma is made."""

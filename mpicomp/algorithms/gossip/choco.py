@@ -200,9 +200,18 @@ def compress_difference_(
 ) -> tuple[Payload, Payload, Layout]:
     """Return ``q = C(x - xhat)``, the message with it and the message's layout, and have ``xhat += q``.
 
-    What finds gamma measures q and has a field of the message.
+    What finds gamma measures q and adds a field to the message.
 
-    s is the sum of the neighborhood's public copies before this exchange, (n,) as x and xhat.
+    Args:
+        compressor: C.
+        x: the vector to be sent, (n,).
+        x_hat: its public copy, (n,).
+        s: the weighted sum of the neighborhood's public copies before this exchange, (n,).
+        spec: of x.
+        state: of the compressor.
+        scratch: room for a difference, (n,).
+        automatic: what finds gamma; None where it is given.
+
     """
     layout = compressor.layout(spec)
     if automatic is None:
