@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpicomp.algorithms.gossip.automatic_step import SHORTEST_WINDOW
+from mpicomp.algorithms.gossip.automatic_step import HALF_LIFE
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.node import groups_of_size
@@ -32,7 +32,7 @@ HELD_OUT = 0.1
 CLOSENESS = 0.05
 """The exponent of the consensus distance."""
 
-FEW_STEPS = 4 * SHORTEST_WINDOW
+FEW_STEPS = 2 * HALF_LIFE
 """In fewer, runs tell little, and ``gamma = "auto"`` has hardly begun to measure."""
 
 

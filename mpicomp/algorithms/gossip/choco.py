@@ -152,7 +152,9 @@ class Choco(RegroupingGossip[ChocoState]):
 
 def automatic_step(gamma: Gamma, compressor: Compressor, local: Local, exchange: Exchange) -> AutomaticStep | None:
     """Return what finds gamma, or None if it is given."""
-    return AutomaticStep.start(exchange.schedule(0), compressor, local.x.device) if gamma == "auto" else None
+    if gamma != "auto":
+        return None
+    return AutomaticStep.start(exchange.schedule(0), compressor, local.spec, local.x.device)
 
 
 def initial_copies(start: Start, compressor: Compressor, local: Local, exchange: Exchange) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         automatic = None
         if self.gamma == "auto":
             # Half: the ranks stay apart by about gamma |e|.
-            automatic = AutomaticStep.start(exchange.schedule, self.compressor, local.x.device, caution=2.0)
+            automatic = AutomaticStep.start(exchange.schedule, self.compressor, local.spec, local.x.device, caution=2.0)
         return DeepSqueezeState(torch.zeros_like(local.x), compressor, automatic)
 
     def mix(self, local: Local, state: DeepSqueezeState, exchange: Exchange) -> None:

@@ -12,11 +12,23 @@ from mpicomp.algorithms.gossip.automatic_step import (
     FIRST_DELTA,
     MEASURED_EVERY,
     AutomaticStep,
+    delta_of_normal_numbers,
     largest_move,
     sample,
     steps_to_all,
 )
-from mpicomp.compression import QSGD, ByRank, Identity, PerTensor, RandomBlock, RandomK, SignNorm, Spec, TopK
+from mpicomp.compression import (
+    QSGD,
+    ByRank,
+    HardThreshold,
+    Identity,
+    PerTensor,
+    RandomBlock,
+    RandomK,
+    SignNorm,
+    Spec,
+    TopK,
+)
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.topology import (
     OnePeerExponential,
@@ -34,13 +46,20 @@ from mpicomp.topology import (
 LR = 0.1
 KEPT = 6
 TOP = TopK(ratio=KEPT / DIM)
+SPEC, CPU = Spec.flat(DIM, torch.float64), torch.device("cpu")
+
+
+def first(mu, compressor=TOP):
+    """The first gamma."""
+    return min(0.8 * delta_of_normal_numbers(compressor, SPEC, CPU) / mu, 1)
 
 
 class Measured:
-    """The sums of each rank."""
+    """The sums of each rank, and their weighted means over windows of K steps."""
 
-    def __init__(self, size):
-        self.sums = np.zeros((6, size))
+    def __init__(self, size, window):
+        self.sums, self.means = np.zeros((6, size)), np.zeros((3, size))
+        self.keep = 0.5 ** (window / 64)
 
     def add(self, wanted, q, apart):
         """Look at d_i, q_i and r_i, the rows of (size, DIM) matrices."""
@@ -49,17 +68,23 @@ class Measured:
         self.sums += [part.sum(axis=1) for part in parts]
 
     def least(self):
-        """The least delta, infinity where nothing differed; begins anew."""
-        shares = [max((1 - r / d) * s / q, a / b / 2 if b else 0) if d else np.inf for d, r, s, q, a, b in self.sums.T]
+        """The least delta, infinity where nothing differed; the sums begin anew."""
+        deltas = [np.inf]
+        for rank, (d, r, s, q, a, b) in enumerate(self.sums.T):
+            if d and b:
+                now = np.array([(1 - r / d) * s / q, a / b, 1])
+                self.means[:, rank] = self.keep * self.means[:, rank] + (1 - self.keep) * now
+                p, a, weight = self.means[:, rank]
+                deltas.append(max(p, a / 2) / weight)
         self.sums[:] = 0
-        return np.float32(min(shares))
+        return np.float32(min(deltas))
 
 
 def transcription(graph, steps, window, overlap=False):
     """The rule in matrix form; `window` is K."""
-    mu = 2 * (1 - graph.mixing.diagonal().min())
+    mu = 1 - graph.mixing.diagonal().min()
     x, hat = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))
-    gamma, least, measured = FIRST_DELTA / mu, None, Measured(graph.size)
+    gamma, least, measured = first(mu), None, Measured(graph.size, window)
     for step in range(steps):
         y = x - LR * curvature() * (x - centers(graph.size))
         difference = (x if overlap else y) - hat
@@ -70,7 +95,7 @@ def transcription(graph, steps, window, overlap=False):
             least = measured.least()
         hat = hat + q
         if step % window == window - 1 and least < np.inf:
-            gamma = min(float(least) / mu, 1)
+            gamma = min(0.8 * float(least) / mu, 1)
         x = y + gamma * (graph.mixing @ hat - hat)
     return x, gamma
 
@@ -81,7 +106,7 @@ def transcription(graph, steps, window, overlap=False):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("steps", [50, 100])
 def test_the_rule(graph, overlap, steps):
-    expected, gamma = transcription(graph, steps, 32, overlap)
+    expected, gamma = transcription(graph, steps, 8, overlap)
     trained = train(Choco("auto", TOP, overlap=overlap), graph, steps)
     np.testing.assert_allclose(trained.x, expected, rtol=0, atol=1e-9)
     assert [state.automatic.gamma for state in trained.states] == pytest.approx([gamma] * graph.size, rel=1e-6)
@@ -94,13 +119,13 @@ def test_all_ranks_of_a_long_graph_change_to_the_same_step_at_once():
         automatic = [state.automatic for state in train(Choco("auto", TOP), chain(size), steps).states]
         assert len({state.gamma for state in automatic}) == 1
         assert {state.window for state in automatic} == {2 * (size - 1)}
-    assert automatic[0].gamma != FIRST_DELTA / automatic[0].mu
+    assert automatic[0].gamma != first(automatic[0].mu)
 
 
 @pytest.mark.parametrize("graph", [ring(1), ring(2), complete(4)], ids=lambda graph: f"{graph.name}{graph.size}")
-def test_what_leaves_nothing_out_is_mixed_by_half_of_the_limit(graph):
+def test_what_leaves_nothing_out_is_mixed_by_the_whole_step(graph):
     (state, *_) = train(Choco("auto", Identity()), graph, 70).states
-    assert state.automatic.gamma == pytest.approx(min(0.5 / (1 - graph.mixing[0, 0]), 1) if graph.size > 1 else 1)
+    assert state.automatic.gamma == 1
 
 
 @pytest.mark.parametrize("compressor", [TOP, TopK(ratio=1 / DIM), SignNorm(), RandomK(0.3, shared=False)], ids=str)
@@ -114,7 +139,7 @@ def test_the_ranks_come_together(compressor):
 @pytest.mark.parametrize("method", [Choco, AdaGossip, MoTEF])
 def test_where_nothing_has_differed_the_step_stays_as_it_is(method):
     (state, *_) = train(method("auto", TOP), ring(4), 80, lr=0.0).states
-    assert state.automatic.gamma == pytest.approx(FIRST_DELTA / state.automatic.mu)
+    assert state.automatic.gamma == first(state.automatic.mu)
 
 
 @pytest.mark.parametrize(
@@ -123,35 +148,35 @@ def test_where_nothing_has_differed_the_step_stays_as_it_is(method):
 def test_ranks_that_have_measured_nothing_leave_the_word_to_the_others(measured, found):
     """A rank that says its present share would keep gamma from rising, one that says 1 would have it leap."""
     graph = chain(5)
-    steps = [AutomaticStep.start(graph, TOP, torch.device("cpu")) for _ in range(5)]
+    steps = [AutomaticStep.start(graph, TOP, SPEC, CPU) for _ in range(5)]
     for rank, step in enumerate(steps):
-        step.gamma = 0.3 / step.mu
+        step.gamma = 0.8 * 0.3 / step.mu
         if rank in measured:
-            step.measured[:4] = torch.tensor([2.0, 2.0 * (1 - measured[rank]), 1.0, 1.0])
+            step.measured[:] = torch.tensor([2.0, 2.0 * (1 - measured[rank]), 1.0, 1.0, 0.0, 1.0])
     for _ in range(steps[0].window):
         messages = [step.with_delta({}) for step in steps]
         for rank, step in enumerate(steps):
             step.hear(messages[neighbor] for neighbor in graph.sources(rank))
     for step in steps:
-        assert step.gamma == pytest.approx(min(found / step.mu, 1.0), rel=1e-6)
+        assert step.gamma == pytest.approx(min(0.8 * found / step.mu, 1.0), rel=1e-6)
 
 
 def test_adagossip_gives_the_usual_entry_the_step_of_choco():
     graph, beta, epsilon = ring(5), 0.999, 1e-8
     trained = train(AdaGossip("auto", TOP), graph, 100)
-    mu = 2 * (1 - graph.mixing.diagonal().min())
+    mu = 1 - graph.mixing.diagonal().min()
     x, hat, v, scale = (np.zeros((graph.size, DIM)) for _ in range(4))
-    gamma, least, measured = FIRST_DELTA / mu, None, Measured(graph.size)
+    gamma, least, measured = first(mu), None, Measured(graph.size, 8)
     for step in range(100):
         y = x - LR * curvature() * (x - centers(graph.size))
         q = top_k(y - hat, KEPT)
         if step % MEASURED_EVERY == 0:
             measured.add(y - hat, q, graph.mixing @ hat - hat)
-        if step % 32 == 0:
+        if step % 8 == 0:
             least = measured.least()
         hat = hat + q
-        if step % 32 == 31:
-            gamma = min(float(least) / mu, 1)
+        if step % 8 == 7 and least < np.inf:
+            gamma = min(0.8 * float(least) / mu, 1)
         if step and step % MEASURED_EVERY == 0:
             scale = np.sqrt(v.mean(axis=1, keepdims=True) / (1 - beta**step))
         error = graph.mixing @ hat - hat
@@ -165,23 +190,23 @@ def test_adagossip_gives_the_usual_entry_the_step_of_choco():
 )
 def test_deep_squeeze_takes_half_of_what_choco_would(schedule):
     size = schedule.size
-    mu = 4 * (1 - min(schedule(step).mixing.diagonal().min() for step in range(8)))
+    mu = 2 * (1 - min(schedule(step).mixing.diagonal().min() for step in range(8)))
     x, e = np.zeros((size, DIM)), np.zeros((size, DIM))
-    gamma, least, measured = FIRST_DELTA / mu, None, Measured(size)
+    gamma, least, measured = first(mu), None, Measured(size, 8)
     for step in range(100):
         y = x - LR * curvature() * (x - centers(size))
         q = top_k(y + e, KEPT)
-        if step % 32 == 0:
+        if step % 8 == 0:
             least = measured.least()
         if step % MEASURED_EVERY == 0:
             measured.add(y + e, q, y)
         e = y + e - q
         x = y + gamma * (schedule(step).mixing @ q - q)
-        if step % 32 == 31 and least < np.inf:
-            gamma = min(float(least) / mu, 1)
+        if step % 8 == 7 and least < np.inf:
+            gamma = min(0.8 * float(least) / mu, 1)
     trained = train(DeepSqueeze("auto", TOP), schedule, 100)
     np.testing.assert_allclose(trained.x, x, rtol=0, atol=1e-9)
-    assert gamma != FIRST_DELTA / mu
+    assert gamma != first(mu)
 
 
 def test_local_steps_count_mixings_and_not_steps():
@@ -192,7 +217,7 @@ def test_local_steps_count_mixings_and_not_steps():
 def test_sign_is_given_a_step_though_entries_that_move_alike_on_all_ranks_are_far_behind():
     """Their squares are nearly all that the messages leave out, and gossip needs none of them."""
     size, dim = 4, 1000
-    step = AutomaticStep.start(ring(size), SignNorm(), torch.device("cpu"))
+    step = AutomaticStep.start(ring(size), SignNorm(), SPEC, CPU)
     wanted = torch.full((dim,), 0.01).double()
     wanted[0] = 100.0
     q = wanted.abs().mean() * wanted.sign()
@@ -241,8 +266,8 @@ def test_graphs_that_never_join_all_ranks_need_a_number():
 )
 def test_where_all_ranks_send_the_same_entries_gamma_is_half_as_large(compressor, share):
     for wrapped in (compressor, PerTensor(compressor), ByRank((compressor,) * 8)):
-        step = AutomaticStep.start(ring(8), wrapped, torch.device("cpu"))
-        assert step.mu == pytest.approx(share * 4 / 3)
+        step = AutomaticStep.start(ring(8), wrapped, SPEC, CPU)
+        assert step.mu == pytest.approx(share * 2 / 3)
 
 
 @pytest.mark.parametrize("schedule", [ring(6), OnePeerExponential(8), star(5), RandomMatching(5)])
@@ -255,13 +280,15 @@ def test_the_mixing_matrix_moves_no_vector_by_more_than_mu(schedule):
 @pytest.mark.parametrize(("bits", "size"), [(4, 25_000), (8, 1_000)])
 def test_the_limit_is_the_ratio_of_random_k_and_more_than_the_squares_of_qsgd(bits, size):
     d = torch.from_numpy(np.random.default_rng(1).normal(size=size))
-    spec, device = Spec.flat(size, torch.float64), torch.device("cpu")
+    spec = Spec.flat(size, torch.float64)
+    apart = torch.zeros_like(d)
+    apart[d.abs().argmin()] = 1  # where messages carry nothing
 
     def delta(compressor):
-        step = AutomaticStep.start(ring(8), compressor, device)
+        step = AutomaticStep.start(ring(8), compressor, spec, CPU)
         q = torch.zeros_like(d)
-        compressor.accumulate(compressor.compress(d, spec, compressor.init(spec, device)), spec, q)
-        step.measure(d, d - q, torch.zeros_like(d))
+        compressor.accumulate(compressor.compress(d, spec, compressor.init(spec, CPU)), spec, q)
+        step.measure(d, d - q, apart)
         step.with_delta({})
         return float(step.least), 1 - float((d - q).square().sum() / d.square().sum())
 
@@ -275,7 +302,29 @@ def test_the_limit_is_the_ratio_of_random_k_and_more_than_the_squares_of_qsgd(bi
 def test_messages_of_single_tensors_carry_it_too(method):
     states = train(method("auto", PerTensor(SignNorm())), ring(4), 70).states
     assert len({state.automatic.gamma for state in states}) == 1
-    assert states[0].automatic.gamma != FIRST_DELTA / states[0].automatic.mu
+    assert states[0].automatic.gamma != first(states[0].automatic.mu, SignNorm())
+
+
+@pytest.mark.parametrize(
+    ("compressor", "delta"),
+    [
+        (Identity(), 1.0),
+        (RandomK(0.1), 0.1),
+        (SignNorm(), 2 / np.pi),
+        (PerTensor(SignNorm()), 2 / np.pi),
+        (TopK(0.1), 0.44),  # 0.1 + 2 t phi(t), t = 1.645
+        (TopK(0.01), 0.085),  # t = 2.576
+    ],
+    ids=str,
+)
+def test_the_first_step_is_the_one_for_normal_numbers(compressor, delta):
+    spec = Spec(("a", "b"), ((100, 300), (20_000,)), torch.float32)
+    assert delta_of_normal_numbers(compressor, spec, CPU) == pytest.approx(delta, rel=0.1)
+
+
+def test_the_first_step_is_small_with_a_compressor_that_sends_nothing_of_small_vectors():
+    step = AutomaticStep.start(ring(8), HardThreshold(0.1), SPEC, CPU)
+    assert step.gamma == pytest.approx(0.8 * FIRST_DELTA / step.mu)
 
 
 @pytest.mark.parametrize("method", [Choco, MoTEF, AdaGossip, DeepSqueeze])
