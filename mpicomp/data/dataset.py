@@ -109,6 +109,17 @@ class Dataset:
             return None
         return math.log(self.classes)
 
+    def is_no_better_than_guessing(self, loss: float, accuracy: float | None) -> bool:
+        """Return whether a model with this test loss, and accuracy if there is one, has learned nothing.
+
+        So it is if the loss is not below `loss_of_guessing`, and the same answer to all test samples would be right as
+        often. False where the loss of guessing is not known.
+        """
+        if self.loss_of_guessing is None or loss < self.loss_of_guessing:
+            return False
+        answers = self.test.labels.flatten().numpy()
+        return accuracy is None or accuracy <= np.bincount(answers).max() / len(answers)
+
     def digest(self) -> str:
         """Return 16 hexadecimal digits that depend on all shapes, types and whole numbers, such as pixels and tokens.
 

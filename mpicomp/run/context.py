@@ -256,6 +256,12 @@ class RunContext:
         end()
         if self.folder and self.progress:
             self.progress.finish(summary(result, self.folder.path))
+            loss, dataset = result.test_loss, self.setup.dataset
+            if loss is not None and dataset.is_no_better_than_guessing(loss, result.test_accuracy):
+                self.progress.warn(
+                    f"nothing was learned: the loss is {loss:.4g}, that of guessing {dataset.loss_of_guessing:.4g}. "
+                    "Train longer, or lower optimizer.lr or algorithm.gamma"
+                )
         return result
 
 

@@ -12,6 +12,7 @@ from mpicomp.exchange.loopback import run
 from mpicomp.run.context import DIVERGED_RECORDS
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
+from mpicomp.run.progress import Progress
 
 TOML = """
 data.kind = "digits"
@@ -24,8 +25,8 @@ run.evaluate_every_epochs = 6.0
 """
 
 
-def start(toml, folder=None, ranks=4):
-    return run(ranks, lambda world: train(RunConfig.from_toml(toml), world, folder))
+def start(toml, folder=None, ranks=4, progress=None):
+    return run(ranks, lambda world: train(RunConfig.from_toml(toml), world, folder, None if world.rank else progress))
 
 
 def test_a_consensus_step_that_is_too_large_ends_the_run(tmp_path):
@@ -40,6 +41,23 @@ def test_a_consensus_step_that_is_too_large_ends_the_run(tmp_path):
 def test_the_step_that_finds_itself_does_not():
     (result, *_) = start(TOML.replace("gamma = 1.5", 'gamma = "auto"'))
     assert result.test_accuracy > 0.9
+
+
+@pytest.mark.parametrize(("lr", "is_useless"), [(1e-9, True), (0.1, False)])
+def test_a_run_that_has_learned_nothing_says_so(tmp_path, capsys, lr, is_useless):
+    toml = TOML.replace("lr = 0.1", f"lr = {lr}").replace("1.5", "0.3")
+    start(toml, RunFolder.create(tmp_path), progress=Progress(None, 6))
+    warning = "mpicomp: warning: nothing was learned: the loss is 2.3"
+    assert (warning in capsys.readouterr().out) == is_useless
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "is_useless"),
+    [(2.4, 0.1, True), (2.4, None, True), (2.2, 0.1, False), (2.2, None, False), (2.4, 0.5, False)],
+)
+def test_a_loss_above_that_of_guessing_is_no_guess_if_answers_are_right(loss, accuracy, is_useless):
+    """Few samples learned by heart: sure of itself, and often right."""
+    assert load("digits").is_no_better_than_guessing(loss, accuracy) == is_useless
 
 
 def test_other_losses_have_no_guess_to_compare_with():
