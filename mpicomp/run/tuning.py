@@ -32,7 +32,7 @@ HELD_OUT = 0.1
 CLOSENESS = 0.05
 """The exponent of the consensus distance."""
 
-FEW_STEPS = 2 * HALF_LIFE
+FEW_STEPS = HALF_LIFE
 """In fewer, runs tell little, and ``gamma = "auto"`` has hardly begun to measure."""
 
 

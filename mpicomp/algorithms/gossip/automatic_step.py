@@ -3,22 +3,22 @@
 Training is cut into windows of K steps. In one window the ranks measure; in the next they agree on the least of what
 they have measured; at its end all of them change gamma, in the same step.
 
-    gamma = min(0.8 delta(z) / mu, 1);  delta_i = infinity;  all sums and means are 0      before the first step
+    gamma = min(0.4 delta(z) / mu, 1);  delta_i = infinity;  all sums and means are 0      before the first step
     repeat for t = 0, 1, ...:
         d_i = what rank i would send;  r_i = how far it is from its neighbors;  q_i = C(d_i)
         if 8 divides t:         D_i = D_i + |d_i|^2;   R_i = R_i + |d_i - q_i|^2
                                 S_i = S_i + <q_i, d_i>;  Q_i = Q_i + |q_i|^2
                                 A_i = A_i + sum_k r_ik^2 min(|q_ik| / |d_ik|, 1);  B_i = B_i + |r_i|^2
         if K divides t:         (p_i, a_i, w_i) = c (p_i, a_i, w_i) + (1 - c) ((1 - R_i / D_i) S_i / Q_i, A_i / B_i, 1)
-                                delta_i = max(p_i, a_i / 2) / w_i
+                                delta_i = max(0.8 p_i, 0.5 a_i) / w_i
                                 where D_i = 0 or B_i = 0: the means stay as they are, and delta_i = infinity
                                 all sums are 0
         send q_i and delta_i to every neighbor, receive q_j and delta_j
         delta_i = min(delta_i, delta_j of all neighbors j)
-        if K divides t + 1:     gamma = min(0.8 delta_i / mu, 1), unless delta_i is infinity
+        if K divides t + 1:     gamma = min(delta_i / mu, 1), unless delta_i is infinity
 
     mu = 1 - min_i W_ii;  twice that if all ranks leave out the same entries, as with random-k and random blocks
-    c = 2^(-K / 64):  windows of 64 steps ago count half
+    c = 2^(-K / 128):  windows of 128 steps ago count half
     delta(z) = (1 - |z - C(z)|^2 / |z|^2) <C(z), z> / |C(z)|^2 of a vector z of normal numbers, the same on all ranks;
                0.1 where C is not contractive
 
@@ -44,18 +44,19 @@ carries for top-k, and 1.3 to 1.4 times that for QSGD of 4 bits. Ranks that choo
 what they leave out over all modes, so that m is ``1 - W_ii``, of the rank where it is largest. If all leave out the
 same entries, each mode keeps its own, and m is ``|I - W|_2``, up to twice as large. delta is measured in training and
 not a constant of the compressor: top-k of 1 % carries 4 to 14 % of the squares, by how unequal the entries are, and
-less later in a run than at its start. It is a mean over windows because few of the entries of random-k hold most of the
-squares, so that the least of one window's, over all ranks, is a fraction of the ratio.
+less later in a run than at its start. It is a mean over windows because few of the entries hold most of the squares, so
+that with random-k the least of one window's, over all ranks, is a fraction of the ratio.
 
 Why the larger of two: the squares are ruled by the largest entries of d_i. With `sign`, these are the entries that have
 moved far on all ranks alike and are brought after with one small step a message; they say 2 % where gossip bears a
 gamma of 0.67. ``A / B`` asks about the entries in which ranks differ, and also counts those that are not sent because
 they are at rest: with top-k it is half of the other. It is halved because all of it was too much: with `sign`, on a
-hypercube of 32 ranks with other labels on each, training diverged after more than ten epochs.
+hypercube of 32 ranks with other labels on each, training diverged after more than ten epochs. A quarter of it was too
+little there: ranks drifted apart, and it fell for that.
 
 Why not a small first gamma: with `sign`, ranks drift apart in the first 30 steps, entries in which they are far apart
 are brought together by one small step a message, and gamma stays small for it. The normal numbers have 0.64 for `sign`;
-for top-k of 10 and 1 % they have 0.44 and 0.085, up to twice what training has.
+for top-k of 10 and 1 % they have 0.44 and 0.085, up to twice what training has, so gamma begins with half.
 
 Wire: 4 bytes more a message. Memory and time: of about a million entries, in one step of eight; of one message more,
 and two vectors, before the first step. The rule is this package's own; ``docs/studies/automatic_step.md`` has what it
@@ -92,11 +93,14 @@ SAMPLED = 1 << 20
 SHORTEST_WINDOW = MEASURED_EVERY
 """The least K, in steps: a window has a measurement."""
 
-HALF_LIFE = 64
+HALF_LIFE = 128
 """The age, in steps, of the measurements that count half in a mean."""
 
 TAKEN = 0.8
-"""The part of the limit that gamma is."""
+"""The part of the limit p that is taken; half of it at first."""
+
+TAKEN_OF_APART = 0.5
+"""The part that is taken of the share a, of the entries in which ranks differ."""
 
 MOST_STEPS = 10_000
 """The number of steps in which all ranks must have heard of each other."""
@@ -154,7 +158,7 @@ class AutomaticStep:
         delta = delta_of_normal_numbers(compressor, spec, device) if compressor.is_contractive else FIRST_DELTA
         least = torch.full((1,), math.inf, device=device)
         measured, means = (torch.zeros(n, dtype=torch.float64, device=device) for n in (6, 3))
-        return cls(mu, window, min(TAKEN * delta / mu, 1.0), 0, least, measured, means)
+        return cls(mu, window, min(TAKEN / 2 * delta / mu, 1.0), 0, least, measured, means)
 
     @property
     def measures(self) -> bool:
@@ -178,7 +182,8 @@ class AutomaticStep:
             has_measured = (differed > 0) & (apart > 0)
             means = torch.lerp(now, self.means, 0.5 ** (self.window / HALF_LIFE))
             self.means = torch.where(has_measured, means, self.means)
-            delta = (torch.maximum(means[0], means[1] / 2) / means[2]).clamp(min=SMALLEST_DELTA)
+            delta = torch.maximum(TAKEN * means[0], TAKEN_OF_APART * means[1]) / means[2]
+            delta = delta.clamp(min=SMALLEST_DELTA)
             self.least = torch.where(has_measured, delta, torch.full_like(delta, math.inf)).float().reshape(1)
             self.measured.zero_()
         return {**payload, DELTA_FIELD: self.least}
@@ -191,7 +196,7 @@ class AutomaticStep:
         if self.step % self.window == 0:
             delta = float(self.least)
             if delta < math.inf:
-                self.gamma = min(TAKEN * delta / self.mu, 1.0)
+                self.gamma = min(delta / self.mu, 1.0)
 
 
 def delta_of_normal_numbers(compressor: Compressor, spec: Spec, device: torch.device) -> float:
