@@ -50,17 +50,16 @@ that with random-k the least of one window's, over all ranks, is a fraction of t
 Why the larger of two: the squares are ruled by the largest entries of d_i. With `sign`, these are the entries that have
 moved far on all ranks alike and are brought after with one small step a message; they say 2 % where gossip bears a
 gamma of 0.67. ``A / B`` asks about the entries in which ranks differ, and also counts those that are not sent because
-they are at rest: with top-k it is half of the other. It is halved because all of it was too much: with `sign`, on a
-hypercube of 32 ranks with other labels on each, training diverged after more than ten epochs. A quarter of it was too
-little there: ranks drifted apart, and it fell for that.
+they are at rest: with top-k it is half of the other. Half of it is taken, by trial. A quarter was too little: with
+`sign` the ranks drifted apart, and the farther they were, the less of it there was.
 
 Why not a small first gamma: with `sign`, ranks drift apart in the first 30 steps, entries in which they are far apart
 are brought together by one small step a message, and gamma stays small for it. The normal numbers have 0.64 for `sign`;
 for top-k of 10 and 1 % they have 0.44 and 0.085, up to twice what training has, so gamma begins with half.
 
-Wire: 4 bytes more a message. Memory and time: of about a million entries, in one step of eight; of one message more,
-and two vectors, before the first step. The rule is this package's own; ``docs/studies/automatic_step.md`` has what it
-is worth.
+Wire: 4 bytes more a message. Memory and time: of 32,768 entries at most, in one step of eight, others each time; of one
+message more, and two vectors, before the first step. The rule is this package's own; ``docs/studies/automatic_step.md``
+has what it is worth.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ Gamma = float | Literal["auto"]
 MEASURED_EVERY = 8
 """Steps from one measurement to the next."""
 
-SAMPLED = 1 << 20
+SAMPLED = 1 << 15
 """The number of entries that are looked at in a measurement, at most."""
 
 SHORTEST_WINDOW = MEASURED_EVERY
@@ -97,7 +96,7 @@ HALF_LIFE = 128
 """The age, in steps, of the measurements that count half in a mean."""
 
 TAKEN = 0.8
-"""The part of the limit p that is taken; half of it at first."""
+"""The part of the limit p that is taken; half of that part at first."""
 
 TAKEN_OF_APART = 0.5
 """The part that is taken of the share a, of the entries in which ranks differ."""
@@ -165,6 +164,11 @@ class AutomaticStep:
         """Whether this step is one of those that are measured."""
         return self.step % MEASURED_EVERY == 0
 
+    def sample(self, x: Tensor) -> Tensor:
+        """Return a copy of every k-th entry of `x` (n,), at most `SAMPLED` of them, in float64; others each time."""
+        every = -(-len(x) // SAMPLED)
+        return x[self.step // MEASURED_EVERY % every :: every].to(torch.float64, copy=True)
+
     def measure(self, wanted: Tensor, left_out: Tensor, apart: Tensor) -> None:
         """Add up the sums of d_i, ``d_i - q_i`` and r_i, each as `sample` returns it."""
         q = wanted - left_out
@@ -205,15 +209,9 @@ def delta_of_normal_numbers(compressor: Compressor, spec: Spec, device: torch.de
     z = few.repeat(-(-spec.numel // len(few)))[: spec.numel]
     left_out = z.clone()
     compressor.accumulate(compressor.compress(z, spec, compressor.init(spec, device)), spec, left_out, -1.0)
-    wanted, left = sample(z), sample(left_out)
-    q = wanted - left
-    delta = (1 - left.square().sum() / wanted.square().sum()) * torch.dot(q, wanted) / q.square().sum()
+    whole, left, along = (torch.dot(a, b).double() for a, b in ((z, z), (left_out, left_out), (left_out, z)))
+    delta = (1 - left / whole) * (whole - along) / (whole - 2 * along + left)
     return float(f"{max(float(delta.nan_to_num(nan=0.0)), SMALLEST_DELTA):.2g}")
-
-
-def sample(x: Tensor) -> Tensor:
-    """Return a copy of every k-th entry of `x` (n,), at most `SAMPLED` of them, in float64."""
-    return x[:: -(-len(x) // SAMPLED)].to(torch.float64, copy=True)
 
 
 def check_gamma(gamma: Gamma) -> None:

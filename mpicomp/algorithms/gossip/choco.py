@@ -54,7 +54,6 @@ from mpicomp.algorithms.gossip.automatic_step import (
     Gamma,
     check_gamma,
     layout_with_delta,
-    sample,
     without_delta,
 )
 from mpicomp.algorithms.gossip.base import RegroupingGossip
@@ -220,6 +219,7 @@ def compress_difference_(
         own = compressor.compress_difference_(x, x_hat, spec, state, scratch)
         return own, own, layout
     if automatic.measures:
+        sample = automatic.sample
         wanted, apart = sample(x) - sample(x_hat), sample(s) - sample(x_hat)
     own = compressor.compress_difference_(x, x_hat, spec, state, scratch)
     if automatic.measures:

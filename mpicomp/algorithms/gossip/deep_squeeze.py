@@ -38,7 +38,6 @@ from mpicomp.algorithms.gossip.automatic_step import (
     Gamma,
     check_gamma,
     layout_with_delta,
-    sample,
     without_delta,
 )
 from mpicomp.algorithms.gossip.base import Gossip, lost_weight
@@ -109,7 +108,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
         automatic = state.automatic
         v = state.e.add_(local.x)
         if automatic and automatic.measures:
-            wanted, apart = sample(v), sample(local.x)
+            wanted, apart = automatic.sample(v), automatic.sample(local.x)
         message = own = self.compressor.compress(v, spec, state.compressor)
         layout = self.compressor.layout(spec)
         if automatic:
@@ -124,7 +123,7 @@ class DeepSqueeze(Gossip[DeepSqueezeState]):
             self.compressor.accumulate(without_delta(payload), spec, local.x, gamma * topology.weight(rank, source))
         if automatic:
             if automatic.measures:
-                automatic.measure(wanted, sample(state.e), apart)
+                automatic.measure(wanted, automatic.sample(state.e), apart)
             automatic.hear(arrived.values())
         state.step += 1
 

@@ -93,7 +93,7 @@ class NeighborExchange:
         if self._pending is not None:
             raise ExchangeError("an exchange is still pending: wait for it before the next one")
         route = self._route
-        if route is None or route.layout is not layout or route.topology is not topology:
+        if route is None or route.topology is not topology or route.layout != layout:
             route = self._route = self._find_route(layout, topology)
         self._memory.release()
         buffers = iter(self._staging.receive(len(route.sources) - len(route.notices), layout))

@@ -14,7 +14,6 @@ from mpicomp.algorithms.gossip.automatic_step import (
     AutomaticStep,
     delta_of_normal_numbers,
     largest_move,
-    sample,
     steps_to_all,
 )
 from mpicomp.compression import (
@@ -228,10 +227,12 @@ def test_sign_is_given_a_step_though_entries_that_move_alike_on_all_ranks_are_fa
     assert float(step.least) == 0.5
 
 
-def test_a_sample_is_of_the_whole_vector():
-    x = torch.arange(5 << 19, dtype=torch.float32)
-    assert torch.equal(sample(x), x[::3].double())
-    assert torch.equal(sample(x[:7]), x[:7].double())
+def test_samples_are_of_the_whole_vector_and_of_all_its_entries_in_turn():
+    x = torch.arange(5 << 14, dtype=torch.float32)
+    step = AutomaticStep.start(ring(4), TOP, SPEC, CPU)
+    for step.step, first_entry in ((0, 0), (8, 1), (16, 2), (24, 0)):
+        assert torch.equal(step.sample(x), x[first_entry::3].double())
+        assert torch.equal(step.sample(x[:7]), x[:7].double())
 
 
 @pytest.mark.parametrize(
