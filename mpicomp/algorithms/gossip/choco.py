@@ -92,7 +92,7 @@ class Choco(RegroupingGossip[ChocoState]):
     """CHOCO-SGD with any optimizer as the local step.
 
     Attributes:
-        gamma: consensus step, > 0, dimensionless, or ``"auto"``.
+        gamma: consensus step, > 0, dimensionless, or ``"auto"``: it is found in training.
         compressor: any contractive compressor.
         overlap: whether the exchange runs behind the next gradient.
         start: what the public copies are at first: the common initial ``"model"``, so that it need not be sent piece by
@@ -100,7 +100,7 @@ class Choco(RegroupingGossip[ChocoState]):
 
     """
 
-    gamma: Gamma
+    gamma: Gamma = "auto"
     compressor: Compressor = Identity()
     overlap: bool = False
     start: Start = "model"

@@ -176,10 +176,10 @@ def test_steps_take_the_place_of_epochs(load):
         (["optimizer.lr=0"], "optimizer.lr = 0 must be greater than 0"),
         (["optimizer.lr=nan"], "optimizer.lr = nan must be a finite number"),
         (["optimizer.lr="], "optimizer.lr is missing and has no default"),
-        (["algorithm.kind=choco"], "algorithm.gamma is missing: algorithm.kind = 'choco' needs it"),
+        (["algorithm.kind=motef"], "algorithm.gamma is missing: algorithm.kind = 'motef' needs it"),
         (
-            ["algorithm.kind=local_sgd", "algorithm.inner=choco"],
-            "algorithm.gamma is missing: algorithm.inner = 'choco' needs it",
+            ["algorithm.kind=local_sgd", "algorithm.inner=adagossip"],
+            "algorithm.gamma is missing: algorithm.inner = 'adagossip' needs it",
         ),
         (
             ["algorithm.kind=local_sgd", "algorithm.inner=ef_sgd"],
