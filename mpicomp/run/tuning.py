@@ -33,7 +33,7 @@ CLOSENESS = 0.05
 """The exponent of the consensus distance."""
 
 FEW_STEPS = HALF_LIFE
-"""In fewer, runs tell little, and ``gamma = "auto"`` has hardly begun to measure."""
+"""In fewer, runs tell little, and ``gamma = "auto"`` is a mean over about so many."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Tuning:
         result, gamma = trial.result, trial.records[-1]["diagnostics"].get("gamma")
         remark = "" if gamma is None else f"{gamma:.3g} at the end"
         if gamma is not None and result["steps"] < FEW_STEPS:
-            remark += f", after {result['steps']} steps, too few to find it"
+            remark += f", after {result['steps']} steps, too few to settle"
         accuracy, distance = result["test_accuracy"], result["consensus_distance"]
         return Row(words, loss, accuracy, math.nan if distance is None else distance, seconds, result["steps"], remark)
 
