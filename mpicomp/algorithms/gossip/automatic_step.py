@@ -204,7 +204,7 @@ class AutomaticStep:
 
 
 def delta_of_normal_numbers(compressor: Compressor, spec: Spec, device: torch.device) -> float:
-    """Return delta(z), in two digits: the same on devices that round differently."""
+    """Return delta(z) for a vector z of `spec`, in two digits: the same on devices that round differently."""
     few = torch.randn(min(spec.numel, SAMPLED), generator=torch.Generator().manual_seed(0)).to(device, spec.dtype)
     z = few.repeat(-(-spec.numel // len(few)))[: spec.numel]
     left_out = z.clone()

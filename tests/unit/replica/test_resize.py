@@ -141,6 +141,7 @@ def test_an_automatic_step_stays_until_the_new_ranks_have_measured_their_own(tmp
 
     (old, *_) = loopback.run(3, trained, tmp_path, algorithm, ring, 44)  # a window has 8 steps
     gamma = old["algorithm/automatic/gamma"]
+    assert old["algorithm/automatic/means"][2] > 0  # it was found
     for found in (ranks := loopback.run(size, go_on, tmp_path)):
         assert found[: 55 - 44] == [gamma] * 11
         assert found[55 - 44 :] == [found[-1]] * 6
