@@ -502,6 +502,8 @@ def site_path(path: str) -> str:
     """Return where a file or folder of the repository is in the site."""
     if path in INCLUDED:
         return INCLUDED[path]
+    if Path(ROOT, path).parent == METHODS:
+        return f"methods/{Path(path).name}"
     if path.startswith("docs/") and path.endswith(".md") and not path.startswith("docs/site/"):
         return path.removeprefix("docs/")
     if (ROOT / path).is_dir():

@@ -113,3 +113,6 @@ def test_links_of_a_file_lead_to_its_page(site):
         "[a](../README.md)\n```\n[b](../README.md)\n```"  # leads nowhere: the build says so
     )
     assert site.relink("[a](../README.md)", "docs/lightning.md", "lightning.md") == "[a](index.md)"
+    assert site.relink("[a](../site/methods/motef.md#measured)", "docs/studies/a.md", "studies/a.md") == (
+        "[a](../methods/motef.md#measured)"
+    )
