@@ -75,6 +75,7 @@ class Dataset:
         scale: see `mean`; 1/255 for bytes.
         augment: whether training images are cropped and flipped at random (He et al. 2016, arXiv 1512.03385, 4.2).
         evaluated_on: what `test` holds: ``"validation"`` after `with_validation`.
+        tokenizer: of a text, the content of its ``tokenizer.json`` (`mpicomp.data.tokens`), else empty.
 
     """
 
@@ -88,6 +89,7 @@ class Dataset:
     scale: float = 1.0
     augment: bool = False
     evaluated_on: Literal["test", "validation"] = "test"
+    tokenizer: str = field(default="", repr=False)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

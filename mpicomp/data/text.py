@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,10 @@ import torch
 from mpicomp.data.arguments import require_positive
 from mpicomp.data.dataset import Dataset, Samples
 from mpicomp.data.files import damaged, data_folder, find, folder_origin
-from mpicomp.data.tokens import byte_pairs, read_text
+from mpicomp.data.tokens import byte_pairs, read_text, vocabulary_size
 from mpicomp.errors import ConfigError, DataError
 
 TINYSHAKESPEARE_CHARACTERS = 1_115_394
-
-Tokenizer = Literal["characters", "bpe"]
 
 
 def tinyshakespeare(folder: Path | None, context: int = 64) -> Dataset:
@@ -37,7 +36,7 @@ def text(
     folder: Path | None,
     file: str | tuple[str, ...] = ("**/*.txt", "**/*.md"),
     context: int = 64,
-    tokenizer: Tokenizer = "characters",
+    tokenizer: str = "characters",
     vocabulary: int = 4096,
     cache: Path | None = None,
 ) -> Dataset:
@@ -50,22 +49,41 @@ def text(
         context: how many tokens a model sees.
         tokenizer: ``"characters"``: a token is a character, of at most 256 different ones, and the texts are joined by
             newlines. ``"bpe"``: byte-level byte-pair encoding, trained on the training part; see
-            `mpicomp.data.tokens`.
+            `mpicomp.data.tokens`. Or the path of a ``tokenizer.json``: that of a run, or of Hugging Face's
+            `tokenizers`.
         vocabulary: the largest number of different tokens of ``"bpe"``.
         cache: the folder that keeps the tokens of ``"bpe"``; by default ``.mpicomp`` beside the files.
 
     Raises:
         ConfigError: a value is out of its range, or ``"bpe"`` needs a package that is missing.
-        DataError: there are no files, one is no UTF-8 text, or all are shorter than ten contexts.
+        DataError: there are no files, one is no UTF-8 text, or all are shorter than ten contexts; or a text has a
+            character that the tokenizer of a run lacks.
 
     """
-    if tokenizer not in get_args(Tokenizer):
-        raise ConfigError(f"data.tokenizer = {tokenizer!r} must be one of {', '.join(map(repr, get_args(Tokenizer)))}")
+    given = None if tokenizer in ("characters", "bpe") else _read_tokenizer(tokenizer)
+    characters = None if given is None else json.loads(given).get("characters")
     source, paths = data_folder(folder), _text_files(file, folder)
-    if tokenizer == "characters":
-        return _character_windows("text", source, "\n".join(map(read_text, paths)), context)
-    found = byte_pairs(paths, vocabulary, cache or (source.parent if source.is_file() else source) / ".mpicomp")
-    return _windows("text", source, (found.train, found.test), found.vocabulary, context)
+    if tokenizer == "characters" or characters is not None:
+        return _character_windows("text", source, "\n".join(map(read_text, paths)), context, characters)
+    cache = cache or (source.parent if source.is_file() else source) / ".mpicomp"
+    found = byte_pairs(paths, vocabulary, cache, given)
+    return _windows("text", source, (found.train, found.test), found.vocabulary, context, found.tokenizer)
+
+
+def _read_tokenizer(name: str) -> str:
+    """Return the content of the tokenizer file `name`; raise ConfigError if it is none."""
+    if not name.endswith(".json"):
+        raise ConfigError(
+            f"data.tokenizer = {name!r} must be 'characters', 'bpe', or the path of a tokenizer.json, as in the folder "
+            "of a run"
+        )
+    try:
+        content = Path(name).read_text(encoding="utf-8")
+        if "characters" not in json.loads(content):
+            vocabulary_size(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"data.tokenizer = {name!r} is no tokenizer.json: {error}") from error
+    return content
 
 
 def _text_files(file: str | tuple[str, ...], path: Path | None) -> list[Path]:
@@ -92,19 +110,28 @@ def _text_files(file: str | tuple[str, ...], path: Path | None) -> list[Path]:
     return sorted(found, key=lambda path: path.as_posix())
 
 
-def _character_windows(kind: str, source: Path, text: str, context: int) -> Dataset:
-    """Return a text of which each character is a token."""
+def _character_windows(kind: str, source: Path, text: str, context: int, known: str | None = None) -> Dataset:
+    """Return a text of which each character is a token: its own, in their order, or the `known` ones."""
     characters, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
-    if len(characters) > 256:
+    own = "".join(map(chr, characters))
+    if known is not None:
+        if unknown := set(own) - set(known):
+            raise DataError(f"data.tokenizer: the text {source} has the character {min(unknown)!r}, which it lacks.")
+        ids = np.array([known.index(character) for character in own])[ids]
+    elif len(characters) > 256:
         raise DataError(
             f"data.kind = {kind!r}: the text {source} has {len(characters)} different characters, but at most 256 can "
             "be tokens. Set data.tokenizer = 'bpe'."
         )
     coded, tests = ids.astype(np.uint8), len(ids) // 10
-    return _windows(kind, source, (coded[: len(ids) - tests], coded[len(ids) - tests :]), len(characters), context)
+    parts = coded[: len(ids) - tests], coded[len(ids) - tests :]
+    used = own if known is None else known
+    return _windows(kind, source, parts, len(used), context, json.dumps({"characters": used}))
 
 
-def _windows(kind: str, source: Path, tokens: Sequence[npt.NDArray[Any]], vocabulary: int, context: int) -> Dataset:
+def _windows(
+    kind: str, source: Path, tokens: Sequence[npt.NDArray[Any]], vocabulary: int, context: int, tokenizer: str
+) -> Dataset:
     """Cut training and test tokens into windows of ``context + 1`` that overlap by one: each is predicted once.
 
     The windows are views of the tokens.
@@ -119,4 +146,4 @@ def _windows(kind: str, source: Path, tokens: Sequence[npt.NDArray[Any]], vocabu
         )
     windows = [torch.from_numpy(part).unfold(0, context + 1, context) for part in tokens]
     first, last = (Samples(part, torch.zeros(len(part), dtype=torch.int64)) for part in windows)
-    return Dataset(kind, "language", vocabulary, first, last)
+    return Dataset(kind, "language", vocabulary, first, last, tokenizer=tokenizer)

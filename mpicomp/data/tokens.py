@@ -7,9 +7,12 @@
 Frequent pairs of neighbors are joined to new tokens, from the 256 bytes on (Sennrich et al. 2016, arXiv 1508.07909;
 Radford et al. 2019, GPT-2). Every text ends with a token of its own, ``<|endoftext|>``.
 
-The digest is that of texts and vocabulary: a changed file has other tokens, and never those of before. A folder appears
-under its name when it is complete, by one rename, so no process reads half of it. The first process does the work, and
-the others wait for it; on a file system without locks each does it, and the first to end wins.
+A tokenizer that exists may be used instead, of a run or of anyone. One of characters is a JSON file, too:
+``{"characters": "abc"}``.
+
+The digest is that of texts and vocabulary or tokenizer: a changed file has other tokens, and never those of before. A
+folder appears under its name when it is complete, by one rename, so no process reads half of it. The first process does
+the work, and the others wait for it; on a file system without locks each does it, and the first to end wins.
 """
 
 from __future__ import annotations
@@ -49,12 +52,14 @@ class Tokens:
         train: (n,) of the first nine tenths of the characters.
         test: (m,) of the rest.
         vocabulary: how many different tokens there may be.
+        tokenizer: the content of ``tokenizer.json``.
 
     """
 
     train: Ids
     test: Ids
     vocabulary: int
+    tokenizer: str
 
 
 def read_text(path: Path) -> str:
@@ -65,13 +70,14 @@ def read_text(path: Path) -> str:
         raise DataError(f"data.path: the file {path} is not UTF-8 text ({error}). Check the file.") from error
 
 
-def byte_pairs(paths: Sequence[Path], vocabulary: int, cache: Path) -> Tokens:
+def byte_pairs(paths: Sequence[Path], vocabulary: int, cache: Path, tokenizer: str | None = None) -> Tokens:
     """Return the tokens of some texts from `cache`; if they are not there, train the tokenizer and encode the texts.
 
     Args:
         paths: the files, in their order. The tokenizer sees only the first nine tenths of the characters.
         vocabulary: the largest number of tokens; less if no pair of tokens occurs twice.
         cache: the folder for tokens, which is made if it is missing.
+        tokenizer: the content of a ``tokenizer.json`` that is to be used; None to train one.
 
     Raises:
         ConfigError: the vocabulary is too small, or tokenizers is not installed.
@@ -82,13 +88,15 @@ def byte_pairs(paths: Sequence[Path], vocabulary: int, cache: Path) -> Tokens:
         raise ConfigError(
             f"data.vocabulary = {vocabulary}: must be at least {LEAST_VOCABULARY}, for 256 bytes and the end of a text."
         )
-    folder = cache / _digest(paths, vocabulary)
+    folder = cache / _digest(paths, str(vocabulary))
+    if tokenizer is not None and not (folder.is_dir() and _read_tokenizer(folder) == tokenizer):
+        folder = cache / _digest(paths, tokenizer)
     if not folder.is_dir():
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with _alone(cache / "lock"):
                 if not folder.is_dir():
-                    _make(folder, [read_text(path) for path in paths], vocabulary)
+                    _make(folder, [read_text(path) for path in paths], vocabulary, tokenizer)
         except OSError as error:
             raise DataError(
                 f"data.cache: tokens cannot be written to {cache} ({error}). Set data.cache to a folder that you may "
@@ -97,15 +105,20 @@ def byte_pairs(paths: Sequence[Path], vocabulary: int, cache: Path) -> Tokens:
     try:
         # A private mapping: torch warns of arrays that are read-only, and the file stays as it is in any case.
         train, test = (np.load(folder / f"{part}.npy", mmap_mode="c") for part in ("train", "test"))
-        known = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        found = _read_tokenizer(folder)
+        size = vocabulary_size(found)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"data.cache: the folder {folder} is damaged ({error}). Remove it; it is made anew.") from error
-    return Tokens(train, test, len(known))
+    return Tokens(train, test, size, found)
 
 
-def _digest(paths: Sequence[Path], vocabulary: int) -> str:
-    """Return 32 hexadecimal digits that depend on the files' contents, their order, and the vocabulary."""
-    total = hashlib.blake2b(f"byte pairs, {vocabulary}".encode(), digest_size=16)
+def _read_tokenizer(folder: Path) -> str:
+    return (folder / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def _digest(paths: Sequence[Path], tokens: str) -> str:
+    """Return 32 hexadecimal digits that depend on the files' contents, their order, and what the tokens are."""
+    total = hashlib.blake2b(f"byte pairs, {tokens}".encode(), digest_size=16)
     for path in paths:
         content = hashlib.blake2b()
         try:
@@ -127,16 +140,17 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
-    """Train a tokenizer, encode the texts, and store both as `folder`, unless another process was faster."""
+def _make(folder: Path, texts: Sequence[str], vocabulary: int, given: str | None) -> None:
+    """Train a tokenizer unless it is given, encode the texts, and store both, unless another process was faster."""
     total = sum(map(len, texts))
     train, test = _parted(texts, total - total // 10)
-    tokenizer = _trained(train, vocabulary)
-    dtype = np.int16 if tokenizer.get_vocab_size() <= 2**15 else np.int32
+    tokenizer = _trained(train, vocabulary) if given is None else _library().Tokenizer.from_str(given)
+    content = tokenizer.to_str(pretty=True) if given is None else given
+    dtype = np.int16 if vocabulary_size(content) <= 2**15 else np.int32
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        tokenizer.save(str(temporary / "tokenizer.json"))
+        (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
         for name, part in (("train", train), ("test", test)):
             np.save(temporary / f"{name}.npy", _encoded(tokenizer, part, dtype))
         try:
@@ -158,14 +172,33 @@ def _parted(texts: Sequence[str], characters: int) -> tuple[list[str], list[str]
     return [text for text in first if text], [text for text in rest if text]
 
 
-def _trained(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+def vocabulary_size(tokenizer: str) -> int:
+    """Return how many tokens there may be, of the content of a ``tokenizer.json`` of Hugging Face's `tokenizers`."""
+    found = json.loads(tokenizer)
+    known = found["model"]["vocab"]  # numbers by token; of some kinds, a list of tokens
+    numbers = known.values() if isinstance(known, dict) else range(len(known))
+    return 1 + int(max([*numbers, *(token["id"] for token in found.get("added_tokens", []))]))
+
+
+def _library() -> Any:
     try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        import tokenizers
     except ImportError as error:
         raise ConfigError(
             "data.tokenizer = 'bpe' needs the package tokenizers: pip install tokenizers, or 'mpicomp[text]'"
         ) from error
-    tokenizer = Tokenizer(models.BPE())
+    return tokenizers
+
+
+def _trained(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    library = _library()
+    decoders, models, pre_tokenizers, trainers = (
+        library.decoders,
+        library.models,
+        library.pre_tokenizers,
+        library.trainers,
+    )
+    tokenizer: Tokenizer = library.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -180,11 +213,12 @@ def _trained(texts: Sequence[str], vocabulary: int) -> Tokenizer:
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], dtype: Any) -> Ids:
-    """Return the tokens of the texts, (n,), with an end after each."""
-    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
+    """Return the tokens of the texts, (n,), with an end after each if the tokenizer has a token for it."""
+    number = tokenizer.token_to_id(END_OF_TEXT)
+    end = np.array([] if number is None else [number], dtype)
     parts = []
     for text in texts:
-        parts += [np.array(tokenizer.encode(piece).ids, dtype) for piece in _pieces(text)]
+        parts += [np.array(tokenizer.encode(piece, add_special_tokens=False).ids, dtype) for piece in _pieces(text)]
         parts.append(end)
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 

@@ -305,7 +305,9 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         """Receive and process messages, on a hub one gradient; return whether there were any."""
         with self.naming_divergence():
             if not self.is_hub:
+                frozen = self.local.frozen()
                 has_moved = self.algorithm.drain(self.local, self.state, self.mailbox)
+                self.local.restore_frozen(frozen)
                 self.local.show_parameters()  # a neighbor may have averaged with this rank
                 return has_moved
             has_moved = self.algorithm.serve(self.local, self.state, self.mailbox)

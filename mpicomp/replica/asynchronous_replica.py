@@ -78,7 +78,7 @@ class AsynchronousReplica(Replica):
             self.world.broadcast_(self.local.x[part], rank)
         self.local.show_parameters()
         hubs = len(self._owners)
-        for buffer in self.local.buffers() if self.averages_buffers else []:
+        for buffer in self.averaged_buffers():
             if self.world.rank < hubs:
                 buffer.zero_()
             self.world.mean_(buffer)

@@ -167,15 +167,31 @@ def require_same_tensors(world: World, local: FlatModel) -> None:
     """
     tensors = [*local.model.named_parameters(), *local.model.named_buffers()]
     own = {plain_name(name): f"{t.dtype} {tuple(t.shape)}" for name, t in tensors}
-    _agree_on_first(world, _other_tensor(world.broadcast(own), own, world.rank))
+    remedy = "Build the same model on all ranks"
+    _agree_on_first(world, _other_tensor(world.broadcast(own), own, world.rank, remedy))
 
 
-def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int) -> ConfigError | None:
+def require_same_buffers(world: World, buffers: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and types of buffers with those of rank 0; collective on all ranks.
+
+    Raises:
+        ConfigError: on all ranks; names the rank and the first buffer that differs.
+
+    """
+    own = {name: f"{b.dtype} {tuple(b.shape)}" for name, b in buffers.items()}
+    remedy = (
+        "Buffers of the state_dict are averaged, so all ranks need the same. Register one that grows or differs with "
+        "persistent=False"
+    )
+    _agree_on_first(world, _other_tensor(world.broadcast(own), own, world.rank, remedy))
+
+
+def _other_tensor(first: dict[str, str], other: dict[str, str], rank: int, remedy: str) -> ConfigError | None:
     for name in [*first, *other]:
         if first.get(name) != other.get(name):
             return ConfigError(
                 f"rank {rank} has another model than rank 0: {name} is {other.get(name, 'missing')}, and "
-                f"{first.get(name, 'missing')} on rank 0. Build the same model on all ranks"
+                f"{first.get(name, 'missing')} on rank 0. {remedy}"
             )
     return None
 

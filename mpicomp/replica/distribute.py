@@ -19,7 +19,6 @@ does before the gradient, such as sending messages that travel meanwhile. The re
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
 
@@ -43,13 +42,9 @@ from mpicomp.replica.clipping import Clip
 from mpicomp.replica.consistency import require_same_settings
 from mpicomp.replica.device import device_of, place
 from mpicomp.replica.distributed import Distributed
-from mpicomp.replica.optimizer import DistributedOptimizer
+from mpicomp.replica.optimizer import DistributedOptimizer, given
 from mpicomp.replica.several_optimizers import SeveralOptimizers, singles
 from mpicomp.topology.base import Schedule, Topology
-
-_distributed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-"""The optimizers of distributed models."""
-
 
 Buffers = Literal["averaged", "own"] | int
 """How batch-norm statistics are handled; see `distribute`."""
@@ -146,7 +141,7 @@ def distribute(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = SeveralOptimizers(optimizer)
-    if any(each in _distributed or isinstance(each, DistributedOptimizer) for each in singles(optimizer)):
+    if any(each in given or isinstance(each, DistributedOptimizer) for each in singles(optimizer)):
         raise ConfigError("this optimizer is distributed already: make a new model and optimizer for another training")
     is_own_world, watchdog = world is None, None
     if world is None:
@@ -191,8 +186,7 @@ def distribute(
     gossip.averages_buffers = buffers != "own"
     gossip.buffers_every = buffers if isinstance(buffers, int) else 0
     gossip.is_compared = algorithm.ranks_stay_equal or nodes is not None
-    gossip.optimizer.take_over()
-    _distributed.update(singles(optimizer))
+    given.update(singles(optimizer))
     return gossip
 
 

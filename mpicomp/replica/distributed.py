@@ -17,7 +17,7 @@ from mpicomp.exchange.guard import agree
 from mpicomp.exchange.loss import LossyExchange
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
-from mpicomp.replica.flat import Hook
+from mpicomp.replica.flat import Frozen, Hook
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.optimizer import DistributedOptimizer
@@ -53,7 +53,7 @@ class Distributed(Replica):
         self._algorithm = algorithm
         self._phases: Phases | None = None
         self._meanwhile: Meanwhile = None
-        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._frozen: Frozen = {}
         self._is_joining = False
         self._is_stepping = False
         self._ends: Gather | None = None
@@ -163,10 +163,16 @@ class Distributed(Replica):
 
         A rank that reaches the end of the block continues to take part in the exchanges, as in a skipped step (see
         `step_with_gradients`), until all have reached it. In a sum its gradient counts as zero, not as absent. This
-        costs an all-gather of one number in each step, which overlaps with the gradient.
+        costs an all-gather of one number in each step, which overlaps with the gradient. Where all models stay equal,
+        it also compares the learning rates: step a scheduler after the block, because a rank without batches does not
+        step it within.
 
         Other collective calls, such as `averaged`, `save` and `metrics`, are refused within the block: a rank that has
         reached its end would not take part in them.
+
+        Raises:
+            ConfigError: on all ranks: learning rates differ, of a method whose models stay equal.
+
         """
         self.require_between_steps("join()")
         self._is_joining = True
@@ -175,8 +181,25 @@ class Distributed(Replica):
         finally:
             self._is_joining = False
         self.require_between_steps("the end of join()")
-        while not all(has_left for (has_left,) in self.world.start_gather([True]).wait()):
+        while not self._have_left(self._start_ends(has_left=True)):
             self.step_with_gradients(is_skipped=True)
+
+    def _start_ends(self, has_left: bool) -> Gather:
+        """Tell the other ranks whether this rank has left `join`, and its learning rates where they must be equal."""
+        rates = [float(group["lr"]) for group in self.local.optimizer.param_groups] if self.is_compared else []
+        return self.world.start_gather([has_left, *rates])
+
+    def _have_left(self, ends: Gather) -> bool:
+        """Return whether all ranks have left `join`; raise ConfigError on all if their learning rates differ."""
+        told = ends.wait()
+        rates = [tuple(row[1:]) for row in told]
+        if other := next((rank for rank, each in enumerate(rates) if each != rates[0]), None):
+            shown = [", ".join(f"{rate:g}" for rate in rates[rank]) for rank in (other, 0)]
+            raise ConfigError(
+                f"rank {other} has the learning rates {shown[0]} within join(), rank 0 {shown[1]}: both need the same. "
+                "A rank without batches does not step its scheduler: let all ranks step it after the block"
+            )
+        return all(has_left for has_left, *_ in told)
 
     def steps_of_all(self) -> int:
         """Return the number of steps; collective on all ranks.
@@ -284,8 +307,10 @@ class Distributed(Replica):
             compute(self._meanwhile)
             assert self._phases is not None
             phases, self._phases = self._phases, None
-            for _ in phases:
-                raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
+            self._frozen = self.local.frozen()  # the forward pass may have written into them
+            with self._own_precision():
+                for _ in phases:
+                    raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
 
     def _begin(self) -> None:
         """Run the part of the algorithm before the gradient, unless it has run."""
@@ -296,10 +321,12 @@ class Distributed(Replica):
             groups = None if self.node is None or self._algorithm.ranks_stay_equal else self.node.groups
             require_same_model(self.world, self.local, groups)
         if self._is_joining:
-            self._ends = self.world.start_gather([False])
-        self._frozen = dict(zip(self.local.frozen_names(), self.local.frozen(), strict=True))
+            self._ends = self._start_ends(has_left=False)
+        self._frozen = self.local.frozen()
         self._phases = self._make_phases()
-        self._meanwhile = next(self._phases)
+        with self._own_precision():
+            self._meanwhile = next(self._phases)
+        self._restore_frozen()
         self.local.show_parameters()
         self.local.listen(self._meanwhile)
 
@@ -318,18 +345,19 @@ class Distributed(Replica):
         if self.watchdog is not None:
             self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:
-            for buffer in self.local.buffers():
+            for buffer in self.averaged_buffers():
                 (self._exchange if self.node is None else self.world).mean_(buffer.view(-1))
         if self._ends is not None:
-            self._ends.wait()
+            self._have_left(self._ends)
             self._ends = None
 
     def _restore_frozen(self) -> None:
         """Undo what the step has done to frozen parameters, but not to those thawed since its beginning."""
-        for name in self.local.frozen_names() if self._frozen else []:
-            if name in self._frozen:
-                x, before = self._frozen[name]
-                x.copy_(before)
+        self.local.restore_frozen(self._frozen)
+
+    def _own_precision(self) -> torch.autocast:
+        """Return a context in which methods compute in the types of their tensors, also where the caller autocasts."""
+        return torch.autocast(self.local.x.device.type, enabled=False)
 
     def _is_trainable(self) -> bool:
         """Return whether any parameter requires a gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -18,15 +19,27 @@ from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.replica.held_parameters import HeldParameters
-from mpicomp.replica.model_checks import listed, trained_parameters
+from mpicomp.replica.model_checks import listed, plain_name, trained_parameters
 from mpicomp.replica.several_optimizers import singles
 from mpicomp.timing import timed
+
+AVERAGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types of buffers that are averaged."""
 
 FINITE_EVERY = 50
 """Steps from one look whether the parameters are finite to the next; a step by closure also looks at its loss."""
 
-_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The parameters of all flat models; the values of the dict are not used."""
+_taken: Any = WeakIdKeyDictionary()
+"""The parameters of all distributed models, each with a weak reference to its flat model."""
+
+
+def flat_model_of(parameter: Tensor) -> FlatModel | None:
+    """Return the flat model to which a parameter belongs; None if it is not trained by a distributed step."""
+    return _taken[parameter]() if parameter in _taken else None
+
+
+Frozen = dict[int, Tensor]
+"""Values of frozen parameters, by their number in the flat model."""
 
 
 class Hook:
@@ -85,7 +98,6 @@ class FlatModel:
                 f"the model is distributed already: {listed(taken)}. For another training, distribute "
                 "copy.deepcopy(model), with an optimizer of its own"
             )
-        _taken.update((p, None) for _, p in named)
         self.model = model
         self.optimizer = optimizer
         dtype = reduce(torch.promote_types, (p.dtype for _, p in named), torch.float32)
@@ -125,6 +137,10 @@ class FlatModel:
         self._pointers = [p.data_ptr() for p in self._parameters]
         self._held = HeldParameters(model, optimizer, named)
         own_buffers(model)
+
+    def take(self) -> None:
+        """Let the model be refused to another `FlatModel`, and its parameters to steps of other optimizers."""
+        _taken.update((p, weakref.ref(self)) for p in self._parameters)
 
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""
@@ -216,7 +232,7 @@ class FlatModel:
             self.optimizer.step()
         finally:
             self._is_updating = False
-        self._read_parameters()
+        self._take_written()
 
     def zero_grad(self) -> None:
         """Set all gradients to zero in place."""
@@ -238,10 +254,15 @@ class FlatModel:
             torch.autograd.graph.increment_version(p)
         self._steps += 1
 
-    def frozen(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the part of `x` of each frozen parameter, with a copy of it."""
-        pairs = zip(self._parameters, self._values, strict=True)
-        return [(x, x.clone()) for p, x in pairs if not p.requires_grad]
+    def frozen(self) -> Frozen:
+        """Return the values of all frozen parameters, for `restore_frozen`."""
+        return {i: x.clone() for i, x in enumerate(self._values) if not self._parameters[i].requires_grad}
+
+    def restore_frozen(self, values: Frozen) -> None:
+        """Set frozen parameters in `x` to the `values` that `frozen` has returned, except those thawed since."""
+        for i, value in values.items():
+            if not self._parameters[i].requires_grad:
+                self._values[i].copy_(value)
 
     def frozen_names(self) -> list[str]:
         """Return the names of the frozen parameters."""
@@ -291,16 +312,22 @@ class FlatModel:
             ConfigError: a parameter was converted, moved or added; names it.
 
         """
-        if self.is_elsewhere:
-            self._mend()
         if self._unheard:
             self._hear()
         self._held.check()
-        self._read_parameters()  # the caller may have loaded other values
+        self._take_written()
 
-    def buffers(self) -> list[Tensor]:
-        """Return the floating-point buffers (batch-norm statistics), which may be averaged, unlike counters."""
-        return [b for b in self.model.buffers() if b.is_floating_point()]
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that may be averaged, by name: persistent floating-point ones, unlike counters.
+
+        Batch-norm statistics are such buffers. Those that are not persistent are tables that a rank computes itself.
+        """
+        found: dict[Tensor, str] = {}
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in AVERAGED and name not in module._non_persistent_buffers_set:
+                    found.setdefault(buffer, plain_name(f"{prefix}.{name}".removeprefix(".")))
+        return {name: buffer for buffer, name in found.items()}
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
@@ -315,7 +342,9 @@ class FlatModel:
         x, loaded_over, pointers = self.x.clone(), self._loaded_over, self._pointers
         memory = [p.data for p in self._parameters]
         rounded = [memory[i].clone() for i in self._copies]
-        buffers = [b.clone() for b in self.buffers()]
+        buffers = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
+        held = [(place, name, b) for place, name, b in buffers if b is not None and b.is_floating_point()]
+        values = [b.clone() for _, _, b in held]
         try:
             yield
         finally:
@@ -323,11 +352,18 @@ class FlatModel:
             for p, data in zip(self._parameters, memory, strict=True):
                 if p.data_ptr() != data.data_ptr():
                     p.data = data
-            for i, values in zip(self._copies, rounded, strict=True):
-                memory[i].copy_(values)
-            for buffer, stored in zip(self.buffers(), buffers, strict=True):
-                buffer.copy_(stored)
+            for i, value in zip(self._copies, rounded, strict=True):
+                memory[i].copy_(value)
+            for (place, name, buffer), value in zip(held, values, strict=True):
+                place[name] = buffer  # the block may have put another in its place, as `half()` does
+                buffer.copy_(value)
             self._loaded_over, self._pointers = loaded_over, pointers
+
+    def _take_written(self) -> None:
+        """Copy to `x` what the model, the optimizer or the caller has written into parameters outside of it."""
+        if self.is_elsewhere:
+            self._mend()
+        self._read_parameters()
 
     def _read_parameters(self) -> None:
         """Copy parameters of another type to `x`."""
@@ -362,7 +398,11 @@ class FlatModel:
         return torch.as_tensor(torch.nan if loss is None else loss).detach()
 
     def _collect(self) -> None:
-        """Copy gradients that are not views of `g` into `g`: zero_grad() of torch.optim removes the views."""
+        """Copy gradients that are not views of `g` into `g`: zero_grad() of torch.optim removes the views.
+
+        The forward pass may have written into parameters, too.
+        """
+        self._take_written()
         given = [p.grad if p.requires_grad else None for p in self._parameters]
         self._renew_views()
         for p, grad, g, shown in zip(self._parameters, given, self._gradients, self._shown, strict=True):

@@ -66,19 +66,16 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
         raise ConfigError(
             f"parameters are on the meta device and have no values: {listed(empty)}. Materialize them first"
         )
-    owners: dict[int, str] = {}
-    for name, p in trained:
-        if p.numel() and (other := owners.setdefault(p.data_ptr(), name)) != name:
-            raise ConfigError(
-                f"parameters {other} and {name} share memory without being one: tie them by giving both modules the "
-                "same nn.Parameter"
-            )
     devices = {p.device: name for name, p in trained}
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ConfigError(f"the model's parameters must be on one device, not: {places}")
     if odd := [f"{name} ({p.dtype})" for name, p in trained if not p.dtype.is_floating_point]:
         raise ConfigError(f"trained parameters must be real floating-point numbers, not: {listed(odd)}")
+    if sparse := [f"{name} ({b.layout})" for name, b in model.named_buffers() if b.layout != torch.strided]:
+        raise ConfigError(
+            f"buffers must be dense, not: {listed(sparse)}. Keep a sparse matrix as a plain attribute of the module"
+        )
     if pair := _overlapping(trained):
         raise ConfigError(
             f"{pair[0]} and {pair[1]} are two parameters in the same memory, which would part: tie weights by making "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpicomp.errors import ConfigError
-from mpicomp.replica.flat import FlatModel
-from mpicomp.replica.several_optimizers import singles
+from mpicomp.replica.flat import FlatModel, flat_model_of
+
+given: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""The optimizers of distributed models."""
 
 
 class Steps(Protocol):
@@ -87,20 +91,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _opt_called(self, _: bool) -> None:
         """Ignore the value that schedulers set when they wrap `step`."""
 
-    def take_over(self) -> None:
-        """Make the original optimizer refuse steps that are not part of a distributed step."""
-        local = self._gossip.local
-
-        def refuse(*_: object) -> None:
-            if not local.is_updating:
-                raise ConfigError(
-                    "optimizer.step() would train this rank alone: call gossip.optimizer.step(), or gossip.step("
-                    "closure), where gossip = mpicomp.distribute(...)"
-                )
-
-        for optimizer in singles(self._own):
-            optimizer.register_step_pre_hook(refuse)
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -137,3 +127,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
             "a parameter group cannot be added after mpicomp.distribute(): give all parameters to the optimizer first; "
             "those to be trained later may be frozen by requires_grad_(False)"
         )
+
+
+def _refuse_lone_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Refuse a step on parameters of a distributed model that is not part of a distributed step.
+
+    The optimizer may be the one that was distributed, or another one of torch over the same parameters. Those of other
+    packages may wrap ``gossip.optimizer``, whose step they call in theirs.
+    """
+    if optimizer not in given and not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            local = flat_model_of(parameter)
+            if local is None:
+                continue
+            if local.is_updating or local.is_averaged:
+                return
+            raise ConfigError(
+                "optimizer.step() would train this rank alone: call gossip.optimizer.step(), or gossip.step(closure), "
+                "where gossip = mpicomp.distribute(...). For another training, with an optimizer of its own, use "
+                "copy.deepcopy(model)"
+            )
+
+
+register_optimizer_step_pre_hook(_refuse_lone_step)

@@ -19,12 +19,14 @@ from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkp
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import Node, World
 from mpicomp.exchange.guard import together
-from mpicomp.replica.consistency import require_same_tensors
+from mpicomp.replica.consistency import require_same_buffers, require_same_tensors
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.state import (
     algorithm_leaves,
+    extra_state_leaves,
     load_algorithm_,
+    load_extra_state_,
     load_model_,
     load_optimizer_,
     load_random,
@@ -102,6 +104,7 @@ class Replica(ABC):
             self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
             if algorithm.keeps_anchor:
                 self.local.keep_anchor(algorithm.name)
+        self.local.take()
 
     def steps_of_all(self) -> int:
         """Return the step number for checkpoints and records, the same on all ranks; collective on all ranks."""
@@ -164,11 +167,24 @@ class Replica(ABC):
     def _average_(self) -> None:
         self.world.mean_(self.local.x)
         self.local.show_parameters()
-        for buffer in self.local.buffers() if self.averages_buffers else []:
+        for buffer in self.averaged_buffers():
             mean = buffer.contiguous()
             self.world.mean_(mean)
             if mean is not buffer:
                 buffer.copy_(mean)
+
+    def averaged_buffers(self) -> list[Tensor]:
+        """Return the buffers that the averaged model has averaged; collective on all ranks.
+
+        Raises:
+            ConfigError: on all ranks: a buffer has another shape or type on one of them; names it.
+
+        """
+        if not self.averages_buffers:
+            return []
+        buffers = self.local.buffers()
+        require_same_buffers(self.world, buffers)
+        return list(buffers.values())
 
     @property
     def is_in_step(self) -> bool:
@@ -263,6 +279,7 @@ class Replica(ABC):
         """
         return {
             **model_leaves(self.local),
+            **extra_state_leaves(self.local.model),
             **optimizer_leaves(self.local),
             **algorithm_leaves(self.state),
             "exchange/steps": self.steps,
@@ -280,6 +297,7 @@ class Replica(ABC):
         load_model_(self.local, stored)
         self.local.show_parameters()
         self.local.accept_loaded()
+        load_extra_state_(self.local.model, stored)
         load_optimizer_(self.local, stored)
         load_algorithm_(self.state, stored)
         self.steps = int(stored["exchange/steps"])

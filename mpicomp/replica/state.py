@@ -5,6 +5,7 @@ model/tensors                        JSON: name, shape and type of each tensor t
 model/aliases                        JSON: by each further name of a tied tensor, the name under which it is stored
 model/buffers/<name>                 persistent buffers, e.g. batch-norm statistics and counters
 model/frozen/<name>                  parameters that the optimizer does not hold
+extra_state/...                      what `get_extra_state` of modules returns, by module (`mpicomp.checkpoint.nested`)
 optimizer/groups                     JSON: the hyper-parameters of each group
 optimizer/state/<key>/<name>         what the optimizer keeps for the parameter <name>
 algorithm/<field>                    public copies, residuals, moments, positions in random streams
@@ -27,11 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpicomp.checkpoint import nested
 from mpicomp.compression.random import mix64
 from mpicomp.errors import CheckpointError
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.state import TORCH_GENERATOR, Leaf, flatten, restore_
+
+EXTRA_STATE = "extra_state/"
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
@@ -73,14 +77,44 @@ def load_model_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
     _overwrite_({"model/parameters": local.x, **others}, stored, "model")
 
 
+def extra_state_leaves(model: nn.Module) -> dict[str, Leaf]:
+    """Return the leaves of what modules store beside parameters and buffers (`get_extra_state`); none without such.
+
+    Raises:
+        CheckpointError: a value cannot be stored; names it.
+
+    """
+    states = {name: module.get_extra_state() for name, module in _modules_with_extra_state(model)}
+    leaves = nested.pack(states, "the extra state of ") if states else {}
+    return {f"{EXTRA_STATE}{name}": leaf for name, leaf in leaves.items()}
+
+
+def load_extra_state_(model: nn.Module, stored: Mapping[str, Leaf]) -> None:
+    """Give modules the extra state from `extra_state_leaves`; a checkpoint may have none."""
+    states = nested.unpack(
+        {path.removeprefix(EXTRA_STATE): leaf for path, leaf in stored.items() if path.startswith(EXTRA_STATE)}
+    )
+    for name, module in _modules_with_extra_state(model):
+        if name in states:
+            module.set_extra_state(states[name])
+
+
 def optimizer_leaves(local: FlatModel) -> dict[str, Leaf]:
     """Return the leaves of the optimizer's state; tensors are not copied.
 
     Raises:
-        CheckpointError: a value is neither tensor, number nor text.
+        CheckpointError: a value is neither tensor, number nor text, or belongs to no parameter.
 
     """
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in local.optimizer.param_groups]
+    if odd := [key for key in local.optimizer.state if not isinstance(key, Tensor)]:
+        raise CheckpointError(
+            f"the optimizer keeps state[{odd[0]!r}], which belongs to no parameter and cannot be stored: keep it in "
+            "its param_groups"
+        )
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"}
+        for group in local.optimizer.param_groups
+    ]
     try:
         leaves: dict[str, Leaf] = {"optimizer/groups": json.dumps(groups)}
     except TypeError as error:
@@ -115,7 +149,10 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
             if name not in index:
                 raise CheckpointError(f"the checkpoint holds {path}, but the optimizer has no parameter {name}")
             state.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
-    merged = [{**group, **hyper} for group, hyper in zip(current, groups, strict=True)]
+    merged = [
+        {**group, **{key: _like(group[key], value) for key, value in hyper.items()}}
+        for group, hyper in zip(current, groups, strict=True)
+    ]
     local.optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 
@@ -225,6 +262,25 @@ def _shapes(tensors: str) -> dict[str, tuple[int, ...]]:
 
 def _shown(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else f"shape {shape}"
+
+
+def _modules_with_extra_state(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
+    return [(name, m) for name, m in modules if type(m).get_extra_state is not nn.Module.get_extra_state]
+
+
+def _plain(value: Any) -> Any:
+    """Return a hyper-parameter with numbers in the place of tensors, such as ``lr=torch.tensor(0.1)``."""
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _like(current: Any, value: Any) -> Any:
+    """Return a stored hyper-parameter as the optimizer has it: a tensor where the `current` one is a tensor."""
+    if isinstance(current, tuple | list) and isinstance(value, tuple) and len(current) == len(value):
+        return tuple(map(_like, current, value))
+    return torch.as_tensor(value).to(current) if isinstance(current, Tensor) else value
 
 
 def _tuple(value: Any) -> Any:

@@ -127,9 +127,15 @@ class RunContext:
         """Show that training begins after `step` steps, with `part_done` of the run done."""
         if folder := self.written_folder:
             folder.save_ranks(self.watchdog.members)
+            folder.save_tokenizer(self.setup.dataset)
             folder.remove_claims()
         if self.progress:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
+            if (period := getattr(self.setup.algorithm, "period", 1)) > self.setup.steps:
+                self.progress.warn(
+                    f"algorithm.period = {period}: the run ends after {self.setup.steps} steps, before the ranks "
+                    "exchange anything. Shorten the period, or train longer"
+                )
 
     def look_out(self, in_step: bool, is_able: bool = True) -> None:
         """Look out for ranks that die, if the run is to continue without them; collective on all ranks.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mpicomp.checkpoint import hdf5
 from mpicomp.config.config import RunConfig
+from mpicomp.data.dataset import Dataset
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
 from mpicomp.files import replacing
@@ -132,6 +133,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def tokenizer_path(self) -> Path:
+        """The path of ``tokenizer.json``, which says what the tokens of a language model are."""
+        return self.path / "tokenizer.json"
+
+    @property
     def model_path(self) -> Path:
         """The path of ``model.h5``, the averaged model."""
         return self.path / "model.h5"
@@ -230,6 +236,12 @@ class RunFolder:
         """Write ``result.json`` atomically."""
         with replacing(self.result_path) as path:
             path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
+
+    def save_tokenizer(self, dataset: Dataset) -> None:
+        """Write ``tokenizer.json`` atomically, if the data set has a tokenizer."""
+        if dataset.tokenizer:
+            with replacing(self.tokenizer_path) as path:
+                path.write_text(dataset.tokenizer, encoding="utf-8")
 
     def save_model(self, model: nn.Module, config: RunConfig) -> None:
         """Write parameters and persistent buffers of `model` to ``model.h5``, atomically."""

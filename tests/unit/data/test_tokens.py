@@ -106,7 +106,7 @@ def test_windows_are_views_of_the_file_and_never_change_it(folder):
 
 
 def test_large_vocabularies_have_wider_tokens(folder, monkeypatch):
-    monkeypatch.setattr(tokenizers.Tokenizer, "get_vocab_size", lambda self: 2**15 + 1, raising=False)
+    monkeypatch.setattr(tokens, "vocabulary_size", lambda content: 2**15 + 1)
     assert bpe(folder).train.inputs.dtype == torch.int32
 
 
@@ -201,9 +201,40 @@ def test_processes_at_once_get_the_same_tokens(folder, locks):
 def test_a_slower_process_takes_what_the_faster_has_made(folder, monkeypatch):
     first = bpe(folder)
     target = stored(folder)
-    tokens._make(target, [prose(1), prose(2)], 300)  # as a process without locks that began before
+    tokens._make(target, [prose(1), prose(2)], 300, None)  # as a process without locks that began before
     assert sorted(path.name for path in (folder / ".mpicomp").iterdir()) == sorted([target.name, "lock"])
     assert torch.equal(first.train.inputs, bpe(folder).train.inputs)
+
+
+def test_a_tokenizer_that_exists_takes_the_place_of_a_new_one(folder, tmp_path):
+    first = bpe(folder)
+    path = tmp_path / "given.json"
+    path.write_text(first.tokenizer)
+    assert torch.equal(bpe(folder, tokenizer=str(path)).train.inputs, first.train.inputs)
+    assert sum(entry.is_dir() for entry in (folder / ".mpicomp").iterdir()) == 1  # nothing was encoded again
+    (folder / "b.txt").write_text(prose(3))
+    other = bpe(folder, tokenizer=str(path))
+    assert (other.tokenizer, other.classes) == (first.tokenizer, first.classes)
+    decoded = tokenizers.Tokenizer.from_file(str(path)).decode(other.train.inputs[0].tolist())
+    assert prose(3).startswith(decoded)
+
+
+def test_a_tokenizer_of_characters_has_the_numbers_of_its_text(folder, tmp_path):
+    path = tmp_path / "given.json"
+    first = load("text", folder, context=16)
+    path.write_text(first.tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text(prose(1)[::2])
+    known = json.loads(first.tokenizer)["characters"]
+    data = load("text", text, tokenizer=str(path), context=16)
+    assert data.classes == first.classes == len(known)
+    assert "".join(known[i] for i in data.train.inputs[0]) == text.read_text()[:17]
+    text.write_text("§" + prose(1))
+    with pytest.raises(DataError, match=r"text\.txt has the character '§', which it lacks"):
+        load("text", text, tokenizer=str(path), context=16)
+    path.write_text('{"model": 1}')
+    with pytest.raises(ConfigError, match=r"given\.json' is no tokenizer\.json"):
+        load("text", folder, tokenizer=str(path), context=16)
 
 
 def test_files_are_chosen_by_name_and_pattern(folder):
@@ -225,7 +256,7 @@ def test_files_are_chosen_by_name_and_pattern(folder):
 def test_what_cannot_be_used_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"data\.vocabulary = 256: must be at least 257"):
         bpe(folder, vocabulary=256)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = 'words' must be one of 'characters', 'bpe'"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = 'words' must be 'characters', 'bpe', or the path of"):
         bpe(folder, tokenizer="words")
     with pytest.raises(DataError, match=r"data\.context = 5000: the text .* a window of 5001 at least"):
         bpe(folder, context=5000)

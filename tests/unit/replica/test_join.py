@@ -102,6 +102,23 @@ def test_ranks_that_drift_apart_are_told_so_on_all_of_them(algorithm, change, me
     assert loopback.run(2, serve) == [50, 50]
 
 
+@pytest.mark.parametrize("algorithm", [SSGD(), DPSGD()])
+def test_a_scheduler_stepped_within_join_is_refused_where_models_must_stay_equal(algorithm):
+    def serve(world):
+        gossip, closure = small.make(world, algorithm)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(gossip.optimizer, 0.5)
+        with gossip.join():
+            for step in range(3 if world.rank else 2):
+                gossip.step(closure(step))
+                scheduler.step()
+
+    if algorithm.ranks_stay_equal:
+        with pytest.raises(ConfigError, match=r"learning rates .* within join\(\).* after the block"):
+            loopback.run(2, serve)
+    else:
+        loopback.run(2, serve)
+
+
 @pytest.mark.parametrize("buffers", ["averaged", "own", 2])
 def test_batch_norm_statistics(buffers):
     def serve(world):

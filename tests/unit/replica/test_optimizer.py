@@ -1,5 +1,7 @@
 """The loop of a script of one's own, ``backward(); gossip.optimizer.step()``, is the closure form, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from support import small
@@ -81,6 +83,40 @@ def test_the_own_optimizer_alone_is_refused():
         with pytest.raises(ConfigError, match=r"would train this rank alone: call gossip.optimizer.step\(\)"):
             gossip.local.optimizer.step()
         gossip.optimizer.step()
+
+    loopback.run(2, serve)
+
+
+def test_another_optimizer_of_the_same_parameters_is_refused_but_not_one_of_a_copy():
+    def serve(world):
+        gossip, closure = small.make(world, DPSGD())
+        gossip.step(closure(0))
+        model = gossip.local.model
+        with pytest.raises(ConfigError, match=r"train this rank alone.* use copy.deepcopy\(model\)"):
+            torch.optim.AdamW(model.parameters()).step()
+        with gossip.averaged():
+            torch.optim.AdamW(model.parameters()).step()  # undone at the end of the block
+        torch.optim.AdamW(copy.deepcopy(model).parameters()).step()
+        gossip.step(closure(1))
+
+    loopback.run(2, serve)
+
+
+def test_an_optimizer_may_be_wrapped_around_the_distributed_one():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base = base
+
+        def step(self, closure=None):
+            self.base.step()
+
+    def serve(world):
+        gossip, closure = small.make(world, DPSGD())
+        wrapper = Wrapper(gossip.optimizer)
+        closure(0)().backward()
+        wrapper.step()
+        assert gossip.steps == 1
 
     loopback.run(2, serve)
 

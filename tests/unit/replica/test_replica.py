@@ -7,7 +7,7 @@ import torch
 from support import small, tied
 from torch import nn
 
-from mpicomp.algorithms import Choco
+from mpicomp.algorithms import Choco, EfficientAdam
 from mpicomp.checkpoint import export, hdf5
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
 from mpicomp.compression import TopK
@@ -15,7 +15,7 @@ from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange import loopback
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.state import aliases, load_model_, model_leaves
-from mpicomp.topology import ring
+from mpicomp.topology import ring, star
 
 CHOCO = Choco(gamma=0.2, compressor=TopK(ratio=0.3))
 
@@ -275,6 +275,101 @@ def test_a_layer_may_be_frozen_between_save_and_resume(tmp_path):
         return torch.equal(own, other.local.x)
 
     assert loopback.run(2, serve) == [True, True]
+
+
+def test_a_modules_own_state_is_restored(tmp_path):
+    def serve(world):
+        def make():
+            model = Odd()
+            return distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), CHOCO, ring, world=world)
+
+        gossip = make()
+        gossip.local.model.notes += [world.rank, torch.ones(2)]
+        gossip.save(tmp_path)
+        other = make()
+        other.resume(tmp_path)
+        return other.local.model.notes
+
+    for rank, (name, number, tensor) in enumerate(loopback.run(2, serve)):
+        assert (name, number, tensor.tolist()) == ("a", rank, [1.0, 1.0])
+
+
+def test_a_state_of_the_optimizer_that_belongs_to_no_parameter_is_refused(tmp_path):
+    def serve(world):
+        gossip, _ = small.make(world, CHOCO)
+        gossip.local.optimizer.state["count"] = {"steps": 1}
+        with pytest.raises(CheckpointError, match=r"keeps state\['count'\], which belongs to no parameter"):
+            gossip.save(tmp_path)
+
+    loopback.run(2, serve)
+
+
+def test_a_learning_rate_may_be_a_tensor(tmp_path):
+    def serve(world):
+        def make(lr):
+            model = nn.Linear(2, 2)
+            optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(lr), betas=(0.8, 0.9))
+            return distribute(model, optimizer, CHOCO, ring, world=world)
+
+        make(0.25).save(tmp_path)
+        other = make(0.5)
+        other.resume(tmp_path)
+        (group,) = other.optimizer.param_groups
+        return group["lr"], group["betas"]
+
+    for lr, betas in loopback.run(2, serve):
+        assert torch.equal(lr, torch.tensor(0.25)) and betas == (0.8, 0.9)
+
+
+def test_a_refused_model_may_be_distributed_otherwise():
+    def serve(world):
+        model = nn.Linear(2, 2)
+        with pytest.raises(ConfigError, match="Adam"):
+            distribute(model, torch.optim.RMSprop(model.parameters()), EfficientAdam(), star, world=world)
+        distribute(model, torch.optim.SGD(model.parameters()), CHOCO, ring, world=world)
+
+    loopback.run(2, serve)
+
+
+def test_buffers_are_restored_after_the_block_whatever_it_has_done_to_them():
+    def serve(world):
+        model = nn.Linear(2, 2)
+        model.register_buffer("table", torch.tensor([0.1, 0.3]))
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), CHOCO, ring, world=world)
+        with gossip.averaged():
+            if world.rank == 0:
+                model.half()
+        assert model.table.dtype == torch.float32
+        with gossip.averaged():
+            model.table = torch.ones(5)
+        assert torch.equal(model.table, torch.tensor([0.1, 0.3]))
+
+    loopback.run(2, serve)
+
+
+def test_buffers_that_differ_between_ranks_are_refused_by_name_unless_they_are_not_stored():
+    def serve(world, persistent):
+        model = nn.Linear(2, 2)
+        model.register_buffer("table", torch.ones(2), persistent=persistent)
+        gossip = distribute(model, torch.optim.SGD(model.parameters(), lr=0.1), CHOCO, ring, world=world)
+        if world.rank == 1:
+            model.table = torch.ones(5)
+        with gossip.averaged():
+            return len(model.table)
+
+    assert loopback.run(2, lambda world: serve(world, False)) == [2, 5]
+    with pytest.raises(ConfigError, match=r"rank 1 has another model than rank 0: table is .*\(5,\).*persistent=False"):
+        loopback.run(2, lambda world: serve(world, True))
+
+
+def test_a_sparse_buffer_is_refused_by_name():
+    def serve(world):
+        model = nn.Linear(2, 2)
+        model.register_buffer("adjacency", torch.eye(2).to_sparse())
+        distribute(model, torch.optim.SGD(model.parameters()), CHOCO, ring, world=world)
+
+    with pytest.raises(ConfigError, match=r"buffers must be dense, not: adjacency"):
+        loopback.run(2, serve)
 
 
 def test_parameters_that_the_optimizer_does_not_hold_are_stored(tmp_path):

@@ -4,13 +4,16 @@ import json
 import math
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint
 
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
 from mpicomp.config.config import RunConfig
+from mpicomp.data.datasets import load
 from mpicomp.exchange.loopback import run
+from mpicomp.run.evaluation import evaluate
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
 
@@ -42,6 +45,25 @@ def test_a_run_has_a_perplexity(tmp_path, algorithm):
         assert (report["test_loss"], report["test_perplexity"]) == (result.test_loss, result.test_perplexity)
     shown = CliRunner().invoke(main, ["evaluate", str(folder.path)]).stdout
     assert f"test loss {result.test_loss:.4f}, test perplexity {result.test_perplexity:.4g}\n" in shown
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "characters"])
+def test_other_texts_are_evaluated_with_the_tokens_of_the_run(tmp_path, tokenizer):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "text.md").write_text("To be, or not to be, that is the question.\n" * 200)
+    folder = RunFolder.create(tmp_path / "run")
+    config = RunConfig.from_toml(TOML.format(path=tmp_path, algorithm="dpsgd").replace('"bpe"', f'"{tokenizer}"'))
+    folder.save_config(config)
+    run(2, lambda world: train(config, world, folder))
+    other = tmp_path / "other.txt"
+    other.write_text("the best is not to be shot at\n" * 200)  # fewer characters, and other pairs of them
+    shown = CliRunner().invoke(main, ["evaluate", str(folder.path), "--data-path", str(other)]).stdout
+    data = load("text", other, tokenizer=str(folder.tokenizer_path), context=16)
+    model = config.model.build(data, 0)
+    folder.load_model(model)
+    score = evaluate(model, data, torch.device("cpu"))
+    assert f"test loss {score.loss_sum / score.total:.4f}" in shown
+    assert data.tokenizer != load("text", other, tokenizer=tokenizer, context=16, vocabulary=280).tokenizer
 
 
 def test_muon_and_adamw_follow_one_schedule_and_go_on_bit_for_bit(tmp_path):
