@@ -29,13 +29,13 @@ AVERAGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FINITE_EVERY = 50
 """Steps from one look whether the parameters are finite to the next; a step by closure also looks at its loss."""
 
-_taken: Any = WeakIdKeyDictionary()
+_registered: Any = WeakIdKeyDictionary()
 """The parameters of all distributed models, each with a weak reference to its flat model."""
 
 
 def flat_model_of(parameter: Tensor) -> FlatModel | None:
     """Return the flat model to which a parameter belongs; None if it is not trained by a distributed step."""
-    return _taken[parameter]() if parameter in _taken else None
+    return _registered[parameter]() if parameter in _registered else None
 
 
 Frozen = dict[int, Tensor]
@@ -93,7 +93,7 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         named = trained_parameters(model, optimizer)
-        if taken := [name for name, p in named if p in _taken]:
+        if taken := [name for name, p in named if p in _registered]:
             raise ConfigError(
                 f"the model is distributed already: {listed(taken)}. For another training, distribute "
                 "copy.deepcopy(model), with an optimizer of its own"
@@ -138,9 +138,9 @@ class FlatModel:
         self._held = HeldParameters(model, optimizer, named)
         own_buffers(model)
 
-    def take(self) -> None:
-        """Let the model be refused to another `FlatModel`, and its parameters to steps of other optimizers."""
-        _taken.update((p, weakref.ref(self)) for p in self._parameters)
+    def register(self) -> None:
+        """Register the parameters: another `FlatModel` refuses them, and so do steps of other optimizers."""
+        _registered.update((p, weakref.ref(self)) for p in self._parameters)
 
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a NaN or an infinity in its parameters or gradients."""

@@ -104,7 +104,7 @@ class Replica(ABC):
             self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
             if algorithm.keeps_anchor:
                 self.local.keep_anchor(algorithm.name)
-        self.local.take()
+        self.local.register()
 
     def steps_of_all(self) -> int:
         """Return the step number for checkpoints and records, the same on all ranks; collective on all ranks."""
