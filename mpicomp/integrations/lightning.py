@@ -9,8 +9,9 @@ validation and saving use the averaged model. After it the model is the averaged
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,18 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import MPIEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, OnExceptionCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from torchmetrics import Metric
+from torchmetrics.metric import jit_distributed_available
 
 from mpicomp.algorithms.base import Algorithm
 from mpicomp.compression.base import Compressor
@@ -82,6 +85,8 @@ class GossipStrategy(ParallelStrategy):
             distribute, algorithm=algorithm, topology=topology, compressor=compressor, **options
         )
         self._averaged: ExitStack | None = None
+        self._is_trained = False
+        self._expects_own_samples = False
         self._root_device = torch.device("cpu")
 
     @property
@@ -95,9 +100,15 @@ class GossipStrategy(ParallelStrategy):
         return {"num_replicas": self.world.size, "rank": self.world.rank}
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Give a loader its own random generator: after a restart, Lightning starts it another number of times."""
-        if isinstance(dataloader, DataLoader) and dataloader.generator is None:
+        """Give a loader random numbers of its own, and its sampler the same ones on all ranks; collective on them."""
+        if not isinstance(dataloader, DataLoader):
+            return dataloader
+        if dataloader.generator is None:  # after a restart, Lightning starts a loader another number of times
             dataloader.generator = torch.Generator().manual_seed(torch.initial_seed())
+        sampler = dataloader.sampler
+        if isinstance(sampler, DistributedSamplerWrapper):
+            # Each rank takes its part of what it draws itself.
+            sampler.dataset._sampler = SameDraws(sampler.dataset._sampler, self.world.broadcast(sampler.seed))
         return dataloader
 
     def setup_environment(self) -> None:
@@ -114,8 +125,8 @@ class GossipStrategy(ParallelStrategy):
         self.model.to(self._root_device)
         for module in self.lightning_module.modules():
             if isinstance(module, Metric):
-                module.distributed_available_fn = lambda: self.world.size > 1
-                module.dist_sync_fn = self._gather
+                module.distributed_available_fn = OfThisRun(self._has_others, stored=jit_distributed_available)
+                module.dist_sync_fn = OfThisRun(self._gather, stored=None)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make the optimizer whose steps exchange messages; collective on all ranks."""
@@ -128,13 +139,14 @@ class GossipStrategy(ParallelStrategy):
                     "over all trainable parameters, with groups where learning rates differ, or "
                     "mpicomp.SeveralOptimizers([...]), which make their steps together"
                 )
-            if self.gossip is not None and self.gossip.local.model is self.lightning_module:
+            if self._own_gossip is not None:
                 raise ConfigError(
                     "the module was trained by an earlier fit(): go on in a new program by fit(ckpt_path=...) with a "
                     "larger max_epochs, or make a new Trainer and module. Tuner is for one rank, without GossipStrategy"
                 )
         self.gossip = self._distribute(self.lightning_module, self.optimizers[0])
         self.optimizers = [self.gossip.optimizer]
+        self._is_trained = False
 
     def setup_precision_plugin(self) -> None:
         """Allow clipping in float16, which Lightning refuses for optimizers that also step after an overflow."""
@@ -170,7 +182,10 @@ class GossipStrategy(ParallelStrategy):
 
     def on_train_start(self) -> None:
         """Raise ConfigError if ranks have unequal numbers of batches."""
-        counts = self.world.all_gather(self.lightning_module.trainer.num_training_batches)
+        trainer = self.lightning_module.trainer
+        samplers = [getattr(loader, "sampler", None) for loader in trainer.fit_loop._combined_loader.flattened]
+        self._expects_own_samples = not all(isinstance(sampler, DistributedSampler) for sampler in samplers)
+        counts = self.world.all_gather(trainer.num_training_batches)
         with together(self.world):
             if len(set(counts)) > 1:
                 raise ConfigError(
@@ -179,15 +194,39 @@ class GossipStrategy(ParallelStrategy):
                     f"it, or set Trainer(limit_train_batches={min(counts)})"
                 )
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Raise ConfigError if Lightning deals out no samples, and the first batch is the same on all ranks."""
+        if not self._expects_own_samples:
+            return
+        self._expects_own_samples = False
+        digests = set(self.world.all_gather(digest(batch)))
+        with together(self.world):
+            if self.world.size > 1 and len(digests) == 1 and None not in digests:
+                raise ConfigError(
+                    "the first batch is the same on all ranks, which would train on the same samples: an "
+                    "IterableDataset, or a loader without DistributedSampler, is not dealt out, and torch.distributed "
+                    "is not started. Take each rank's part by trainer.global_rank and trainer.world_size"
+                )
+
     def on_train_end(self) -> None:
         """Replace the model by the averaged one."""
         assert self.gossip is not None
         self.gossip.average_()
+        self._is_trained = True
 
     def on_validation_start(self) -> None:
         """Replace the model by the averaged one for a validation within `fit`."""
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
             assert self.gossip is not None
+            with together(self.world):
+                if self.gossip.is_in_step:
+                    raise ConfigError(
+                        f"a validation in the middle of a step, whose messages {self._algorithm.name} has sent: "
+                        "validate after a step of the optimizer, that is, let "
+                        f"Trainer(val_check_interval={trainer.val_check_interval}) be a number of batches, a multiple "
+                        f"of accumulate_grad_batches={trainer.accumulate_grad_batches}, or leave out one of them"
+                    )
             self._averaged = ExitStack()
             self._averaged.enter_context(self.gossip.averaged())
 
@@ -199,9 +238,11 @@ class GossipStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the `state_dict` of the averaged model; collective on all ranks."""
-        if self.gossip is None or self._averaged is not None:
+        gossip = self._own_gossip
+        # A trained model is averaged already, and no longer on its GPU.
+        if gossip is None or self._averaged is not None or self._is_trained:
             return dict(super().lightning_module_state_dict())
-        return self.gossip.averaged_state_dict()
+        return gossip.averaged_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an empty dict: the optimizer state of each rank is in the folder next to the file."""
@@ -209,14 +250,18 @@ class GossipStrategy(ParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save the states of the ranks, and then the file, both where rank 0 says; collective on all ranks."""
-        if self.gossip is not None and "optimizer_states" in checkpoint:
+        gossip = self._own_gossip
+        if gossip is not None and "optimizer_states" in checkpoint:
             is_validating = self._averaged is not None
             self.on_validation_end()  # what is saved is the model of this rank
-            self.gossip.save(ranks_folder(filepath), extra={"precision": self.precision_plugin.state_dict()})
+            device = self.lightning_module.device
+            self.lightning_module.to(self._root_device)  # from where Lightning moves it at the end of fit()
+            gossip.save(ranks_folder(filepath), extra={"precision": self.precision_plugin.state_dict()})
+            self.lightning_module.to(device)
             if is_validating:
                 self.on_validation_start()
             # A file that is to be replaced names its own states, which are still there if this one is not written.
-            checkpoint[OWN] = {"step": self.gossip.steps}
+            checkpoint[OWN] = {"step": gossip.steps}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -259,6 +304,15 @@ class GossipStrategy(ParallelStrategy):
             raise ConfigError("all_gather(sync_grads=True): no gradient goes from rank to rank, leave it out")
         return tensor if self.world.size == 1 else torch.stack(self._gather(tensor))
 
+    @property
+    def _own_gossip(self) -> Distributed | None:
+        """The training of the Trainer's module; None if it was not trained, as one that was only validated."""
+        is_own = self.gossip is not None and self.gossip.local.model is self.lightning_module
+        return self.gossip if is_own else None
+
+    def _has_others(self) -> bool:
+        return self.world.size > 1
+
     def _gather(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
         return [other.to(tensor.device) for other in self.world.all_gather(tensor.detach().cpu())]
 
@@ -269,6 +323,77 @@ class GossipStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
         self.world.barrier()
+
+
+class OfThisRun:
+    """A function of a metric that belongs to this run: copies of the metric have the same, and stored ones `stored`.
+
+    Otherwise copying a metric would copy the whole training state with it.
+    """
+
+    def __init__(self, function: Callable[..., Any], stored: Callable[..., Any] | None) -> None:
+        self._function = function
+        self._stored = stored
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, _: object) -> OfThisRun:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._stored,)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class SameDraws(Sampler[Any]):
+    """A sampler with the random numbers of `seed` and the epoch: the global ones may differ between ranks."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self._sampler = sampler
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed + self._epoch)
+            return iter(list(self._sampler))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other numbers from now on, and tell the sampler the epoch if it has such a method."""
+        self._epoch = epoch
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+
+def digest(batch: Any) -> bytes | None:
+    """Return a hash of the tensors, numbers and texts in a batch; None if there are others, or none at all."""
+    total, leaves = hashlib.blake2b(), list(_leaves(batch))
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            total.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, int | float | str | bytes):
+            total.update(repr(leaf).encode())
+        else:
+            return None
+    return total.digest() if leaves else None
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _leaves(part)
+    else:
+        yield batch
 
 
 def ranks_folder(checkpoint_path: Any) -> Path:
@@ -290,8 +415,17 @@ def refuse(trainer: Trainer) -> None:
     if trainer._accelerator_connector._layer_sync is not None:
         raise ConfigError("Trainer(sync_batchnorm=True): every rank has batch statistics of its own, leave it out")
     for callback in trainer.callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, LearningRateFinder):
+            raise ConfigError(
+                f"{name} is for one rank: look for the learning rate without GossipStrategy, and leave it out"
+            )
+        if isinstance(callback, getattr(callbacks, "WeightAveraging", ())):  # of Lightning 2.6
+            raise ConfigError(
+                f"{name} averages the models of one rank over time, and would put that into validation and checkpoints "
+                "in place of the mean of all ranks: leave it out"
+            )
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            name = type(callback).__name__
             raise ConfigError(
                 f"{name} would save after an error on one rank, and wait for the others for ever: save now and then "
                 "instead, by ModelCheckpoint(every_n_train_steps=...)"

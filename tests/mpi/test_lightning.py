@@ -3,12 +3,14 @@
 import importlib.util
 import math
 import warnings
+from copy import deepcopy
+from itertools import chain
 
 import pytest
 import torch
 from support.libraries import LIGHTNING_LEFT_TO_OTHERS, skip_module_if_left
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import mpicomp
 from mpicomp.algorithms import GMC, Choco
@@ -28,10 +30,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from lightning.pytorch import LightningModule, Trainer, seed_everything
-    from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+    from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
+    from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
     from lightning.pytorch.plugins import MixedPrecision
     from torchmetrics import Accuracy
+    from torchmetrics.metric import jit_distributed_available
 
     from mpicomp.integrations.lightning import GossipStrategy, ranks_folder
 
@@ -199,6 +202,34 @@ def test_metrics_are_those_of_all_samples_and_decisions_the_same_on_all_ranks(wo
     assert validated["val_loss"] == pytest.approx(float(nn.functional.cross_entropy(scores, y)), rel=1e-5)
 
 
+class Cloning(Small):
+    """Whose validation uses a copy of its metric, as `torchmetrics.MetricTracker` does."""
+
+    def on_validation_epoch_start(self):
+        self.copied = self.accuracy.clone()
+
+    def validation_step(self, batch, batch_idx):
+        self.copied.update(self.net(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self):
+        self.last = float(self.copied.compute())
+
+
+def test_copies_of_metrics_synchronize_and_modules_can_be_copied_and_stored(world, shared_tmp_path):
+    one, module = trainer(shared_tmp_path, max_epochs=1), Cloning()
+    fit(one, module, world.size)
+    one.validate(module, DataLoader(dataset(world.size), BATCH), verbose=False)
+    x, y = dataset(world.size).tensors
+    with torch.no_grad():
+        assert module.last == pytest.approx(float((module.eval().net(x).argmax(dim=1) == y).float().mean()))
+
+    assert torch.equal(flat(deepcopy(module)), flat(module))
+    path = shared_tmp_path / f"{world.rank}.pt"
+    torch.save(module.accuracy, path)
+    stored = torch.load(path, weights_only=False)
+    assert stored.distributed_available_fn is jit_distributed_available and stored.dist_sync_fn is None
+
+
 def test_reductions(world):
     gossip = strategy()
     mine = torch.tensor([float(world.rank), 1.0])
@@ -274,6 +305,66 @@ def test_accumulation_and_clipping_are_those_of_a_loop_of_ones_own(world, shared
     assert torch.equal(flat(manual), flat(own))
 
 
+class Seeing(Small):
+    """Which keeps the numbers of its samples, and draws a number of random numbers that differs between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen += batch[2].tolist()
+        torch.rand(1 + self.trainer.global_rank)
+        return super().training_step(batch, batch_idx)
+
+
+def numbered(size):
+    """Return `dataset` with the number of each sample."""
+    x, y = dataset(size).tensors
+    return TensorDataset(x, y, torch.arange(len(x)))
+
+
+def test_a_sampler_that_draws_from_the_global_generator_gives_each_sample_to_one_rank(world, shared_tmp_path):
+    data, module = numbered(world.size), Seeing()
+    loader = DataLoader(data, BATCH, sampler=SubsetRandomSampler(range(len(data))))
+    trainer(shared_tmp_path, max_epochs=3).fit(module, loader)
+    epochs = [module.seen[i : i + BATCH * BATCHES] for i in range(0, len(module.seen), BATCH * BATCHES)]
+    assert len(epochs) == 3 and epochs[0] != epochs[1] != epochs[2]
+    for seen in epochs:
+        assert sorted(chain(*world.all_gather(seen))) == list(range(len(data)))
+
+
+class Stream(IterableDataset):
+    """The samples of all ranks, or of one."""
+
+    def __init__(self, data, rank=0, size=1):
+        self.data, self.rank, self.size = data, rank, size
+
+    def __iter__(self):
+        return (self.data[i] for i in range(self.rank, len(self.data), self.size))
+
+
+@pytest.mark.parametrize("collate", [None, lambda samples: {"batch": samples, "texts": ("a", 1)}])
+def test_a_stream_that_is_the_same_on_all_ranks_is_refused(world, shared_tmp_path, collate):
+    class Streaming(Seeing):
+        def training_step(self, batch, batch_idx):
+            if collate is not None:
+                batch = [torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*batch["batch"])]  # noqa: B905
+            return super().training_step(batch, batch_idx)
+
+    def run(module, *part):
+        one = trainer(shared_tmp_path, max_steps=BATCHES)
+        part = (one.global_rank, one.world_size) if part == ("own",) else ()
+        one.fit(module, DataLoader(Stream(numbered(world.size), *part), BATCH, collate_fn=collate))
+
+    module = Streaming()
+    run(module, "own")
+    assert sorted(chain(*world.all_gather(module.seen))) == list(range(BATCH * BATCHES * world.size))
+    if world.size > 1:
+        with pytest.raises(ConfigError, match=r"same on all ranks.*IterableDataset.*trainer\.global_rank"):
+            run(Streaming())
+
+
 class Overflowing(Small):
     """Whose loss overflows float16 on one rank at one step."""
 
@@ -313,15 +404,24 @@ class Empty(Small):
 
 
 def test_what_cannot_be_right_is_refused(world, shared_tmp_path):
-    def refuses(message, *callbacks, error=ConfigError, module=None, loader=None, ckpt_path=None, **options):
-        one = trainer(shared_tmp_path, *callbacks, max_epochs=1, **options)
+    def refuses(message, *used, error=ConfigError, module=None, loader=None, ckpt_path=None, **options):
+        one = trainer(shared_tmp_path, *used, max_epochs=1, **options)
         train = loader or DataLoader(dataset(world.size), BATCH)
         with pytest.raises(error, match=message):
-            one.fit(module or Small(), train, ckpt_path=ckpt_path)
+            one.fit(module or Small(), train, DataLoader(dataset(world.size), BATCH), ckpt_path=ckpt_path)
 
     refuses(r"Trainer\(devices=2\).*mpiexec -n 2", devices=2)
     refuses("sync_batchnorm", sync_batchnorm=True)
     refuses("ModelCheckpoint would save after an error", ModelCheckpoint(shared_tmp_path, save_on_exception=True))
+    refuses("LearningRateFinder.*without GossipStrategy", LearningRateFinder())
+    if hasattr(callbacks, "EMAWeightAveraging"):
+        refuses("EMAWeightAveraging averages the models of one rank", callbacks.EMAWeightAveraging())
+    refuses(
+        "val_check_interval=3.*multiple of accumulate_grad_batches=2",
+        gossip=strategy(Choco(gamma=0.3, overlap=True)),
+        val_check_interval=3,
+        accumulate_grad_batches=2,
+    )
     refuses("SGD, SGD.*one optimizer", module=Two())
     refuses("the optimizer does not hold: net.0.weight", module=Empty())
     if world.size > 1:
@@ -363,6 +463,22 @@ def test_a_checkpoint_that_was_half_replaced_goes_on_from_the_old_one(world, sha
             assert trainer.strategy.gossip.steps == trainer.global_step == 2
 
     fit(trainer(shared_tmp_path, Look(), max_epochs=1), Small(), world.size, path)
+
+
+def test_after_fit_the_trainers_module_is_saved(world, shared_tmp_path):
+    def stored():
+        one.save_checkpoint(shared_tmp_path / "x.ckpt", weights_only=True)
+        return torch.load(shared_tmp_path / "x.ckpt", weights_only=False)["state_dict"]["net.0.weight"]
+
+    seed_everything(0)
+    one, module, other = trainer(shared_tmp_path, max_epochs=1), Small(), Small()
+    fit(one, module, world.size)
+    module.bfloat16()  # as Lightning moves it from a GPU
+    assert torch.equal(stored(), module.net[0].weight)
+    one.validate(other, DataLoader(dataset(world.size), BATCH), verbose=False)
+    assert torch.equal(stored(), other.net[0].weight)
+    one.save_checkpoint(shared_tmp_path / "other.ckpt")
+    assert not ranks_folder(shared_tmp_path / "other.ckpt").exists()
 
 
 def test_of_names_that_differ_between_ranks_that_of_rank_0_holds(world, shared_tmp_path):
