@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from accelerate.utils import parse_flag_from_env
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import IterableDataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
@@ -33,6 +37,7 @@ from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
+from mpicomp.replica.state import load_random, random_leaves
 
 FOLDER = "gossip"
 """The folder in a checkpoint of the Trainer with the state of each rank (`mpicomp.replica.replica.Replica.save`)."""
@@ -64,6 +69,10 @@ class GossipTrainer(Trainer):
     gossip: Distributed | None = None
     world: World
 
+    _states: Sequence[tuple[Any, dict[str, Any]]] = ()
+    _is_averaged = False
+    _scaler_state: dict[str, Any] | None = None
+
     def __init__(
         self,
         model: Any = None,
@@ -91,28 +100,68 @@ class GossipTrainer(Trainer):
         state.process_index, state.local_process_index = world.rank, world.local_rank
         super().__init__(model, args, *positional, **named)
         self.accelerator.dataloader_config.dispatch_batches = False  # True: rank 0 sends them by torch.distributed
+        self._states = [(each, dict(vars(each))) for each in (args.distributed_state, self.accelerator.state)]
+        self.callback_handler.callbacks.insert(0, BeginAndEnd(self))
+
+    def _hold_rank(self) -> None:
+        """Tell accelerate again which rank this is: all objects share its state, and TrainingArguments reset that."""
+        for state, values in self._states:
+            vars(state).update(values)
 
     @contextmanager
     def _one_of_all(self) -> Iterator[None]:
         """Let accelerate see the number of ranks within the block."""
-        states = self.args.distributed_state, self.accelerator.state
-        for state in states:
+        self._hold_rank()
+        for state, _ in self._states:
             state.num_processes = self.world.size
         try:
             yield
         finally:
-            for state in states:
+            for state, _ in self._states:
                 state.num_processes = 1
+
+    @property
+    def _has_own_model(self) -> bool:
+        """Whether the model is this rank's own: within `train`, until it is averaged at the end."""
+        return self.gossip is not None and self.is_in_train and not self._is_averaged
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Replace the model by the averaged one within the block; collective. Does nothing outside of training."""
-        if self.gossip is None or not self.is_in_train:
+        """Replace the model by the averaged one within the block; collective. Does nothing if it is that already."""
+        self._hold_rank()
+        if self.gossip is None or not self._has_own_model:
             yield
             return
+        with together(self.world):
+            if self.gossip.is_in_step:
+                raise ConfigError(
+                    f"evaluation or saving in the middle of step {self.gossip.steps}: {self.gossip.algorithm.name} has "
+                    "begun it with the first of its batches (gradient_accumulation_steps), and a callback stops, "
+                    "evaluates or saves before the last. Let the callback do so in on_step_end, not in on_substep_end"
+                )
         with self.gossip.averaged():
             yield
         self.world.barrier()  # what rank 0 has written is there for all
+
+    def is_world_process_zero(self) -> bool:
+        """Return whether this is rank 0."""
+        return self.world.rank == 0
+
+    def require_gossip(self) -> Distributed:
+        """Return `gossip`; raises ConfigError if the model of this training is not distributed."""
+        if self.gossip is None or self.gossip.local.model is not self.model:
+            raise ConfigError(
+                f"{type(self).__name__}.create_optimizer() has not distributed the model, and every rank would train "
+                "alone: it must call super().create_optimizer(), after it has set self.optimizer if it makes its own. "
+                "Or leave it out, and pass optimizers=(optimizer, None)"
+            )
+        return self.gossip
+
+    def average_at_end(self) -> None:
+        """Make the model the averaged one, once in a training; collective on all ranks."""
+        if not self._is_averaged:
+            self.require_gossip().average_()
+        self._is_averaged = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer whose steps exchange messages; collective on all ranks."""
@@ -125,14 +174,14 @@ class GossipTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of this rank's part of the training set; all are equally long. Collective."""
+        seed = self.args.data_seed
+        seed = self.world.broadcast(torch.initial_seed() if seed is None else seed)
         with self._one_of_all():
+            self.accelerator.dataloader_config.data_seed = seed
             loader = super().get_train_dataloader()
-        lengths = self.world.all_gather(len(loader) if has_length(loader) else None)
-        if len(set(lengths)) > 1:
-            raise ConfigError(
-                f"the ranks have training sets of unequal length ({lengths} batches by rank), so that some would wait "
-                "for the others for ever: pass the whole training set on every rank, each trains on its part of it"
-            )
+            part = self.args.process_index, self.args.world_size
+        check_parts(self.world.all_gather((part, len(loader) if has_length(loader) else None)))
+        draw_alike(loader, seed)
         return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -144,20 +193,34 @@ class GossipTrainer(Trainer):
 
         ``resume_from_checkpoint=True`` continues from the newest complete checkpoint, bit for bit.
         """
+        self._hold_rank()
+        if not resume_from_checkpoint:
+            self._refuse_old_anchor()
+        self._is_averaged = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.world.broadcast(last_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: has no complete checkpoint to go on from")
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        assert self.gossip is not None
-        self.gossip.average_()
+        self.average_at_end()
         return result
+
+    def _refuse_old_anchor(self) -> None:
+        """Raise ConfigError if training would continue from another model than this one."""
+        if self.gossip is None or self.model_init is not None:
+            return
+        if isinstance(algorithm := self.gossip.algorithm, Algorithm) and algorithm.keeps_anchor:
+            raise ConfigError(
+                f"a second train() would not continue from the averaged model: {algorithm.name} makes its next models "
+                "of one that it has kept. Train for more epochs at once, continue from a checkpoint "
+                "(resume_from_checkpoint), or save the model and make a new GossipTrainer with it (from_pretrained)"
+            )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the averaged model on every rank; within `train` rank 0's metrics count for all."""
         with self._averaged():
             output = super().evaluation_loop(*args, **kwargs)
-        if not self.is_in_train:
+        if not self._has_own_model:
             return output
         # Different processors round differently, and the ranks must agree on which model was the best.
         return output._replace(metrics=self.world.broadcast(output.metrics))
@@ -177,26 +240,119 @@ class GossipTrainer(Trainer):
         # The last of what a checkpoint needs, but for trainer_state.json, which rank 0 writes when all are done here.
         with self._one_of_all():
             super()._save_rng_state(output_dir)
-        assert self.gossip is not None
-        self.gossip.save(Path(output_dir) / FOLDER, keep_last=1)
+        # Overflows in float16 are each rank's own, and so is the scale, of which the Trainer stores that of rank 0.
+        scaler = self.accelerator.scaler
+        extra = {} if scaler is None else {"scaler": scaler.state_dict()}
+        self.require_gossip().save(Path(output_dir) / FOLDER, extra, keep_last=1)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._one_of_all():
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        gossip = self.require_gossip()
         super()._load_optimizer_and_scheduler(checkpoint)
-        assert self.gossip is not None
-        if checkpoint is not None and self.gossip.resume(Path(checkpoint) / FOLDER) is None:
+        if checkpoint is None:
+            return
+        extra = gossip.resume(Path(checkpoint) / FOLDER)
+        if extra is None:
             raise CheckpointError(
                 f"{checkpoint}: lacks the folder {FOLDER!r}, without which the ranks cannot go on where they were: it "
                 "was written with save_only_model, or by another Trainer. To begin anew from its model, load that "
                 "(from_pretrained), and leave out resume_from_checkpoint"
             )
+        self._scaler_state = extra.get("scaler")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        super()._load_scaler(checkpoint)
+        if checkpoint is not None and self._scaler_state is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler_state)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ConfigError, because every rank would try other settings."""
         raise ConfigError("hyperparameter_search: every rank would try other settings. Start a job for each of them")
+
+
+class BeginAndEnd(TrainerCallback):
+    """What `GossipTrainer` does before the callbacks of the user see the beginning and the end of training."""
+
+    def __init__(self, trainer: GossipTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Check that the ranks train together; collective on all ranks."""
+        with together(self._trainer.world):
+            self._trainer.require_gossip()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Average the model; collective on all ranks."""
+        self._trainer.average_at_end()
+
+
+class SameDraws(Sampler[int]):
+    """The indices of another sampler, drawn with a seed: the same on all ranks, and again after a restart."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self._sampler = sampler
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw those of this epoch from now on."""
+        self._epoch = epoch
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        with seeded(self._seed + self._epoch, getattr(self._sampler, "generator", None)):
+            indices = list(self._sampler)  # at once: dropout draws from the same generator meanwhile
+        return iter(indices)
+
+
+@contextmanager
+def seeded(seed: int, own: torch.Generator | None) -> Iterator[None]:
+    """Seed the generators of the CPU, which come back after the block, and the sampler's `own`, if there is one."""
+    cpu = torch.device("cpu")
+    before = random_leaves(cpu)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    for generator in [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        load_random(cpu, before)
+
+
+def check_parts(found: Sequence[tuple[tuple[int, int], int | None]]) -> None:
+    """Raise ConfigError unless each rank has its part of the samples, given (index, number of parts) and length."""
+    parts, lengths = [part for part, _ in found], [length for _, length in found]
+    if parts != [(rank, len(found)) for rank in range(len(found))]:
+        raise ConfigError(
+            f"the ranks would train on the parts {parts} of the samples (index and number of parts, by rank): "
+            "TrainingArguments made within get_train_dataloader() have reset accelerate. Make them before train()"
+        )
+    if len(set(lengths)) > 1:
+        raise ConfigError(
+            f"the ranks have training sets of unequal length ({lengths} batches by rank), so that some would wait "
+            "for the others for ever: pass the whole training set on every rank, each trains on its part of it"
+        )
+
+
+def draw_alike(loader: Any, seed: int) -> None:
+    """Let the sampler of `loader` draw the same on all ranks and after a restart, unless it does so by itself."""
+    part = batches = getattr(loader, "batch_sampler", None)
+    if isinstance(part, BatchSamplerShard):
+        batches = part.batch_sampler
+        if hasattr(batches, "set_epoch"):
+            part.set_epoch = batches.set_epoch  # after a restart in mid-epoch, the Trainer looks for it here only
+    sampler = getattr(batches, "sampler", None)
+    draws_alike = sampler is None or isinstance(sampler, SequentialSampler | SeedableRandomSampler)
+    if not draws_alike and not isinstance(loader.dataset, IterableDataset):
+        loader.set_sampler(SameDraws(sampler, seed))
 
 
 @contextmanager
