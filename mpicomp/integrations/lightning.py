@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 from torchmetrics.metric import jit_distributed_available
 
@@ -38,6 +38,7 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.placement import DeviceKind, claim_gpu, device_of
+from mpicomp.integrations.samplers import SameDraws
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
 
@@ -348,29 +349,6 @@ class OfThisRun:
 
 def _same(value: Any) -> Any:
     return value
-
-
-class SameDraws(Sampler[Any]):
-    """A sampler with the random numbers of `seed` and the epoch: the global ones may differ between ranks."""
-
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self._sampler = sampler
-        self._seed = seed
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed + self._epoch)
-            return iter(list(self._sampler))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other numbers from now on, and tell the sampler the epoch if it has such a method."""
-        self._epoch = epoch
-        if hasattr(self._sampler, "set_epoch"):
-            self._sampler.set_epoch(epoch)
 
 
 def digest(batch: Any) -> bytes | None:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from accelerate.utils import parse_flag_from_env
-from torch.utils.data import IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
@@ -35,9 +33,9 @@ from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.node_sums import NodeSums
+from mpicomp.integrations.samplers import SameDraws
 from mpicomp.replica.distribute import distribute
 from mpicomp.replica.distributed import Distributed
-from mpicomp.replica.state import load_random, random_leaves
 
 FOLDER = "gossip"
 """The folder in a checkpoint of the Trainer with the state of each rank (`mpicomp.replica.replica.Replica.save`)."""
@@ -287,44 +285,6 @@ class BeginAndEnd(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Average the model; collective on all ranks."""
         self._trainer.average_at_end()
-
-
-class SameDraws(Sampler[int]):
-    """The indices of another sampler, drawn with a seed: the same on all ranks, and again after a restart."""
-
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self._sampler = sampler
-        self._seed = seed
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw those of this epoch from now on."""
-        self._epoch = epoch
-        if hasattr(self._sampler, "set_epoch"):
-            self._sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[int]:
-        with seeded(self._seed + self._epoch, getattr(self._sampler, "generator", None)):
-            indices = list(self._sampler)  # at once: dropout draws from the same generator meanwhile
-        return iter(indices)
-
-
-@contextmanager
-def seeded(seed: int, own: torch.Generator | None) -> Iterator[None]:
-    """Seed the generators of the CPU, which come back after the block, and the sampler's `own`, if there is one."""
-    cpu = torch.device("cpu")
-    before = random_leaves(cpu)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    for generator in [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        load_random(cpu, before)
 
 
 def check_parts(found: Sequence[tuple[tuple[int, int], int | None]]) -> None:
