@@ -75,6 +75,11 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_step_folder(path: Path) -> bool:
+    """Return whether the name of `path` is that of the folder of a step."""
+    return re.fullmatch(r"step_\d{8,}", path.name) is not None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The description of a checkpoint.
@@ -206,7 +211,7 @@ class Checkpoints:
         """Make the temporary folder of `step`, empty, and clean up what interrupted runs have left."""
         with _named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            published = self._published()
+            published = self.paths()
             for replaced in self.path.glob(".step_*.replaced"):
                 if replaced in published:
                     replaced.rename(self.path / step_folder(_step(replaced)))
@@ -229,13 +234,22 @@ class Checkpoints:
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
-            with replacing(self.path / LATEST) as latest:
-                _write(latest, final.name + "\n")
-            _flush(self.path)
+            self._point_at(manifest.step)
             _flush(self.path.parent)
             if replaced.exists():
                 self._remove(replaced)
         return Checkpoint(final, manifest)
+
+    def go_back_to(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint of this folder the newest one, atomically; nothing changes for one from elsewhere."""
+        with _named(self.path):
+            if checkpoint.path.resolve().parent == self.path.resolve() and self._newest() != checkpoint.path:
+                self._point_at(checkpoint.manifest.step)
+
+    def _point_at(self, step: int) -> None:
+        with replacing(self.path / LATEST) as latest:
+            _write(latest, step_folder(step) + "\n")
+        _flush(self.path)
 
     def discard(self, step: int) -> None:
         """Remove the temporary folder of `step`."""
@@ -243,7 +257,7 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Return the published checkpoints by ascending step; raise CheckpointError if a manifest is damaged."""
-        return [open_checkpoint(path) for path in self._published()]
+        return [open_checkpoint(path) for path in self.paths()]
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None; raise CheckpointError if its manifest is damaged."""
@@ -257,16 +271,21 @@ class Checkpoints:
         """
         assert keep_last >= 1
         newest = self._newest()
-        old = [path for path in self._published()[:-keep_last] if path != newest]
+        old = [path for path in self.paths()[:-keep_last] if path != newest]
         old = [path for path in old if not keep_every or _step(path) % keep_every]
         with _named(self.path):
             for path in old:
                 self._remove(path)
         return old
 
+    def newest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, whose manifest may be damaged; None if there is no checkpoint."""
+        newest = self._newest()
+        return _step(newest) if newest else None
+
     def _newest(self) -> Path | None:
         """Return the folder that ``latest`` names; if that is not valid, the folder of the highest step."""
-        published = self._published()
+        published = self.paths()
         try:
             named = (self.path / LATEST).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -274,7 +293,7 @@ class Checkpoints:
         highest = published[-1] if published else None
         return next((path for path in published if step_folder(_step(path)) == named), highest)
 
-    def _published(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """Return the folders of the checkpoints by ascending step."""
         found = [*self.path.glob(".step_*.replaced"), *self.path.glob("step_*")]  # if both exist, the second counts
         by_step = {_step(path): path for path in found if _NAME.fullmatch(path.name) and (path / MANIFEST).exists()}

@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -39,6 +39,9 @@ from mpicomp.exchange.guard import agree, together
 from mpicomp.state import Leaf
 from mpicomp.timing import traced
 from mpicomp.topology.base import Schedule
+
+PATIENCE_S = 0.25
+"""Seconds to wait for a writer at a time; a writer that lives is progress, however slow its file system is."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Saver:
         keep_every: checkpoints at a multiple of so many steps are kept, too.
         report: called on rank 0 with a line about what went wrong.
         nodes: the ranks of each node, which share a file; empty for a file for each rank.
+        moved: called on every rank again and again while it waits for writers, of any rank.
 
     """
 
@@ -82,6 +86,7 @@ class Saver:
         keep_every: int | None,
         report: Callable[[str], None],
         nodes: Groups = (),
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._world = world
         self._folder = Checkpoints(folder)
@@ -90,6 +95,7 @@ class Saver:
         self._keep_every = keep_every
         self._report = report
         self._nodes = nodes
+        self._moved = moved
         self._mates = next((ranks for ranks in nodes if world.rank in ranks), (world.rank,))
         self._turns = max(map(len, nodes), default=1)
         self._turn = 0
@@ -99,7 +105,7 @@ class Saver:
         self._publisher = ThreadPoolExecutor(1, "publisher")
         self._publishing: Future[tuple[int, str | None]] | None = None
         self._is_sound = True
-        self._newest = self._folder.latest() if world.rank == 0 else None
+        self._newest = self._folder.newest_step() if world.rank == 0 else None
 
     @property
     def is_pending(self) -> bool:
@@ -118,6 +124,7 @@ class Saver:
         With `in_place`, the state is not copied if it is on the CPU, and must stay as it is until `finish` returns.
         """
         self.publish()
+        self._await_publication()
         can_begin = self._world.broadcast(self._begin(step) if self._world.rank == 0 else False)
         if can_begin:
             self._step, self._turn, self._digests = step, 0, {}
@@ -135,7 +142,27 @@ class Saver:
     def publish(self) -> None:
         """Let all ranks write, one turn after the other, until the checkpoint is no longer pending."""
         while self._step is not None:
+            self._await_writers()
             self._advance(self._step)
+
+    def _await_writers(self) -> None:
+        """Wait until no rank writes."""
+        if not self._world.is_simulated:  # messages would take simulated time
+            while any(self._world.all_gather(self._writer.wait_for(PATIENCE_S))):
+                self._moved()
+
+    def _await_publication(self) -> None:
+        """Wait until rank 0 has published what is to be published."""
+        if not self._world.is_simulated:
+            while self._world.broadcast(self._is_publishing()):
+                self._moved()
+
+    def _is_publishing(self) -> bool:
+        """Wait a moment for the publication, on rank 0, and return whether it goes on."""
+        if self._publishing is None:
+            return False
+        wait([self._publishing], PATIENCE_S)
+        return not self._publishing.done()
 
     @traced("checkpoint", "")
     def _advance(self, step: int) -> None:
@@ -174,6 +201,7 @@ class Saver:
     def finish(self) -> bool:
         """Wait until a pending checkpoint is published; return whether the last checkpoint succeeded."""
         self.publish()
+        self._await_publication()
         if self._world.rank == 0:
             self._settle()
         return self._world.broadcast(self._is_sound)
@@ -198,7 +226,7 @@ class Saver:
             if failures:
                 self._folder.discard(step)
                 return step, "; ".join(failures)
-            self._newest = self._folder.publish(self._manifest(step, digests))
+            self._newest = self._folder.publish(self._manifest(step, digests)).manifest.step
             if self._keep_last:
                 self._folder.prune(self._keep_last, self._keep_every)
         except CheckpointError as error:
@@ -232,7 +260,7 @@ class Saver:
 
     def _fail(self, step: int, problem: str) -> None:
         self._is_sound = False
-        kept = f"the newest is that of step {self._newest.manifest.step}" if self._newest else "there is none yet"
+        kept = "there is none yet" if self._newest is None else f"the newest is that of step {self._newest}"
         self._report(f"the checkpoint of step {step} could not be written, {kept}: {problem}")
 
 

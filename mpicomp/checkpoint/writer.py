@@ -50,6 +50,12 @@ class Writer:
         self._future = _threads.submit(_write, write, self._leaves)
         self._leaves = {}
 
+    def wait_for(self, seconds: float) -> bool:
+        """Wait until the state is written, but no longer than `seconds`; return whether it is still being written."""
+        if self._future is not None:
+            wait([self._future], seconds)
+        return self.busy
+
     def wait(self) -> Digest | CheckpointError | None:
         """Wait until the state is written and return what `write` did, or what went wrong."""
         assert self._future is not None, "nothing is being written"

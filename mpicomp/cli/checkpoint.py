@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mpicomp.checkpoint import export as model_export
-from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, open_checkpoint, place
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, Checkpoints, is_step_folder, open_checkpoint, place
 from mpicomp.errors import CheckpointError
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.result import readable_bytes
@@ -40,9 +40,16 @@ def checkpoint() -> None:
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def ls(run_dir: Path) -> None:
     """List the checkpoints in RUN_DIR."""
-    found = _folder(run_dir).all()
+    _check_exists(run_dir)
+    found = _folder(run_dir).paths()
     table = Table("step", "created (UTC)", "ranks", "size", "algorithm", "Slurm job", box=None)
-    for one in found:
+    damages = []
+    for path in found:
+        try:
+            one = open_checkpoint(path)
+        except CheckpointError as error:
+            damages.append(str(error))
+            continue
         manifest = one.manifest
         size = sum(digest.nbytes for digest in manifest.files.values())
         created = manifest.created.replace("T", " ").removesuffix("+00:00")
@@ -56,6 +63,8 @@ def ls(run_dir: Path) -> None:
         )
         table.add_row(*map(str, cells))
     _console().print(table if found else f"{run_dir} has no checkpoint", markup=False)
+    for damage in damages:
+        click.echo(damage)
 
 
 @checkpoint.command("verify")
@@ -66,10 +75,17 @@ def verify(path: Path) -> None:
     Says which file and which dataset is damaged, and ends with exit code 6 if any is.
     """
     is_sound = True
-    for one in [_one(path)] if _is_one(path) else _folder(path).all():
-        problems = one.verify()
+    for folder in [path] if _is_one(path) else _some(path):
+        files = 0
+        try:
+            one = open_checkpoint(folder)
+            files, problems = len(one.manifest.files), one.verify()
+        except CheckpointError as error:
+            if folder == path:
+                raise
+            problems = [str(error)]
         is_sound = is_sound and not problems
-        click.echo(f"{one.path}: {'damaged' if problems else f'{len(one.manifest.files)} files are sound'}")
+        click.echo(f"{folder}: {'damaged' if problems else f'{files} files are sound'}")
         for problem in problems:
             click.echo(f"  {problem}")
     if not is_sound:
@@ -164,7 +180,20 @@ def _one(path: Path) -> Checkpoint:
 
 
 def _is_one(path: Path) -> bool:
-    return (path / MANIFEST).exists() or path.name.startswith("step_")
+    return (path / MANIFEST).exists() or is_step_folder(path)
+
+
+def _some(path: Path) -> list[Path]:
+    """Return the folders of all checkpoints of a run folder; raise CheckpointError if there is none."""
+    _check_exists(path)
+    if not (found := _folder(path).paths()):
+        raise CheckpointError(f"{path}: has no checkpoint")
+    return found
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{path}: has no checkpoint: there is no such folder")
 
 
 def _check_rank(one: Checkpoint, rank: int) -> None:

@@ -146,11 +146,15 @@ def _batch_script(
 
 
 def _varied(seeds: str | None, vary: tuple[str, ...]) -> dict[str, list[str]]:
-    varied = {}
+    varied: dict[str, list[str]] = {}
     for text in vary:
         key, _, values = text.partition("=")
+        if key in varied:
+            raise ConfigError(f"--vary {key} is given twice: give all its values at once, separated by commas")
         varied[key] = values.split(",")
     if seeds is not None:
+        if "run.seed" in varied:
+            raise ConfigError("--seeds and --vary run.seed say the same: leave one out")
         varied["run.seed"] = _seeds(seeds)
     return varied
 

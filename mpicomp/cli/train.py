@@ -15,17 +15,18 @@ from typing import Any
 
 import click
 
-from mpicomp.checkpoint.folder import Checkpoint, open_checkpoint
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, is_step_folder, open_checkpoint
 from mpicomp.checkpoint.saver import find_checkpoint
 from mpicomp.cli import debug_option, is_debug
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import CheckpointError, ConfigError, MpicompError
+from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, together
 from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.replica.record import Callback
 from mpicomp.replica.tensorboard import TensorBoard, require_tensorboard
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.lock import RunLock
 from mpicomp.run.loop import train as train_model
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import summary
@@ -76,6 +77,11 @@ class _Request:
             require_tensorboard()
         if self.resume is None and self.path is None:
             raise ConfigError("give a configuration file, or a run to go on with (--resume RUN_DIR)")
+        if self.path is not None and self.path.is_dir():
+            raise ConfigError(
+                f"{self.path} is a folder: give a configuration file; or go on with the run in it: mpicomp train "
+                f"--resume {self.path}"
+            )
         if self.resume == AUTO and (self.path is None or self.run_dir is None):
             raise ConfigError(
                 "--resume auto needs CONFIG.toml and --run-dir: the run starts from the one, or goes on in the other"
@@ -97,7 +103,7 @@ class _Request:
     @property
     def names_checkpoint(self) -> bool:
         """Whether ``--resume`` names a checkpoint instead of a run folder."""
-        return self.resume is not None and Path(self.resume).name.startswith("step_")
+        return self.resume is not None and is_step_folder(Path(self.resume))
 
     def load(self) -> RunConfig:
         """Read and check the configuration."""
@@ -107,8 +113,12 @@ class _Request:
         assert self.resumed is not None
         return RunConfig.load(RunFolder.open(self.resumed).config_path, self.overrides)
 
-    def create_folder(self) -> RunFolder:
-        """Make the folder of a new run."""
+    def make_folder(self) -> RunFolder:
+        """Return the folder of the run, and make it if it does not exist; raise ConfigError if a new run finds one."""
+        if self.resumed is not None:
+            folder = RunFolder(self.resumed)
+            folder.make()
+            return folder
         if self.run_dir is not None:
             return RunFolder.create(self.run_dir)
         assert self.path is not None
@@ -266,10 +276,30 @@ def _load_together(world: World, request: _Request) -> RunConfig:
 
 def _train_rank(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:
     """Train on one rank and return whether the run is finished; rank 0 writes and prints."""
-    checkpoint = request.find_checkpoint(world)
-    folder = _prepare_folder(world, config, request, checkpoint)
-    if folder is None:
-        return True
+    groups = config.topology.groups(world)
+    with together(world):
+        config.check(world.size, groups)
+    folder = _make_folder(world, request)
+    with closing(RunLock(folder.lock_path)) as lock:
+        with together(world):
+            if world.rank == 0:
+                lock.take()
+        checkpoint = request.find_checkpoint(world)
+        if _has_ended(world, config, request, folder, checkpoint):
+            return True
+        return _train_in(folder, lock, world, config, request, requests, checkpoint)
+
+
+def _train_in(
+    folder: RunFolder,
+    lock: RunLock,
+    world: World,
+    config: RunConfig,
+    request: _Request,
+    requests: StopRequests,
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Train in a folder that is ready, and return whether the run is finished."""
     if world.rank == 0 or config.run.on_peer_loss == "continue":
         end_time = job_end_time(os.environ) if request.end_time is None else request.end_time
         requests.watch(folder.stop_path, end_time, config.checkpoint.stop_before_end_s)
@@ -281,6 +311,7 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
             requests=requests,
             trace_steps=request.trace_steps,
             callbacks=callbacks,
+            lock=lock,
         )
         if world.rank != 0:
             return go_on(config, world, folder) is not None
@@ -291,55 +322,82 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
             return go_on(config, world, folder, progress) is not None
 
 
-def _prepare_folder(
-    world: World, config: RunConfig, request: _Request, checkpoint: Checkpoint | None
-) -> RunFolder | None:
-    """Check the run, then make or open its folder on rank 0; raise an error on all ranks if this fails.
-
-    Return None if the run has ended already. A run that continues changes its folder only after it has read its
-    checkpoint.
-    """
-    path, error, has_ended = None, None, False
-    groups = config.topology.groups(world)
-    try:
-        config.check(world.size, groups)
+def _make_folder(world: World, request: _Request) -> RunFolder:
+    """Return the folder of the run, which rank 0 makes; collective on all ranks."""
+    path = None
+    with together(world):
         if world.rank == 0:
-            folder, has_ended = _open_folder(config, request, checkpoint)
-            path = folder.path
-    except MpicompError as failure:
-        error = failure
-    agree(world, error)
-    path, has_ended = world.broadcast((path, has_ended))
+            path = request.make_folder().path
+    path = world.broadcast(path)
     assert path is not None
-    if has_ended:
-        return None
-    folder = RunFolder(path)
+    return RunFolder(path)
+
+
+def _has_ended(
+    world: World, config: RunConfig, request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
+) -> bool:
+    """Prepare the folder on rank 0, and return whether its run has ended already; collective on all ranks.
+
+    A run that continues changes its folder only after it has read its checkpoint.
+    """
+    has_ended = False
+    with together(world):
+        if world.rank == 0:
+            has_ended = _open_folder(config, request, folder, checkpoint)
+    has_ended = world.broadcast(has_ended)
     hidden = (
         None
-        if folder.config_path.is_file()
+        if has_ended or folder.config_path.is_file()
         else ConfigError(
-            f"{world.host} does not see {path}: the run folder must be on a file system that all nodes share"
+            f"{world.host} does not see {folder.path}: the run folder must be on a file system that all nodes share"
         )
     )
     agree(world, hidden)
-    return folder
+    return has_ended
 
 
-def _open_folder(config: RunConfig, request: _Request, checkpoint: Checkpoint | None) -> tuple[RunFolder, bool]:
-    """Return the run folder, and whether its run has ended already; on rank 0 only."""
-    if request.resumed is None or not RunFolder(request.resumed).config_path.exists():
-        folder = request.create_folder()
+def _open_folder(config: RunConfig, request: _Request, folder: RunFolder, checkpoint: Checkpoint | None) -> bool:
+    """Prepare the run folder, and return whether its run has ended already; on rank 0 only."""
+    has_config = folder.config_path.exists()
+    if not has_config and checkpoint is None:
+        folder.check_is_new()
         folder.save_config(config)
-        return folder, False
-    folder = RunFolder(request.resumed)
-    stored = RunConfig.load(folder.config_path)
-    config.check_continues(stored)
+        return False
+    trained = _trained(checkpoint)
+    stored = RunConfig.load(folder.config_path) if has_config else trained
+    # The file may have been edited since; what the checkpoint was trained with counts.
+    if reference := trained or stored:
+        config.check_continues(reference)
     result = folder.load_result()
-    if result is not None and config.training == stored.training and not request.names_checkpoint:
+    if result is not None and stored and config.training == stored.training and not request.names_checkpoint:
         for line in ["This run has ended already; nothing is left to do.", *summary(result, folder.path)]:
             click.echo(line)
-        return folder, True
-    if checkpoint is None:  # an earlier start was ended before its first checkpoint
-        folder.rewind(0)
+        return True
+    if checkpoint is None:
+        _begin_anew(folder)
+    if checkpoint is None or not has_config:
         folder.save_config(config)
-    return folder, False
+    return False
+
+
+def _trained(checkpoint: Checkpoint | None) -> RunConfig | None:
+    """Return the configuration that a checkpoint was trained with; None if it does not say, as that of a script."""
+    if checkpoint is None or not checkpoint.manifest.config:
+        return None
+    return RunConfig.from_toml(checkpoint.manifest.config, str(checkpoint.path / MANIFEST))
+
+
+def _begin_anew(folder: RunFolder) -> None:
+    """Empty the folder of a run without a checkpoint, which starts at step 0; raise ConfigError if it has ended."""
+    if folder.result_path.exists():
+        raise ConfigError(
+            f"{folder.path}: this run has ended, and has no checkpoint to go on from; to start anew would remove its "
+            "result and its model. Put its checkpoints back, or give another --run-dir"
+        )
+    records, damaged = folder.sound_records()
+    if records or damaged:
+        click.echo(
+            f"mpicomp: warning: {folder.path} has no checkpoint: the run starts anew at step 0, and its "
+            f"{len(records)} records are dropped"
+        )
+    folder.rewind(0)

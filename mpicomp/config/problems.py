@@ -46,6 +46,8 @@ class Checked:
             self._model = section.specialized(values)
             # As JSON, because only there a list may become a tuple without numbers becoming text and the like.
             self.result = self._model.model_validate_json(json.dumps(values, default=str))
+            if wrong := [key for key, value in values.items() if value != value]:
+                self.result, self._problem = None, f"{self.name}.{wrong[0]} = nan must be a number"
         except ConfigError as error:
             self._problem = str(error)
         except ValidationError as error:

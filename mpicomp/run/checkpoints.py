@@ -48,6 +48,7 @@ class RunCheckpoints:
                 self._section.keep_every,
                 run.progress.warn if run.progress else lambda line: None,
                 run.config.topology.nodes(run.world) if self._section.files == "node" else (),
+                run.watchdog.moved,
             )
 
     def status(self) -> Status:

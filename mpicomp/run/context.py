@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
 
-from mpicomp.checkpoint.folder import Checkpoint
+from mpicomp.checkpoint.folder import Checkpoint, Checkpoints
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
-from mpicomp.errors import CheckpointError, DivergenceError
+from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.watchdog import Watchdog
@@ -21,11 +21,12 @@ from mpicomp.replica.replica import Replica
 from mpicomp.replica.resize import load_resized
 from mpicomp.run.evaluation import evaluate, evaluates_own
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.lock import RunLock
 from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result, summary
 from mpicomp.run.setup import Setup, header
-from mpicomp.run.stopping import Reason, StopRequests, stopped
+from mpicomp.run.stopping import Reason, StopRequests, same_ranks, stopped
 from mpicomp.state import Leaf, flatten, restore_
 from mpicomp.topology import spectral_gap
 
@@ -56,6 +57,7 @@ class RunContext:
         requests: the requests to stop.
         checkpoint: the checkpoint to continue from; None for a new run.
         resize: whether `checkpoint` may have another number of ranks.
+        lock: of `folder`, which rank 0 holds; a rank that becomes rank 0 takes it over.
         lost: the names of the ranks that have died.
         failure_detector: raises RankLost where this rank waits for ranks that have died; None if the run then ends.
         diverged: how many of the last records had a loss as of training that diverges.
@@ -72,6 +74,7 @@ class RunContext:
     requests: StopRequests | None = None
     checkpoint: Checkpoint | None = None
     resize: bool = False
+    lock: RunLock | None = None
     lost: list[str] = field(default_factory=list)
     failure_detector: FailureDetector | None = None
     diverged: int = 0
@@ -103,10 +106,38 @@ class RunContext:
             with together(world):
                 self._check_data(stored)
         restore_(meter, meter_leaves(stored))
-        if folder := self.written_folder:
-            folder.save_config(self.config)
-            folder.rewind(checkpoint.manifest.step)
         return stored
+
+    def go_back(self, steps: int, can_end_later: bool = False) -> None:
+        """Make the folder that of a run which continues from `checkpoint`; collective on all ranks.
+
+        Args:
+            steps: the length of the run.
+            can_end_later: whether a checkpoint of so many steps may be one before the end.
+
+        Raises:
+            ConfigError: no step is left, and nothing was changed; or the folder cannot be written.
+
+        """
+        assert self.checkpoint is not None
+        done, folder, damaged = self.checkpoint.manifest.step, self.written_folder, 0
+        with together(self.world):
+            has_ended = not can_end_later or (self.folder is not None and self.folder.result_path.exists())
+            if done > steps or (done == steps and has_ended):
+                raise ConfigError(
+                    f"{self.checkpoint.path}: is after step {done}, and the run has {steps}, so nothing is left to do. "
+                    "To train longer, set training.steps or training.epochs higher; or go on from an earlier "
+                    "checkpoint (mpicomp checkpoint ls)"
+                )
+        with together(self.world):
+            if folder:
+                # First: a start that dies before its first checkpoint must not undo the user's choice of this one.
+                Checkpoints(folder.checkpoints_path).go_back_to(self.checkpoint)
+                folder.save_config(self.config)
+                damaged = folder.rewind(done)
+        if damaged and folder and self.progress:
+            lines = "1 damaged line was" if damaged == 1 else f"{damaged} damaged lines were"
+            self.progress.warn(f"{folder.metrics_path}: {lines} dropped")
 
     def _check_data(self, stored: Mapping[str, Leaf]) -> None:
         """Raise CheckpointError if the data set is not that of the checkpoint; older ones do not say."""
@@ -125,10 +156,11 @@ class RunContext:
 
     def start(self, step: int, part_done: float) -> None:
         """Show that training begins after `step` steps, with `part_done` of the run done."""
-        if folder := self.written_folder:
-            folder.save_ranks(self.watchdog.members)
-            folder.save_tokenizer(self.setup.dataset)
-            folder.remove_claims()
+        with together(self.world):
+            if folder := self.written_folder:
+                folder.save_ranks(self.watchdog.members)
+                folder.save_tokenizer(self.setup.dataset)
+                folder.remove_claims()
         if self.progress:
             self.progress.start(header(self.config, self.setup, self.world, step), part_done)
             if (period := getattr(self.setup.algorithm, "period", 1)) > self.setup.steps:
@@ -136,6 +168,18 @@ class RunContext:
                     f"algorithm.period = {period}: the run ends after {self.setup.steps} steps, before the ranks "
                     "exchange anything. Shorten the period, or train longer"
                 )
+            self._warn_of_large_batches(self.progress)
+
+    def _warn_of_large_batches(self, progress: Progress) -> None:
+        """Warn if a rank has fewer samples than a batch, in which it then repeats them."""
+        assignment = self.setup.assignment
+        share, batch = min(map(len, assignment.split(assignment.size))), assignment.batch_size
+        if batch > share:
+            whose = "there are only" if assignment.size == 1 else "the smallest share of a rank is"
+            progress.warn(
+                f"training.batch_size = {batch}: {whose} {share} samples, so that a batch holds some more than once. "
+                "Lower training.batch_size, or start fewer ranks"
+            )
 
     def look_out(self, in_step: bool, is_able: bool = True) -> None:
         """Look out for ranks that die, if the run is to continue without them; collective on all ranks.
@@ -173,7 +217,7 @@ class RunContext:
         assert self.failure_detector is not None
         before = self.world.size
         with self.failure_detector.regrouped() as names:
-            if not self.world.broadcast(self.written_folder is None or self.written_folder.claim(before)):
+            if not self.world.broadcast(self.written_folder is None or self._take_over(self.written_folder, before)):
                 place = self.folder.path if self.folder else None
                 raise CheckpointError(f"{place}: ranks on the other side of a cut network go on with this run")
             members = self.watchdog.members  # without those that a block before this one has taken out
@@ -187,6 +231,13 @@ class RunContext:
             ranks = "the other rank goes on" if self.world.size == 1 else f"the other {self.world.size} ranks go on"
             self.progress.warn(f"{', '.join(names)} died; {ranks}, numbered anew")
         self.watchdog.moved()
+
+    def _take_over(self, folder: RunFolder, before: int) -> bool:
+        """Claim the folder for the survivors of `before` ranks; return False if others have."""
+        if self.lock:
+            with suppress(ConfigError):  # a network file system may not yet know that the old rank 0 is dead
+                self.lock.take(wait_s=0)
+        return folder.claim(before)
 
     def take_over_progress(self, part_done: float) -> None:
         """Show the progress on a rank that has become rank 0, with `part_done` of the run done."""
@@ -217,7 +268,8 @@ class RunContext:
         if folder := self.written_folder:  # here, not at the next start, which may be asked to stop, too
             folder.stop_path.unlink(missing_ok=True)
         if self.progress:
-            self.progress.finish(stopped(step, steps, reason, self.folder.path if self.folder else None))
+            path = self.folder.path if self.folder else None
+            self.progress.finish(stopped(step, steps, reason, path, same_ranks(self.world)))
 
     def finish(self, replica: Replica, meter: Meter, last: Record, end: Callable[[], object]) -> Result:
         """Store, show and return the result of the run; collective on all ranks.

@@ -8,6 +8,7 @@ trace/          a timeline, with ``--trace`` (`mpicomp.run.trace`)
 tensorboard/    the records for TensorBoard, with ``--tensorboard`` (`mpicomp.replica.tensorboard`)
 survivors_N     made by the survivors of N ranks, so that no others go on as well
 stop            made by a user to ask the run to store a checkpoint and to end
+lock            held while a run trains in the folder, and says which one (`mpicomp.run.lock`)
 result.json     the `Result`, once the run has finished
 model.h5        the averaged model, as `mpicomp.checkpoint.hdf5` writes it: datasets ``parameters/<name>`` and
                 ``buffers/<name>`` as in the `state_dict` of the module, where tied ones are links to one dataset, and
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.config.config import RunConfig
 from mpicomp.data.dataset import Dataset
 from mpicomp.errors import CheckpointError, ConfigError
@@ -62,16 +64,8 @@ class RunFolder:
 
         """
         folder = cls(path)
-        for file in (folder.config_path, folder.metrics_path, folder.result_path):
-            if file.exists():
-                raise ConfigError(
-                    f"the run folder {path} already holds a run ({file.name}): give another --run-dir, remove it, or "
-                    "go on with it (--resume)"
-                )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"the run folder {path} cannot be made: {error.strerror}") from error
+        folder.check_is_new()
+        folder.make()
         return folder
 
     @classmethod
@@ -91,6 +85,29 @@ class RunFolder:
         if not folder.config_path.is_file():
             raise ConfigError(f"{path} is not the folder of a run: it has no {folder.config_path.name}")
         return folder
+
+    def check_is_new(self) -> None:
+        """Raise ConfigError if the folder holds a run already."""
+        held = [file for file in (self.config_path, self.metrics_path, self.result_path) if file.exists()]
+        if self.has_checkpoint:
+            held.append(self.checkpoints_path)
+        if held:
+            raise ConfigError(
+                f"the run folder {self.path} already holds a run ({held[0].name}): give another --run-dir, remove it, "
+                "or go on with it (--resume)"
+            )
+
+    def make(self) -> None:
+        """Make the folder, if it does not exist; raise ConfigError if that is not possible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a complete checkpoint."""
+        return bool(Checkpoints(self.checkpoints_path).paths())
 
     @property
     def config_path(self) -> Path:
@@ -133,6 +150,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def lock_path(self) -> Path:
+        """The path of the file that is locked while a run trains in the folder."""
+        return self.path / "lock"
+
+    @property
     def tokenizer_path(self) -> Path:
         """The path of ``tokenizer.json``, which says what the tokens of a language model are."""
         return self.path / "tokenizer.json"
@@ -144,12 +166,12 @@ class RunFolder:
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """Remove the folder if the block fails before the first record, so that its name is free again."""
+        """Remove the folder if the block fails before the first record and checkpoint: its name is free again."""
         try:
             yield
         except BaseException:
-            if not self.metrics_path.exists():
-                for path in (self.config_path, self.ranks_path):
+            if not self.metrics_path.exists() and not self.has_checkpoint:
+                for path in (self.config_path, self.ranks_path, self.lock_path):
                     path.unlink(missing_ok=True)
                 with suppress(OSError):  # the user's own files stay, and their folder with them
                     self.path.rmdir()
@@ -157,12 +179,12 @@ class RunFolder:
 
     def save_config(self, config: RunConfig) -> None:
         """Write ``config.toml``, the configuration with all defaults."""
-        with replacing(self.config_path) as path:
+        with _writing(self.config_path), replacing(self.config_path) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
 
     def save_ranks(self, members: Sequence[Member]) -> None:
         """Write ``ranks.json``: where each rank runs."""
-        with replacing(self.ranks_path) as path:
+        with _writing(self.ranks_path), replacing(self.ranks_path) as path:
             path.write_text(json.dumps([dataclasses.asdict(member) for member in members], indent=1) + "\n")
 
     def claim(self, before: int) -> bool:
@@ -183,12 +205,13 @@ class RunFolder:
 
     def remove_claims(self) -> None:
         """Remove all claims, which an earlier start has left."""
-        for path in self.path.glob(_CLAIM.format("*")):
-            path.unlink(missing_ok=True)
+        with _writing(self.path):
+            for path in self.path.glob(_CLAIM.format("*")):
+                path.unlink(missing_ok=True)
 
     def on_record(self, record: Record) -> None:
         """Append a record; when this returns it is in the file, even if the run is killed afterwards."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        with _writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
@@ -199,10 +222,7 @@ class RunFolder:
 
         """
         records = []
-        try:
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise CheckpointError(f"{self.metrics_path}: cannot be read: {error.strerror}") from error
+        lines = self._lines()
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(json.loads(line))
@@ -213,15 +233,35 @@ class RunFolder:
 
     def has_record(self, step: int) -> bool:
         """Return whether there is a record of `step`."""
-        return self.metrics_path.exists() and any(record["step"] == step for record in self.records())
+        return any(record["step"] == step for record in self.sound_records()[0])
 
-    def rewind(self, step: int) -> None:
-        """Drop all records after `step`, and results written since, because the run continues from `step`."""
-        kept = [record for record in self.records() if record["step"] <= step] if self.metrics_path.exists() else []
-        with replacing(self.metrics_path) as path:
+    def rewind(self, step: int) -> int:
+        """Drop all records after `step`, and results written since, because the run continues from `step`.
+
+        Damaged lines are dropped, too, so that they block no restart. Returns how many there were, without the last
+        line, which a killed run may have cut off.
+        """
+        records, damaged = self.sound_records()
+        kept = [record for record in records if record["step"] <= step]
+        with _writing(self.metrics_path), replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         for path in (self.result_path, self.model_path):
-            path.unlink(missing_ok=True)
+            with _writing(path):
+                path.unlink(missing_ok=True)
+        return damaged
+
+    def sound_records(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the records that can be read, and how many lines before the last one cannot; none without a file."""
+        lines = self._lines() if self.metrics_path.exists() else []
+        records = [_record(line) for line in lines]
+        return [record for record in records if record is not None], records[:-1].count(None)
+
+    def _lines(self) -> list[str]:
+        """Return the lines of ``metrics.jsonl``; bytes that are no text become marks, which are no JSON."""
+        try:
+            return self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics_path}: cannot be read: {error.strerror}") from error
 
     def load_result(self) -> Result | None:
         """Return the result, or None if the run has not finished; raise CheckpointError if it is damaged."""
@@ -234,13 +274,13 @@ class RunFolder:
 
     def save_result(self, result: Result) -> None:
         """Write ``result.json`` atomically."""
-        with replacing(self.result_path) as path:
+        with _writing(self.result_path), replacing(self.result_path) as path:
             path.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
 
     def save_tokenizer(self, dataset: Dataset) -> None:
         """Write ``tokenizer.json`` atomically, if the data set has a tokenizer."""
         if dataset.tokenizer:
-            with replacing(self.tokenizer_path) as path:
+            with _writing(self.tokenizer_path), replacing(self.tokenizer_path) as path:
                 path.write_text(dataset.tokenizer, encoding="utf-8")
 
     def save_model(self, model: nn.Module, config: RunConfig) -> None:
@@ -279,6 +319,24 @@ class RunFolder:
             raise CheckpointError(f"{self.model_path}: is of another model: {'; '.join(wrong)}")
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """Return the record in a line; None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

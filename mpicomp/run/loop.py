@@ -28,6 +28,7 @@ from mpicomp.run.checkpoints import RunCheckpoints
 from mpicomp.run.context import RunContext
 from mpicomp.run.evaluation import averaged_score, tested
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.lock import RunLock
 from mpicomp.run.membership import ElasticMembership
 from mpicomp.run.progress import Progress
 from mpicomp.run.result import Result
@@ -51,6 +52,7 @@ def train(
     requests: StopRequests | None = None,
     trace_steps: int = 0,
     callbacks: Sequence[Callback] = (),
+    lock: RunLock | None = None,
 ) -> Result | None:
     """Train as `config` says and return the result, the same on every rank; collective on all ranks.
 
@@ -65,6 +67,7 @@ def train(
         trace_steps: how many steps the timeline shows, from the first step of this start on; 0 for none.
         callbacks: called on rank 0 with each record, after `folder` and `progress`. If ranks may die, another rank
             may become rank 0, so pass them on all ranks.
+        lock: of `folder`, held by rank 0; pass it on all ranks, too.
 
     Raises:
         MpicompError: bad input, reported on all ranks before training starts; a loss that is not finite; a last
@@ -76,14 +79,18 @@ def train(
     with Watchdog(world, config.run.hang_timeout_s) as watchdog, timeline:
         groups = config.topology.groups(world)
         given, config = config, with_bandwidths(config, world, groups, checkpoint)
-        if config is not given and checkpoint is None and folder and world.rank == 0:
-            folder.save_config(config)
+        if config is not given and checkpoint is None and folder:
+            with together(world):
+                if world.rank == 0:
+                    folder.save_config(config)
         watchdog.moved()
         with together(world):
             setup = set_up(config, world, groups)
         check_same_data(setup, world)
         watchdog.moved()
-        run = RunContext(config, world, setup, watchdog, folder, progress, callbacks, requests, checkpoint, resize)
+        run = RunContext(
+            config, world, setup, watchdog, folder, progress, callbacks, requests, checkpoint, resize, lock
+        )
         if isinstance(setup.algorithm, AsynchronousAlgorithm):
             return train_asynchronously(run)
         return _train_in_step(run)
@@ -125,6 +132,7 @@ class _Training:
             stored = run.restore_(self._gossip, self._gossip.meter)
             course = str(stored["data/course"])
             _restore_assignment(setup, run.checkpoint.manifest.size, course, self._gossip.steps, world.size)
+            run.go_back(setup.steps)
         self._gossip.local.delay.gradients = self._gossip.steps
         self._recorded = min(self._gossip.steps, setup.steps - 1)  # the last step with a record, if it is to have one
         self._membership = ElasticMembership.of(stored, world.size)

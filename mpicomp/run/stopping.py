@@ -19,6 +19,7 @@ from types import FrameType
 
 from mpicomp.config.signals import signal_number
 from mpicomp.exchange.base import Gather, World
+from mpicomp.exchange.loopback.world import LoopbackWorld
 
 INTERVAL_S = 0.25
 """The approximate length of a round of the agreement; it is converted to a number of steps, equal on all ranks."""
@@ -42,10 +43,17 @@ class Reason(enum.IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-def stopped(step: int, steps: int, reason: Reason, folder: Path | None) -> list[str]:
-    """Return the lines to show when a run has stopped: step, reason, and how to continue."""
+def stopped(step: int, steps: int, reason: Reason, folder: Path | None, ranks: str) -> list[str]:
+    """Return the lines to show when a run has stopped: step, reason, and how to continue, with the option `ranks`."""
     lines = [f"Stopped after step {step} of {steps}: {reason}."]
-    return [*lines, f"Go on with: mpicomp train --resume {folder}"] if folder else lines
+    return [*lines, f"Go on with: mpicomp train --resume {folder}{ranks}"] if folder else lines
+
+
+def same_ranks(world: World) -> str:
+    """Return what to add to ``mpicomp train``, so that it starts as many ranks."""
+    if isinstance(world, LoopbackWorld):
+        return f" --{'simulate' if world.is_simulated else 'loopback'} {world.size}"
+    return f" (by mpiexec -n {world.size}, as before)" if world.size > 1 else ""
 
 
 class StopRequests:

@@ -140,8 +140,11 @@ class BatchScript:
             raise ConfigError(
                 f"--run-dir {self.run_dir!r} must be a folder name without quotes; $VARIABLES may be in it"
             )
+        given = {override.partition("=")[0].strip() for override in self.overrides}
         for key, values in self.vary.items():
             self._check_varied(key, values)
+            if key in given:
+                raise ConfigError(f"--set {key} gives all runs one value, and --vary or --seeds several: leave one out")
         for line in self.sbatch:
             key = line.lstrip("-").split("=")[0].strip()
             if key in _OWN:
@@ -253,7 +256,7 @@ class BatchScript:
                 "run=${runs[$SLURM_ARRAY_TASK_ID]}",
                 f'run_dir="{self.run_dir}/${{run// /,}}"',
                 'read -ra settings <<<"$run"',
-                'settings=("${settings[@]/#/--set=}"' + "".join(f" {shlex.quote(s)}" for s in settings) + ")",
+                "settings=(" + "".join(f"{shlex.quote(s)} " for s in settings) + '"${settings[@]/#/--set=}")',
             ]
         else:
             lines += [

@@ -18,7 +18,7 @@ class RunSection(Section):
 
     section: ClassVar[str] = "run"
 
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """The seed of initialization, partition and batches; random graphs and compressors have seeds of their own."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -95,6 +95,7 @@ class _Training:
         start, held = 0, None
         if run.checkpoint:
             stored = run.restore_(self._replica, self._meter)
+            run.go_back(self._length, can_end_later=True)
             start, number = int(stored["data/next"]), int(stored["data/held"])
             held = None if number < 0 else number
         self._delay.gradients = self._meter.steps
@@ -197,8 +198,7 @@ class _Training:
         """Store the last checkpoint of a run that was asked to stop."""
         step = self._save_last()
         self._free()
-        setup = self._run.setup
-        self._run.stop(step, setup.steps * setup.assignment.size // setup.trainers, reason)
+        self._run.stop(step, self._length, reason)
 
     def _end(self) -> Result:
         """Receive the remaining messages, and finish the run."""
@@ -233,6 +233,12 @@ class _Training:
     def _step(self, reports: list[Report]) -> int:
         """Return the mean number of steps per rank."""
         return self._done(reports) // self._run.setup.trainers
+
+    @property
+    def _length(self) -> int:
+        """The length of the run in steps per rank."""
+        setup = self._run.setup
+        return setup.steps * setup.assignment.size // setup.trainers
 
     def _done(self, reports: list[Report]) -> int:
         """Return the number of batches done, including those that dead ranks had taken."""

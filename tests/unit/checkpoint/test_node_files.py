@@ -1,6 +1,7 @@
 """Checkpoints with a file for each node (``checkpoint.files = "node"``), beside those with a file for each rank."""
 
 import shutil
+import time
 
 import h5py
 import pytest
@@ -8,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint
 
-from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint import hdf5, saver
 from mpicomp.checkpoint.export import mean_model
 from mpicomp.checkpoint.folder import Checkpoints, open_checkpoint
 from mpicomp.checkpoint.saver import RunIdentity, Saver
@@ -118,6 +119,31 @@ def test_damage_is_named_with_the_file_and_its_ranks(runs, tmp_path):
         mean_model(one)
 
 
+def test_a_slow_writer_is_progress(tmp_path, monkeypatch):
+    write, publish = hdf5.write, Checkpoints.publish
+
+    def slowly(function):
+        def call(*arguments, **settings):
+            time.sleep(0.5)
+            return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(saver, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(hdf5, "write", slowly(write))
+    monkeypatch.setattr(Checkpoints, "publish", slowly(publish))
+
+    def save(world):
+        moves = []
+        saving = Saver(world, tmp_path, RunIdentity("a", "t", "m"), 2, None, pytest.fail, moved=lambda: moves.append(1))
+        saving.start(1, {"n": world.rank})
+        assert saving.finish()
+        saving.close()
+        return len(moves)
+
+    assert all(count >= 4 for count in loopback.run(2, save))
+
+
 def test_nodes_of_unequal_size_and_a_turn_that_fails(tmp_path, monkeypatch):
     nodes, failing = ((0, 2), (1,)), []
     write_group = hdf5.write_group
@@ -131,10 +157,12 @@ def test_nodes_of_unequal_size_and_a_turn_that_fails(tmp_path, monkeypatch):
     problems = []
 
     def save(world, step):
-        saver = Saver(world, tmp_path, RunIdentity("a", "t", "m"), 2, None, problems.append, nodes)
-        saver.start(step, {"model/x": torch.full((1000,), float(world.rank)), "n": world.rank, "empty": torch.empty(0)})
-        is_sound = saver.finish()
-        saver.close()
+        saving = Saver(world, tmp_path, RunIdentity("a", "t", "m"), 2, None, problems.append, nodes)
+        saving.start(
+            step, {"model/x": torch.full((1000,), float(world.rank)), "n": world.rank, "empty": torch.empty(0)}
+        )
+        is_sound = saving.finish()
+        saving.close()
         return is_sound
 
     assert all(loopback.run(3, save, 1))

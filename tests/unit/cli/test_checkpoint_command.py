@@ -124,6 +124,23 @@ def test_prune_keeps_the_newest_and_multiples(trained):
     assert step(trained, 8).exists()
 
 
+def test_a_damaged_manifest_hides_no_other_checkpoint(trained):
+    (step(trained, 12) / "manifest.json").write_text("{")
+    listed = run("ls", trained)
+    assert [line.split()[0] for line in listed.output.splitlines()[:3]] == ["step", "4", "8"]
+    assert "manifest.json: is damaged" in listed.output
+    result = run("verify", trained)
+    assert result.exit_code == 6
+    assert result.output.count("3 files are sound") == 2
+    assert f"{step(trained, 12)}: damaged" in result.output
+
+
+def test_verify_needs_a_checkpoint(trained):
+    shutil.rmtree(trained / "checkpoints")
+    assert run("verify", trained).exit_code == 6
+    assert run("ls", trained).exit_code == 0
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_export_gives_the_averaged_model_of_the_run(trained, tmp_path, name):
     assert run("export", trained, tmp_path / name).exit_code == 0
@@ -202,6 +219,7 @@ def test_differences_of_leaves(left, right, shown):
     [
         (["ls", "{}/none"], "has no checkpoint"),
         (["show", "{}/none"], "has no checkpoint"),
+        (["verify", "{}/none"], "has no checkpoint: there is no such folder"),
         (["verify", "{}/checkpoints/step_00000099"], "is not a checkpoint: it has no manifest.json"),
         (["export", "{}", "{}/model.h5"], "the name must end in one of .safetensors, .pt, .pth"),
     ],
@@ -209,3 +227,4 @@ def test_differences_of_leaves(left, right, shown):
 def test_mistakes(trained, arguments, message):
     result = run(*(argument.format(trained) for argument in arguments))
     assert message in result.output
+    assert result.exit_code != 0

@@ -1,5 +1,6 @@
 """The batch scripts of ``mpicomp slurm``, and the examples in ``slurm/``, which are made by it."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_task_of_an_array_has_a_folder_and_settings_of_its_own(tmp_path):
     script = batch(vary={"run.seed": ["1", "2"], "compression.ratio": ["0.1"]}, overrides=["run.device=cpu"])
     assert "#SBATCH --array=0-1" in script.text()
     _, output = play(script, tmp_path, 0, task=1)
-    assert "--set=run.seed=2 --set=compression.ratio=0.1 --set=run.device=cpu" in output
+    assert "--set=run.device=cpu --set=run.seed=2 --set=compression.ratio=0.1 " in output
     assert "--run-dir runs/c/run.seed=2,compression.ratio=0.1 --resume auto" in output
 
 
@@ -144,6 +145,7 @@ def test_the_signal_comes_a_quarter_of_a_short_limit_before_it(time, lead):
         ({"name": "a/b"}, "--name 'a/b' must not contain a slash"),
         ({"partition": "a b"}, "--partition 'a b'"),
         ({"sbatch": ["--nodes=3"]}, "use --nodes"),
+        ({"vary": {"run.seed": ["1", "2"]}, "overrides": ["run.seed = 7"]}, "leave one out"),
         ({"vary": {"run.seed": ["1", "1"]}}, "two runs in one folder"),
         ({"vary": {"run.seed": ["$(rm x)"]}}, "must be a word or a number"),
         ({"vary": {"run.seed": []}}, "must be SECTION.KEY=VALUE,VALUE"),
@@ -159,6 +161,20 @@ def test_the_configuration_is_checked_before_a_job_waits_for_it():
     result = slurm("script", SMALL, "--ranks-per-node", "4", "--mpi", "pmi2", "--vary", "compression.kind=topq")
     assert result.exit_code == 2
     assert "compression.kind" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--vary", "optimizer.lr=1,2", "--vary", "optimizer.lr=3,4"],
+        ["--vary", "run.seed=1,2", "--seeds", "3,4"],
+        ["--set", "run.seed=7", "--seeds", "0-2"],
+    ],
+)
+def test_a_key_has_its_values_from_one_place(options):
+    result = slurm("script", SMALL, "--ranks-per-node", "4", "--mpi", "pmi2", *options)
+    assert result.exit_code == 2
+    assert re.search("given twice|leave one out", result.output)
 
 
 def test_the_number_of_ranks_must_be_given():

@@ -250,6 +250,33 @@ def test_a_run_that_fails_later_is_kept(folder):
     assert folder.config_path.exists()
 
 
+def test_a_run_with_a_checkpoint_is_kept_though_it_has_no_record(folder):
+    with pytest.raises(KeyboardInterrupt), folder.kept_if_used():
+        folder.save_config(CONFIG)
+        (folder.checkpoints_path / "step_00000004").mkdir(parents=True)
+        (folder.checkpoints_path / "step_00000004" / "manifest.json").touch()
+        raise KeyboardInterrupt
+    assert folder.config_path.exists()
+
+
+@pytest.mark.parametrize("line", ["nonsense", "{}", "[]", "\udcff"])
+def test_a_restart_drops_damaged_records(folder, line):
+    folder.on_record(record(1))
+    with folder.metrics_path.open("a", errors="surrogateescape") as file:
+        file.write(f"{line}\n")
+    folder.on_record(record(2))
+    folder.on_record(record(3))
+    assert folder.has_record(2)
+    assert folder.rewind(2) == 1
+    assert [r["step"] for r in folder.records()] == [1, 2]
+
+
+def test_what_cannot_be_written_is_named(folder):
+    folder.config_path.mkdir()
+    with pytest.raises(ConfigError, match=r"config.toml: cannot be written: Is a directory"):
+        folder.save_config(CONFIG)
+
+
 def test_survivors_on_one_side_only_go_on(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.claim(1) and not RunFolder(tmp_path).claim(1)
