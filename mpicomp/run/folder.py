@@ -9,6 +9,7 @@ tensorboard/    the records for TensorBoard, with ``--tensorboard`` (`mpicomp.re
 survivors_N     made by the survivors of N ranks, so that no others go on as well
 stop            made by a user to ask the run to store a checkpoint and to end
 lock            held while a run trains in the folder, and says which one (`mpicomp.run.lock`)
+tokenizer.json  of a language model: what its tokens are (`mpicomp.data.tokens`)
 result.json     the `Result`, once the run has finished
 model.h5        the averaged model, as `mpicomp.checkpoint.hdf5` writes it: datasets ``parameters/<name>`` and
                 ``buffers/<name>`` as in the `state_dict` of the module, where tied ones are links to one dataset, and
@@ -171,7 +172,7 @@ class RunFolder:
             yield
         except BaseException:
             if not self.metrics_path.exists() and not self.has_checkpoint:
-                for path in (self.config_path, self.ranks_path, self.lock_path):
+                for path in (self.config_path, self.ranks_path, self.tokenizer_path, self.lock_path):
                     path.unlink(missing_ok=True)
                 with suppress(OSError):  # the user's own files stay, and their folder with them
                     self.path.rmdir()
