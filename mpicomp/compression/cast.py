@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpicomp.compression.base import Compressor, blocks
 from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.values import saturated
 from mpicomp.errors import ConfigError
 from mpicomp.state import State
 from mpicomp.timing import timed
@@ -44,14 +45,12 @@ class Cast(Compressor):
 
     def layout(self, spec: Spec) -> Layout:
         """Return the field ``values`` (n,)."""
-        return Layout((Field("values", _DTYPES[self.dtype], spec.numel),))
+        return Layout((Field("values", _DTYPES[self.dtype], spec.numel, must_be="finite"),))
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: State) -> Payload:
         """Round each entry; those out of range become the largest finite value."""
-        target = _DTYPES[self.dtype]
-        largest = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
-        return {"values": x.clamp(-largest, largest).to(target)}
+        return {"values": saturated(x, _DTYPES[self.dtype])}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:

@@ -31,6 +31,7 @@ def index_field(n: int, k: int) -> Field:
 
 def any_index_field(n: int) -> Field:
     """Return the field ``indices``, a code, long enough for any number of indices below `n`."""
+    index_dtype(n)  # raises an error if they have more than 32 bits
     # For one shift the code of more indices is the longer one, so look at the largest k of each.
     most = (n if shift == 0 else n * 493 // (1024 << shift - 1) for shift in range(index_shift(n, 1) + 1))
     longest = max((index_code_nbytes(n, k) for k in most), default=0)

@@ -16,11 +16,15 @@ from torch import Tensor
 from mpicomp.compression.base import Compressor, blocks
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, uniform
-from mpicomp.kernels.reference import pack_bits, packed_nbytes, unpack_bits
+from mpicomp.errors import DivergenceError
+from mpicomp.kernels.reference import NOT_FINITE, pack_bits, packed_nbytes, unpack_bits
 from mpicomp.timing import timed
 
 _BIAS = 127
 """The number added to an exponent on the wire; 0 stands for the value zero, 1 to 254 for 2**-126 to 2**127."""
+
+_NOT_FINITE = 255
+"""What stands for NaN and infinity where who sends them would have to wait for a device to notice them."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,15 @@ class Natural(Compressor):
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Return the exponents, rounded at random, and the signs."""
+        """Return the exponents, rounded at random, and the signs; raise DivergenceError for NaN and infinity."""
+        is_finite = x.isfinite()
+        if x.is_cpu and not is_finite.all():
+            raise DivergenceError(NOT_FINITE)
         mantissa, exponent = torch.frexp(x if x.dtype == torch.float64 else x.to(torch.float32))  # 0.5 <= mantissa < 1
         up = uniform(x, self.seed, state) < mantissa.abs() * 2 - 1
         biased = (exponent - 1 + up + _BIAS).clamp_(0, 254) * (mantissa != 0)
-        return {"exponents": biased.to(torch.uint8), "signs": pack_bits(x < 0)}
+        exponents = biased.masked_fill_(~is_finite, _NOT_FINITE).to(torch.uint8)
+        return {"exponents": exponents, "signs": pack_bits(x < 0)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
@@ -63,5 +71,5 @@ class Natural(Compressor):
         for start, stop in blocks(spec.numel):
             biased = payload["exponents"][start:stop].to(torch.int32)
             signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel, start, stop).to(wide)
-            values = torch.ldexp(signs, biased - _BIAS).mul_(biased != 0)
+            values = torch.ldexp(signs, biased - _BIAS).mul_(biased != 0).masked_fill_(biased == _NOT_FINITE, torch.nan)
             out[start:stop].add_(values.to(out.dtype), alpha=weight)

@@ -14,11 +14,16 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.base import Compressor
-from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.message import Field, Layout, Payload, Spec, index_dtype
 from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.ratio import check_ratio, kept
 from mpicomp.kernels.reference import number
 from mpicomp.timing import timed
+
+SHORT = 64
+"""Up to this length the permutation favors some entries, so the choice is turned around by a random step."""
+
+_ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class RandomK(Compressor):
         return Draws(0 if self.shared else mix64(1, stream))
 
     def layout(self, spec: Spec) -> Layout:
-        """Return the fields ``seed`` (1,) and ``values`` (k,)."""
+        """Return the fields ``seed`` (1,) and ``values`` (k,); raise ValueError for a vector beyond 32-bit indices."""
+        index_dtype(spec.numel)
         return Layout((Field("seed", torch.int64, 1), Field("values", spec.dtype, kept(spec.numel, self.ratio))))
 
     @timed("compress")
@@ -70,7 +76,7 @@ class RandomK(Compressor):
         seed = number(mix64(self.seed, state.step, state.stream) >> 1, torch.int64, x.device)
         state.step += 1
         k = kept(spec.numel, self.ratio)
-        values = x[kernels.random_indices(seed, spec.numel, k)]
+        values = x[_indices(seed, spec.numel, k)]
         if self.unbiased and k:
             values *= spec.numel / k
         return {"seed": seed, "values": values}
@@ -79,4 +85,13 @@ class RandomK(Compressor):
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
         """Draw the indices again from the seed and compute ``out[indices] += weight * values``."""
         values = payload["values"]
-        kernels.scatter_add_(out, kernels.random_indices(payload["seed"], spec.numel, len(values)), values, weight)
+        kernels.scatter_add_(out, _indices(payload["seed"], spec.numel, len(values)), values, weight)
+
+
+def _indices(seed: Tensor, n: int, k: int) -> Tensor:
+    """Return `k` different indices below `n`, each equally likely."""
+    indices = kernels.random_indices(seed, n, k)
+    if not 0 < n <= SHORT:
+        return indices
+    turn = (seed * _ODD >> 32 & 0x7FFFFFFF) % n
+    return ((indices + turn) % n).to(indices.dtype)

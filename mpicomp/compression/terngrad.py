@@ -16,7 +16,7 @@ from torch import Tensor
 from mpicomp.compression.base import Compressor, blocks
 from mpicomp.compression.message import Field, Layout, Payload, Spec
 from mpicomp.compression.random import Draws, uniform
-from mpicomp.kernels.reference import pack_codes, packed_nbytes, unpack_codes
+from mpicomp.kernels.reference import finite, pack_codes, packed_nbytes, unpack_codes
 from mpicomp.timing import timed
 
 
@@ -49,13 +49,20 @@ class TernGrad(Compressor):
 
     def layout(self, spec: Spec) -> Layout:
         """Return the fields ``scale`` (1,) and packed ``codes``: 0 for zero, 1 for one, 2 for minus one."""
-        return Layout((Field("scale", torch.float32, 1), Field("codes", torch.uint8, packed_nbytes(spec.numel, 2))))
+        return Layout(
+            (
+                Field("scale", torch.float32, 1, must_be="finite"),
+                Field("codes", torch.uint8, packed_nbytes(spec.numel, 2)),
+            )
+        )
 
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
-        """Round each entry at random to -1, 0 or 1 times the scale, and pack."""
+        """Round each entry at random to -1, 0 or 1 times the scale; raise DivergenceError for NaN and infinity."""
         magnitude = x.abs()
         largest = magnitude.max().to(torch.float32) if len(x) else torch.zeros((), device=x.device)
+        if x.is_cpu:
+            finite(float(largest))
         chosen = uniform(x, self.seed, state) * largest < magnitude
         codes = chosen * (1 + (x < 0).to(torch.uint8))
         scale = largest * _shrinking(magnitude, largest) if self.contractive else largest

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.compression.message import Field, Payload
-from mpicomp.errors import ConfigError
-from mpicomp.kernels.reference import finite, packed_nbytes, sqrt, unpack_codes
+from mpicomp.errors import ConfigError, DivergenceError
+from mpicomp.kernels.reference import NOT_FINITE, finite, packed_nbytes, sqrt, unpack_codes
 
 Values = Literal["full", "float32", "bfloat16", "float16", "int8"]
 """The types of values on the wire; ``"full"`` is the type of the model."""
@@ -77,7 +77,23 @@ def value_fields(
         scale = Field("scale", torch.float32, scales, False, "a number", tuple((name, 1) for name in names))
         return scale, Field("values", torch.int8, k, variable)
     sent = dtype if values == "full" else getattr(torch, values)
-    return (Field("values", sent, k, variable, "a number", parts or ()),)
+    return (Field("values", sent, k, variable, "a number" if values == "full" else "finite", parts or ()),)
+
+
+def saturated(x: Tensor, target: torch.dtype) -> Tensor:
+    """Return `x` in a type of 16 bits: what is beyond its range becomes its largest value, but infinity stays so.
+
+    An infinity would never leave an error memory, and nobody would notice it.
+
+    Raises:
+        DivergenceError: infinity. Where that would have to wait for a device, who sends the values raises it.
+
+    """
+    is_infinite = x.isinf()
+    if x.is_cpu and is_infinite.any():
+        raise DivergenceError(NOT_FINITE)
+    largest = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
+    return torch.where(is_infinite, x, x.clamp(-largest, largest)).to(target)
 
 
 def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -> Payload:
@@ -86,8 +102,8 @@ def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -
     `counts` gives the number of consecutive entries of each scale; without it there is one scale for all.
 
     Raises:
-        DivergenceError: infinity among statistical values. Where that would have to wait for a device, the means are
-            not finite, and who sends them raises the error.
+        DivergenceError: infinity among values that are rounded. Where that would have to wait for a device, what is
+            sent is not finite, and who sends it raises the error.
 
     """
     if values == "full":
@@ -104,9 +120,7 @@ def write_values(x: Tensor, values: FixedValues, counts: tuple[int, ...] = ()) -
         divisor = _each(scale.clamp_min(torch.finfo(torch.float32).smallest_normal), counts)
         codes = (wide / divisor).round_()
         return {"scale": scale, "values": codes.clamp_(-_LEVELS, _LEVELS).to(torch.int8)}
-    target: torch.dtype = getattr(torch, values)
-    largest_finite = min(torch.finfo(target).max, torch.finfo(x.dtype).max)
-    return {"values": x.clamp(-largest_finite, largest_finite).to(target)}
+    return {"values": saturated(x, getattr(torch, values))}
 
 
 def read_values(payload: Payload, dtype: torch.dtype, counts: tuple[int, ...] = ()) -> Tensor:
@@ -157,7 +171,7 @@ def _each(scale: Tensor, counts: tuple[int, ...]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _groups(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the group number of each entry; the groups follow one another and have `counts` entries."""
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64)).to(device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mpicomp.compression import (
     QSGD,
     BlockTopK,
     ByRank,
+    Cast,
     ErrorFeedback,
     HardThreshold,
     LogGrid,
@@ -303,13 +305,47 @@ def test_nan_is_refused_and_the_tensor_named(compressor):
         PerTensor(compressor).compress(x, spec_of(30), PerTensor(compressor).init(spec_of(30), CPU))
 
 
-@pytest.mark.parametrize("kind", ["sign", "qsgd", "log_grid", "uniform_grid"])
+@pytest.mark.parametrize("kind", ["sign", "qsgd", "log_grid", "uniform_grid", "natural"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_has_no_scale_and_the_tensor_is_named(kind, bad):
     x, spec, compressor = vector(30), spec_of(30), PerTensor(CASES[kind])
     x[5] = bad
     with pytest.raises(DivergenceError, match="a: NaN or infinity"):
         compressor.compress(x, spec, compressor.init(spec, CPU))
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [Cast("float16"), Cast(), TopK(0.5, values="float16"), TernGrad(), TernGrad(contractive=True)],
+    ids=str,
+)
+def test_infinity_is_refused(compressor):
+    spec, x = Spec.flat(30), vector(30)
+    x[5] = torch.inf
+    with pytest.raises(DivergenceError):
+        compressor.compress(x, spec, compressor.init(spec, CPU))
+
+
+def test_short_random_choices_favor_no_entry():
+    for n, k in ((6, 3), (7, 1), (10, 3)):
+        compressor, spec = RandomK(k / n, unbiased=True), Spec.flat(n)
+        state, mean = compressor.init(spec, CPU), torch.zeros(n)
+        for _ in range(4000):
+            compressor.accumulate(compressor.compress(torch.ones(n), spec, state), spec, mean, 1 / 4000)
+        assert (mean - 1).abs().max() < 5 * math.sqrt((n / k - 1) / 4000)
+
+
+def test_tensors_of_one_shape_have_random_choices_of_their_own():
+    spec, x = Spec(("a", "b"), ((50,), (50,))), torch.ones(100)
+    compressor = PerTensor(RandomK(0.1, shared=True))
+    ranks = [compressor.decompress(compressor.compress(x, spec, compressor.init(spec, CPU, r)), spec) for r in (0, 1)]
+    assert torch.equal(*ranks) and not torch.equal(ranks[0][:50], ranks[0][50:])
+
+
+@pytest.mark.parametrize("compressor", [RandomK(1e-9), HardThreshold(1.0), SampledTopK(1e-9)], ids=str)
+def test_vectors_too_long_for_indices_are_refused(compressor):
+    with pytest.raises(ValueError, match="too long for 32-bit indices: compress per tensor"):
+        compressor.layout(Spec.flat(3_000_000_000))
 
 
 @settings(deadline=None, max_examples=150)

@@ -77,6 +77,7 @@ from torch import Tensor
 from mpicomp.algorithms.base import require_positive
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Field, Layout, Payload, Spec
+from mpicomp.compression.wrap.by_rank import by_rank_of
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.state import OWN
 from mpicomp.topology.base import Schedule, Topology
@@ -166,7 +167,7 @@ class AutomaticStep:
 
     def sample(self, x: Tensor) -> Tensor:
         """Return a copy of every k-th entry of `x` (n,), at most `SAMPLED` of them, in float64; others each time."""
-        every = -(-len(x) // SAMPLED)
+        every = max(1, -(-len(x) // SAMPLED))  # a rank of a node may have no part of a small model
         return x[self.step // MEASURED_EVERY % every :: every].to(torch.float64, copy=True)
 
     def measure(self, wanted: Tensor, left_out: Tensor, apart: Tensor) -> None:
@@ -204,7 +205,14 @@ class AutomaticStep:
 
 
 def delta_of_normal_numbers(compressor: Compressor, spec: Spec, device: torch.device) -> float:
-    """Return delta(z) for a vector z of `spec`, in two digits: the same on devices that round differently."""
+    """Return delta(z) for a vector z of `spec`, in two digits: the same on devices that round differently.
+
+    Of a compressor for each rank, it is that of the one that sends the least.
+    """
+    if not spec.numel:
+        return 1.0
+    if by_rank := by_rank_of(compressor):
+        return min(delta_of_normal_numbers(each, spec, device) for each in set(by_rank.compressors))
     few = torch.randn(min(spec.numel, SAMPLED), generator=torch.Generator().manual_seed(0)).to(device, spec.dtype)
     z = few.repeat(-(-spec.numel // len(few)))[: spec.numel]
     left_out = z.clone()

@@ -67,7 +67,7 @@ from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.state import IN_FLIGHT, PUBLIC_COPY
+from mpicomp.state import IN_FLIGHT
 
 
 @dataclass
@@ -83,7 +83,7 @@ class GMCState:
     """
 
     feedback: ErrorMemory
-    previous: Tensor = field(metadata=PUBLIC_COPY)
+    previous: Tensor
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
 

@@ -19,7 +19,7 @@ from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.block import RandomBlock
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import LONGEST, Layout, Payload, Spec
-from mpicomp.compression.random import mix64
+from mpicomp.compression.random import Draws, mix64
 from mpicomp.compression.topk import TopK
 from mpicomp.compression.wrap.per_tensor_block import PerTensorBlock
 from mpicomp.compression.wrap.per_tensor_topk import PerTensorTopK
@@ -74,6 +74,9 @@ class PerTensor(Wrapper):
         if at_once := self._at_once(spec):
             return at_once.init(spec, device, stream)
         states = [self._of(part).init(part, device, mix64(stream, i)) for i, part in enumerate(spec.parts)]
+        for i, state in enumerate(states):
+            if isinstance(state, Draws) and self.inner.leaves_out_same_entries:
+                state.stream = mix64(2, i)  # the ranks share it, but tensors of one shape do not
         return PerTensorState(states)
 
     def layout(self, spec: Spec) -> Layout:

@@ -339,3 +339,18 @@ def test_gradient_tracking_finds_a_step_of_the_model_and_one_of_the_estimate():
     assert np.abs(trained.x - centers(6).mean(axis=0)).max() < 1e-6
     steps = {(state.automatic.gamma, state.automatic_of_v.gamma) for state in trained.states}
     assert len(steps) == 1 and all(0.05 < gamma < 0.7 for gamma in steps.pop())
+
+
+def test_the_first_gamma_is_that_of_the_rank_that_sends_the_least():
+    few, many = TopK(0.01), TopK(1.0)
+    spec = Spec.flat(10_000)
+    first = [
+        AutomaticStep.start(ring(4), compressor, spec, CPU).gamma
+        for compressor in (few, ByRank((many, few, few, few)), ByRank((few, few, few, many)))
+    ]
+    assert first[0] == first[1] == first[2]
+
+
+def test_a_rank_without_a_part_of_the_model_measures_nothing():
+    step = AutomaticStep.start(ring(4), TopK(0.1), Spec.flat(0), CPU)
+    assert step.gamma > 0 and len(step.sample(torch.zeros(0))) == 0

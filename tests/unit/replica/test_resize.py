@@ -6,6 +6,7 @@ from support import small
 from mpicomp.algorithms import (
     DEFATC,
     EFSGD,
+    GMC,
     LEAD,
     SGP,
     AdaGossip,
@@ -187,3 +188,17 @@ def test_new_servers_get_the_error_of_the_old_ones(tmp_path, before, after, size
         is_server = after is ring or rank == (2 if after is star_of_2 else 0)
         assert torch.equal(state[path], error) if is_server else state[path].numel() == 0
         assert torch.equal(x, new[0][1])
+
+
+def test_the_momentum_of_gmc_is_kept(tmp_path):
+    loopback.run(3, lambda world: trained(world, tmp_path, GMC(TopK(0.5), momentum=0.9)))
+
+    def serve(world):
+        gossip, _ = small.make(world, GMC(TopK(0.5), momentum=0.9), seed=1)
+        load_resized(gossip, Checkpoints(tmp_path).latest())
+        return float((gossip.local.x - gossip.state.previous).norm())
+
+    old = Checkpoints(tmp_path).latest().read(0)
+    assert loopback.run(2, serve) == pytest.approx(
+        [float((old["model/parameters"] - old["algorithm/previous"]).norm())] * 2, rel=1e-5
+    )
