@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def ls(run_dir: Path) -> None:
             created,
             manifest.size,
             readable_bytes(size),
-            manifest.algorithm,
+            ", ".join(re.findall(r"([A-Z]\w+)\(", manifest.algorithm)) or manifest.algorithm,
             manifest.slurm_job or "-",
         )
         table.add_row(*map(str, cells))

@@ -17,7 +17,9 @@ from mpicomp.run.folder import RunFolder
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
-@click.option("--data-path", type=click.Path(path_type=Path), metavar="PATH", help="Takes the place of data.path.")
+@click.option(
+    "--data-path", type=click.Path(path_type=Path, exists=True), metavar="PATH", help="Takes the place of data.path."
+)
 @debug_option
 def evaluate(run_dir: Path, data_path: Path | None) -> None:
     """Print test loss and accuracy, or perplexity, of the averaged model in RUN_DIR, as `mpicomp train` has left it.

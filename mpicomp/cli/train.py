@@ -22,6 +22,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import agree, guard, together
+from mpicomp.exchange.launcher import require_one_process
 from mpicomp.exchange.placement import device_of, only_gpu
 from mpicomp.replica.record import Callback
 from mpicomp.replica.tensorboard import TensorBoard, require_tensorboard
@@ -227,6 +228,8 @@ def train(
     if loopback is not None and simulate is not None:
         raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
     size = loopback or simulate
+    if size is not None:
+        require_one_process()
     is_finished = _train_on_mpi(request) if size is None else _train_on_threads(request, size, simulate is not None)
     if not is_finished:
         sys.exit(EXIT_UNFINISHED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import click
 from mpicomp.cli import debug_option
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, DivergenceError
-from mpicomp.exchange.launcher import launched_by
+from mpicomp.exchange.launcher import require_one_process
 from mpicomp.files import replacing
 from mpicomp.run.result import readable_time
 from mpicomp.run.tuning import FEW_STEPS, Found, Row, Tuning, axes_of, held_out
@@ -72,6 +71,8 @@ def tune(
     if target is not None:
         _check_target(target)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the trial that runs ends, too
+    if given := [each for each in overrides if each.partition("=")[0].strip() in ("training.epochs", "training.steps")]:
+        raise ConfigError(f"--set {given[0]}: give the length of the short runs by --epochs")
     axes = axes_of(config_path, overrides, searched, factor)
     starts = {axis.key: axis.start for axis in axes}
     tuning = Tuning(config_path, overrides, size, simulate is not None, epochs)
@@ -83,9 +84,10 @@ def tune(
     except ConfigError as error:
         remedy = "--epochs more, or another schedule, e.g. --set schedule.kind=constant"
         raise ConfigError(f"{error}\nThe runs have --epochs {epochs}: give {remedy}") from error
+    automatic = " and auto" if tuning.has_automatic(starts) else ""
     click.echo(
-        f"{config.algorithm.kind}, ranks: {size}, runs: at most {points}, epochs of a run: {epochs}, judged by "
-        f"{tuning.validation:,} training samples held out"
+        f"{config.algorithm.kind}, ranks: {size}, runs: at most {points}{automatic}, epochs of a run: {epochs}, "
+        f"judged by {tuning.validation:,} training samples held out"
     )
     names = [axis.key for axis in axes]
     click.echo("  ".join([*names, "      loss", "accuracy", "consensus", " time"]))
@@ -153,11 +155,7 @@ def _words(names: Sequence[str], row: Row) -> list[str]:
 def _size(loopback: int | None, simulate: int | None) -> int:
     if loopback is not None and simulate is not None:
         raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
-    claim = launched_by(os.environ)
-    if claim is not None and claim[1] > 1:
-        raise ConfigError(
-            f"{claim[0]} has started this {claim[1]} times: start it once, without one; --loopback N runs N ranks"
-        )
+    require_one_process()
     size = loopback or simulate
     if size is None:
         raise ConfigError("give the number of ranks that will train, as threads of one process: --loopback N")

@@ -169,10 +169,12 @@ class Layout:
         counts = {name: tensor.numel() for name, tensor in payload.items()}
         for field, count_at, offset, numel in self._places(counts):
             tensor = payload[field.name]
-            assert tensor.dtype == field.dtype and tensor.numel() == numel <= field.numel, (
-                field,
-                tensor.shape,
-            )
+            if tensor.dtype != field.dtype or tensor.numel() != numel or numel > field.numel:
+                most = "at most " if field.variable else ""
+                raise ValueError(
+                    f"a message has {tensor.numel()} entries of {tensor.dtype} for {field.name!r}, but its layout says "
+                    f"{most}{field.numel} of {field.dtype}: compress() and layout() of the compressor must agree"
+                )
             if field.variable:
                 wire[count_at : count_at + 4].view(torch.int32).fill_(numel)
             end = offset + numel * field.dtype.itemsize

@@ -39,7 +39,8 @@ class LearningRateSchedule(ABC):
             raise ConfigError(f"training.epochs = {self.epochs:g}: a run must have a positive length.")
         if not 0 <= self.warmup <= self.epochs:
             raise ConfigError(
-                f"schedule.warmup = {self.warmup:g}: must be between 0 and the {self.epochs:g} epochs of the run."
+                f"schedule.warmup = {self.warmup:g}: must be between 0 and the {self.epochs:g} epochs of the run. "
+                "For a short run, --set schedule.warmup=0"
             )
         if not 0 <= self.warmup_start <= 1:
             raise ConfigError(f"schedule.warmup_start = {self.warmup_start:g}: must be between 0 and 1.")

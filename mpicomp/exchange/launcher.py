@@ -6,12 +6,13 @@ With the mpiexec of another MPI, each of N processes is rank 0 of 1 (Open MPI 5.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from mpicomp.errors import ExchangeError
+from mpicomp.errors import ConfigError, ExchangeError
 
 Family = Literal["MPICH", "Open MPI", "unknown"]
 
@@ -56,6 +57,15 @@ def launched_by(environ: Mapping[str, str]) -> tuple[str, int] | None:
         if size.isdigit():
             return name, int(size)
     return None
+
+
+def require_one_process() -> None:
+    """Raise ConfigError if a launcher has started several of this process, which runs its ranks as threads."""
+    claim = launched_by(os.environ)
+    if claim is not None and claim[1] > 1:
+        raise ConfigError(
+            f"{claim[0]} has started this {claim[1]} times: start it once, without one; --loopback N runs N ranks"
+        )
 
 
 def family(version: str) -> Family:

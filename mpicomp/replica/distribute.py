@@ -139,6 +139,11 @@ def distribute(
         TopologyError: the algorithm cannot use the graph, or the graph has another number of ranks.
 
     """
+    if not isinstance(algorithm, Algorithm | AsynchronousAlgorithm):
+        raise ConfigError(
+            f"algorithm = {algorithm!r} must be an object of mpicomp.algorithms, e.g. Choco(gamma=0.2), not a class or "
+            "a name"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = SeveralOptimizers(optimizer)
     if any(each in given or isinstance(each, DistributedOptimizer) for each in singles(optimizer)):

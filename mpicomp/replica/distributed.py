@@ -84,6 +84,11 @@ class Distributed(Replica):
             ConfigError: the model or the optimizer is no longer the one that was distributed; names the tensor.
 
         """
+        if not callable(closure):
+            raise ConfigError(
+                f"gossip.step() takes a function that computes the loss, not a {type(closure).__name__}: "
+                "gossip.step(lambda: loss_fn(model, batch))"
+            )
         if micro_batches < 1:
             raise ConfigError(f"micro_batches = {micro_batches} must be at least 1")
         self.local.closure, self.local.micro_batches = closure, micro_batches

@@ -14,6 +14,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
+from mpicomp.exchange.loopback.world import LoopbackWorld
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.record import Callback, Record, report
@@ -38,6 +39,9 @@ DATA = "data/digest"
 
 DIVERGED = 10
 """A loss of so many times that of guessing ends training, if `DIVERGED_RECORDS` in a row have it."""
+
+WORSE = 3
+"""A loss of so many times that of guessing, at the end of a run, is warned of."""
 
 DIVERGED_RECORDS = 3
 
@@ -169,6 +173,11 @@ class RunContext:
                     "exchange anything. Shorten the period, or train longer"
                 )
             self._warn_of_large_batches(self.progress)
+            is_alone = self.world.size == 1 and not isinstance(self.world, LoopbackWorld)
+            if is_alone and self.config.algorithm.kind not in ("sgd", "ssgd"):
+                self.progress.warn(
+                    "one rank exchanges nothing: start several, by mpiexec -n 4 mpicomp train ..., or with --loopback 4"
+                )
 
     def _warn_of_large_batches(self, progress: Progress) -> None:
         """Warn if a rank has fewer samples than a batch, in which it then repeats them."""
@@ -260,8 +269,13 @@ class RunContext:
         if self.diverged == DIVERGED_RECORDS:
             raise DivergenceError(
                 f"training diverges: at step {record.step} the loss is {record.loss:.4g}, and guessing has "
-                f"{guessing:.3g}. Lower optimizer.lr or algorithm.gamma"
+                f"{guessing:.3g}. Lower {self._too_large}"
             )
+
+    @property
+    def _too_large(self) -> str:
+        """What may be too large where training diverges."""
+        return "optimizer.lr or algorithm.gamma" if hasattr(self.setup.algorithm, "gamma") else "optimizer.lr"
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
         """Remove the stop file, and show that the run has stopped with a checkpoint."""
@@ -318,7 +332,12 @@ class RunContext:
             if loss is not None and dataset.is_no_better_than_guessing(loss, result.test_accuracy):
                 self.progress.warn(
                     f"nothing was learned: the loss is {loss:.4g}, that of guessing {dataset.loss_of_guessing:.4g}. "
-                    "Train longer, or lower optimizer.lr or algorithm.gamma"
+                    f"Train longer, or lower {self._too_large}"
+                )
+            elif loss is not None and dataset.loss_of_guessing and loss > WORSE * dataset.loss_of_guessing:
+                self.progress.warn(
+                    f"training diverges: the loss is {loss:.4g} at the end, and guessing has "
+                    f"{dataset.loss_of_guessing:.4g}. Lower {self._too_large}"
                 )
         return result
 

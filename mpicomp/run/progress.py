@@ -18,6 +18,9 @@ from mpicomp.run.result import readable_bytes, readable_time
 LINE_S = 5.0
 """Seconds between lines in a log file."""
 
+WIDE, MEDIUM = 120, 90
+"""Columns of a terminal that has room for all figures of a line, and for all but rate, gradients and consensus."""
+
 EVALUATION_S = 1.0
 """Seconds between lines in a log file if the line has a new test result."""
 
@@ -72,7 +75,7 @@ class Progress:
         line = self._line(record, now)
         is_new = record.test_accuracy is not None or record.test_loss is not None
         if self._live is not None:
-            self._live.update(Text(line), refresh=True)
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         wait = EVALUATION_S if is_new else math.inf if self._live is not None else LINE_S
         if now - self._last_line >= wait or self._done(record) >= 1:
             self._print(line)
@@ -95,7 +98,7 @@ class Progress:
 
     def _print(self, *lines: str) -> None:
         for line in lines:
-            self._console.print(line, markup=False, soft_wrap=True)
+            self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
         self._console.file.flush()
 
     def _done(self, record: Record) -> float:
@@ -105,17 +108,18 @@ class Progress:
         return record.epoch / self._epochs if self._epochs and record.epoch is not None else 0.0
 
     def _line(self, record: Record, now: float) -> str:
+        """Return the line of a record; on a terminal that is narrow, without some of the figures."""
+        width = self._console.width if self._console.is_terminal else math.inf
         epoch = f"epoch {record.epoch:6.2f}  " if record.epoch is not None else ""
-        loss = f"{record.loss:7.4f}" if record.loss is not None else "      -"
+        step = f"step {record.step:6}  " if width >= MEDIUM or not epoch else ""
+        loss = "      -" if record.loss is None else f"{record.loss:7.4{'f' if abs(record.loss) < 1e4 else 'g'}}"
         rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
         done = self._done(record)
         left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
-        sent = f"{readable_bytes(record.bytes_sent):>8} ({rate:.3g} MB/s)"
+        sent = f"sent {readable_bytes(record.bytes_sent):>8}"
+        sent += f" ({rate:.3g} MB/s)  " if width >= WIDE else "  "
         trained = [count for count in record.gradients if count]
-        ranks = f"gradients a rank {min(trained)}-{max(trained)}  " if trained else ""
+        ranks = f"gradients a rank {min(trained)}-{max(trained)}  " if trained and width >= WIDE else ""
         distance = record.consensus_distance
-        consensus = f"consensus {distance:8.2e}  " if distance is not None else ""
-        return (
-            f"{epoch}step {record.step:6}  loss {loss}  {self._test}  "
-            f"sent {sent}  {ranks}{consensus}{readable_time(left)} left"
-        )
+        consensus = f"consensus {distance:8.2e}  " if distance is not None and width >= WIDE else ""
+        return f"{epoch}{step}loss {loss}  {self._test}  {sent}{ranks}{consensus}{readable_time(left)} left"

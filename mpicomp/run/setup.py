@@ -162,7 +162,7 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
     algorithm = with_volumes(algorithm, volumes, config.compression)
     model = config.model.build(dataset, config.run.seed).to(world.device)
     optimizer = config.optimizer.build(model)
-    return Setup(
+    setup = Setup(
         dataset,
         digest,
         assignment,
@@ -176,6 +176,8 @@ def set_up(config: RunConfig, world: World, groups: Groups | None = None) -> Set
         config.training,
         config.simulation.absences(world.size),
     )
+    config.schedule.build(setup.epoch(setup.steps))  # raises what is wrong with it, on all ranks before they start
+    return setup
 
 
 def check_same_data(setup: Setup, world: World) -> None:
@@ -234,8 +236,8 @@ def header(config: RunConfig, setup: Setup, world: World, start: int) -> list[st
     length = f"{steps} batches" if is_pile else f"{steps} steps"
     each = f"samples, from one queue for {setup.trainers} ranks" if is_pile else "samples a rank"
     return [
-        f"{config.algorithm.kind} on {world.size} ranks{nodes} ({config.topology.kind}, spectral gap "
-        f"{spectral_gap(setup.schedule):.4f}){messages}, device: {world.device}{simulated}",
+        f"{config.algorithm.kind} on {world.size} rank{'s' * (world.size > 1)}{nodes} ({config.topology.kind}, "
+        f"spectral gap {spectral_gap(setup.schedule):.4f}){messages}, device: {world.device}{simulated}",
         f"{config.model.kind} with {n:,} parameters on {config.data.kind}: {length} "
         f"({setup.epoch(steps):.3g} epochs) of {config.training.batch_size} {each}",
         *([f"Evaluated on {len(setup.dataset.test):,} training samples held out."] if config.data.validation else []),

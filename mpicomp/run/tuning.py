@@ -186,15 +186,17 @@ class Tuning:
         best = ranked[0]
         ascending = sorted(ranked, key=lambda values: tuple(values.values()))
         row, given = rows[str(best)], [rows[str(values)] for values in ascending]
-        if GAMMA not in best or not self._has_automatic(best):
+        if not self.has_automatic(best):
             return Found(best, row, given, is_inside, None)
         automatic = run(with_auto := {**best, GAMMA: "auto"})
         if automatic.score > row.score and automatic.steps >= FEW_STEPS:
             return Found(with_auto, automatic, given, True, automatic)
         return Found(best, row, given, is_inside, automatic)
 
-    def _has_automatic(self, values: Values) -> bool:
-        """Return whether the method takes ``gamma = "auto"``."""
+    def has_automatic(self, values: Values) -> bool:
+        """Return whether the method takes ``gamma = "auto"``, and gamma is one of the `values`."""
+        if GAMMA not in values:
+            return False
         try:
             self.config({**values, GAMMA: "auto"})
         except ConfigError:

@@ -98,6 +98,7 @@ class _Part(Communicator):
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.host = world.host
+        self.local_ranks = [i for i, member in enumerate(self.members) if member in world.local_ranks]
         self.is_polite = world.is_polite
         self._world = world
 

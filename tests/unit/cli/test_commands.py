@@ -66,6 +66,7 @@ def test_a_run_without_a_folder_gets_one(config, tmp_path):
 
 def test_evaluate_finds_the_accuracy_of_the_run(config, tmp_path):
     run("train", config, "--loopback", 2, "--run-dir", "out")
+    (tmp_path / "it's here").mkdir()
     result = run("evaluate", "out", "--data-path", "it's here")
     assert result.exit_code == 0, result.output
     accuracy = json.loads((tmp_path / "out" / "result.json").read_text())["test_accuracy"]

@@ -69,7 +69,9 @@ def test_short_runs_on_digits_find_a_value_that_is_written(config, tmp_path):
     result = tune(config, *RANKS, *options, "--write", "tuned.toml")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == ("choco, ranks: 2, runs: at most 1, epochs of a run: 2, judged by 143 training samples held out")
+    assert lines[0] == (
+        "choco, ranks: 2, runs: at most 1 and auto, epochs of a run: 2, judged by 143 training samples held out"
+    )
     assert re.fullmatch(r" +1\.0 +0\.\d+ +\d\d\.\d\d% +\S+ +\d:\d\d", lines[2])
     assert re.match(r" +auto .*  0\.\d+ at the end, after 20 steps, too few to settle", lines[3])
     found = RunConfig.load(tmp_path / "tuned.toml")
