@@ -63,6 +63,12 @@ class Local(Protocol):
     def skips_update(self) -> bool:
         """Whether `update` does nothing, because this rank has no gradient in this step."""
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm, a scalar, of a whole vector of the model, of which `x` is the part held here.
+
+        A rank whose node has several holds a shard of each vector (collective on the ranks of the node).
+        """
+
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
 

@@ -178,6 +178,11 @@ class FlatModel:
         """Whether `update` is running the optimizer's step."""
         return self._is_updating
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm of `x` (n,)."""
+        norm: Tensor = x.norm()
+        return norm
+
     @timed("gradient")
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Run `closure`, and the backward pass unless the closure has run it; return the flat gradient (n,).

@@ -9,7 +9,8 @@ A step of the ranks of one node, with the algorithm running between the nodes, o
     x = the shards of all                            all-gather
 
 So a node is to the others what a rank with a larger batch would be. All ranks of a node hold the same model, and each
-holds the public copies and error memories of its shard only.
+holds the public copies and error memories of its shard only. A shard is compressed by itself. A norm by which a method
+clips is that of the whole vector, summed over the node.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -75,6 +77,13 @@ class NodeShard:
         """Compute the gradient of this rank, and return the shard of the node's mean."""
         self._whole.gradient(meanwhile)
         self.share_gradient()
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm of a vector (n,) whose shard is `x`, the same on all ranks of the node."""
+        squares = torch.zeros(self._node.size, dtype=torch.float64, device=x.device)
+        squares[self._node.place] = x.norm().double().square()
+        self._node.gather_shards_(squares, [slice(place, place + 1) for place in range(self._node.size)])
+        return squares.sum().sqrt().to(x.dtype)
+
         return self.g
 
     def share_gradient(self) -> None:
