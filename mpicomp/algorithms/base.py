@@ -144,6 +144,13 @@ class Algorithm(ABC, Generic[S]):
         """Count a step in which this rank is away: it computes nothing, and neither sends nor receives."""
         raise NotImplementedError(f"{self.name} has tolerates_loss, and must have skip() for the steps of absent ranks")
 
+    def follow_rates(self, local: Local, state: S) -> None:
+        """Bring what `state` holds in the unit of a learning rate to the rates of now, as the next step does itself.
+
+        Called while parameters are frozen, whose error memory has no part in the step. By default nothing has such a
+        unit.
+        """
+
     def step(self, local: Local, state: S, exchange: Exchange) -> None:
         """Do one step of training with the gradient that `local` computes (collective on all ranks)."""
         for meanwhile in self.phases(local, state, exchange):

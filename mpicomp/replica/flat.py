@@ -269,6 +269,15 @@ class FlatModel:
             if not self._parameters[i].requires_grad:
                 self._values[i].copy_(value)
 
+    def frozen_parts(self) -> list[slice]:
+        """Return the parts of `x` that belong to frozen parameters, in order."""
+        parts, offset = [], 0
+        for p in self._parameters:
+            if not p.requires_grad:
+                parts.append(slice(offset, offset + p.numel()))
+            offset += p.numel()
+        return parts
+
     def frozen_names(self) -> list[str]:
         """Return the names of the frozen parameters."""
         return [name for name, p in zip(self.spec.names, self._parameters, strict=True) if not p.requires_grad]

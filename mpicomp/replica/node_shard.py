@@ -54,9 +54,13 @@ class NodeShard:
     @property
     def groups(self) -> Sequence[tuple[slice, Mapping[str, Any]]]:
         """The parts of the shard, each with the optimizer's group of its parameters."""
-        first, end = self._own.start, self._own.stop
-        parts = [(max(part.start, first), min(part.stop, end), group) for part, group in self._whole.groups]
-        return [(slice(start - first, stop - first), group) for start, stop, group in parts if start < stop]
+        parts = [(self._in_shard(part), group) for part, group in self._whole.groups]
+        return [(part, group) for part, group in parts if part.start < part.stop]
+
+    def frozen_parts(self) -> list[slice]:
+        """Return the parts of the shard that belong to frozen parameters, in order."""
+        parts = map(self._in_shard, self._whole.frozen_parts())
+        return [part for part in parts if part.start < part.stop]
 
     @property
     def momentum(self) -> float:
@@ -73,10 +77,6 @@ class NodeShard:
         """Whether `update` does nothing."""
         return self._whole.skips_update
 
-    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
-        """Compute the gradient of this rank, and return the shard of the node's mean."""
-        self._whole.gradient(meanwhile)
-        self.share_gradient()
     def norm(self, x: Tensor) -> Tensor:
         """Return the Euclidean norm of a vector (n,) whose shard is `x`, the same on all ranks of the node."""
         squares = torch.zeros(self._node.size, dtype=torch.float64, device=x.device)
@@ -84,6 +84,10 @@ class NodeShard:
         self._node.gather_shards_(squares, [slice(place, place + 1) for place in range(self._node.size)])
         return squares.sum().sqrt().to(x.dtype)
 
+    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
+        """Compute the gradient of this rank, and return the shard of the node's mean."""
+        self._whole.gradient(meanwhile)
+        self.share_gradient()
         return self.g
 
     def share_gradient(self) -> None:
@@ -104,6 +108,11 @@ class NodeShard:
         elif part.start != part.stop:
             raise ValueError(f"part = {part}: a shard is updated as a whole")
         self._whole.update(part)
+
+    def _in_shard(self, part: slice) -> slice:
+        """Return the place in the shard of what it has of `part` of the whole vector."""
+        first, end = self._own.start, self._own.stop
+        return slice(max(part.start, first) - first, min(part.stop, end) - first)
 
 
 def cut(spec: Spec, count: int) -> list[slice]:

@@ -66,7 +66,7 @@ from mpicomp.compression.wrap.feedback import apart_from
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
-from mpicomp.state import ERROR_MEMORY, IN_FLIGHT, SCRATCH, State
+from mpicomp.state import ERROR_OF_GRADIENTS, IN_FLIGHT, MOMENT, SCRATCH, State
 
 Clip = Literal["none", "norm", "rms"]
 
@@ -86,10 +86,10 @@ class DGCState:
 
     """
 
-    u: Tensor
-    v: Tensor = field(metadata=ERROR_MEMORY)
+    u: Tensor = field(metadata=MOMENT)
+    v: Tensor = field(metadata=ERROR_OF_GRADIENTS)
     scratch: Tensor = field(metadata=SCRATCH)
-    decay: Tensor | None
+    decay: Tensor | None = field(metadata=MOMENT)
     compressor: State
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
