@@ -21,6 +21,9 @@ State = Any
 
 The metadata of a field control what a checkpoint does with it. A field without metadata is stored, and a run that
 continues with another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+
+A field that ``waits`` has one entry for each of the model, and those of frozen parameters have no part in a step
+(`waiting`).
 """
 
 SCRATCH = {"scratch": True}
@@ -32,8 +35,14 @@ ERROR_MEMORY = {"resize": "sum"}
 PUBLIC_COPY = {"resize": "model"}
 """A field made of copies of models: on new ranks it is the mean model, as after a dense exchange of it."""
 
-SERVERS = {"resize": "servers"}
-"""A field (n,) that is equal on all servers, and (0,) on other ranks: new servers get a copy."""
+ERROR_OF_GRADIENTS = {**ERROR_MEMORY, "waits": True}
+"""An error memory (n,) of what makes steps of the model, as gradients do: that of frozen parameters waits."""
+
+MOMENT = {"waits": True}
+"""A moment (n,) of gradients: that of frozen parameters stays as it is, as in `torch.optim`."""
+
+SERVERS = {"resize": "servers", "waits": True}
+"""An error memory (n,) that is equal on all servers, and (0,) on other ranks: new servers get a copy."""
 
 IN_FLIGHT = {"resize": "refused"}
 """A field of messages that are pending between steps: it cannot be restored on another number of ranks."""
@@ -71,6 +80,17 @@ def resize_rules(state: Any) -> dict[str, str]:
             if "resize" in metadata:
                 rules[path] = str(metadata["resize"])
     return rules
+
+
+def waiting(state: Any) -> list[Tensor]:
+    """Return the vectors (n,) of `state` whose entries of frozen parameters wait until these are thawed."""
+    found = []
+    for _, holder, key in _leaves(state):
+        if dataclasses.is_dataclass(holder) and holder.__dataclass_fields__[str(key)].metadata.get("waits"):
+            vector = getattr(holder, str(key))
+            if vector.numel():
+                found.append(vector)
+    return found
 
 
 def restore_(state: Any, stored: Mapping[str, Leaf]) -> None:

@@ -63,6 +63,12 @@ class Local(Protocol):
     def skips_update(self) -> bool:
         """Whether `update` does nothing, because this rank has no gradient in this step."""
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm, a scalar, of a whole vector of the model, of which `x` is the part held here.
+
+        A rank whose node has several holds a shard of each vector (collective on the ranks of the node).
+        """
+
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Forward and backward on the next batch; return `g` (n,)."""
 
@@ -137,6 +143,13 @@ class Algorithm(ABC, Generic[S]):
     def skip(self, state: S) -> None:
         """Count a step in which this rank is away: it computes nothing, and neither sends nor receives."""
         raise NotImplementedError(f"{self.name} has tolerates_loss, and must have skip() for the steps of absent ranks")
+
+    def follow_rates(self, local: Local, state: S) -> None:
+        """Bring what `state` holds in the unit of a learning rate to the rates of now, as the next step does itself.
+
+        Called while parameters are frozen, whose error memory has no part in the step. By default nothing has such a
+        unit.
+        """
 
     def step(self, local: Local, state: S, exchange: Exchange) -> None:
         """Do one step of training with the gradient that `local` computes (collective on all ranks)."""

@@ -23,6 +23,7 @@ from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.optimizer import DistributedOptimizer
 from mpicomp.replica.record import Record
 from mpicomp.replica.replica import Replica
+from mpicomp.state import waiting
 from mpicomp.topology.base import Schedule
 
 
@@ -313,7 +314,7 @@ class Distributed(Replica):
             assert self._phases is not None
             phases, self._phases = self._phases, None
             self._frozen = self.local.frozen()  # the forward pass may have written into them
-            with self._own_precision():
+            with self._own_precision(), self._frozen_waiting():
                 for _ in phases:
                     raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
 
@@ -329,7 +330,7 @@ class Distributed(Replica):
             self._ends = self._start_ends(has_left=False)
         self._frozen = self.local.frozen()
         self._phases = self._make_phases()
-        with self._own_precision():
+        with self._own_precision(), self._frozen_waiting():
             self._meanwhile = next(self._phases)
         self._restore_frozen()
         self.local.show_parameters()
@@ -359,6 +360,25 @@ class Distributed(Replica):
     def _restore_frozen(self) -> None:
         """Undo what the step has done to frozen parameters, but not to those thawed since its beginning."""
         self.local.restore_frozen(self._frozen)
+
+    @contextmanager
+    def _frozen_waiting(self) -> Iterator[None]:
+        """Set error memories and moments of frozen parameters aside, and put them back at the end of the block.
+
+        Otherwise messages would carry them, and the optimizer, which skips these parameters, would lose them. Without
+        common steps there is no moment at which all ranks freeze, and nothing is set aside.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+        if isinstance(self.algorithm, Algorithm) and (parts := self.part.frozen_parts()):
+            self.algorithm.follow_rates(self.part, self.state)
+            kept = [(vector[part], vector[part].clone()) for vector in waiting(self.state) for part in parts]
+        for entries, _ in kept:
+            entries.zero_()
+        try:
+            yield
+        finally:
+            for entries, values in kept:
+                entries.copy_(values)
 
     def _own_precision(self) -> torch.autocast:
         """Return a context in which methods compute in the types of their tensors, also where the caller autocasts."""

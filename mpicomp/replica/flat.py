@@ -178,6 +178,11 @@ class FlatModel:
         """Whether `update` is running the optimizer's step."""
         return self._is_updating
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm of `x` (n,)."""
+        norm: Tensor = x.norm()
+        return norm
+
     @timed("gradient")
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Run `closure`, and the backward pass unless the closure has run it; return the flat gradient (n,).
@@ -263,6 +268,15 @@ class FlatModel:
         for i, value in values.items():
             if not self._parameters[i].requires_grad:
                 self._values[i].copy_(value)
+
+    def frozen_parts(self) -> list[slice]:
+        """Return the parts of `x` that belong to frozen parameters, in order."""
+        parts, offset = [], 0
+        for p in self._parameters:
+            if not p.requires_grad:
+                parts.append(slice(offset, offset + p.numel()))
+            offset += p.numel()
+        return parts
 
     def frozen_names(self) -> list[str]:
         """Return the names of the frozen parameters."""

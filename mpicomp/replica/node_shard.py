@@ -9,7 +9,8 @@ A step of the ranks of one node, with the algorithm running between the nodes, o
     x = the shards of all                            all-gather
 
 So a node is to the others what a rank with a larger batch would be. All ranks of a node hold the same model, and each
-holds the public copies and error memories of its shard only.
+holds the public copies and error memories of its shard only. A shard is compressed by itself. A norm by which a method
+clips is that of the whole vector, summed over the node.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,9 +54,13 @@ class NodeShard:
     @property
     def groups(self) -> Sequence[tuple[slice, Mapping[str, Any]]]:
         """The parts of the shard, each with the optimizer's group of its parameters."""
-        first, end = self._own.start, self._own.stop
-        parts = [(max(part.start, first), min(part.stop, end), group) for part, group in self._whole.groups]
-        return [(slice(start - first, stop - first), group) for start, stop, group in parts if start < stop]
+        parts = [(self._in_shard(part), group) for part, group in self._whole.groups]
+        return [(part, group) for part, group in parts if part.start < part.stop]
+
+    def frozen_parts(self) -> list[slice]:
+        """Return the parts of the shard that belong to frozen parameters, in order."""
+        parts = map(self._in_shard, self._whole.frozen_parts())
+        return [part for part in parts if part.start < part.stop]
 
     @property
     def momentum(self) -> float:
@@ -70,6 +76,13 @@ class NodeShard:
     def skips_update(self) -> bool:
         """Whether `update` does nothing."""
         return self._whole.skips_update
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the Euclidean norm of a vector (n,) whose shard is `x`, the same on all ranks of the node."""
+        squares = torch.zeros(self._node.size, dtype=torch.float64, device=x.device)
+        squares[self._node.place] = x.norm().double().square()
+        self._node.gather_shards_(squares, [slice(place, place + 1) for place in range(self._node.size)])
+        return squares.sum().sqrt().to(x.dtype)
 
     def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
         """Compute the gradient of this rank, and return the shard of the node's mean."""
@@ -95,6 +108,11 @@ class NodeShard:
         elif part.start != part.stop:
             raise ValueError(f"part = {part}: a shard is updated as a whole")
         self._whole.update(part)
+
+    def _in_shard(self, part: slice) -> slice:
+        """Return the place in the shard of what it has of `part` of the whole vector."""
+        first, end = self._own.start, self._own.stop
+        return slice(max(part.start, first) - first, min(part.stop, end) - first)
 
 
 def cut(spec: Spec, count: int) -> list[slice]:

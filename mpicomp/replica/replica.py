@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
-from mpicomp.algorithms.base import Algorithm, Local
+from mpicomp.algorithms.base import Algorithm
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
@@ -88,7 +88,7 @@ class Replica(ABC):
         with together(world):
             self.local = FlatModel(model, optimizer)
         require_same_tensors(world, self.local)
-        self.part: Local = self.local if node is None else NodeShard(self.local, node)
+        self.part: FlatModel | NodeShard = self.local if node is None else NodeShard(self.local, node)
         world.broadcast_(self.local.x)
         for tensor in self.local.untrained():
             common = tensor.detach().contiguous()

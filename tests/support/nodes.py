@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import mpicomp
-from mpicomp.algorithms import DPSGD, GMC, SSGD, AdaGossip, Choco, StreamingDiLoCo
+from mpicomp.algorithms import DGC, DPSGD, GMC, SSGD, AdaGossip, Choco, StreamingDiLoCo
 from mpicomp.topology import ring, star
 
 METHODS = {
@@ -12,6 +12,8 @@ METHODS = {
     "choco": Choco(0.3),
     "choco_overlap": Choco(0.3, overlap=True),
     "adagossip": AdaGossip(0.05),
+    "dgc_norm": DGC(clip="norm", clip_norm=0.1),
+    "dgc_rms": DGC(clip="rms"),
     "gmc": GMC(momentum=0.9),
     "gmc_plus": GMC(momentum=0.9, detachment=0.3),
     "ssgd": SSGD(),
@@ -30,9 +32,9 @@ def train_nodes(world, algorithm, groups=None, compressor=None):
     generator = torch.Generator().manual_seed(0)  # of this thread
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 4
-    momentum = 0.0 if isinstance(algorithm, GMC) else 0.9
+    momentum = 0.0 if isinstance(algorithm, GMC | DGC) else 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
-    topology = star if isinstance(algorithm, GMC) else ring
+    topology = star if isinstance(algorithm, GMC | DGC) else ring
     gossip = mpicomp.distribute(model, optimizer, algorithm, topology, compressor, world, groups=groups)
     number, part = world.rank, slice(0, _BATCH)
     if gossip.node is not None:

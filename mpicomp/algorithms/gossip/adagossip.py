@@ -34,8 +34,11 @@ top-k were of related code), with ``start = "zero"``.
 
 ``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
 (Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets ``g_i + mu m_i``
-in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t. That
-code also takes ``--qgm`` with Nesterov's momentum, whose m_i is then not the displacement; that is not offered here.
+in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t. m
+keeps its meaning when lr changes. But what the displacement holds of the mixing does not become less with lr: so m
+stays as it is while lr is below a hundredth of the largest so far, or a rate that rises again would find m too large.
+Groups of parameters with rates of their own are judged by the largest of their own. That code divides by every rate,
+and takes ``--qgm`` with Nesterov's momentum, whose m_i is then not the displacement; that is not offered here.
 
 Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
 Aketi, Hashemi, Roy 2024, arXiv 2404.05919.
@@ -57,7 +60,7 @@ from torch import Tensor
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric, require_positive
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
-from mpicomp.algorithms.gossip.base import RegroupingGossip
+from mpicomp.algorithms.gossip.base import RegroupingGossip, divisors
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
     Start,
@@ -83,6 +86,7 @@ class AdaGossipState(ChocoState):
     Attributes:
         v: (n,) running second raw moment of the gossip error.
         momentum: (n,) the realized displacement per learning rate, or None without quasi-global momentum.
+        largest_lr: of each part of `Local.groups`, the largest learning rate so far; empty without such a momentum.
         t: the number of mixings done.
         scale: with gamma = "auto", the root of the mean of vtilde when it was last looked at.
 
@@ -90,6 +94,7 @@ class AdaGossipState(ChocoState):
 
     v: Tensor
     momentum: Tensor | None
+    largest_lr: list[float]
     t: int = 0
     scale: float = field(default=0.0, metadata=OWN)
 
@@ -153,6 +158,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             automatic=automatic_step(self.gamma, self.compressor, local, exchange),
             v=torch.zeros_like(x),
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
+            largest_lr=[0.0] * len(local.groups) if self.quasi_global_momentum else [],
         )
 
     def phases(self, local: Local, state: AdaGossipState, exchange: Exchange) -> Phases:
@@ -161,12 +167,14 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             own, pending = send_difference(self.compressor, local, state, exchange)
             yield pending.test
             add_messages_(self.compressor, local, state, exchange, own, pending)
-            self._update(local, state)
+            rates = self._update(local, state)
             self._move(local, state)
         else:
             yield None
-            self._update(local, state)
+            rates = self._update(local, state)
             self.mix(local, state, exchange)
+        if state.momentum is not None:
+            self._renew_momentum(state.momentum, local, rates)
 
     def mix(self, local: Local, state: AdaGossipState, exchange: Exchange) -> None:
         """Update the public copies, and move towards those of the neighbors."""
@@ -214,18 +222,27 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             self.epsilon,
             self.gamma_clip,
         )
-        if state.momentum is not None:
-            state.momentum.sub_(local.x)
-            for part, group in local.groups:
-                step = state.momentum[part]
-                step.div_(group["lr"]) if group["lr"] else step.zero_()  # without a rate there was no step
 
-    def _update(self, local: Local, state: AdaGossipState) -> None:
-        """``y_i = x_i - lr u_i``; the quasi-global momentum is x_i until the displacement is known."""
+    def _update(self, local: Local, state: AdaGossipState) -> list[float]:
+        """``y_i = x_i - lr u_i``; return the rates by which `_renew_momentum` divides.
+
+        Where there is one, the quasi-global momentum is x_i until the displacement is known.
+        """
+        rates: list[float] = []
         if state.momentum is not None:
             local.g.add_(state.momentum, alpha=self.quasi_global_momentum)
-            state.momentum.copy_(local.x)
+            rates = divisors(local, state.largest_lr)
+            for (part, _), lr in zip(local.groups, rates, strict=True):
+                if lr:
+                    state.momentum[part].copy_(local.x[part])
         local.update()
+        return rates
+
+    def _renew_momentum(self, m: Tensor, local: Local, rates: list[float]) -> None:
+        """``m_i = (x_i^t - x_i^{t+1}) / lr``, where there is a rate to divide by; elsewhere m_i stays as it is."""
+        for (part, _), lr in zip(local.groups, rates, strict=True):
+            if lr:
+                m[part].sub_(local.x[part]).div_(lr)
 
     def diagnostics(self, local: Local, state: AdaGossipState) -> dict[str, float]:
         """Return ``compression_error``, |x - xhat| / |x|, and the ``gamma`` that was found."""

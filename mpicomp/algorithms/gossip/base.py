@@ -17,6 +17,9 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.topology.base import Topology
 
+SMALLEST_RATE = 0.01
+"""The part of a group's largest learning rate so far below which nothing is divided by its rate."""
+
 
 class Gossip(Algorithm[S]):
     """A method whose ranks mix their models with those of their neighbors.
@@ -64,6 +67,20 @@ def lost_weight(topology: Topology, rank: int, arrived: Container[int]) -> float
     It goes to what the rank has itself, so that its weights still sum to one.
     """
     return sum((topology.weight(rank, j) for j in topology.sources(rank) if j not in arrived), start=0.0)
+
+
+def divisors(local: Local, largest_lr: list[float]) -> list[float]:
+    """Return the learning rate of each part of ``local.groups``, by which what has moved the model is divided.
+
+    It is 0 where the rate is below `SMALLEST_RATE` of the largest so far: then a quotient would be too large for a rate
+    that rises again, and what is made of it stays as it is. `largest_lr` holds the largest of each part.
+    """
+    groups = local.groups
+    if len(largest_lr) != len(groups):  # the groups were arranged anew
+        largest_lr[:] = [0.0] * len(groups)
+    rates = [float(group["lr"]) for _, group in groups]
+    largest_lr[:] = map(max, largest_lr, rates)
+    return [lr if lr >= SMALLEST_RATE * largest else 0.0 for lr, largest in zip(rates, largest_lr, strict=True)]
 
 
 def check_inner(inner: object) -> None:

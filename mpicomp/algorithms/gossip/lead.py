@@ -60,6 +60,7 @@ from mpicomp.algorithms.base import (
     require_no_feedback,
     require_positive,
 )
+from mpicomp.algorithms.gossip.base import divisors
 from mpicomp.algorithms.gossip.choco import compression_error
 from mpicomp.algorithms.gossip.dpsgd import LARGEST_ERROR
 from mpicomp.compression.base import Compressor
@@ -68,9 +69,6 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import OWN, PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule
-
-SMALLEST_RATE = 0.01
-"""The part of a group's largest learning rate so far below which its d stays as it is."""
 
 
 @dataclass
@@ -143,10 +141,8 @@ class LEAD(Algorithm[LEADState]):
             x[part].sub_(dual[part], alpha=group["lr"])
         r = self._exchange(local, state, exchange)
         x.add_(r, alpha=self.gamma / 2)
-        for i, (part, group) in enumerate(local.groups):
-            lr = float(group["lr"])
-            state.largest_lr[i] = max(state.largest_lr[i], lr)
-            if lr > 0 and lr >= SMALLEST_RATE * state.largest_lr[i]:
+        for (part, _), lr in zip(local.groups, divisors(local, state.largest_lr), strict=True):
+            if lr:
                 dual[part].sub_(r[part], alpha=self.gamma / (2 * lr))
 
     def _exchange(self, local: Local, state: LEADState, exchange: Exchange) -> Tensor:

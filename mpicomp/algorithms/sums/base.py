@@ -21,6 +21,9 @@ With ``overlap`` (`GradientSum`) the messages travel behind the next gradient, a
 x_k is the model (n,) before step k; C the compressor; w_i what rank i counts, ``1 / size`` or its part of the samples;
 lr_k the learning rate of step k; u(Q) the direction that the optimizer makes of the sum, as it makes one of a gradient.
 
+The entries of a frozen parameter have no part in a step: error memory and moments wait until it is thawed
+(`mpicomp.state.waiting`). With ``overlap``, what the message under way holds of it when it is frozen is lost.
+
 Nothing is in flight between steps: q_k is part of the state, packed, and a checkpoint holds it. What it costs: the
 model moves by gradients that are one step old, so the largest learning rate is smaller (on a quadratic of curvature L,
 SGD without momentum is stable below 1 / L instead of 2 / L). The sum of a relay or an all-reduce is many exchanges, one

@@ -59,7 +59,7 @@ from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator, plan
 from mpicomp.kernels.reference import LARGEST_BLOCK
-from mpicomp.state import ERROR_MEMORY
+from mpicomp.state import ERROR_OF_GRADIENTS
 from mpicomp.timing import timed
 from mpicomp.topology.base import Schedule
 
@@ -75,7 +75,7 @@ class DeMoState:
 
     """
 
-    momentum: Tensor = field(metadata=ERROR_MEMORY)
+    momentum: Tensor = field(metadata=ERROR_OF_GRADIENTS)
 
 
 @dataclass(frozen=True)

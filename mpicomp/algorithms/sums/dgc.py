@@ -15,10 +15,12 @@ rank k counts in the sum; lr the learning rate and lambda the weight decay, both
 all ranks.
 
 ``clip = "norm"`` scales the gradient to a norm of at most ``clip_norm / sqrt(size)`` (the paper's); ``"rms"`` clamps
-its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more number exchanged a step). While the run
-warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``warmup_stages`` of them are geometric,
-``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))`` and the ratio r of C, as in the official code. Each has
-``warmup_steps`` steps.
+its entries to the root mean square over ranks of |g_k| (GRACE's rule, one more number exchanged a step). The ranks of a
+node that hold one model together count as one rank, whose gradient is their mean (`mpicomp.replica.node_shard`).
+
+While the run warms up, more is sent: ``warmup`` lists the ratios of the first stages, or ``warmup_stages`` of them are
+geometric, ``max(c^(stage + 1), r)`` with ``c = r^(1 / (stages + 1))`` and the ratio r of C, as in the official code.
+Each has ``warmup_steps`` steps.
 
 ``overlap`` delays the last line by one step (see `mpicomp.algorithms.sums.base`); u and v, which are of the own
 gradients alone, stay as they are. ``clip = "rms"`` does not go with it: its sum would have to overtake the messages.
@@ -64,7 +66,7 @@ from mpicomp.compression.wrap.feedback import apart_from
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
-from mpicomp.state import ERROR_MEMORY, IN_FLIGHT, SCRATCH, State
+from mpicomp.state import ERROR_OF_GRADIENTS, IN_FLIGHT, MOMENT, SCRATCH, State
 
 Clip = Literal["none", "norm", "rms"]
 
@@ -84,10 +86,10 @@ class DGCState:
 
     """
 
-    u: Tensor
-    v: Tensor = field(metadata=ERROR_MEMORY)
+    u: Tensor = field(metadata=MOMENT)
+    v: Tensor = field(metadata=ERROR_OF_GRADIENTS)
     scratch: Tensor = field(metadata=SCRATCH)
-    decay: Tensor | None
+    decay: Tensor | None = field(metadata=MOMENT)
     compressor: State
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
@@ -156,7 +158,7 @@ class DGC(GradientSum[DGCState]):
         compressor = self.compressor_at(state.steps)
         delayed = self.start_delayed_sum(local, state, exchange)
         yield delayed.test if delayed else None
-        g = self._clipped(local.g, exchange)
+        g = self._clipped(local, exchange)
         if self.nesterov:
             u.add_(g).mul_(self.momentum)
             v.add_(u).add_(g)
@@ -203,15 +205,16 @@ class DGC(GradientSum[DGCState]):
     def _stages(self) -> int:
         return self.warmup_stages or len(self.warmup)
 
-    def _clipped(self, g: Tensor, exchange: Exchange) -> Tensor:
+    def _clipped(self, local: Local, exchange: Exchange) -> Tensor:
+        g = local.g
         if self.clip == "norm":
             limit = self.clip_norm / math.sqrt(exchange.size)
-            g.mul_((limit / g.norm().clamp_min(1e-30)).clamp_max(1.0))
+            g.mul_((limit / local.norm(g).clamp_min(1e-30)).clamp_max(1.0))
         elif self.clip == "rms":
-            square = g.norm().square().reshape(1)
+            square = local.norm(g).square().reshape(1)
             Aggregator(exchange).mean_(square)
-            limit = square.sqrt()
-            g.clamp_(-limit, limit)
+            largest = square.sqrt()
+            g.clamp_(-largest, largest)
         return g
 
 

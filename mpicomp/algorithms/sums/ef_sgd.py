@@ -62,7 +62,7 @@ from mpicomp.algorithms.sums.base import (
 from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.state import IN_FLIGHT
+from mpicomp.state import IN_FLIGHT, MOMENT
 
 
 @dataclass
@@ -81,8 +81,8 @@ class EFSGDState:
 
     feedback: ErrorMemory
     rates: list[float]
-    velocity: Tensor | None
-    decay: Tensor | None
+    velocity: Tensor | None = field(metadata=MOMENT)
+    decay: Tensor | None = field(metadata=MOMENT)
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
 
@@ -124,8 +124,8 @@ class EFSGD(ErrorMemorySum[EFSGDState]):
         q = self.compress_sum(local, state)  # q_k and e_k
         self.sum_and_update(q, local, state, exchange)
 
-    def _add_(self, u: Tensor, local: Local, state: EFSGDState) -> None:
-        """``p_k = (lr' / lr) e_k + u_k``, in the place of e_k."""
+    def follow_rates(self, local: Local, state: EFSGDState) -> None:
+        """``e_k = (lr' / lr) e_k``, in the unit of a gradient at the rate of now."""
         groups, rates, e = local.groups, state.rates, state.feedback.residual
         if len(groups) != len(rates):
             raise ConfigError(
@@ -136,8 +136,13 @@ class EFSGD(ErrorMemorySum[EFSGDState]):
             if (lr := float(group["lr"])) and lr != rates[i]:
                 e[part].mul_(rates[i] / lr)
                 rates[i] = lr
+
+    def _add_(self, u: Tensor, local: Local, state: EFSGDState) -> None:
+        """``p_k = (lr' / lr) e_k + u_k``, in the place of e_k."""
+        self.follow_rates(local, state)
         self.keep_error(state)
-        for part, group in groups:
+        e = state.feedback.residual
+        for part, group in local.groups:
             if group["lr"]:
                 e[part].add_(u[part])
 

@@ -36,7 +36,7 @@ In a script:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -46,6 +46,7 @@ from mpicomp.algorithms.sums.adam import moments_, zero_moments
 from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
+from mpicomp.state import MOMENT
 
 Rates = Literal["constant", "decaying"]
 
@@ -62,8 +63,8 @@ class EfficientAdamState:
 
     """
 
-    m: Tensor
-    v: Tensor
+    m: Tensor = field(metadata=MOMENT)
+    v: Tensor = field(metadata=MOMENT)
     messages: TwoWayState
     steps: int = 0
 

@@ -34,6 +34,8 @@ lambda = 0.3 is that of the scripts of DEF's authors. With ``momentum = 0`` it g
 (recorded, compared to 2e-6), also when g_k is made the momentum of rank k, which DEF has in the place of the global.
 Treat ``detachment`` beside the global momentum as unverified.
 
+A frozen parameter makes no steps, so its global momentum begins at zero when it is thawed; its e_k waits.
+
 ``error_average`` makes e_k LoCo's moving average of the errors (see `mpicomp.algorithms.sums.error_memory`);
 with ``smallest_ratio`` the ratio of C changes (see `mpicomp.algorithms.sums.ratio_control`).
 

@@ -38,7 +38,7 @@ In a script:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from mpicomp.algorithms.sums.two_way import TwoWayAdam, TwoWayState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator
+from mpicomp.state import MOMENT
 
 
 @dataclass
@@ -63,8 +64,8 @@ class OneBitAdamState:
 
     """
 
-    m: Tensor
-    v: Tensor
+    m: Tensor = field(metadata=MOMENT)
+    v: Tensor = field(metadata=MOMENT)
     messages: TwoWayState
     steps: int = 0
 

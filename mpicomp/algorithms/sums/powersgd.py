@@ -49,7 +49,7 @@ from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.exchange.sums.aggregate import Aggregator, plan
-from mpicomp.state import ERROR_MEMORY
+from mpicomp.state import ERROR_OF_GRADIENTS, MOMENT
 from mpicomp.topology.base import Schedule
 
 
@@ -64,9 +64,9 @@ class PowerSGDState:
 
     """
 
-    error: Tensor = field(metadata=ERROR_MEMORY)
+    error: Tensor = field(metadata=ERROR_OF_GRADIENTS)
     right: Tensor
-    velocity: Tensor | None
+    velocity: Tensor | None = field(metadata=MOMENT)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ with an ``epsilon`` far below that, D is as large where there is only error as e
 may diverge: on digits it did with 1e-8. With 0.1, near the usual size of the estimates, the largest p are found first.
 And k must be far below ``columns``, a twentieth there: what is read of more entries is mostly their errors.
 
+A sketch cannot be divided by parameters: those that are frozen still have a part in M, E and I, and what is applied to
+them is lost.
+
 Where the groups of the optimizer have different learning rates, lr is the largest of them, and a part of x moves by its
 own over that. Every rank reads the same tables and must get the same bits of them, so use ranks of the same kind.
 

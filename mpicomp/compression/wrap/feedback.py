@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpicomp.compression.base import Wrapper
 from mpicomp.compression.message import Payload, Spec
-from mpicomp.state import ERROR_MEMORY, State
+from mpicomp.state import ERROR_OF_GRADIENTS, State
 from mpicomp.timing import timed
 
 
@@ -30,7 +30,7 @@ class FeedbackState:
 
     """
 
-    residual: Tensor = field(metadata=ERROR_MEMORY)
+    residual: Tensor = field(metadata=ERROR_OF_GRADIENTS)
     inner: State
 
 

@@ -8,7 +8,7 @@ import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DPSGD, LEAD, SGD, Choco
-from mpicomp.algorithms.gossip.lead import SMALLEST_RATE
+from mpicomp.algorithms.gossip.base import SMALLEST_RATE
 from mpicomp.compression import QSGD, Cast, Identity, Natural, PerTensor, RandomK, SignNorm, TopK, UniformGrid
 from mpicomp.compression.base import Wrapper
 from mpicomp.errors import ConfigError

@@ -10,6 +10,7 @@ from support.quadratic import DIM, centers, curvature, top_k, train
 
 from mpicomp.algorithms import DEFATC, DPSGD, LEAD, SGD, SGP, SSGD, AdaGossip, Choco, DeepSqueeze, LocalSGD, MoTEF
 from mpicomp.compression import Identity, RandomK, SignNorm, TopK
+from mpicomp.state import flatten
 from mpicomp.topology import (
     OnePeerExponential,
     Topology,
@@ -112,6 +113,23 @@ class TestTranscriptions:
             x, m = new, (x - new) / LR
         method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5, overlap=overlap)
         close(train(method, graph, 20).x, x, 1e-10)
+
+    @pytest.mark.parametrize("overlap", [True, False])
+    def test_a_small_rate_leaves_the_quasi_global_momentum(self, graph, overlap):
+        """Below a hundredth of the largest so far, as in a warm restart: mixing over such a rate would be too large."""
+        rates = [0.0, *[LR] * 6, LR / 100, *[LR / 1000] * 4, 0.0, *[LR] * 6]
+        x, hat, v, m = (np.zeros((graph.size, DIM)) for _ in range(4))
+        for t, lr in enumerate(rates, start=1):
+            y = x - lr * (gradients(x) + 0.5 * m)
+            hat = hat + top_k((x if overlap else y) - hat, KEPT)
+            r = graph.mixing @ hat - hat
+            v = 0.9 * v + 0.1 * r * r
+            new = y + np.minimum(0.05 / (np.sqrt(v / (1 - 0.9**t)) + 1e-4), 1) * r
+            x, m = new, (x - new) / lr if lr >= LR / 100 else m
+        method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5, overlap=overlap)
+        trained = train(method, graph, len(rates), lr=rates)
+        close(trained.x, x, 1e-10)
+        assert flatten(trained.states[0])["largest_lr/0"] == LR  # a restart does not forget it
 
     def test_deep_squeeze(self, graph):
         x, e = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))

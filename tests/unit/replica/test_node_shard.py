@@ -7,7 +7,7 @@ from support.runs import assert_same_checkpoint
 from torch import nn
 
 import mpicomp
-from mpicomp.algorithms import DPSGD, Choco
+from mpicomp.algorithms import DGC, DPSGD, Choco
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import PerTensor, TopK
 from mpicomp.compression.message import Spec
@@ -34,6 +34,24 @@ def test_a_node_is_a_rank_with_all_of_its_samples(name, groups):
     assert sent == pytest.approx(
         sum(nbytes for _, nbytes in flat), rel=0.05
     )  # once for each node, and not for each rank
+
+
+def test_dgc_clips_by_the_norm_of_the_whole_gradient():
+    """Of the mean over the node, whose entries are in the shards of both ranks."""
+
+    def serve(world, groups):
+        model = nn.Linear(8, 1, bias=False).double()
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        gossip = mpicomp.distribute(model, optimizer, DGC(momentum=0.0, clip="rms"), ring, None, world, groups=groups)
+        first = gossip.node.number if gossip.node else world.rank
+        g = torch.tensor([3.0, 0, 0, 0, 0, 0, 0, 10], dtype=torch.float64) * (first == 0)
+        gossip.step(lambda: (model.weight @ g).sum())
+        return model.weight.detach()
+
+    flat, nodes = run(2, serve, None), run(4, serve, [[0, 1], [2, 3]])
+    assert flat[0][0, 7] == pytest.approx(-((109 / 2) ** 0.5) / 2)
+    assert all(torch.allclose(x, flat[0], rtol=1e-14, atol=0) for x in nodes)
 
 
 def test_shards_are_compressed_by_themselves():
