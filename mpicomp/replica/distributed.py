@@ -352,7 +352,9 @@ class Distributed(Replica):
             self.watchdog.moved(self.steps)
         if self.buffers_every and self.steps % self.buffers_every == 0:
             for buffer in self.averaged_buffers():
+                buffer /= self.world.size  # the sum of masks, such as the least number, would overflow
                 (self._exchange if self.node is None else self.world).mean_(buffer.view(-1))
+                buffer *= self.world.size
         if self._ends is not None:
             self._have_left(self._ends)
             self._ends = None

@@ -5,11 +5,14 @@ import time
 import pytest
 import torch
 
+from mpicomp.algorithms import DPSGD
 from mpicomp.errors import ConfigError, DataError, ExchangeError
 from mpicomp.exchange.guard import agree, together
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.wait import poll, wait_all
 from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.replica.distribute import distribute
+from mpicomp.topology import ring
 
 
 def test_messages_of_others_are_not_mistaken_for_ours(world):
@@ -114,3 +117,12 @@ def test_polling_sleeps():
     poll(is_done)
     assert time.thread_time() - before < 0.05
     assert calls > 50
+
+
+def test_a_mask_of_least_numbers_survives_the_averaging_of_buffers(world):
+    model = torch.nn.Linear(2, 2)
+    least = torch.finfo(torch.float32).min
+    model.register_buffer("mask", torch.full((2,), least))
+    gossip = distribute(model, torch.optim.SGD(model.parameters()), DPSGD(), ring, world=world, buffers=1)
+    gossip.step(lambda: model(torch.ones(1, 2)).sum())
+    assert model.mask.isfinite().all() and model.mask[0] == pytest.approx(least, rel=1e-6)

@@ -148,9 +148,9 @@ class NeighborExchange:
             group.mean_(mean)
         else:
             mean = mean.cpu()
-            mean /= self.size  # first, because a sum of large values overflows
             request = self.comm.Iallreduce(MPI.IN_PLACE, mean.numpy(), op=MPI.SUM)
             self._world.wait(request, "mean_")
+            mean /= self.size
         if mean.data_ptr() != x.data_ptr():
             x.detach().copy_(mean.view_as(x))
         self.bytes_sent += all_reduce_nbytes(x, self.size)
