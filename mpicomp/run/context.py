@@ -334,10 +334,10 @@ class RunContext:
                     f"nothing was learned: the loss is {loss:.4g}, that of guessing {dataset.loss_of_guessing:.4g}. "
                     f"Train longer, or lower {self._too_large}"
                 )
-            elif loss is not None and dataset.loss_of_guessing and loss > WORSE * dataset.loss_of_guessing:
+            elif (guessing := dataset.loss_of_guessing) and result.train_loss > WORSE * guessing:
                 self.progress.warn(
-                    f"training diverges: the loss is {loss:.4g} at the end, and guessing has "
-                    f"{dataset.loss_of_guessing:.4g}. Lower {self._too_large}"
+                    f"training diverges: the loss is {result.train_loss:.4g} at the end, and guessing has "
+                    f"{guessing:.4g}. Lower {self._too_large}"
                 )
         return result
 

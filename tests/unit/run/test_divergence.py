@@ -43,6 +43,12 @@ def test_the_step_that_finds_itself_does_not():
     assert result.test_accuracy > 0.9
 
 
+def test_a_run_that_ends_before_it_is_clear_says_so(tmp_path, capsys):
+    toml = TOML.replace("{ epochs = 6,", "{ steps = 60,") + "run.log_every = 60\nschedule.warmup = 0\n"
+    start(toml, RunFolder.create(tmp_path), progress=Progress(60, None))
+    assert "mpicomp: warning: training diverges: the loss is " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("lr", "is_useless"), [(1e-9, True), (0.1, False)])
 def test_a_run_that_has_learned_nothing_says_so(tmp_path, capsys, lr, is_useless):
     toml = TOML.replace("lr = 0.1", f"lr = {lr}").replace("1.5", "0.3")
