@@ -173,7 +173,7 @@ def _parted(texts: Sequence[str], characters: int) -> tuple[list[str], list[str]
 
 
 def vocabulary_size(tokenizer: str) -> int:
-    """Return how many tokens there may be, of the content of a ``tokenizer.json`` of Hugging Face's `tokenizers`."""
+    """Return how many tokens a tokenizer has, given the content of its ``tokenizer.json`` of Hugging Face."""
     found = json.loads(tokenizer)
     known = found["model"]["vocab"]  # numbers by token; of some kinds, a list of tokens
     numbers = known.values() if isinstance(known, dict) else range(len(known))
@@ -192,20 +192,14 @@ def _library() -> Any:
 
 def _trained(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     library = _library()
-    decoders, models, pre_tokenizers, trainers = (
-        library.decoders,
-        library.models,
-        library.pre_tokenizers,
-        library.trainers,
-    )
-    tokenizer: Tokenizer = library.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizer: Tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocabulary,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)

@@ -490,3 +490,11 @@ def test_uniform_grid_takes_the_nearest_multiple(bits):
 def test_grids_check_their_numbers(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_message_that_does_not_fit_its_layout_says_why():
+    layout = TopK(0.5).layout(Spec.flat(4))
+    payload = TopK(0.5).compress(torch.arange(4.0), Spec.flat(4), None)
+    payload["values"] = payload["values"].double()
+    with pytest.raises(ValueError, match=r"2 entries of torch.float64 for 'values', .* 2 of torch.float32"):
+        layout.pack(payload, torch.zeros(layout.nbytes, dtype=torch.uint8))

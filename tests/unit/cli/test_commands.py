@@ -136,3 +136,21 @@ def test_picture_files_that_cannot_be_written(config):
     run("train", config, "--loopback", 1, "--run-dir", "out", "--set", "training.steps=1")
     assert "--out none/x.png cannot be written" in run("plot", "out", "--out", "none/x.png").stderr
     assert "--out x.foo cannot be written" in run("plot", "out", "--out", "x.foo").stderr
+
+
+def test_ranks_as_threads_are_refused_under_a_launcher_of_several(config, monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    result = run("train", config, "--loopback", 2)
+    assert result.exit_code == 2 and "has started this 2 times: start it once, without one" in result.stderr
+
+
+def test_a_period_longer_than_the_run_is_warned_of(config):
+    options = ("--set", "algorithm.kind=local_sgd", "--set", "algorithm.period=50")
+    result = run("train", config, "--loopback", 2, *options)
+    assert "mpicomp: warning: algorithm.period = 50: the run ends after 12 steps" in result.output
+
+
+def test_data_that_are_not_there_are_refused_by_evaluate(config):
+    run("train", config, "--loopback", 2, "--run-dir", "out")
+    result = run("evaluate", "out", "--data-path", "nowhere")
+    assert result.exit_code == 2 and "nowhere" in result.output

@@ -235,3 +235,9 @@ def test_a_trial_that_fails_otherwise_keeps_its_message_and_exit_code():
         run_trial(text, 1, simulate=False)
     assert caught.value.exit_code == 3
     assert run_trial(CONFIG.replace("lr = 0.1", "lr = 1e38"), 2, simulate=True) is None
+
+
+@pytest.mark.parametrize("override", ["training.epochs=1", "training.steps=5"])
+def test_the_length_of_the_short_runs_is_an_option(config, override):
+    result = tune(config, *RANKS, "--set", override)
+    assert result.exit_code == 2 and f"--set {override}: give the length of the short runs by --epochs" in result.output

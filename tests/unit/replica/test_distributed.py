@@ -161,3 +161,18 @@ def test_the_state_of_another_algorithm_is_refused():
 
     with pytest.raises(CheckpointError, match=r"the stored state is another one"):
         loopback.run(2, serve)
+
+
+@pytest.mark.parametrize("algorithm", [DPSGD, "dpsgd"])
+def test_an_algorithm_is_an_object(algorithm):
+    with pytest.raises(ConfigError, match=r"algorithm = .* must be an object of mpicomp.algorithms"):
+        loopback.run(2, lambda world: linear(world, algorithm))
+
+
+def test_a_step_takes_a_function():
+    def serve(world):
+        gossip = linear(world)
+        gossip.step(gossip.local.model(torch.ones(1, 2)).sum())
+
+    with pytest.raises(ConfigError, match=r"gossip.step\(\) takes a function that computes the loss, not a Tensor"):
+        loopback.run(2, serve)

@@ -299,3 +299,17 @@ def test_of_many_ranks_some_evaluate_their_own_models(size):
     chosen = [rank for rank in range(size) if evaluates_own(rank, size)]
     assert len(chosen) == min(size, 64) and chosen[0] == 0
     assert {b - a for a, b in itertools.pairwise(chosen)} <= {max(1, size // 64), -(-size // 64)}
+
+
+@pytest.mark.parametrize("width", [80, 100, 130])
+def test_lines_fit_the_terminal(clock, width):
+    out = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
+    with Progress(100, None, out) as shown:
+        line = shown._line(record(7, accuracy=0.5), clock.now)
+    assert len(line) <= width and "loss" in line and line.endswith("left")
+    assert ("consensus" in line) == (width >= 120) and ("step" in line) == (width >= 90)
+
+
+def test_a_loss_without_bounds_stays_short(clock):
+    with Progress(100, None, console()) as shown:
+        assert "loss 3.095e+31" in shown._line(record(7, loss=30953258574871640343945104326656.0), clock.now)
