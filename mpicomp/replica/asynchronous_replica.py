@@ -10,6 +10,7 @@ import torch
 from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm, RegroupingAlgorithm
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.watchdog import Member
+from mpicomp.replica.hooks import hook_layers
 from mpicomp.replica.replica import Replica
 from mpicomp.topology.base import Topology
 
@@ -32,9 +33,7 @@ class AsynchronousReplica(Replica):
         self.state = algorithm.init(self.local, self.mailbox)
         self._owners = algorithm.owners(world.size, spec)
         if self.mailbox.needs_poke:
-            for module in self.local.model.modules():
-                if not list(module.children()):
-                    module.register_forward_hook(self._poke)
+            hook_layers(self.local.model, self._poke)
             for p in self.local.model.parameters():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(self._poke)  # type: ignore[no-untyped-call]

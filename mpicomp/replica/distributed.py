@@ -17,7 +17,8 @@ from mpicomp.exchange.guard import agree
 from mpicomp.exchange.loss import LossyExchange
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.consistency import EVERY_STEPS, require_same_model
-from mpicomp.replica.flat import Frozen, Hook
+from mpicomp.replica.flat import Frozen
+from mpicomp.replica.hooks import Hook
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.optimizer import DistributedOptimizer

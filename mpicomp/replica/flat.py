@@ -17,14 +17,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, DivergenceError
+from mpicomp.replica.buffers import own_buffers
+from mpicomp.replica.closure import finish_backward
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.replica.held_parameters import HeldParameters
-from mpicomp.replica.model_checks import listed, plain_name, trained_parameters
+from mpicomp.replica.hooks import Hook, hook_layers
+from mpicomp.replica.model_checks import listed, trained_parameters
 from mpicomp.replica.several_optimizers import singles
 from mpicomp.timing import timed
-
-AVERAGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The types of buffers that are averaged."""
 
 FINITE_EVERY = 50
 """Steps from one look whether the parameters are finite to the next; a step by closure also looks at its loss."""
@@ -40,23 +40,6 @@ def flat_model_of(parameter: Tensor) -> FlatModel | None:
 
 Frozen = dict[int, Tensor]
 """Values of frozen parameters, by their number in the flat model."""
-
-
-class Hook:
-    """A hook on a module that is trained. Copies of the module, and stored modules, get a hook that does nothing.
-
-    Otherwise copying a module would copy the whole training state with it.
-    """
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: object) -> None:
-        """Call the function of the hook."""
-        self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (_nothing,)
 
 
 class FlatModel:
@@ -132,8 +115,8 @@ class FlatModel:
         for p, x in zip(self._parameters, self._values, strict=True):
             if p.dtype == dtype:
                 p.data = x
-        self._unheard = list(self._parameters)
-        self._hear()
+        self._unhooked = list(self._parameters)
+        self._hook_gradients()
         self._pointers = [p.data_ptr() for p in self._parameters]
         self._held = HeldParameters(model, optimizer, named)
         own_buffers(model)
@@ -221,7 +204,8 @@ class FlatModel:
         """Call `meanwhile` between the layers of the following passes, until it returns true."""
         self._meanwhile, self._thread = meanwhile, threading.get_ident()
         if meanwhile is not None and not self._is_hooked:
-            self._hook()
+            self._is_hooked = True
+            hook_layers(self.model, self._between_layers)
 
     @timed("gradient")
     def update(self, part: slice | None = None) -> None:
@@ -326,22 +310,10 @@ class FlatModel:
             ConfigError: a parameter was converted, moved or added; names it.
 
         """
-        if self._unheard:
-            self._hear()
+        if self._unhooked:
+            self._hook_gradients()
         self._held.check()
         self._take_written()
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that may be averaged, by name: persistent floating-point ones, unlike counters.
-
-        Batch-norm statistics are such buffers. Those that are not persistent are tables that a rank computes itself.
-        """
-        found: dict[Tensor, str] = {}
-        for prefix, module in self.model.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.dtype in AVERAGED and name not in module._non_persistent_buffers_set:
-                    found.setdefault(buffer, plain_name(f"{prefix}.{name}".removeprefix(".")))
-        return {name: buffer for buffer, name in found.items()}
 
     def untrained(self) -> list[Tensor]:
         """Return all tensors of the model that are not in `x`: buffers, and parameters not held by the optimizer."""
@@ -376,7 +348,7 @@ class FlatModel:
     def _take_written(self) -> None:
         """Copy to `x` what the model, the optimizer or the caller has written into parameters outside of it."""
         if self.is_elsewhere:
-            self._mend()
+            self._return_memory()
         self._read_parameters()
 
     def _read_parameters(self) -> None:
@@ -393,23 +365,10 @@ class FlatModel:
                 p.grad is not None and p.grad is not shown
                 for p, shown in zip(self._parameters, self._shown, strict=True)
             )
-            if has_backward and isinstance(loss, Tensor) and _awaits_backward(loss):
-                raise ConfigError(
-                    "the closure has run a backward pass, but not that of the loss that it returned (or that one with "
-                    "retain_graph=True, which looks the same): run all backward passes of the step in the closure, "
-                    "and return loss.detach(); or none, and return the sum of the losses. After a backward pass for "
-                    "another purpose, as for adversarial inputs, call gossip.optimizer.zero_grad()"
-                )
-            if not isinstance(loss, Tensor) and not (has_gradients and isinstance(loss, float | int | None)):
-                raise ConfigError(
-                    f"the closure returned {type(loss).__name__}: return the loss, a scalar tensor. One that calls "
-                    "loss.backward() itself may return a number or None as well"
-                )
-            if isinstance(loss, Tensor) and not has_gradients:
-                torch.autograd.backward(loss)
+            value = finish_backward(loss, has_backward, has_gradients)
         self._collect()
         self.has_loss = loss is not None
-        return torch.as_tensor(torch.nan if loss is None else loss).detach()
+        return value
 
     def _collect(self) -> None:
         """Copy gradients that are not views of `g` into `g`: zero_grad() of torch.optim removes the views.
@@ -440,19 +399,12 @@ class FlatModel:
         if self.clip is not None:
             self.clip(self.g)
 
-    def _hook(self) -> None:
-        """Install hooks that call `_between_layers` after each layer of a forward pass."""
-        self._is_hooked = True
-        for module in self.model.modules():
-            if not list(module.children()):
-                module.register_forward_hook(Hook(self._between_layers))
-
-    def _hear(self) -> None:
+    def _hook_gradients(self) -> None:
         """Install hooks that call `_after_gradient` for each parameter; a frozen one gets its hook when thawed."""
-        for p in self._unheard:
+        for p in self._unhooked:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
-        self._unheard = [p for p in self._unheard if not p.requires_grad]
+        self._unhooked = [p for p in self._unhooked if not p.requires_grad]
 
     def _after_gradient(self, p: Tensor) -> None:
         self._with_gradient.add(p)
@@ -489,7 +441,7 @@ class FlatModel:
                 exact.append(g)
         _copy(rounded, exact)
 
-    def _mend(self) -> None:
+    def _return_memory(self) -> None:
         """Copy parameters that were given other memory (``p.data = ...``) back into `x`."""
         for name, p, x, dtype in zip(self.spec.names, self._parameters, self._values, self.dtypes, strict=True):
             if (p.dtype, p.shape, p.device) != (dtype, x.shape, x.device):
@@ -505,46 +457,10 @@ class FlatModel:
         self._pointers = [p.data_ptr() for p in self._parameters]
 
 
-def own_buffers(model: nn.Module) -> None:
-    """Replace buffers by contiguous copies where they are not contiguous: an expanded one cannot be written to."""
-    copies: dict[Tensor, Tensor] = {}  # one for a buffer with several names
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_contiguous():
-                module._buffers[name] = copies.setdefault(buffer, buffer.contiguous())
-
-
-def _awaits_backward(loss: Tensor) -> bool:
-    """Return whether the graph of `loss` is still there: a backward pass frees what its nodes have saved.
-
-    A graph that has saved nothing tells nothing, and counts as one whose backward pass has run.
-    """
-    nodes: list[Any] = [loss.grad_fn]
-    seen: set[Any] = {None}
-    is_there = False
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
-        try:
-            saved = [getattr(node, name) for name in names]
-        except RuntimeError:  # has been freed
-            return False
-        is_there = is_there or any(isinstance(s, Tensor) or (isinstance(s, tuple) and s) for s in saved)
-        nodes.extend(following for following, _ in node.next_functions)
-    return is_there
-
-
 def _copy(into: list[Tensor], tensors: list[Tensor]) -> None:
     """Copy `tensors`, one to each tensor of another type in `into`; on a GPU all at once."""
     if into:
         torch._foreach_copy_(into, tensors)
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def _no_closure() -> Tensor:

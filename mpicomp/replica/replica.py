@@ -19,6 +19,7 @@ from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkp
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import Node, World
 from mpicomp.exchange.guard import together
+from mpicomp.replica.buffers import averaged_buffers
 from mpicomp.replica.consistency import require_same_buffers, require_same_tensors
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.node_shard import NodeShard
@@ -182,13 +183,13 @@ class Replica(ABC):
         """
         if not self.averages_buffers:
             return []
-        buffers = self.local.buffers()
+        buffers = averaged_buffers(self.local.model)
         require_same_buffers(self.world, buffers)
         return list(buffers.values())
 
     @property
     def is_in_step(self) -> bool:
-        """Whether a step has begun, but its gradient is not complete."""
+        """Whether a step has begun and is not finished."""
         return False
 
     def require_between_steps(self, what: str) -> None:

@@ -1,5 +1,7 @@
 """Asynchronous methods behind a loop of one's own: every rank at its own pace, in simulated time."""
 
+import copy
+
 import pytest
 import torch
 from support import small
@@ -10,6 +12,7 @@ from mpicomp.compression import TopK, UniformGrid
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
+from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.replica.distribute import distribute
 from mpicomp.topology import chain, complete_bipartite, ring, star
 
@@ -383,3 +386,24 @@ def test_statistics_cannot_be_averaged_after_so_many_steps():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="buffers = 5: ASGD has no common steps"):
         run(2, lambda world: distribute(model, optimizer, ASGD(), star, world=world, buffers=5))
+
+
+def test_a_copy_of_the_model_carries_nothing_of_the_training(monkeypatch):
+    """A mean of models over time (EMA) is a copy; over some transports hooks on the model call its mailbox."""
+    pokes = []
+    monkeypatch.setattr(SlotMailbox, "needs_poke", True)
+    monkeypatch.setattr(SlotMailbox, "poke", lambda mailbox: pokes.append(mailbox), raising=False)
+
+    def body(world):
+        gossip, closure = small.make(world, *METHODS["gossip"])
+        gossip.step(closure(0))
+        gossip.finish()
+        ema = copy.deepcopy(gossip.local.model)
+        found = len(pokes)
+        ema(small.batch(1, 0)[0])
+        after_copy = len(pokes)
+        gossip.local.model(small.batch(1, 0)[0])
+        return found, after_copy, len(pokes)
+
+    ((found, after_copy, after_model),) = run(1, body)
+    assert 0 < found == after_copy < after_model
