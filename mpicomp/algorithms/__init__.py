@@ -1,4 +1,4 @@
-"""WHEN: one method per file; no MPI, no model."""
+"""Training methods: when a rank computes, and when it exchanges messages. One method a file; no MPI, no model."""
 
 from mpicomp.algorithms.asynchronous.ad_psgd import ADPSGD
 from mpicomp.algorithms.asynchronous.asgd import ASGD

@@ -1,4 +1,4 @@
-"""WHAT is sent: one compressor per file, and three that wrap others."""
+"""Compressors, what is sent: one in each file; those in `wrap` go around others."""
 
 from mpicomp.compression.base import Compressor, Wrapper
 from mpicomp.compression.block import RandomBlock

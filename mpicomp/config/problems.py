@@ -136,11 +136,11 @@ def _elsewhere(key: str, known: Mapping[str, list[str]]) -> str:
 
 
 def refusals(sections: Mapping[str, Section]) -> list[str]:
-    """Return the problems of a section whose values have the right types."""
-    refusals = []
+    """Return the problems of sections whose values have the right types."""
+    found = []
     for section in sections.values():
         try:
             section.try_out(sections)
         except MpicompError as error:
-            refusals.append(str(error))
-    return refusals
+            found.append(str(error))
+    return found

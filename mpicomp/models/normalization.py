@@ -1,7 +1,8 @@
 """Normalization with activation, as convolutional networks repeat it: batch, group or EvoNorm-S0.
 
-Batch normalization keeps running statistics of its rank in buffers, which gossip does not average. The other two
-have no state beyond their parameters and treat each sample by itself, which suits small or skewed batches.
+Batch normalization keeps running statistics in buffers, each rank its own in training; `Replica.averaged` averages
+them, and `distribute(..., buffers=N)` every N steps. The other two have no state beyond their parameters and treat each
+sample by itself, which suits small or skewed batches.
 """
 
 from __future__ import annotations

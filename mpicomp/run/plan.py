@@ -420,7 +420,7 @@ def choose(predictions: Sequence[Prediction]) -> Prediction:
 
 
 def choose_rarer(predictions: Sequence[Prediction]) -> Prediction | None:
-    """Return the like of those that send once in many steps, if it is faster than the choice by more than `MARGIN`."""
+    """Return the same of those that send once in many steps; None unless it beats `choose` by more than `MARGIN`."""
     rarer = [prediction for prediction in predictions if prediction.period > 1]
     found = _first_of_fast(rarer) if rarer else None
     return found if found and MARGIN * found.seconds < choose(predictions).seconds else None

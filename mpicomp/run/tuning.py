@@ -33,7 +33,7 @@ CLOSENESS = 0.05
 """The exponent of the consensus distance."""
 
 FEW_STEPS = HALF_LIFE
-"""In fewer, runs tell little, and ``gamma = "auto"`` is a mean over about so many."""
+"""Runs of fewer steps are too noisy to compare, and ``gamma = "auto"`` is a mean over about so many."""
 
 
 @dataclass(frozen=True)

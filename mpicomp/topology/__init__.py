@@ -1,4 +1,4 @@
-"""WHO talks to whom: graphs over ranks and their mixing weights. Needs neither torch nor MPI."""
+"""Topologies, who talks to whom: graphs over ranks and their mixing weights. Needs neither torch nor MPI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The consensus step that finds itself, ``gamma = "auto"``: four fifths of what the public copies bear.
+"""The automatic consensus step, ``gamma = "auto"``: four fifths of what the public copies bear.
 
 Training is cut into windows of K steps. In one window the ranks measure; in the next they agree on the least of what
 they have measured; at its end all of them change gamma, in the same step.
@@ -28,9 +28,9 @@ model and the error memory, and r_i the model, for a rank knows no other; mu is 
 not vanish where ranks agree. K is long enough for delta_i to be the same on all ranks at the end of a window, so that
 no message more is needed.
 
-A rank on which nothing differed has measured nothing: it sends infinity, which leaves the word to the others. So it is
-in the first window where the public copies are still the models, with ``overlap`` or a learning rate of 0. If no rank
-has measured anything, gamma stays as it is. It does so, too, in what is left of a window when a run goes on with
+A rank on which nothing differed has measured nothing: it sends infinity, so the minimum over the ranks ignores it. So
+it is in the first window where the public copies are still the models, with ``overlap`` or a learning rate of 0. If no
+rank has measured anything, gamma stays as it is. It does so, too, in what is left of a window when a run goes on with
 another number of ranks.
 
 Why: take one mode of W, with eigenvalue 1 - m. Mixing moves x by ``-gamma m xhat`` and a message moves xhat by q, with

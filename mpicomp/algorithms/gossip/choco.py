@@ -26,8 +26,8 @@ tells its neighbors its model as it is, and ``xhat_i = x_i``, ``s_i = sum_j W_ij
 
 Wire: one compressed message, the same to every neighbor. Memory: ``xhat``, ``s`` and one scratch vector, whatever
 the degree. Needs symmetric doubly stochastic weights on a fixed connected graph and a contractive C. gamma must
-shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %. With
-``gamma = "auto"`` it finds itself (`mpicomp.algorithms.gossip.automatic_step`).
+shrink with the contraction delta of C; values that worked: 0.45 for sign, 0.2 keeping 10 %, 0.04 keeping 1 %.
+``gamma = "auto"`` measures one in training (`mpicomp.algorithms.gossip.automatic_step`).
 Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, Algorithm 2; the overlapped order is that of the code to
 arXiv 1907.09356.
 

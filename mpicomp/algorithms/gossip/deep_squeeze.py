@@ -12,11 +12,10 @@ of rank i; gamma the consensus step.
 
 There is nothing that neighbors must agree on, so the graph may vary and a lost message does no lasting harm: q_i takes
 the place of the q_j that is lost. The messages do not vanish at consensus, so the ranks stay a distance apart that
-grows with gamma, and training diverges if gamma is too large; ``gamma = "auto"`` it finds itself
+grows with gamma, and training diverges if gamma is too large; ``gamma = "auto"`` measures a step in training
 (`mpicomp.algorithms.gossip.automatic_step`). The mean over ranks is preserved, unless one of the two messages of an
-edge is lost alone, or lost messages have left two ranks with another gamma until the next window.
-Wire: one compressed message, the same to every neighbor. Memory: ``e``.
-Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
+edge is lost alone, or lost messages have left two ranks with another gamma until the next window. Wire: one compressed
+message, the same to every neighbor. Memory: ``e``. Tang et al. 2019, arXiv 1907.07346, Algorithm 1.
 
 In a script:
 

@@ -11,7 +11,8 @@ W_ij is the weight of rank j in the average of rank i, j = i included; gamma the
 
 The second order takes the gradient at the model before averaging, so the exchange runs behind forward and backward.
 gamma = 1 is the published method; other values are a diffusion rate (the best for pure averaging is
-``mpicomp.topology.spectral.best_step``). Any graph whose weights are doubly stochastic, also directed or varying.
+``mpicomp.topology.spectral.best_diffusion_step``). Any graph whose weights are doubly stochastic, also directed or
+varying.
 
 Where the message of rank j is lost, x_i (or y_i) takes its place in the sum. If the two messages of an edge are lost
 equally often, W stays symmetric in expectation; but the mean over ranks moves whenever one of them is lost alone.

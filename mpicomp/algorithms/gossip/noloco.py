@@ -20,7 +20,7 @@ The sign of d_i is that of the authors' code (their paper prints another one bes
 With a compressor C that loses something, a pair exchanges twice:
 
     p_i = rho e_i + d_i;  q_i = C(p_i);  e_i = p_i - q_i               send q_i, receive q_j
-    s = the coordinates where q_i or q_j is not 0                      send phi_i[s] in half precision, receive phi_j[s]
+    s = the coordinates where q_i or q_j is not 0                      send phi_i[s] in half the bytes, receive phi_j[s]
     delta_i = alpha delta_i + beta (q_i + q_j) / 2 - gamma (phi_i - (phi_i + phi_j) / 2)[s]
 
 e_i (n,) is the error memory, what the rank has not sent so far, and rho ``error_decay``, what of it stays until the
@@ -28,10 +28,11 @@ next outer step. Random partners have no public copies of each other that could 
 apart. But these come apart only where messages have moved them, so a pair compares them where one of its two messages
 does. What one of them has moved with an earlier partner is compared when that coordinate is sent again. The mean over
 the ranks is as above, with q_i for d_i. Messages that add up what earlier ones left out do the work of a momentum: take
-alpha = 0. Entries beyond what half precision holds, 65,504, are not compared. This form is this package's own.
+alpha = 0. phi_i[s] travels as float16 if the model is float32, as float32 if it is float64; entries beyond what that
+holds (65,504 in float16) are not compared. This form is this package's own.
 
-Wire: every H steps, to one partner, two dense vectors; compressed, q_i and 2 bytes for each coordinate of s. Memory:
-``phi`` and ``delta``; compressed, ``e``, too. Kolehmainen et al. 2025, arXiv 2506.10911.
+Wire: every H steps, to one partner, two dense vectors; compressed, q_i and half of an entry's bytes for each coordinate
+of s. Memory: ``phi`` and ``delta``; compressed, ``e``, too. Kolehmainen et al. 2025, arXiv 2506.10911.
 
 In a script:
 

@@ -1,8 +1,9 @@
 """What the methods that add up the compressed gradients of all ranks share.
 
-All ranks hold the same model: each adds the same weighted sum, formed over a star or a ring (`exchange.aggregate`).
-Batch-norm statistics are each rank's own. Weight decay is the optimizer's, which adds the same on all ranks; it is not
-compressed. DGC and EF-SGD with momentum give it that momentum (`add_decay_momentum_`).
+All ranks hold the same model: each adds the same weighted sum, formed over a star or a ring
+(`mpicomp.exchange.sums.aggregate`). Batch-norm statistics are each rank's own in training. Weight decay is the
+optimizer's, which adds the same on all ranks; it is not compressed. DGC and EF-SGD with momentum give it that momentum
+(`add_decay_momentum_`).
 
 EF-SGD, GMC and DGC form a message from the next gradient and what is left of the last ones, and the model moves by the
 sum of the messages. In step k:

@@ -25,7 +25,7 @@ its moments, which t does not count, and takes part in the exchange if there is 
 Without compression and with one rank this is Adam. With ``period = 1`` it is Adam with the mean of the gradients in M,
 and the mean of their squares in V, whose steps are averaged over ranks.
 
-The paper's are: Adam on each device from the common model and moments, the shared mask for all three, what it is chosen
+From the paper: Adam on each device from the common model and moments, the shared mask for all three, what it is chosen
 by (a bound on the distance to central Adam), their average. Its text could not be read beyond the abstract. So these
 are this package's reading: that the mask is the top-k of |w_k - W|; where epsilon and weight decay stand; and bias
 correction with t the number of local steps of the rank, as if no message had left anything out: M and V of an entry

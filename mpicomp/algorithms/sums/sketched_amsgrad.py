@@ -23,7 +23,7 @@ the sketches of the mean of both instead: with E = alpha_t S(mean of e_k), the s
 less memory, errors of single ranks cannot grow where their data differ, and the mean gradient can be read from the same
 message.
 
-The paper's are: momentum on the ranks, the sketch of it and the error memory, AMSGrad's maximum on the server, the
+From the paper: momentum on the ranks, the sketch of it and the error memory, AMSGrad's maximum on the server, the
 top-k of what is read over its root. Its text could not be read beyond the abstract and a summary. So these are this
 package's reading: h is the mean gradient, so that without loss this is AMSGrad; the error memory loses p, what was
 applied before the division by the root, not D: all p that were applied, and E, are then all that came in (tested, of
@@ -60,7 +60,7 @@ from torch import Tensor
 
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.adam import OwnAdam, zero_moments
+from mpicomp.algorithms.sums.adam import OwnAdam
 from mpicomp.algorithms.sums.count_sketch import CountSketch
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
@@ -129,7 +129,7 @@ class SketchedAMSGrad(OwnAdam[SketchedAMSGradState]):
         """Return moments and errors of zero, once the optimizer is found to fit."""
         self.require_plain_optimizer(local)
         sketch = CountSketch(local.x, self.rows, self.columns, self.seed)
-        v, largest = zero_moments(local)
+        v, largest = torch.zeros_like(local.x), torch.zeros_like(local.x)
         momentum, error = v.new_zeros(sketch.shape), v.new_zeros(sketch.shape)
         return SketchedAMSGradState(v, largest, momentum, error, sketch)
 

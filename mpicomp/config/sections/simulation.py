@@ -26,13 +26,15 @@ class SlowSection(Section):
     """The ranks whose gradients take longer; ranks that the run does not have are ignored."""
 
     factor: _Factor | list[_Factor] = 1.0
-    """The factor by which gradients take longer (of the host's time, so use `seconds` on a GPU); or one per rank."""
+    """The factor by which gradients take longer (of the host's time, so use `seconds` on a GPU); or a list, one
+    for each of `ranks`."""
 
     seconds: _Seconds | list[_Seconds] = 0.0
-    """Seconds by which gradients take longer in addition; or a number for each of `ranks`."""
+    """Seconds by which gradients take longer in addition; or a list, one for each of `ranks`."""
 
     spread: Spread = "fixed"
-    """The distribution of the additional time: ``"fixed"``, or with this mean ``"uniform"`` or ``"exponential"``."""
+    """The distribution of the additional time: ``"fixed"``, ``"jitter"`` (within 5 %), or with this mean ``"uniform"``
+    or ``"exponential"``."""
 
     @model_validator(mode="after")
     def _one_for_each(self) -> SlowSection:

@@ -36,7 +36,7 @@ class Report:
     seconds: tuple[float, ...]
 
     def numbers(self) -> list[float]:
-        """Return the fields as a flat tuple of numbers."""
+        """Return the fields as a flat list of numbers."""
         counts = (self.gradients, self.loss, self.bytes_sent, self.is_done)
         return [*counts, *dataclasses.astuple(self.status), *self.seconds]
 
