@@ -297,7 +297,8 @@ class RunContext:
         """
         config, world = self.config, self.world
         own = None
-        if evaluates_own(world.rank, world.size):
+        is_hub = bool(last.gradients) and not last.gradients[world.rank]  # has the workers' model, not their statistics
+        if evaluates_own(world.rank, world.size) and not is_hub:
             own = evaluate(replica.local.model, self.setup.dataset, world.device).accuracy
         assert last.loss is not None
         result = Result(

@@ -151,8 +151,7 @@ class _Training:
             if run.world.rank in setup.absences.away(step):
                 gossip.stay_away()
             else:
-                inputs, targets = setup.batch(step, run.world.rank, run.world.device)
-                gossip.step(partial(setup.loss, inputs, targets))
+                gossip.step(partial(setup.batch_loss, step, run.world.rank, run.world.device))
             run.watchdog.moved(done)
             record = self._record_if_due()
             if done < setup.steps and (reason := self._between_steps.after(done)):

@@ -106,6 +106,13 @@ class Setup:
             raise ConfigError(f"the loss of data.kind = {self.dataset.kind!r} must be a scalar tensor, and is {found}")
         return loss
 
+    def batch_loss(self, step: int, place: int, device: torch.device) -> Tensor:
+        """Return the loss of batch `step` for the training rank number `place`: the closure of a step.
+
+        Making the batch counts as a part of the gradient.
+        """
+        return self.loss(*self.batch(step, place, device))
+
 
 def with_bandwidths(
     config: RunConfig, world: World, groups: Groups | None = None, checkpoint: Checkpoint | None = None

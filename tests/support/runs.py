@@ -119,7 +119,7 @@ def records(folder):
     return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
 
 
-CLOCKS_AND_SHARED_GENERATORS = ("meter/seconds", "meter/total_seconds", "random/")
+CLOCKS_AND_SHARED_GENERATORS = ("meter/seconds", "meter/total_seconds", "data/reported", "random/")
 """What differs between equal runs: the ranks of the loopback share the generators of their process."""
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from statistics import fmean
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ class _Training:
         seed_random(config.run.seed, world.rank)
         run.look_out(in_step=False, is_able=self._replica.mailbox.how == "window")
         start, held = 0, None
+        stored: Mapping[str, Leaf] = {}
         if run.checkpoint:
             stored = run.restore_(self._replica, self._meter)
             run.go_back(self._length, can_end_later=True)
@@ -100,8 +102,11 @@ class _Training:
             held = None if number < 0 else number
         self._delay.gradients = self._meter.steps
         self._checkpoints = RunCheckpoints(run, self._replica)
+        self._loss = 0.0  # of the last record
         self._begin(start, held)
         run.start(self._logged, self._part_done)
+        if stored:
+            self._restore_records(stored)
         self._meter.skip()
 
     def go_on(self) -> Result | None:
@@ -115,7 +120,8 @@ class _Training:
                 if agreed.stop:
                     self._stop(Reason(agreed.stop))
                     return None
-                self._decide(reports, agreed)
+                if self._decide(reports, agreed):
+                    continue  # with a new pulse, as a run does that continues from this checkpoint
             self._work()
 
     def regroup(self) -> None:
@@ -150,6 +156,14 @@ class _Training:
         self._checkpoints.begin(self._logged)
         self._pulse = Pulse(world)
 
+    def _restore_records(self, stored: Mapping[str, Leaf]) -> None:
+        """Go on counting from the last record before the checkpoint; collective on all ranks."""
+        reported = cast(Tensor, stored["data/reported"])
+        self._last_reports = [Report.read(row) for row in self._run.world.all_gather(reported.tolist())]
+        self._logged = self._step(self._last_reports)
+        self._evaluations = int(stored["data/evaluations"])
+        self._loss = float(stored["data/loss"])
+
     def _new_reports(self) -> list[Report] | None:
         """Return the reports of all ranks if new ones are complete, else None."""
         rows = self._pulse.beat(lambda: self._report().numbers())
@@ -163,9 +177,10 @@ class _Training:
         """Compute a gradient or serve other ranks; pause if there is nothing to do."""
         run, replica, algorithm, meter = self._run, self._replica, self._algorithm, self._meter
         self._look_at_peers()
+        is_ready = self._batches.is_ready()  # before the learning rate, which is that of the batch
         run.setup.set_learning_rate(self._learning_rate(self._own_epoch()))
         before = meter.steps
-        if self._batches.is_ready():
+        if is_ready:
             replica.local.closure = self._closure
             with replica.naming_divergence():
                 has_moved = algorithm.step(replica.local, replica.state, replica.mailbox)
@@ -185,14 +200,16 @@ class _Training:
             replica.mailbox.pause()
         meter.wait()
 
-    def _decide(self, reports: list[Report], agreed: Status) -> None:
-        """Take the decisions that all ranks take alike: evaluate, record, store a checkpoint."""
+    def _decide(self, reports: list[Report], agreed: Status) -> bool:
+        """Evaluate, record and store a checkpoint if due, alike on all ranks; return whether one is being stored."""
         step = self._step(reports)
         self._checkpoints.publish_if_written(agreed)
         if not self._evaluate_if_due(reports) and step - self._logged >= self._run.config.run.log_every:
             self._record(reports, with_accuracy=False)
-        if self._checkpoints.is_due(step, agreed):
+        is_due = self._checkpoints.is_due(step, agreed)
+        if is_due:
             self._save()
+        return is_due
 
     def _stop(self, reason: Reason) -> None:
         """Store the last checkpoint of a run that was asked to stop."""
@@ -216,15 +233,14 @@ class _Training:
         """Return the loss of the next batch."""
         setup, number = self._run.setup, self._batches.take()
         self._meter.steps += 1
-        inputs, targets = setup.batch(number, self._share, self._run.world.device)
-        return setup.loss(inputs, targets)
+        return setup.batch_loss(number, self._share, self._run.world.device)
 
     def _own_epoch(self) -> float:
-        """Return the epoch of the run as far as this rank knows."""
+        """Return the epoch of the batch that this rank holds, or of the next one; on a hub, of its updates."""
         if not self._is_trainer:
             return self._algorithm.updates(self._replica.state) / self._gradients_per_epoch
-        number, setup = self._batches.held, self._run.setup
-        return setup.epoch(self._meter.steps * setup.trainers if number is None else number)
+        number = self._batches.held
+        return self._run.setup.epoch(self._batches.next if number is None else number)
 
     @property
     def _gradients_per_epoch(self) -> int:
@@ -286,6 +302,7 @@ class _Training:
         """Write and show a record; collective on all ranks if it has an accuracy."""
         world, replica, before = self._run.world, self._replica, self._last_reports
         self._last_reports, self._logged = reports, self._step(reports)
+        self._loss = mean_loss(reports, before, self._loss)
         score, distance = None, None
         delays: dict[str, list[int]] = {}
         diagnostics: dict[str, float] = {}
@@ -304,7 +321,7 @@ class _Training:
         record = Record(
             step=self._step(reports),
             epoch=self._done(reports) / self._gradients_per_epoch,
-            loss=mean_loss(reports, before),
+            loss=self._loss,
             lr=replica.local.lr,
             bytes_sent=sum(report.bytes_sent for report in reports),
             seconds=mean_seconds(reports, before),
@@ -337,6 +354,9 @@ class _Training:
             **self._membership.leaves(),
             "data/next": taken_by_all if self._run.setup.assignment.size == 1 else self._taken,
             "data/held": -1 if self._batches.held is None else self._batches.held,
+            "data/reported": torch.tensor(self._last_reports[self._run.world.rank].numbers(), dtype=torch.float64),
+            "data/evaluations": self._evaluations,
+            "data/loss": self._loss,
         }
 
     def _save_last(self) -> int:

@@ -48,10 +48,12 @@ class Report:
         return cls(int(gradients), loss, int(sent), int(is_done), status, tuple(seconds))
 
 
-def mean_loss(reports: Sequence[Report], before: Sequence[Report]) -> float:
-    """Return the mean loss over the batches of all ranks since the reports `before`."""
+def mean_loss(reports: Sequence[Report], before: Sequence[Report], last: float) -> float:
+    """Return the mean loss over the batches of all ranks since the reports `before`; `last` if there were none."""
     computed = sum(report.gradients for report in reports) - sum(report.gradients for report in before)
-    return (sum(report.loss for report in reports) - sum(report.loss for report in before)) / max(computed, 1)
+    if not computed:
+        return last
+    return (sum(report.loss for report in reports) - sum(report.loss for report in before)) / computed
 
 
 def mean_seconds(reports: Sequence[Report], before: Sequence[Report]) -> dict[str, float]:

@@ -70,6 +70,35 @@ def test_equal_shares_are_taken_by_each_rank(batches, path, trainers):
     assert {gradients for gradients in result.gradients if gradients} == {len(batches) // trainers}
 
 
+@pytest.mark.parametrize("share", ["by_speed", "equal"])
+@pytest.mark.parametrize("path", [GOSSIP, PAIRS])
+def test_the_learning_rate_is_that_of_the_batch(monkeypatch, path, share):
+    """Cosine over two epochs: a fast rank is not ahead of the schedule, nor a slow one behind."""
+    epochs_and_rates = []
+    batch = Setup.batch
+
+    def record(self, step, place, device):
+        epochs_and_rates.append((self.epoch(step), self.optimizer.param_groups[0]["lr"]))
+        return batch(self, step, place, device)
+
+    monkeypatch.setattr(Setup, "batch", record)
+    simulate(path, 4, f"algorithm.share={share}", "schedule.kind=cosine", "optimizer.lr=0.1", *UNEQUAL)
+    epochs, rates = np.array(sorted(epochs_and_rates)).T
+    assert epochs[-1] > 1.9
+    np.testing.assert_allclose(rates, 0.05 * (1 + np.cos(np.pi * epochs / 2)), rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_a_record_without_new_gradients_is_that_of_the_last_one():
+    result = simulate(GOSSIP, 4, "algorithm.share=equal", "run.log_every=1", "simulation.gradient_s=1.0")
+    assert 0 < result.train_loss < 1
+
+
+def test_a_hub_has_no_model_of_its_own():
+    """It has that of the workers, which train; its own batch-norm statistics would be those of the start."""
+    result = simulate(HUB, 3)
+    assert result.test_accuracy_local[0] is None and None not in result.test_accuracy_local[1:]
+
+
 def test_one_worker_trains_as_sgd_does(tmp_path):
     plain = ["compression.kind=identity", "compression.ratio=", "downlink.kind=identity", "downlink.ratio="]
     simulate(HUB, 2, *plain, folder=tmp_path / "worker")
@@ -96,17 +125,21 @@ def test_a_slow_rank_holds_nobody_up(path):
 @pytest.mark.parametrize("path", [HUB, GOSSIP, PAIRS])
 def test_a_run_that_goes_on_is_the_run_that_did_not_stop(path, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
-    options = ["training.steps=30", "checkpoint.every_steps=10", "checkpoint.keep_last=0", "run.log_every=1", *UNEQUAL]
+    options = ["training.steps=40", "checkpoint.every_steps=8", "checkpoint.keep_last=0", "run.log_every=9"]
+    options += ["run.evaluate_every_epochs=0.2", *UNEQUAL]
     overrides = [word for option in (*SHORT[1:], *options) for word in ("--set", option)]
     for folder in (whole, again):
         outcome = CliRunner().invoke(main, ["train", path, *overrides, "--simulate", "4", "--run-dir", str(folder)])
         assert outcome.exit_code == 0, outcome.output
     assert records(whole) == records(again)  # simulated time repeats itself
-    first = sorted((again / "checkpoints").glob("step_*"))[0]
-    outcome = CliRunner().invoke(main, ["train", "--resume", str(first), "--simulate", "4"])
-    assert outcome.exit_code == 0, outcome.output
-    assert f"Going on after step {int(first.name.removeprefix('step_'))}" in outcome.output
-    assert_same_checkpoint(*(Checkpoints(folder / "checkpoints").latest() for folder in (whole, again)))
+    for stored in sorted((again / "checkpoints").glob("step_*"))[2:0:-1]:
+        outcome = CliRunner().invoke(main, ["train", "--resume", str(stored), "--simulate", "4"])
+        assert outcome.exit_code == 0, outcome.output
+        assert f"Going on after step {int(stored.name.removeprefix('step_'))}" in outcome.output
+        assert_same_checkpoint(*(Checkpoints(folder / "checkpoints").latest() for folder in (whole, again)))
+        assert records(again) == records(whole)
+        for ours, theirs in zip(RunFolder(again).records(), RunFolder(whole).records(), strict=True):
+            assert ours["seconds"] == pytest.approx(theirs["seconds"])  # they are simulated
 
 
 def test_the_records_tell_how_late_contributions_were(tmp_path):

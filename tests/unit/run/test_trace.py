@@ -1,6 +1,7 @@
 """The timeline: valid, complete, nested, and of one mind with the metrics."""
 
 import json
+import time
 from collections import defaultdict
 
 import pytest
@@ -10,6 +11,7 @@ from mpicomp.cli import main
 from mpicomp.exchange import loopback
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.run.folder import RunFolder
+from mpicomp.run.setup import Setup
 from mpicomp.run.trace import LIMIT, compare_clocks, merge
 
 NAMES = {
@@ -174,3 +176,18 @@ def test_files_of_ranks_that_have_no_events_are_merged(tmp_path):
         (tmp_path / f"rank-{rank:04}.json").write_text(json.dumps(document))
     merge(tmp_path)
     assert json.loads((tmp_path / "trace.json").read_text())["otherData"] == {"accuracy_s": {"0": 0.5, "1": 0.5}}
+
+
+@pytest.mark.parametrize("config", ["dpsgd", "ad_psgd"])
+def test_making_batches_counts_as_time_of_the_gradient(config, monkeypatch, tmp_path):
+    batch, calls = Setup.batch, []
+
+    def slow(self, *place):
+        time.sleep(0.02)
+        calls.append(place)
+        return batch(self, *place)
+
+    monkeypatch.setattr(Setup, "batch", slow)
+    mpicomp(f"configs/methods/{config}.toml", *SHORT, "--loopback", "2", "--run-dir", tmp_path / "run")
+    records = RunFolder(tmp_path / "run").records()
+    assert sum(record["seconds"]["gradient"] for record in records) >= 0.02 * len(calls) / 2
