@@ -17,7 +17,8 @@ import click
 
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, is_step_folder, open_checkpoint
 from mpicomp.checkpoint.saver import find_checkpoint
-from mpicomp.cli import debug_option, is_debug
+from mpicomp.cli import debug_option, is_debug, set_option
+from mpicomp.cli.run_world import run_world, threads
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
@@ -155,7 +156,7 @@ class _Request:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), metavar="[CONFIG.toml]", required=False)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@set_option
 @click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/CONFIG-DATE-TIME.")
 @click.option(
     "--resume",
@@ -225,9 +226,7 @@ def train(
         raise ConfigError("--trace-steps goes with --trace")
     traced = (trace_steps or TRACE_STEPS) if trace else 0
     request = _Request(config, overrides, run_dir, resume, resize, end_time, traced, tensorboard, is_debug(ctx))
-    if loopback is not None and simulate is not None:
-        raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
-    size = loopback or simulate
+    size = threads(loopback, simulate)
     if size is not None:
         require_one_process()
     is_finished = _train_on_mpi(request) if size is None else _train_on_threads(request, size, simulate is not None)
@@ -251,30 +250,11 @@ def _train_guarded(world: World, config: RunConfig, request: _Request, requests:
 
 
 def _train_on_mpi(request: _Request) -> bool:
-    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
-
-    # The world of the run needs a configuration; this one carries the verdict on it.
-    everyone = MpiWorld.from_environment("cpu")
-    with guard(everyone, debug=request.debug):
-        config = _load_together(everyone, request)
-        requests = StopRequests(config.run.stop_signal)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
-        is_finished = _train_rank(world, config, request, requests)
+    with run_world(request.load, request.path or request.resume, debug=request.debug) as (world, config):
+        is_finished = _train_rank(world, config, request, StopRequests(config.run.stop_signal))
         if world.has_lost_ranks:
             world.leave(0 if is_finished else EXIT_UNFINISHED)
-        everyone.barrier()  # a launcher ends the others as soon as one has left with an exit code that is not 0
     return is_finished
-
-
-def _load_together(world: World, request: _Request) -> RunConfig:
-    """Load the configuration on every rank; raise an error on all ranks if one fails or reads another configuration."""
-    with together(world):
-        config = request.load()
-    text = config.to_toml()
-    differs = text != world.broadcast(text)
-    source = request.path or request.resume
-    agree(world, ConfigError(f"{source}: is not the same as on rank 0 ({world.host})") if differs else None)
-    return config
 
 
 def _train_rank(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:
