@@ -66,7 +66,6 @@ def plan(
     measure at the same time, as they would train. Model, data, batch, optimizer, graph and compressor are those of
     CONFIG.toml.
     """
-    check_ranks(ranks)
     if latency is not None and link is None:
         raise ConfigError(f"--latency {latency}: goes with --link, e.g. --link 100mbit")
     load = partial(RunConfig.load, config_path, overrides)
@@ -91,12 +90,6 @@ def plan(
         if world.rank == 0:
             how = f"tried between {world.size} ranks"
             _report(found, world.device, config_path, overrides, how, links, sums, json_path)
-
-
-def check_ranks(ranks: int | None) -> None:
-    """Raise ConfigError if there are fewer than two ranks."""
-    if ranks is not None and ranks < 2:
-        raise ConfigError(f"--ranks {ranks}: a plan is about messages between ranks; give at least 2")
 
 
 def parse_links(link: str, latency: str) -> Links:
