@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import html
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
+from generator.links import INCLUDED, relink  # MkDocs finds what lies beside its hooks
+from generator.pages import generated
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).parent))
-import pages as site
+from mpicomp.algorithms import ALGORITHMS
+from mpicomp.compression import COMPRESSORS
+from mpicomp.config.sections import SECTIONS
 
 GUIDES = ["tutorial.md", "training_script.md", "transformers.md", "lightning.md"]
 """The first pages after the start, in this order; further ones in ``docs/`` follow, and those of ``docs/how_to``."""
@@ -26,7 +28,7 @@ Nav = list[Any]
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from the code, and list all pages."""
-    for path, content in site.generated().items():
+    for path, content in generated().items():
         if isinstance(content, Path):
             files.append(File.generated(config, path, abs_src_path=str(content)))
         else:
@@ -39,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _nav(found: set[str]) -> Nav:
     """Return the pages by subject; a page in ``docs/`` that is not listed here is among the guides."""
-    known = {*GUIDES, *LAST, *site.INCLUDED.values()}
+    known = {*GUIDES, *LAST, *INCLUDED.values()}
     further = sorted(page for page in found if "/" not in page and page not in known)
 
     def there(*names: str) -> Nav:
@@ -51,14 +53,14 @@ def _nav(found: set[str]) -> Nav:
 
     nav: Nav = [
         {"Start": "index.md"},
-        {"Guides": [*there(*GUIDES), *further, *folder("how_to"), *there("troubleshooting.md")]},
-        {"Methods": ["methods/index.md", *(f"methods/{kind}.md" for kind in site.ALGORITHMS)]},
-        {"Compressors": ["compressors/index.md", *(f"compressors/{kind}.md" for kind in site.COMPRESSORS)]},
+        {"Guides": [*there(*GUIDES), *further, *folder("how_to"), *there(*LAST)]},
+        {"Methods": ["methods/index.md", *(f"methods/{kind}.md" for kind in ALGORITHMS)]},
+        {"Compressors": ["compressors/index.md", *(f"compressors/{kind}.md" for kind in COMPRESSORS)]},
         {"Measured": [*folder("studies"), *there("benchmarks.md")]},
         {
             "Reference": [
                 {"Command line": folder("cli")},
-                {"Configuration": ["toml/index.md", *(f"toml/{name}.md" for name in site.SECTIONS)]},
+                {"Configuration": ["toml/index.md", *(f"toml/{name}.md" for name in SECTIONS)]},
                 {"API": _modules(found)},
             ]
         },
@@ -86,7 +88,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links of pages in ``docs/`` to files of the repository into links to their pages."""
     if page.file.generated_by is not None:
         return markdown
-    return site.relink(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+    return relink(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 
 _EQUATION = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.DOTALL)

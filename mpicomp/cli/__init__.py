@@ -75,6 +75,10 @@ debug_option = click.option(
     help="Show the traceback of an error.",
 )
 
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated."
+)
+
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)

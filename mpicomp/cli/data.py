@@ -8,8 +8,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from mpicomp.data.download import ORIGINS, check, fetch
+from mpicomp.data.download import check, fetch
 from mpicomp.data.files import FOLDER_VARIABLE, data_folder
+from mpicomp.data.origins import ORIGINS
 from mpicomp.errors import DataError
 
 KIND = click.Choice(sorted(ORIGINS))

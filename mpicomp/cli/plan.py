@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import click
 import torch
 from rich.table import Table
 
-from mpicomp.cli import debug_option, is_debug
+from mpicomp.cli import debug_option, is_debug, set_option
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, wait_for, write_json
+from mpicomp.cli.run_world import run_world
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, ExchangeError
 from mpicomp.exchange.base import World
-from mpicomp.exchange.guard import guard, together
+from mpicomp.exchange.guard import together
 from mpicomp.exchange.launcher import launched_by
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.placement import device_of, only_gpu
@@ -42,7 +44,7 @@ _REMEDY = (
 
 @click.command()
 @click.argument("config_path", type=click.Path(path_type=Path), metavar="CONFIG.toml")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@set_option
 @click.option("--link", metavar="100mbit|10gbit", help="The bandwidth of each rank's network card, in each direction.")
 @click.option("--latency", metavar="200us|1ms", help="Of a message, with --link.  [default: 100us]")
 @click.option("--ranks", type=int, metavar="N", help="How many there are to be; default: those of the launcher.")
@@ -64,14 +66,14 @@ def plan(
     measure at the same time, as they would train. Model, data, batch, optimizer, graph and compressor are those of
     CONFIG.toml.
     """
-    check_ranks(ranks)
     if latency is not None and link is None:
         raise ConfigError(f"--latency {latency}: goes with --link, e.g. --link 100mbit")
+    load = partial(RunConfig.load, config_path, overrides)
     if link is not None:
         links = parse_links(link, latency or "100us")
         if ranks is None:
             raise ConfigError(f"--link {link}: give the number of ranks, too, e.g. --ranks 64")
-        config = RunConfig.load(config_path, overrides)
+        config = load()
         device = device_of(only_gpu(config.run.device))
         found = _measured(config, ranks, links, links, device)
         _report(found, device, config_path, overrides, f"{link}, {latency or '100us'}", links, links, json_path)
@@ -79,13 +81,7 @@ def plan(
     claim = launched_by(os.environ)
     if claim is None or claim[1] < 2:
         raise ConfigError(f"a plan needs links between at least 2 ranks: {_REMEDY}")
-    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
-
-    everyone = MpiWorld.from_environment("cpu")  # the world of the run needs a configuration
-    with guard(everyone, debug=is_debug(ctx)):
-        with together(everyone):
-            config = RunConfig.load(config_path, overrides)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
+    with run_world(load, config_path, debug=is_debug(ctx)) as (world, config):
         links, sums = try_links(world)
         world.barrier()  # all measure at the same time, as they would train
         with together(world):
@@ -94,13 +90,6 @@ def plan(
         if world.rank == 0:
             how = f"tried between {world.size} ranks"
             _report(found, world.device, config_path, overrides, how, links, sums, json_path)
-        world.barrier()
-
-
-def check_ranks(ranks: int | None) -> None:
-    """Raise ConfigError if there are fewer than two ranks."""
-    if ranks is not None and ranks < 2:
-        raise ConfigError(f"--ranks {ranks}: a plan is about messages between ranks; give at least 2")
 
 
 def parse_links(link: str, latency: str) -> Links:

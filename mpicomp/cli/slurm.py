@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mpicomp.cli import debug_option
+from mpicomp.cli import debug_option, set_option
 from mpicomp.errors import ConfigError, MpicompError
 from mpicomp.exchange.launcher import family
 from mpicomp.slurm.script import LAUNCHERS, BatchScript, Launcher
@@ -37,9 +37,7 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _OPTIONS = [
     click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG.toml"),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated."
-    ),
+    set_option,
     click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True),
     click.option("--gpus-per-node", type=click.IntRange(min=1), help="One rank for each."),
     click.option("--ranks-per-node", type=click.IntRange(min=1), help="On the CPU."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mpicomp.config.toml import parse_value
 from mpicomp.errors import ConfigError
 from mpicomp.plugins import names
 from mpicomp.topology import (
@@ -26,11 +26,6 @@ from mpicomp.topology import (
     make_topology,
     spectral_gap,
 )
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,15 +63,12 @@ def topology(name: str, ranks: int, settings: tuple[str, ...], picture: Path | N
 
 
 def _parse(setting: str) -> tuple[str, Any]:
-    """Split ``key=value``; a value that is not valid TOML is taken as text."""
+    """Split ``key=value``."""
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not key or not equals:
         raise ConfigError(f"--set {setting!r} must have the form KEY=VALUE, e.g. --set degree=4")
-    try:
-        return key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, text
+    return key, parse_value(text)
 
 
 def _graphs(schedule: Schedule) -> Iterator[tuple[str, Topology]]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import click
 
-from mpicomp.checkpoint.folder import MANIFEST, Checkpoint, is_step_folder, open_checkpoint
+from mpicomp.checkpoint.folder import Checkpoint, is_step_folder, open_checkpoint
 from mpicomp.checkpoint.saver import find_checkpoint
-from mpicomp.cli import debug_option, is_debug
+from mpicomp.cli import debug_option, is_debug, set_option
+from mpicomp.cli.run_world import run_world, threads
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.base import World
@@ -30,7 +31,7 @@ from mpicomp.run.folder import RunFolder
 from mpicomp.run.lock import RunLock
 from mpicomp.run.loop import train as train_model
 from mpicomp.run.progress import Progress
-from mpicomp.run.result import summary
+from mpicomp.run.start import make_folder, open_folder
 from mpicomp.run.stopping import EXIT_UNFINISHED, StopRequests
 from mpicomp.slurm.job import job_end_time
 
@@ -155,7 +156,7 @@ class _Request:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), metavar="[CONFIG.toml]", required=False)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@set_option
 @click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/CONFIG-DATE-TIME.")
 @click.option(
     "--resume",
@@ -225,9 +226,7 @@ def train(
         raise ConfigError("--trace-steps goes with --trace")
     traced = (trace_steps or TRACE_STEPS) if trace else 0
     request = _Request(config, overrides, run_dir, resume, resize, end_time, traced, tensorboard, is_debug(ctx))
-    if loopback is not None and simulate is not None:
-        raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
-    size = loopback or simulate
+    size = threads(loopback, simulate)
     if size is not None:
         require_one_process()
     is_finished = _train_on_mpi(request) if size is None else _train_on_threads(request, size, simulate is not None)
@@ -251,30 +250,11 @@ def _train_guarded(world: World, config: RunConfig, request: _Request, requests:
 
 
 def _train_on_mpi(request: _Request) -> bool:
-    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
-
-    # The world of the run needs a configuration; this one carries the verdict on it.
-    everyone = MpiWorld.from_environment("cpu")
-    with guard(everyone, debug=request.debug):
-        config = _load_together(everyone, request)
-        requests = StopRequests(config.run.stop_signal)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
-        is_finished = _train_rank(world, config, request, requests)
+    with run_world(request.load, request.path or request.resume, debug=request.debug) as (world, config):
+        is_finished = _train_rank(world, config, request, StopRequests(config.run.stop_signal))
         if world.has_lost_ranks:
             world.leave(0 if is_finished else EXIT_UNFINISHED)
-        everyone.barrier()  # a launcher ends the others as soon as one has left with an exit code that is not 0
     return is_finished
-
-
-def _load_together(world: World, request: _Request) -> RunConfig:
-    """Load the configuration on every rank; raise an error on all ranks if one fails or reads another configuration."""
-    with together(world):
-        config = request.load()
-    text = config.to_toml()
-    differs = text != world.broadcast(text)
-    source = request.path or request.resume
-    agree(world, ConfigError(f"{source}: is not the same as on rank 0 ({world.host})") if differs else None)
-    return config
 
 
 def _train_rank(world: World, config: RunConfig, request: _Request, requests: StopRequests) -> bool:
@@ -282,13 +262,16 @@ def _train_rank(world: World, config: RunConfig, request: _Request, requests: St
     groups = config.topology.groups(world)
     with together(world):
         config.check(world.size, groups)
-    folder = _make_folder(world, request)
+    folder = make_folder(world, request.make_folder)
     with closing(RunLock(folder.lock_path)) as lock:
         with together(world):
             if world.rank == 0:
                 lock.take()
         checkpoint = request.find_checkpoint(world)
-        if _has_ended(world, config, request, folder, checkpoint):
+        opened = open_folder(world, config, folder, checkpoint, request.names_checkpoint)
+        for line in opened.lines:
+            click.echo(line)
+        if opened.has_ended:
             return True
         return _train_in(folder, lock, world, config, request, requests, checkpoint)
 
@@ -323,84 +306,3 @@ def _train_in(
         undo = nullcontext() if checkpoint else folder.kept_if_used()
         with undo, Progress(config.training.steps, config.training.epochs) as progress:
             return go_on(config, world, folder, progress) is not None
-
-
-def _make_folder(world: World, request: _Request) -> RunFolder:
-    """Return the folder of the run, which rank 0 makes; collective on all ranks."""
-    path = None
-    with together(world):
-        if world.rank == 0:
-            path = request.make_folder().path
-    path = world.broadcast(path)
-    assert path is not None
-    return RunFolder(path)
-
-
-def _has_ended(
-    world: World, config: RunConfig, request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
-) -> bool:
-    """Prepare the folder on rank 0, and return whether its run has ended already; collective on all ranks.
-
-    A run that continues changes its folder only after it has read its checkpoint.
-    """
-    has_ended = False
-    with together(world):
-        if world.rank == 0:
-            has_ended = _open_folder(config, request, folder, checkpoint)
-    has_ended = world.broadcast(has_ended)
-    hidden = (
-        None
-        if has_ended or folder.config_path.is_file()
-        else ConfigError(
-            f"{world.host} does not see {folder.path}: the run folder must be on a file system that all nodes share"
-        )
-    )
-    agree(world, hidden)
-    return has_ended
-
-
-def _open_folder(config: RunConfig, request: _Request, folder: RunFolder, checkpoint: Checkpoint | None) -> bool:
-    """Prepare the run folder, and return whether its run has ended already; on rank 0 only."""
-    has_config = folder.config_path.exists()
-    if not has_config and checkpoint is None:
-        folder.check_is_new()
-        folder.save_config(config)
-        return False
-    trained = _trained(checkpoint)
-    stored = RunConfig.load(folder.config_path) if has_config else trained
-    # The file may have been edited since; what the checkpoint was trained with counts.
-    if reference := trained or stored:
-        config.check_continues(reference)
-    result = folder.load_result()
-    if result is not None and stored and config.training == stored.training and not request.names_checkpoint:
-        for line in ["This run has ended already; nothing is left to do.", *summary(result, folder.path)]:
-            click.echo(line)
-        return True
-    if checkpoint is None:
-        _begin_anew(folder)
-    if checkpoint is None or not has_config:
-        folder.save_config(config)
-    return False
-
-
-def _trained(checkpoint: Checkpoint | None) -> RunConfig | None:
-    """Return the configuration that a checkpoint was trained with; None if it does not say, as that of a script."""
-    if checkpoint is None or not checkpoint.manifest.config:
-        return None
-    return RunConfig.from_toml(checkpoint.manifest.config, str(checkpoint.path / MANIFEST))
-
-
-def _begin_anew(folder: RunFolder) -> None:
-    """Empty the folder of a run without a checkpoint, which starts at step 0; raise ConfigError if it has ended."""
-    if folder.result_path.exists():
-        raise ConfigError(
-            f"{folder.path}: this run has ended, and has no checkpoint to go on from; to start anew would remove its "
-            "result and its model. Put its checkpoints back, or give another --run-dir"
-        )
-    records, damaged = folder.sound_records()
-    if records or damaged:
-        click.echo(
-            f"mpicomp: warning: {folder.path} has no checkpoint: the run starts anew at step 0, and its "
-            f"{len(records)} records are dropped"
-        )
-    folder.rewind(0)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from mpicomp.cli import debug_option
+from mpicomp.cli import debug_option, set_option
+from mpicomp.cli.run_world import threads
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, DivergenceError
 from mpicomp.exchange.launcher import require_one_process
@@ -25,7 +26,7 @@ BEST_BAR, LONGEST_BAR = 10, 40
 
 @click.command()
 @click.argument("config_path", type=click.Path(path_type=Path), metavar="CONFIG.toml")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@set_option
 @click.option("--loopback", type=click.IntRange(min=1), metavar="N", help="Run N ranks as threads, without MPI.")
 @click.option(
     "--simulate", type=click.IntRange(min=1), metavar="N", help="As --loopback, in simulated time (see mpicomp train)."
@@ -65,7 +66,10 @@ def tune(
     nearly the same losses, the run whose ranks are closer together is the better one. Where the method has
     gamma = "auto", that is run, too.
     """
-    size = _size(loopback, simulate)
+    size = threads(loopback, simulate)
+    require_one_process()
+    if size is None:
+        raise ConfigError("give the number of ranks that will train, as threads of one process: --loopback N")
     if not (math.isfinite(factor) and factor > 1):
         raise ConfigError(f"--factor {factor:g}: must be a number > 1, e.g. 2")
     if target is not None:
@@ -150,16 +154,6 @@ def verdict(names: Sequence[str], found: Found) -> list[str]:
 def _words(names: Sequence[str], row: Row) -> list[str]:
     """Return the values of a run below their names."""
     return [word.rjust(len(name)) for name, word in zip(names, row.values, strict=True)]
-
-
-def _size(loopback: int | None, simulate: int | None) -> int:
-    if loopback is not None and simulate is not None:
-        raise ConfigError("--loopback and --simulate both say how many ranks to run: give one of them")
-    require_one_process()
-    size = loopback or simulate
-    if size is None:
-        raise ConfigError("give the number of ranks that will train, as threads of one process: --loopback N")
-    return size
 
 
 def _check_target(target: Path) -> None:

@@ -17,7 +17,6 @@ factory from outside the package, and installed packages may offer further kinds
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,16 +46,11 @@ from mpicomp.config.sections import (
     Values,
     shown,
 )
+from mpicomp.config.toml import parse, parse_value
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.topology.base import Schedule
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 FREE = {
     "checkpoint",
@@ -122,7 +116,7 @@ class RunConfig:
     @classmethod
     def from_toml(cls, text: str, source: str = "configuration") -> RunConfig:
         """Check a configuration given as text; raise ConfigError with `source` and all problems."""
-        return cls._from_values(_parsed(text, source), [], source)
+        return cls._from_values(parse(text, source), [], source)
 
     @classmethod
     def _from_values(cls, values: Values, problems: list[str], source: str) -> RunConfig:
@@ -328,14 +322,7 @@ def _read(path: Path) -> Values:
         raise ConfigError(f"{path}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return _parsed(text, str(path))
-
-
-def _parsed(text: str, source: str) -> Values:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: is not TOML: {error}") from error
+    return parse(text, str(path))
 
 
 def _override_(values: Values, overrides: Sequence[str]) -> list[str]:
@@ -351,13 +338,5 @@ def _override_(values: Values, overrides: Sequence[str]) -> list[str]:
                 table.pop("epochs" if key == "steps" else "steps", None)
             table.pop(key, None)
             if text:
-                table[key] = _value(text)
+                table[key] = parse_value(text)
     return problems
-
-
-def _value(text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text

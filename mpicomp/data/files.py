@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mpicomp.data.origins import ORIGINS
 from mpicomp.errors import DataError
 
 FOLDER_VARIABLE = "MPICOMP_DATA"
-DOWNLOADABLE = ("fashion_mnist", "cifar10", "tinyshakespeare")
 
 
 def data_folder(path: Path | None) -> Path:
@@ -30,7 +30,7 @@ def find(kind: str, file: str, path: Path | None) -> Path:
     found = folder if folder.is_file() else folder / file
     if found.is_file():
         return found
-    remedy = f" Or download it: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else ""
+    remedy = f" Or download it: mpicomp data fetch {kind}." if kind in ORIGINS else ""
     raise DataError(
         f"data.kind = {kind!r} needs the file {file}, which is not in {folder.absolute()} ({folder_origin(path)}). Set "
         f"data.path or the environment variable {FOLDER_VARIABLE} to the folder that holds it.{remedy}"
@@ -44,5 +44,5 @@ def folder_origin(path: Path | None) -> str:
 
 def damaged(kind: str, path: Path, reason: str) -> DataError:
     """Return the error for a file with unexpected content."""
-    remedy = f"Download it again: mpicomp data fetch {kind}." if kind in DOWNLOADABLE else "Check the file."
+    remedy = f"Download it again: mpicomp data fetch {kind}." if kind in ORIGINS else "Check the file."
     return DataError(f"data.kind = {kind!r}: the file {path} is damaged: {reason}. {remedy}")

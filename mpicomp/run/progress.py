@@ -25,6 +25,12 @@ EVALUATION_S = 1.0
 """Seconds between lines in a log file if the line has a new test result."""
 
 
+def stdout(width: int | None = None) -> Console:
+    """Return a console on standard output; `width` is its columns, by default those of the terminal."""
+    # Open MPI gives rank 0 a terminal as standard output even if the output goes to a file.
+    return Console(highlight=False, width=width, force_terminal=None if sys.stderr.isatty() else False)
+
+
 class Progress:
     """Shows a run on rank 0; use it as a context manager, so that the terminal is restored after an error.
 
@@ -38,8 +44,7 @@ class Progress:
     def __init__(self, steps: int | None, epochs: float | None, console: Console | None = None) -> None:
         self._steps = steps
         self._epochs = epochs
-        # Open MPI gives rank 0 a terminal as standard output even if the output goes to a file.
-        self._console = console or Console(highlight=False, force_terminal=None if sys.stderr.isatty() else False)
+        self._console = console or stdout()
         self._live: Live | None = None
         self._started = self._last_time = self._last_line = time.monotonic()
         self._last_bytes = 0

@@ -13,6 +13,8 @@ from typing import Any
 
 from stage import NotYet, Stage
 
+from mpicomp.replica.record import training_seconds
+
 RANKS = 16
 SEEDS = (0, 1, 2)
 GOSSIP = ("choco_90", "adagossip_90")
@@ -62,9 +64,7 @@ def speed(stage: Stage, how: str, ranks: int) -> Mapping[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     # The first record holds what starts up: compilers, the choice of convolutions.
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [
-        sum(value for part, value in record["seconds"].items() if part != "exchange_hidden") for record in records
-    ]
+    seconds = [training_seconds(record["seconds"]) for record in records]
     taken, done = (sum(seconds[1:]), steps - records[0]["step"]) if len(records) > 1 else (seconds[0], steps)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {"ranks": ranks, "samples_per_s": done * ranks * 32 / taken, "seconds": result["seconds"]}

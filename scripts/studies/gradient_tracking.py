@@ -149,8 +149,7 @@ def distances(problem: Problem, method: Algorithm, steps: int = STEPS) -> np.nda
 
 def draw(problems: Sequence[Problem], path: Path) -> None:
     """Draw the distances of all methods on each problem."""
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "mpicomp", "font.size": 9}
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+    plt.style.use(Path(__file__).parents[1] / "figures.mplstyle")
     figure, both = plt.subplots(1, len(problems), figsize=(8, 3), sharey=True)
     for problem, axes in zip(problems, both, strict=True):
         for name, method in METHODS.items():

@@ -24,8 +24,7 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     settings = list(dict.fromkeys(cell.setting.name for cell, *_ in finished if cell.study.decide_by != "loss"))
     if not keys or not settings:
         return None
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "mpicomp", "font.size": 9}
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+    plt.style.use(Path(__file__).parents[1] / "figures.mplstyle")
     figure, rows = plt.subplots(
         len(settings), len(keys), figsize=(4 * len(keys), 2.6 * len(settings)), squeeze=False, sharey="row"
     )

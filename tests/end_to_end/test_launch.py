@@ -66,6 +66,18 @@ def test_an_error_that_all_agree_on_is_printed_once():
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["bench", "step"]], ids=" ".join)
+def test_ranks_that_read_different_configurations_are_refused(command, tmp_path):
+    words = [sys.executable, "-m", "mpicomp", *command, "configs/methods/choco.toml"]
+    folder = ["--run-dir", tmp_path / "run"] if command == ["train"] else []
+    other = ["--set", "training.batch_size=5"]
+    code, output = run(MPIEXEC, "-n", "1", *words, *folder, ":", "-n", "1", *words, *folder, *other)
+    assert code == 2, output
+    assert output.count("mpicomp: error: ") == 1
+    assert re.search(r"error: configs/methods/choco.toml: \S+ reads another one than rank 0 \(on rank 1\)", output)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_that_is_killed_ends_all_of_them():
     body = (
         "import os, signal\nif world.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nworld.barrier()\nprint('went on')"

@@ -71,8 +71,8 @@ def exchange(ctx: click.Context, largest: float, rounds: int, json_path: Path | 
     """
     from mpicomp.cli import is_debug
     from mpicomp.exchange.guard import guard
-    from mpicomp.exchange.mpi.library import MPI
-    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
+    from mpicomp.exchange.mpi.probe import examine_library  # here, because it starts MPI
+    from mpicomp.exchange.mpi.world import MpiWorld
 
     world = MpiWorld.from_environment("cpu")
     with guard(world, debug=is_debug(ctx)):
@@ -84,7 +84,7 @@ def exchange(ctx: click.Context, largest: float, rounds: int, json_path: Path | 
         rows = [measure(world, nbytes, rounds) for nbytes in sizes]
         hosts = len(set(world.all_gather(world.host)))
         if world.rank == 0:
-            facts = machine() | {"mpi": " ".join(MPI.Get_library_version().split(",")[0].splitlines()[0].split())}
+            facts = machine() | {"mpi": examine_library().version}
             report = {
                 "machine": facts,
                 "ranks": world.size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 
 from mpicomp import kernels
+from mpicomp.run.progress import stdout
 
 WIDTH = 140
 """Columns of a table, which must not depend on where it is printed."""
@@ -43,8 +43,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
 
 def console() -> Console:
     """Return the console on which to print tables."""
-    # Open MPI gives rank 0 a terminal as standard output even where the output goes to a file.
-    return Console(highlight=False, width=WIDTH, force_terminal=None if sys.stderr.isatty() else False)
+    return stdout(WIDTH)
 
 
 def print_machine(on: Console, facts: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ import torch
 from rich.table import Table
 
 from mpicomp.algorithms import AsynchronousAlgorithm
-from mpicomp.cli import debug_option, is_debug
+from mpicomp.cli import debug_option, is_debug, set_option
 from mpicomp.cli.bench.machine import console, json_option, machine, print_machine, wait_for, write_json
+from mpicomp.cli.run_world import run_world
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import World
@@ -60,7 +61,7 @@ class Steps:
 
 @click.command()
 @click.argument("config_path", type=click.Path(path_type=Path), metavar="CONFIG.toml")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key; may be repeated.")
+@set_option
 @click.option("--blocks", default=10, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
 @click.option("--block", "length", default=5, show_default=True, type=click.IntRange(1), help="Steps in each of them.")
 @click.option(
@@ -89,46 +90,44 @@ def step(
     and bytes, which stay the same where a rank talks to its neighbors alone. Blocks of steps take turns. On a GPU
     (run.device) a block ends when the GPU has done it; the parts are times of the host.
     """
-    measured = partial(_measure_guarded, blocks=blocks, length=length)
+    load = partial(RunConfig.load, config_path, overrides)
     if sizes:
         from mpicomp.exchange.loopback import run
 
-        config = RunConfig.load(config_path, overrides)
+        config = load()
         device = device_of(only_gpu(config.run.device))
-        results = [run(size, measured, config, is_debug(ctx), device=device)[0] for size in sizes]
+        timed = partial(_set_up_and_measure_guarded, config=config, blocks=blocks, length=length, debug=is_debug(ctx))
+        results = [run(size, timed, device=device)[0] for size in sizes]
         report = _report(device, config_path, overrides, blocks, length, "loopback", results)
         _print(report, results)
         if json_path:
             write_json(json_path, report)
         return
-    from mpicomp.exchange.mpi.world import MpiWorld  # here, because it starts MPI
-
-    everyone = MpiWorld.from_environment("cpu")  # the world of the run needs a configuration
-    with guard(everyone, debug=is_debug(ctx)):
-        with together(everyone):
-            config = RunConfig.load(config_path, overrides)
-        world = MpiWorld.from_environment(config.run.device, config.run.allow_shared_gpu, config.run.node_sums)
-    result = measured(world, config, is_debug(ctx))
-    if world.rank == 0:
-        report = _report(world.device, config_path, overrides, blocks, length, "MPI", [result])
-        _print(report, [result])
-        if json_path:
-            write_json(json_path, report)
-    world.barrier()
+    with run_world(load, config_path, debug=is_debug(ctx)) as (world, config):
+        result = _set_up_and_measure(world, config, blocks, length)
+        if world.rank == 0:
+            report = _report(world.device, config_path, overrides, blocks, length, "MPI", [result])
+            _print(report, [result])
+            if json_path:
+                write_json(json_path, report)
 
 
-def _measure_guarded(world: World, config: RunConfig, debug: bool, blocks: int, length: int) -> Steps:
+def _set_up_and_measure_guarded(world: World, config: RunConfig, blocks: int, length: int, debug: bool) -> Steps:
     with guard(world, debug=debug):
-        groups = config.topology.groups(world)
-        config = with_bandwidths(config, world, groups)
-        with together(world):
-            setup = set_up(config, world, groups)
-            if isinstance(setup.algorithm, AsynchronousAlgorithm):
-                raise ConfigError(
-                    f"algorithm.kind = {config.algorithm.kind!r}: its ranks have no common steps; bench step times "
-                    "synchronous algorithms"
-                )
-        return measure(world, config, setup, blocks, length)
+        return _set_up_and_measure(world, config, blocks, length)
+
+
+def _set_up_and_measure(world: World, config: RunConfig, blocks: int, length: int) -> Steps:
+    groups = config.topology.groups(world)
+    config = with_bandwidths(config, world, groups)
+    with together(world):
+        setup = set_up(config, world, groups)
+        if isinstance(setup.algorithm, AsynchronousAlgorithm):
+            raise ConfigError(
+                f"algorithm.kind = {config.algorithm.kind!r}: its ranks have no common steps; bench step times "
+                "synchronous algorithms"
+            )
+    return measure(world, config, setup, blocks, length)
 
 
 def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: int) -> Steps:

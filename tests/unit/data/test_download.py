@@ -15,10 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from mpicomp.cli.data import data as command
-from mpicomp.data import download, images
+from mpicomp.data import images
 from mpicomp.data.datasets import load
-from mpicomp.data.download import ORIGINS, check, fetch, read_idx, sha256
+from mpicomp.data.download import check, fetch, sha256
 from mpicomp.data.files import FOLDER_VARIABLE
+from mpicomp.data.origins import CIFAR_ARCHIVE, ORIGINS, read_idx
 from mpicomp.errors import DataError
 
 COUNTS = {"train": 30, "test": 20}
@@ -65,13 +66,13 @@ def mirror(tmp_path, monkeypatch):
         (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(fashion[f"{split}/images"]))
         (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(fashion[f"{split}/labels"]))
     archive = cifar_archive(cifar)
-    (folder / download.CIFAR_ARCHIVE).write_bytes(archive)
+    (folder / CIFAR_ARCHIVE).write_bytes(archive)
     text = b"To be, or not to be.\n" * 100
     (folder / "input.txt").write_bytes(text)
     hashes = {
         "fashion_mnist": {name: sha256(array) for name, array in fashion.items()},
         "cifar10": {
-            download.CIFAR_ARCHIVE: hashlib.sha256(archive).hexdigest(),
+            CIFAR_ARCHIVE: hashlib.sha256(archive).hexdigest(),
             **{name: sha256(array) for name, array in cifar.items() if "labels" in name},
         },
         "tinyshakespeare": {"input.txt": hashlib.sha256(text).hexdigest()},
@@ -113,7 +114,7 @@ def test_progress_is_told(mirror, tmp_path):
     ("kind", "file", "content", "message"),
     [
         ("tinyshakespeare", "input.txt", b"other", r"input\.txt from file:.* is not the original: its SHA-256 is"),
-        ("cifar10", download.CIFAR_ARCHIVE, b"other", r"cifar-10-binary\.tar\.gz from .* is not the original"),
+        ("cifar10", CIFAR_ARCHIVE, b"other", r"cifar-10-binary\.tar\.gz from .* is not the original"),
         (
             "fashion_mnist",
             "train-labels-idx1-ubyte.gz",
@@ -140,8 +141,8 @@ def test_what_is_not_the_original_is_refused_and_leaves_nothing(kind, file, cont
 
 def test_a_damaged_archive_whose_hash_is_unknown_is_refused(mirror, tmp_path, monkeypatch):
     monkeypatch.setitem(ORIGINS, "cifar10", dataclasses.replace(ORIGINS["cifar10"], sha256={}))
-    whole = (mirror / download.CIFAR_ARCHIVE).read_bytes()
-    (mirror / download.CIFAR_ARCHIVE).write_bytes(whole[: len(whole) // 2])
+    whole = (mirror / CIFAR_ARCHIVE).read_bytes()
+    (mirror / CIFAR_ARCHIVE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be decoded"):
         fetch("cifar10", tmp_path, mirror.as_uri())
 

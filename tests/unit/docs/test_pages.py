@@ -1,31 +1,29 @@
 """The pages of the documentation that are made from the code; `scripts/docs` builds the site of them."""
 
-import importlib.util
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 import click
 import pytest
 
 from mpicomp.algorithms import ALGORITHMS
-from mpicomp.cli import COMMANDS
+from mpicomp.cli import COMMANDS, main
 from mpicomp.compression import COMPRESSORS
+from mpicomp.config.sections import SECTIONS
 
-ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(Path(__file__).parents[3] / "docs" / "site"))
 
-
-@pytest.fixture(scope="module")
-def site():
-    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs/site/pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import generator.links
+import generator.pages
+from generator.links import relink
+from generator.pages import generated, measured
 
 
 @pytest.fixture(scope="module")
-def pages(site):
-    return site.generated()
+def pages():
+    return generated()
 
 
 def test_each_algorithm_has_a_page_with_equations_advice_and_source(pages):
@@ -45,11 +43,11 @@ def test_each_compressor_has_a_page_with_what_a_message_takes(pages):
         assert f"]({kind}.md)" in pages["compressors/index.md"]
 
 
-def test_each_command_has_a_page_with_all_its_options(site, pages):
-    context = click.Context(site.main, info_name="mpicomp")
+def test_each_command_has_a_page_with_all_its_options(pages):
+    context = click.Context(main, info_name="mpicomp")
     for name in COMMANDS:
         text = pages[f"cli/{name}.md"]
-        for command in subcommands(site.main.get_command(context, name), context):
+        for command in subcommands(main.get_command(context, name), context):
             for parameter in command.params:
                 if isinstance(parameter, click.Option):
                     assert parameter.opts[0] in text, (name, parameter.opts)
@@ -62,8 +60,8 @@ def subcommands(command, context):
             yield from subcommands(command.get_command(context, name), context)
 
 
-def test_each_section_has_a_page_with_its_keys_and_the_parameters_of_each_kind(site, pages):
-    for name, section in site.SECTIONS.items():
+def test_each_section_has_a_page_with_its_keys_and_the_parameters_of_each_kind(pages):
+    for name, section in SECTIONS.items():
         text = pages[f"toml/{name}.md"]
         for key in section.model_fields:
             assert f"| `{name}.{key}` |" in text
@@ -90,29 +88,30 @@ def test_each_public_module_has_a_page_of_the_api(pages):
     assert not any(page.startswith("api/mpicomp.cli") for page in pages)
 
 
-def test_measured_rows_are_those_of_the_method_under_the_first_of_their_table(site, tmp_path, monkeypatch):
+def test_measured_rows_are_those_of_the_method_under_the_first_of_their_table(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     table = "| method | points |\n| --- | --- |\n| SGD, uncompressed | 3 |\n| DGC, 1 % | 2 |\n| DC-ASGD | 1 |\n"
     (tmp_path / "docs/studies.md").write_text(f"# Studies\n\n## A *study*: one\n\n{table}\n")
-    monkeypatch.setattr(site, "ROOT", tmp_path)
-    (found,) = site.measured("DGC, deep gradient compression", "DGC", "methods/dgc.md")
+    for module in (generator.links, generator.pages):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    (found,) = measured("DGC, deep gradient compression", "DGC", "methods/dgc.md")
     assert found.splitlines()[0] == "From [A *study*: one](../studies.md#a-study-one):"
     assert found.splitlines()[2:] == table.splitlines()[:4]
-    assert list(site.measured("ASGD", "ASGD", "methods/asgd.md")) == []
+    assert list(measured("ASGD", "ASGD", "methods/asgd.md")) == []
 
 
-def test_links_of_a_file_lead_to_its_page(site):
+def test_links_of_a_file_lead_to_its_page():
     text = (
         "[a](mpicomp/algorithms/gossip/choco.py) [b](docs/lightning.md#x) [c](configs/methods) [d](https://x.y) [e](#z)"
     )
-    assert site.relink(text, "README.md", "index.md") == (
+    assert relink(text, "README.md", "index.md") == (
         "[a](source/mpicomp/algorithms/gossip/choco.py.md) [b](lightning.md#x) [c](source/configs/methods/index.md) "
         "[d](https://x.y) [e](#z)"
     )
-    assert site.relink("[a](../README.md)\n```\n[b](../README.md)\n```", "docs/a/b.md", "a/b.md") == (
+    assert relink("[a](../README.md)\n```\n[b](../README.md)\n```", "docs/a/b.md", "a/b.md") == (
         "[a](../README.md)\n```\n[b](../README.md)\n```"  # leads nowhere: the build says so
     )
-    assert site.relink("[a](../README.md)", "docs/lightning.md", "lightning.md") == "[a](index.md)"
-    assert site.relink("[a](../site/methods/motef.md#measured)", "docs/studies/a.md", "studies/a.md") == (
+    assert relink("[a](../README.md)", "docs/lightning.md", "lightning.md") == "[a](index.md)"
+    assert relink("[a](../site/methods/motef.md#measured)", "docs/studies/a.md", "studies/a.md") == (
         "[a](../methods/motef.md#measured)"
     )
