@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ Attempt = Generator[Meanwhile, None, bool]
 
 DELAYS = 65
 """The length of a histogram of delays; its last place counts all that are longer."""
+
+
+class ComputingLocal(Local, Protocol):
+    """The model of this rank, which computes its gradients itself."""
+
+    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
+        """Forward and backward on the next batch; return `g` (n,)."""
 
 
 class AsynchronousAlgorithm(ABC, Generic[S]):
@@ -100,7 +107,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         been sent stay valid.
         """
 
-    def step(self, local: Local, state: S, mailbox: Mailbox) -> bool:
+    def step(self, local: ComputingLocal, state: S, mailbox: Mailbox) -> bool:
         """Compute one gradient and do with it what there is to do; return whether this rank could go on.
 
         Without a batch to take, the loop no longer calls this on a rank, but `serve`.
