@@ -23,7 +23,6 @@ from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange, Mailbox
 from mpicomp.topology.base import Schedule, Topology
-from mpicomp.topology.spectral import is_connected
 
 S = TypeVar("S")
 
@@ -189,7 +188,7 @@ def require_connected(name: str, schedule: Schedule) -> Topology:
             f"topology.kind = {schedule.name!r} changes from step to step, but {name} has no common steps: "
             "take a graph that stays as it is"
         )
-    if not is_connected(schedule):
+    if not schedule.is_connected:
         raise TopologyError(
             f"topology.kind = {schedule.name!r}: the graph is not connected, so {name} would train several models "
             "that know nothing of each other. Add edges, or take topology.kind = 'ring'."
