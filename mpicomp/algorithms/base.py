@@ -2,7 +2,7 @@
 
 An algorithm is a frozen dataclass of hyper-parameters; its compressor, where it has one, is one of them. What changes
 lives in its state, a dataclass of tensors and numbers made by `Algorithm.init` and changed in place by
-`Algorithm.step`. Whatever a restart needs is a field of that state, so one generic code (`mpicomp.state`)
+`Algorithm.phases`. Whatever a restart needs is a field of that state, so one generic code (`mpicomp.state`)
 stores and restores the state of every algorithm. No message is in flight between two steps.
 """
 
@@ -68,9 +68,6 @@ class Local(Protocol):
 
         A rank whose node has several holds a shard of each vector (collective on the ranks of the node).
         """
-
-    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
-        """Forward and backward on the next batch; return `g` (n,)."""
 
     def update(self, part: slice | None = None) -> None:
         """Take the optimizer's step on `x` with `g`; only on the tensors that `part` touches, if it is given."""
@@ -150,11 +147,6 @@ class Algorithm(ABC, Generic[S]):
         Called while parameters are frozen, whose error memory has no part in the step. By default nothing has such a
         unit.
         """
-
-    def step(self, local: Local, state: S, exchange: Exchange) -> None:
-        """Do one step of training with the gradient that `local` computes (collective on all ranks)."""
-        for meanwhile in self.phases(local, state, exchange):
-            local.gradient(meanwhile)
 
     def diagnostics(self, local: Local, state: S) -> dict[str, float]:
         """Return numbers of this rank worth a place in the metrics; no communication.

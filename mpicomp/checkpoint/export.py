@@ -34,7 +34,7 @@ def mean_model(checkpoint: Checkpoint) -> dict[str, Tensor]:
     means = {name: _mean(checkpoint, name, cast(Tensor, first[name])) for name in names}
     parameters = dict(_split(means.pop("model/parameters"), str(first["model/tensors"])))
     model = {**parameters, **{name.split("/", 2)[2]: tensor for name, tensor in means.items()}}
-    aliases: dict[str, str] = json.loads(str(first.get("model/aliases", "{}")))  # older checkpoints have none
+    aliases: dict[str, str] = json.loads(str(first["model/aliases"]))
     return {**model, **{name: model[other] for name, other in aliases.items()}}
 
 
@@ -83,9 +83,9 @@ def _mean(checkpoint: Checkpoint, name: str, first: Tensor) -> Tensor:
 def _split(flat: Tensor, tensors: str) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor for each part of the flat vector (n,)."""
     start = 0
-    for name, shape, *dtype in json.loads(tensors):  # older checkpoints have no types
+    for name, shape, dtype in json.loads(tensors):
         stop = start + math.prod(shape)
         part = flat[start:stop].view(shape)
-        yield name, part.to(getattr(torch, dtype[0]) if dtype else part.dtype, copy=True)
+        yield name, part.to(getattr(torch, dtype), copy=True)
         start = stop
     assert start == flat.numel()

@@ -40,9 +40,6 @@ from mpicomp.state import Leaf
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
-NODES_VERSION = 2
-"""The version of a manifest with files of nodes, which programs that read `VERSION` refuse."""
-
 _NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
 
 
@@ -113,9 +110,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``; its key ``sha256`` is the hash of all other values."""
-        values = {"format": FORMAT, "version": NODES_VERSION if self.nodes else VERSION, **dataclasses.asdict(self)}
-        if not self.nodes:
-            del values["nodes"]  # earlier versions read such a checkpoint, but know no such key
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps({**values, "sha256": _sha256(values)}, indent=2) + "\n"
 
     @classmethod
@@ -125,13 +120,13 @@ class Manifest:
             values: dict[str, Any] = json.loads(text)
             if values["format"] != FORMAT:
                 raise CheckpointError(f"{path}: is not the manifest of a checkpoint of mpicomp")
-            if (version := int(values["version"])) > NODES_VERSION:
-                raise CheckpointError(hdf5.newer(path, version, NODES_VERSION))
+            if (version := int(values["version"])) > VERSION:
+                raise CheckpointError(hdf5.newer(path, version))
             if values.pop("sha256") != _sha256(values):
                 raise CheckpointError(f"{path}: is damaged, or was edited: it is not what its SHA-256 was computed of")
             del values["format"], values["version"]
             files = {name: Digest(**digest) for name, digest in values.pop("files").items()}
-            nodes = tuple(map(tuple, values.pop("nodes", ())))
+            nodes = tuple(map(tuple, values.pop("nodes")))
             manifest = cls(**values, files=files, nodes=nodes)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error

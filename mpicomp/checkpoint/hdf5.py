@@ -2,10 +2,9 @@
 
 A leaf ``algorithm/x_hat`` is the dataset ``/algorithm/x_hat``. A tensor is stored contiguously, with its type in the
 attribute ``dtype`` and the CRC-32 of its bytes in ``crc32``; bfloat16 and float16 are stored as their 16 bits in
-uint16. In the file of a node, each rank has a group that is what its own file would be. (Earlier versions stored
-tensors in chunks with HDF5's own checksums; such files can still be read.) Numbers and texts are scalar datasets, with
-their type in the attribute ``type``. The root's attributes describe the file. Nothing is pickled; plain h5py or
-``h5ls -r`` shows everything. The same leaves give the same bytes.
+uint16. In the file of a node, each rank has a group that is what its own file would be. Numbers and texts are
+scalar datasets, with their type in the attribute ``type``. The root's attributes describe the file. Nothing is pickled;
+plain h5py or ``h5ls -r`` shows everything. The same leaves give the same bytes.
 
 HDF5 writes everything except the tensors, for which it leaves holes. This module then writes the tensors into the holes
 itself, and hashes the file meanwhile. The reason: tensors may fill the disk, and HDF5 never closes a file that it
@@ -201,9 +200,9 @@ def unreadable(path: Path) -> list[str]:
     return damaged
 
 
-def newer(path: Path, version: int, known: int = VERSION) -> str:
+def newer(path: Path, version: int) -> str:
     """Return the error message for a file of a newer version than this program knows."""
-    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {known}): update it"
+    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
 
 
 class _Disk(io.FileIO):
@@ -347,8 +346,6 @@ def _leaf(path: Path, group: h5py.Group, name: str) -> Leaf:
         dataset = group[name]
         if "type" in dataset.attrs:
             return _PYTHON[dataset.attrs["type"]](dataset)
-        if "dtype" not in dataset.attrs:  # a model of an earlier version
-            return torch.from_numpy(np.asarray(dataset[()]))
         return _tensor(dataset, getattr(torch, dataset.attrs["dtype"]))
     except Exception as error:  # whatever h5py makes of damaged bytes
         full = f"{group.name.rstrip('/')}/{name}"
@@ -362,7 +359,7 @@ def _tensor(dataset: h5py.Dataset, dtype: torch.dtype) -> Tensor:
         raise TypeError(f"{dataset.dtype} instead of {values.dtype}")
     if values.size:
         dataset.read_direct(values)
-    if "crc32" in dataset.attrs and zlib.crc32(_bytes(values)) != dataset.attrs["crc32"]:
+    if zlib.crc32(_bytes(values)) != dataset.attrs["crc32"]:
         raise ValueError("its CRC-32 is another one")
     return tensor
 

@@ -75,8 +75,8 @@ def unpack(leaves: Mapping[str, Leaf]) -> dict[Any, Any]:
         CheckpointError: the leaves contain a type that this version does not know.
 
     """
-    if STRUCTURE not in leaves:  # a checkpoint without a tree, or of a version in which it was flat
-        return dict(leaves)
+    if STRUCTURE not in leaves:  # a checkpoint without a tree
+        return {}
     tree: dict[Any, Any] = _decode(json.loads(str(leaves[STRUCTURE])), leaves)
     return tree
 

@@ -20,7 +20,7 @@ from mpicomp.run.folder import RunFolder
 from mpicomp.run.result import readable_bytes
 from mpicomp.state import Leaf
 
-VOLATILE = ("random/", "meter/seconds", "meter/total_seconds", "meter/elapsed_s")
+VOLATILE = ("random/", "meter/seconds", "meter/total_seconds")
 """Leaves that may differ between two identical runs."""
 
 _CONTEXT = 20

@@ -22,7 +22,6 @@ from mpicomp.topology import (
     Schedule,
     Topology,
     best_diffusion_step,
-    is_connected,
     make_topology,
     spectral_gap,
 )
@@ -103,7 +102,7 @@ def _facts(schedule: Schedule) -> Iterator[tuple[str, str]]:
     yield f"Sources of a rank{at_step}", _range(len(graph.sources(rank)) for rank in range(graph.size))
     yield f"Targets of a rank{at_step}", fan_out
     yield "Bytes a rank sends", f"{fan_out} x those of its message"
-    yield "Connected", _yes(is_connected(schedule.union))
+    yield "Connected", _yes(schedule.union.is_connected)
     yield "Doubly stochastic", _yes(graph.is_doubly_stochastic)
     yield "Symmetric", _yes(graph.is_symmetric)
     yield from _speed(schedule)

@@ -46,7 +46,7 @@ class _Plan:
     """The blocks of a model.
 
     Attributes:
-        table: (blocks, 6) int64; see `mpicomp.kernels.reference.BLOCK_COLUMNS`.
+        table: (blocks, 6) int64; see `mpicomp.kernels.reference.top_k_of_blocks`.
         counts: how many entries are kept of each tensor.
         total: of all.
 
@@ -80,7 +80,7 @@ class LargestOfBlocks(Compressor):
     def blocks_of(self, shape: tuple[int, ...]) -> Blocks:
         """Return start, width, stride, size and count of the blocks of a tensor, (blocks, 5).
 
-        See `mpicomp.kernels.reference.BLOCK_COLUMNS`.
+        See `mpicomp.kernels.reference.top_k_of_blocks`.
         """
 
     @property

@@ -126,14 +126,12 @@ class Peer:
     Attributes:
         step: the last step that the neighbor has announced.
         is_done: whether it has announced that it has finished.
-        silent_s: seconds since its last sign of life. A rank that computes for long without a call is silent too.
         has_ended: whether its process ended before it announced that; known only on the same machine.
 
     """
 
     step: int
     is_done: bool
-    silent_s: float
     has_ended: bool
 
 

@@ -76,20 +76,16 @@ def top_k_of_parts(x: Tensor, y: Tensor | None, sizes: Sequence[int], counts: Se
 LARGEST_BLOCK = 2**12
 """Entries of the largest block of `top_k_of_blocks`: 64 x 64, as of SparseLoCo and DeMo."""
 
-BLOCK_COLUMNS = ("start", "width", "stride", "size", "count", "first")
-"""What a table of blocks (blocks, 6) int64 says of each.
-
-Its first entry in the vector; entries in a row; from one row to the next; of all rows; how many are kept, at least one;
-and how many are kept of the blocks before. Entry ``place`` of a block has the index
-``start + place // width * stride + place % width``.
-"""
-
 
 def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return values (total,) and places (total,) int16 in its block of the largest entries of each block of `x` (n,).
 
-    With `y` (n,), of ``x - y``. `table` says what blocks there are (`BLOCK_COLUMNS`). Blocks follow one another, and
-    places ascend in each; ties go to the lowest place.
+    With `y` (n,), of ``x - y``. Blocks follow one another, and places ascend in each; ties go to the lowest place.
+
+    `table` (blocks, 6) int64 says of each block: ``start``, its first entry in the vector; ``width``, the entries in a
+    row; ``stride``, from one row to the next; ``size``, of all rows; ``count``, how many are kept, at least one; and
+    ``first``, how many are kept of the blocks before. Entry ``place`` of a block has the index
+    ``start + place // width * stride + place % width``.
 
     Raises:
         DivergenceError: a NaN in a block; or as of `top_k`.
@@ -113,7 +109,7 @@ def top_k_of_blocks(x: Tensor, y: Tensor | None, table: Tensor, total: int) -> t
 
 
 def block_indices(packed: Tensor, table: Tensor, bits: int, total: int) -> Tensor:
-    """Return the indices in the vector, int32 (total,), of places that `pack_codes` has packed; see `BLOCK_COLUMNS`.
+    """Return the indices in the vector, int32 (total,), of places that `pack_codes` has packed; see `top_k_of_blocks`.
 
     Raises:
         IndexError: a place is outside of its block, as of a damaged message.

@@ -52,7 +52,6 @@ class Distributed(Replica):
         node: Node | None = None,
     ) -> None:
         super().__init__(model, optimizer, algorithm, schedule, world, node)
-        self._algorithm = algorithm
         self._phases: Phases | None = None
         self._meanwhile: Meanwhile = None
         self._frozen: Frozen = {}
@@ -118,10 +117,10 @@ class Distributed(Replica):
                 forward pass began the step, and GMC+ needs one, because it computes the gradient at another point.
 
         """
-        is_late = self._phases is None and self._algorithm.moves_model_for_gradient
+        is_late = self._phases is None and self.algorithm.moves_model_for_gradient
         if is_late and not is_skipped and self._is_trainable():
             raise ConfigError(
-                f"{self._algorithm.name} computes its gradient at another point than the model's, which it takes up "
+                f"{self.algorithm.name} computes its gradient at another point than the model's, which it takes up "
                 "before the first forward pass: call the model itself, in training mode, or use gossip.step(closure)"
             )
         with self.meter, self._stepping():
@@ -285,7 +284,7 @@ class Distributed(Replica):
     def _between_nodes(self, phases: Phases, shard: NodeShard) -> Phases:
         """Do the phases of an algorithm that works on a shard; see `mpicomp.replica.node_shard`."""
         for meanwhile in phases:
-            if self._algorithm.moves_model_for_gradient:
+            if self.algorithm.moves_model_for_gradient:
                 shard.share_model()
             yield meanwhile
             shard.share_gradient()
@@ -317,7 +316,7 @@ class Distributed(Replica):
             self._frozen = self.local.frozen()  # the forward pass may have written into them
             with self._own_precision(), self._frozen_waiting():
                 for _ in phases:
-                    raise AssertionError(f"{self._algorithm.name}.phases yields more than once")
+                    raise AssertionError(f"{self.algorithm.name}.phases yields more than once")
 
     def _begin(self) -> None:
         """Run the part of the algorithm before the gradient, unless it has run."""
@@ -325,7 +324,7 @@ class Distributed(Replica):
             return
         self.local.check()
         if self.is_compared and self.steps % EVERY_STEPS == 0:
-            groups = None if self.node is None or self._algorithm.ranks_stay_equal else self.node.groups
+            groups = None if self.node is None or self.algorithm.ranks_stay_equal else self.node.groups
             require_same_model(self.world, self.local, groups)
         if self._is_joining:
             self._ends = self._start_ends(has_left=False)
@@ -340,7 +339,7 @@ class Distributed(Replica):
     def _skip(self) -> None:
         """Take part in the exchange of this step without a gradient."""
         self.local.zero_grad()
-        self.local.skips_update = not self._algorithm.ranks_stay_equal and self.node is None
+        self.local.skips_update = not self.algorithm.ranks_stay_equal and self.node is None
 
     def _end(self) -> None:
         """Finish the step: restore frozen parameters, show the new ones, count the step, average buffers if due."""

@@ -52,7 +52,7 @@ class Meter:
     loss: Tensor
     steps: int = 0
     parts: tuple[str, ...] = field(default=MEASURED, metadata=SCRATCH)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(init=False)
     total_seconds: float = 0.0
     other: float = field(default=0.0, metadata=SCRATCH)
     start: float = field(default=0.0, metadata=SCRATCH)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpicomp.algorithms.base import Meanwhile
 from mpicomp.compression.message import Spec
 from mpicomp.exchange.base import Node
 from mpicomp.replica.flat import FlatModel
@@ -83,12 +82,6 @@ class NodeShard:
         squares[self._node.place] = x.norm().double().square()
         self._node.gather_shards_(squares, [slice(place, place + 1) for place in range(self._node.size)])
         return squares.sum().sqrt().to(x.dtype)
-
-    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
-        """Compute the gradient of this rank, and return the shard of the node's mean."""
-        self._whole.gradient(meanwhile)
-        self.share_gradient()
-        return self.g
 
     def share_gradient(self) -> None:
         """Average the shard of the gradient over the node."""

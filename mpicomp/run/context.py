@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
-import torch
-
 from mpicomp.checkpoint.folder import Checkpoint, Checkpoints
 from mpicomp.checkpoint.saver import check_fits
 from mpicomp.config.config import RunConfig
@@ -109,7 +107,7 @@ class RunContext:
             stored = load_resized(replica, checkpoint)
             with together(world):
                 self._check_data(stored)
-        restore_(meter, meter_leaves(stored))
+        restore_(meter, {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)})
         return stored
 
     def go_back(self, steps: int, can_end_later: bool = False) -> None:
@@ -144,7 +142,7 @@ class RunContext:
             self.progress.warn(f"{folder.metrics_path}: {lines} dropped")
 
     def _check_data(self, stored: Mapping[str, Leaf]) -> None:
-        """Raise CheckpointError if the data set is not that of the checkpoint; older ones do not say."""
+        """Raise CheckpointError if the data set is not that of the checkpoint; that of a script names none."""
         assert self.checkpoint is not None
         if stored.get(DATA, self.setup.digest) != self.setup.digest:
             raise CheckpointError(
@@ -341,13 +339,3 @@ class RunContext:
                     f"{guessing:.4g}. Lower {self._too_large}"
                 )
         return result
-
-
-def meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Return the state of the meter; asynchronous runs of version 0.1 stored it under other names."""
-    leaves = {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)}
-    leaves.pop("runaway", None)  # of earlier checkpoints
-    if "gradients" in leaves:
-        leaves |= {"steps": leaves.pop("gradients"), "total_seconds": leaves.pop("elapsed_s")}
-        leaves["loss"] = torch.tensor(leaves["loss"], dtype=torch.float64)
-    return leaves

@@ -300,7 +300,6 @@ def measure(
 def _buckets(local: FlatModel, gradient_s: float, stopwatch: Callable[[], float]) -> tuple[tuple[float, int], ...]:
     """Return when each bucket is complete, as the parts of one gradient fall into `gradient_s`, and its bytes."""
     arrived: list[tuple[float, int]] = []
-    begin = stopwatch()
 
     def note(parameter: Tensor) -> None:
         arrived.append((stopwatch() - begin, parameter.numel() * parameter.element_size()))
@@ -358,7 +357,7 @@ def predict(
     algorithm = method.make()
     algorithm.check(schedule)
     exchange = SymmetricExchange(_busiest(schedule), schedule, links, sums, stopwatch)
-    steps = Steps(algorithm, local, exchange, local.gradient, computing.gradient_s)
+    steps = Steps(algorithm, local, exchange, computing.gradient_s)
     steps.run(_WARM)
     steps.set_gradient_s(statistics.median(steps.taken_s))
     length = max(method.period, _ROUND)
@@ -374,8 +373,7 @@ class Steps:
         algorithm: the method.
         local: the model.
         exchange: has the simulated time.
-        gradient: computes ``local.g``.
-        gradient_s: the simulated seconds that it takes.
+        gradient_s: the simulated seconds that a gradient takes.
 
     Attributes:
         taken_s: the seconds that each gradient has really taken.
@@ -387,10 +385,9 @@ class Steps:
         algorithm: Algorithm,  # type: ignore[type-arg]
         local: FlatModel,
         exchange: SymmetricExchange,
-        gradient: Callable[[], object],
         gradient_s: float,
     ) -> None:
-        self._algorithm, self._local, self._exchange, self._gradient = algorithm, local, exchange, gradient
+        self._algorithm, self._local, self._exchange = algorithm, local, exchange
         self._state = algorithm.init(local, exchange)
         self.taken_s: list[float] = []
         self.set_gradient_s(gradient_s)
@@ -408,7 +405,7 @@ class Steps:
         for _ in range(count):
             for meanwhile in self._algorithm.phases(self._local, self._state, exchange):
                 exchange.now()
-                self._gradient()
+                self._local.gradient()
                 self.taken_s.append(exchange.skip())
                 self._delay.keep(0.0, meanwhile)
         return exchange.now() - begin, exchange.waited_s - waited, exchange.bytes_sent - sent

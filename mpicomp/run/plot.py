@@ -50,8 +50,7 @@ class Run:
     @classmethod
     def read(cls, folder: RunFolder, name: str) -> Run:
         """Read the records of a run; raise CheckpointError if there are none."""
-        since = {"test_loss": None, "test_perplexity": None}  # earlier versions wrote none
-        records = [{**since, **record} for record in folder.records()]
+        records = folder.records()
         if not records:
             raise CheckpointError(f"{folder.metrics_path}: holds no record yet")
         try:

@@ -26,7 +26,7 @@ from mpicomp.topology.arguments import require_bool, require_size
 from mpicomp.topology.base import TOLERANCE, Topology
 from mpicomp.topology.shared import shared
 from mpicomp.topology.sparse import SparseMatrix
-from mpicomp.topology.spectral import check
+from mpicomp.topology.spectral import require_connected
 from mpicomp.topology.weights import WEIGHTS, lazy_matrix, mixing_matrix
 
 if TYPE_CHECKING:  # imported where a graph is read: its import takes a tenth of that of all others
@@ -63,7 +63,7 @@ def from_graph(graph: Graph, *, weights: str = "metropolis", lazy: bool = False,
     else:
         mixing = mixing_matrix(_adjacency(graph, nodes), weights, lazy)
     topology = Topology(name, mixing)
-    check(topology)
+    require_connected(topology)
     return topology
 
 

@@ -4,7 +4,6 @@ With eigenvalues ``1 = l1 >= l2 >= ... >= ln`` of a symmetric W:
 
 - spectral gap ``1 - max(|l2|, |ln|)``; ``1 - ||W - 11'/n||_2`` where W is doubly stochastic but not symmetric;
   ``1 - |second eigenvalue|`` (by modulus) where only the rows, or only the columns, sum to one;
-- ``beta = ||I - W||_2``, which is ``1 - ln``;
 - the best constant step of ``x <- x + step (W - I) x``: ``2 / ((1 - ln) + (1 - l2))`` (Xiao and Boyd 2004,
   doi 10.1016/j.sysconle.2004.02.022).
 
@@ -149,26 +148,6 @@ def extreme_eigenvalues(topology: Topology) -> tuple[float, float]:
     return lanczos.extremes(topology.matrix)
 
 
-def beta(topology: Topology) -> float:
-    """Return ``||I - W||_2``, the constant of CHOCO-SGD's step size."""
-    size = topology.size
-    if size <= DENSE_RANKS:
-        return float(np.linalg.norm(np.eye(size) - topology.mixing, ord=2))
-    if topology.is_symmetric:
-        return 1 - extreme_eigenvalues(topology)[1]
-    spectrum = fourier_eigenvalues(topology)
-    if spectrum is not None:
-        return float(np.abs(1 - spectrum).max())
-    matrix = topology.matrix
-
-    def squared(x: np.ndarray) -> np.ndarray:
-        moved: np.ndarray = x - matrix.times(x)
-        again: np.ndarray = moved - matrix.transposed.times(moved)
-        return again
-
-    return float(lanczos.largest(squared, size) ** 0.5)
-
-
 def best_diffusion_step(topology: Topology) -> float:
     """Return the constant step that brings exact, uncompressed gossip to consensus fastest; 1 for a single rank.
 
@@ -176,48 +155,22 @@ def best_diffusion_step(topology: Topology) -> float:
         TopologyError: a graph that is not symmetric, or not connected.
 
     """
-    check(topology, symmetric=True)
+    require_connected(topology)
+    if not topology.is_symmetric:
+        raise TopologyError(
+            f"topology {topology.name!r} is not symmetric: use an undirected graph with topology.weights = 'metropolis'"
+        )
     if topology.size == 1:
         return 1.0
     second, last = extreme_eigenvalues(topology)
     return float(2 / ((1 - last) + (1 - second)))
 
 
-def is_connected(topology: Topology) -> bool:
-    """Return whether the graph is connected; for a directed graph, strongly connected."""
-    return topology.is_connected
-
-
-def check(
-    schedule: Schedule, *, doubly_stochastic: bool = False, symmetric: bool = False, connected: bool = True
-) -> None:
-    """Raise TopologyError if a graph lacks a property that the caller needs.
-
-    The weights of a schedule are checked at step 0, and its union must be connected.
-
-    Raises:
-        TopologyError: names the missing property, a rank where it fails, and the remedy.
-
-    """
-    topology = schedule(0)
-    kind = f"topology {schedule.name!r}"
-    if connected and not is_connected(schedule.union):
-        raise TopologyError(f"{kind} is not connected: {_unreached(schedule.union)}; add edges until every rank is")
-    if symmetric and not topology.is_symmetric:
-        difference = topology.matrix.difference(topology.matrix.transposed)
-        worst = int(np.abs(difference.values).argmax())
-        i, j = int(difference.rows[worst]), int(difference.indices[worst])
+def require_connected(schedule: Schedule) -> None:
+    """Raise TopologyError, which names unreached ranks, unless the union of the graphs is (strongly) connected."""
+    if not schedule.union.is_connected:
         raise TopologyError(
-            f"{kind} is not symmetric: rank {i} weighs rank {j} with {topology.weight(i, j):.6g}, the other way round "
-            f"it is {topology.weight(j, i):.6g}; use an undirected graph with topology.weights = 'metropolis'"
-        )
-    if doubly_stochastic and not topology.is_doubly_stochastic:
-        line = "row" if topology.is_column_stochastic else "column"
-        sums = topology.matrix.row_sums if line == "row" else topology.matrix.column_sums
-        worst = int(np.abs(sums - 1).argmax())
-        raise TopologyError(
-            f"{kind} is not doubly stochastic: {line} {worst} sums to {sums[worst]:.6g} instead of 1; "
-            "use topology.weights = 'metropolis'"
+            f"topology {schedule.name!r} is not connected: {_unreached(schedule.union)}; add edges until every rank is"
         )
 
 

@@ -79,7 +79,7 @@ class Local:
         self.spec = Spec(("x",), (tuple(self.x.shape),), self.x.dtype)
         self.groups = [(slice(0, len(self.x)), {"lr": self.problem.lr, "weight_decay": 0.0})]
 
-    def gradient(self, meanwhile=None) -> torch.Tensor:
+    def gradient(self) -> torch.Tensor:
         """Return the gradient on all data of this rank."""
         return self.g.copy_(torch.from_numpy(self.problem.gradient(self.rank, self.x.numpy())))
 
@@ -140,7 +140,8 @@ def distances(problem: Problem, method: Algorithm, steps: int = STEPS) -> np.nda
         state = method.init(local, exchange)
         found = [float(np.linalg.norm(problem.optimum))]
         for _ in range(steps):
-            method.step(local, state, exchange)
+            for _ in method.phases(local, state, exchange):
+                local.gradient()
             found.append(float(np.linalg.norm(local.x.numpy() - problem.optimum)))
         return found
 

@@ -20,6 +20,7 @@ from support import small
 from support.interpreter import like_a_gpu  # noqa: F401
 from support.methods import ALL_REDUCE, ASYNCHRONOUS, DETERMINISTIC, graph_for
 from support.stand_in import Device, StandIn, StandInWorld, host, launch, make_staging, move_, synchronize
+from support.steps import one_step
 
 from mpicomp.algorithms import ALGORITHMS, AsynchronousAlgorithm, DCGossip, OneBitAdam
 from mpicomp.algorithms.sums.adam import OwnAdam
@@ -242,7 +243,7 @@ def train(world, algorithm, device):
         local.gradient = lambda meanwhile=None, gradient=gradient: local.g.copy_(gradient)
         if device is not None:
             device.reset()
-        algorithm.step(local, state, exchange)
+        one_step(algorithm, local, state, exchange)
         most.end_step()
     return local.x, exchange.bytes_sent, most.counts
 

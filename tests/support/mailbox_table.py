@@ -141,7 +141,6 @@ def knowing_what_the_neighbors_do(world, make):
     assert {rank: peer.step for rank, peer in mailbox.peers().items()} == {
         rank: 20 + rank for rank in mailbox.topology.sources(world.rank)
     }
-    assert all(peer.silent_s < TIMEOUT_S for peer in mailbox.peers().values())
     mailbox.free()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from support.steps import one_step
 from torch import Tensor
 
 from mpicomp.algorithms import Algorithm, AsynchronousAlgorithm
@@ -112,7 +113,7 @@ def train(
             exchange = LossyExchange(exchange, loss, (LOSS_SEED,), lambda: step)
         state = algorithm.init(local, exchange)
         for step, local.lr in enumerate(rates):  # noqa: B007 -- the exchange reads it
-            algorithm.step(local, state, exchange)
+            one_step(algorithm, local, state, exchange)
         return local.x.numpy(), state, exchange.bytes_sent
 
     xs, states, sent = zip(*run(schedule.size, serve), strict=True)

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import Exchange, Mailbox
 from mpicomp.topology.base import Schedule, Topology
-from mpicomp.topology.spectral import is_connected
 
 S = TypeVar("S")
 
@@ -35,6 +34,13 @@ Attempt = Generator[Meanwhile, None, bool]
 
 DELAYS = 65
 """The length of a histogram of delays; its last place counts all that are longer."""
+
+
+class ComputingLocal(Local, Protocol):
+    """The model of this rank, which computes its gradients itself."""
+
+    def gradient(self, meanwhile: Meanwhile = None) -> Tensor:
+        """Forward and backward on the next batch; return `g` (n,)."""
 
 
 class AsynchronousAlgorithm(ABC, Generic[S]):
@@ -100,7 +106,7 @@ class AsynchronousAlgorithm(ABC, Generic[S]):
         been sent stay valid.
         """
 
-    def step(self, local: Local, state: S, mailbox: Mailbox) -> bool:
+    def step(self, local: ComputingLocal, state: S, mailbox: Mailbox) -> bool:
         """Compute one gradient and do with it what there is to do; return whether this rank could go on.
 
         Without a batch to take, the loop no longer calls this on a rank, but `serve`.
@@ -182,7 +188,7 @@ def require_connected(name: str, schedule: Schedule) -> Topology:
             f"topology.kind = {schedule.name!r} changes from step to step, but {name} has no common steps: "
             "take a graph that stays as it is"
         )
-    if not is_connected(schedule):
+    if not schedule.is_connected:
         raise TopologyError(
             f"topology.kind = {schedule.name!r}: the graph is not connected, so {name} would train several models "
             "that know nothing of each other. Add edges, or take topology.kind = 'ring'."

@@ -66,7 +66,7 @@ from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange, Pending
 from mpicomp.state import OWN, PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule, Topology
-from mpicomp.topology.spectral import check
+from mpicomp.topology.spectral import require_connected
 
 WEIGHT = "push_weight"
 """The field of a message with the weight of its sender."""
@@ -145,7 +145,7 @@ class SGP(Algorithm[SGPState]):
                 f"{type(self.compressor).__name__!r} keeps public copies over a fixed neighborhood. Use a fixed graph, "
                 "or compression.kind = 'identity' or 'cast'."
             )
-        check(schedule)
+        require_connected(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> SGPState:
         """Return a weight of 1: the numerator, and its public copy, are the model at first."""

@@ -37,6 +37,7 @@ from typing import Literal
 import torch
 
 from mpicomp.errors import ConfigError
+from mpicomp.exchange.base import check_schedule
 from mpicomp.exchange.mailbox.messages import MessageTransport
 from mpicomp.exchange.mailbox.progress import ProgressThread, check_thread_level, is_possible
 from mpicomp.exchange.mailbox.slots import SlotMailbox, SlotTransport, slots_of
@@ -89,15 +90,20 @@ def make_mailbox(
     depth: int,
     device: torch.device,
     reach: Reach,
-    transport: Transport,
-    progress: Progress,
+    transport: Transport = "auto",
+    progress: Progress = "auto",
 ) -> SlotMailbox:
     """Return the mailbox over the edges of `topology` (collective on all ranks).
 
+    Only measurements and tests choose how the bytes travel (`transport`), and whether a thread makes progress
+    (`progress`); "auto" takes what `reach` and MPI allow.
+
     Raises:
+        TopologyError: `topology` is made for another number of ranks.
         ConfigError: `transport` is "window" but puts wait for their target, or MPI does not support a progress thread.
 
     """
+    check_schedule(topology, world.size)
     slots_at = partial(slots_of, topology, nbytes=nbytes, depth=depth)
     if transport == "window" and not reach.is_everywhere:
         raise ConfigError(

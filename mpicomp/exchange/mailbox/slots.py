@@ -292,7 +292,7 @@ class SlotMailbox:
             self._look()
             now = time.monotonic()
             return {
-                rank: Peer(known.step, known.is_done, now - known.heard, self._has_ended(rank, known, now))
+                rank: Peer(known.step, known.is_done, self._has_ended(rank, known, now))
                 for rank, known in self._known.items()
             }
 

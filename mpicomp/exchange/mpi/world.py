@@ -13,7 +13,7 @@ import torch
 
 from mpicomp.errors import ExchangeError
 from mpicomp.exchange.base import Groups, check_schedule
-from mpicomp.exchange.mailbox.choice import Progress, Reach, Transport, make_mailbox, try_reach, visible_processes
+from mpicomp.exchange.mailbox.choice import Reach, make_mailbox, try_reach, visible_processes
 from mpicomp.exchange.mailbox.slots import SlotMailbox
 from mpicomp.exchange.mailbox.window import WindowCounter
 from mpicomp.exchange.mpi.communicator import Communicator
@@ -121,21 +121,9 @@ class MpiWorld(Communicator):
                 print(f"mpicomp: warning: dense sums by MPI alone: {error}", file=sys.stderr, flush=True)
             return None
 
-    def mailbox(
-        self,
-        topology: Topology,
-        nbytes: int,
-        depth: int = 2,
-        transport: Transport = "auto",
-        progress: Progress = "auto",
-    ) -> SlotMailbox:
-        """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes.
-
-        `transport` chooses how the bytes travel, `progress` whether a thread makes progress; "auto" tries out what
-        these ranks need.
-        """
-        check_schedule(topology, self.size)
-        return make_mailbox(self, topology, nbytes, depth, self.device, self.reach(), transport, progress)
+    def mailbox(self, topology: Topology, nbytes: int, depth: int = 2) -> SlotMailbox:
+        """Return the mailbox over the edges of `topology`, for messages of up to `nbytes` bytes."""
+        return make_mailbox(self, topology, nbytes, depth, self.device, self.reach())
 
     def reach(self) -> Reach:
         """Return whether puts arrive while their target makes no MPI call. The first call, a trial, is collective."""

@@ -6,8 +6,8 @@
     keep those above t, and of those equal to t the first ones
 
 With fewer than k candidates, or far too many, the bound is found by bisection over the block, which is in the cache by
-then. Whatever the bound, the result is the same. See `select` for magnitudes and for `y`, and `reference.BLOCK_COLUMNS`
-for the table of blocks.
+then. Whatever the bound, the result is the same. See `select` for magnitudes and for `y`, and
+`reference.top_k_of_blocks` for the table of blocks.
 """
 
 from __future__ import annotations

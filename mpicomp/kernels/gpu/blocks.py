@@ -4,7 +4,7 @@
     keep the entries above t, and of those equal to t the first ones
 
 A program has a block, whose entries stay in its registers. See `select` for magnitudes and for `y`, and
-`reference.BLOCK_COLUMNS` for the table of blocks. The host waits for nothing.
+`reference.top_k_of_blocks` for the table of blocks. The host waits for nothing.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+from support.steps import one_step
 
 from mpicomp.algorithms import DGC, EFSGD, GMC, SGD, Choco
 from mpicomp.compression import ByRank, ErrorFeedback, Identity, PerTensor, RandomBlock, SignNorm, TopK
@@ -278,7 +279,7 @@ class TestIdentities:
             state = method.init(local, exchange)
             for step in range(40):
                 local.lr = 0.1 if step < 20 else 0.01
-                method.step(local, state, exchange)
+                one_step(method, local, state, exchange)
             return local.x.numpy()
 
         x, before = np.zeros(DIM), np.zeros(DIM)
@@ -353,7 +354,7 @@ class TestIdentities:
                 optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr_a, lr_b
                 local.gradient = lambda meanwhile=None, g=g: local.g.copy_(torch.from_numpy(g))
                 with torch.no_grad():
-                    method.step(local, state, exchange)
+                    one_step(method, local, state, exchange)
             return local.x.numpy()
 
         random = np.random.default_rng(3)
@@ -405,7 +406,7 @@ class TestIdentities:
             )
             exchange = world.exchange(ring(3))
             method = DGC(clip="rms")
-            method.step(local, method.init(local, exchange), exchange)
+            one_step(method, local, method.init(local, exchange), exchange)
             return local.x[2].item()
 
         assert loopback.run(3, serve) == pytest.approx([10 / np.sqrt(3) / 3] * 3, rel=1e-12)
@@ -506,7 +507,7 @@ def test_other_groups_than_at_the_start_are_refused():
         state = method.init(local, exchange)
         state.rates.append(0.1)
         with pytest.raises(ConfigError, match="groups are now 2 parts of the model, and were 3"):
-            method.step(local, state, exchange)
+            one_step(method, local, state, exchange)
 
     loopback.run(1, serve)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import small
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+from support.steps import one_step
 
 from mpicomp.algorithms import FedAdamSSM
 from mpicomp.compression import BlockTopK, ErrorFeedback, PerTensor, TopK
@@ -87,7 +88,7 @@ def test_second_moments_stay_above_zero_where_all_ranks_take_them_away():
         state = method.init(local, exchange)
         v = torch.rand(DIM, generator=torch.Generator().manual_seed(0))
         state.common[2 * DIM :] = v  # the next gradients are zero
-        method.step(local, state, exchange)
+        one_step(method, local, state, exchange)
         return v, state
 
     for v, state in loopback.run(6, serve):

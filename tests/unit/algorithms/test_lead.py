@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+from support.steps import one_step
 
 from mpicomp.algorithms import DPSGD, LEAD, SGD, Choco
 from mpicomp.algorithms.gossip.base import SMALLEST_RATE
@@ -102,7 +103,7 @@ def test_every_group_is_corrected_at_its_own_rate(part, falls):
         state = method.init(local, exchange)
         for scale in schedule:
             local.lr = LR * scale
-            method.step(local, state, exchange)
+            one_step(method, local, state, exchange)
         return x.numpy(), state.dual.numpy()
 
     found = [np.stack(arrays) for arrays in zip(*run(graph.size, serve), strict=True)]

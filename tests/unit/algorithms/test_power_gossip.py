@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import small
 from support.quadratic import DIM, Quadratic, centers, curvature, train
+from support.steps import one_step
 
 from mpicomp.algorithms import DPSGD, SGD, LocalSGD, PowerGossip
 from mpicomp.algorithms.low_rank import LowRank
@@ -129,7 +130,7 @@ def test_edges_of_equal_models_find_what_differs_later(rank, iterations):
         exchange, method = world.exchange(ring(2)), PowerGossip(rank, iterations)
         state = method.init(local, exchange)
         for local.lr in [0.0] * 4 + [LR] * 60:
-            method.step(local, state, exchange)
+            one_step(method, local, state, exchange)
         return local.x.numpy(), state
 
     (first, state), (second, other) = run(2, serve)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import small
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+from support.steps import one_step
 
 from mpicomp import kernels
 from mpicomp.algorithms import SketchedAMSGrad
@@ -150,7 +151,7 @@ def test_what_was_applied_and_what_is_left_are_all_that_came_in(monkeypatch):
         state = method.init(local, exchange)
         for t in range(1, 21):
             made.clear()
-            method.step(local, state, exchange)
+            one_step(method, local, state, exchange)
             gradient, moved = made
             assert (moved != 0).sum() == 3 and (gradient != 0).all()
             came_in += state.momentum * LR / (1 - 0.8**t)
@@ -174,7 +175,7 @@ def test_groups_with_rates_of_their_own():
             local = Grouped(torch.zeros(DIM, dtype=torch.float64), torch.as_tensor(centers(2)[world.rank]), LR)
             local.groups = [(slice(0, 7), {"lr": factor * LR}), (slice(7, DIM), {"lr": LR})]
             exchange, method = world.exchange(ring(2)), SketchedAMSGrad(8, 8, rows=3)
-            method.step(local, method.init(local, exchange), exchange)
+            one_step(method, local, method.init(local, exchange), exchange)
             return local.x.numpy()
 
         return loopback.run(2, serve)[0]
@@ -221,7 +222,7 @@ def test_a_nan_is_an_error_on_every_rank():
         local = Quadratic(torch.zeros(DIM, dtype=torch.float64), center)
         exchange, method = world.exchange(ring(2)), SketchedAMSGrad(8, 6)
         with pytest.raises(DivergenceError, match="NaN"):
-            method.step(local, method.init(local, exchange), exchange)
+            one_step(method, local, method.init(local, exchange), exchange)
 
     loopback.run(2, serve)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.quadratic import DIM, Quadratic, centers, curvature, train
+from support.steps import one_step
 
 from mpicomp.algorithms import DiLoCo, StreamingDiLoCo
 from mpicomp.algorithms.sums.streaming_diloco import fragments_of
@@ -127,7 +128,7 @@ def bytes_by_step(method, graph, steps, shapes):
         exchange = world.exchange(graph)
         state, sent = method.init(local, exchange), [0]
         for _ in range(steps):
-            method.step(local, state, exchange)
+            one_step(method, local, state, exchange)
             sent.append(exchange.bytes_sent)
         return np.diff(sent).tolist()
 

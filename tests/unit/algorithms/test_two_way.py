@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import small
 from support.quadratic import DIM, Quadratic, centers, curvature, top_k, train
+from support.steps import one_step
 
 from mpicomp.algorithms import EfficientAdam, OneBitAdam, PowerSGD
 from mpicomp.algorithms.low_rank import orthogonal
@@ -230,7 +231,7 @@ class TestIdentities:
             method = PowerSGD(rank=1)
             state = method.init(local, exchange)
             for _ in range(20):
-                method.step(local, state, exchange)
+                one_step(method, local, state, exchange)
             return seen, local.x.numpy(), state.error.numpy()
 
         seen, x, errors = (np.mean(each, axis=0) for each in zip(*loopback.run(graph.size, serve), strict=True))
@@ -292,7 +293,7 @@ class TestFreeze:
             method = OneBitAdam(SIGN, downlink=SIGN, freeze_step=10, epsilon=epsilon)
             state = method.init(local, exchange)
             for step in range(60):
-                method.step(local, state, exchange)
+                one_step(method, local, state, exchange)
                 if step == 9:
                     variance = state.v.clone()
             return local.x, state, variance
@@ -329,11 +330,11 @@ class TestPowerSGD:
             exchange, method = world.exchange(ring(2)), PowerSGD(rank=1)
             state = method.init(local, exchange)
             for _ in range(3):
-                method.step(local, state, exchange)
+                one_step(method, local, state, exchange)
             assert not local.x.any() and not state.right.any()
             local.center = torch.as_tensor(centers(2)[world.rank])
             for _ in range(400):
-                method.step(local, state, exchange)
+                one_step(method, local, state, exchange)
             return local.x.numpy()
 
         for x in loopback.run(2, serve):

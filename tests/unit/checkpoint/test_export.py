@@ -84,17 +84,6 @@ def test_transformers_loads_a_safetensors_file_with_tied_weights(tmp_path):
     assert_equal(loaded.state_dict(), expected)
 
 
-def test_a_checkpoint_of_the_time_before_aliases_is_exported_as_it_is(stored, monkeypatch):
-    checkpoint, expected = stored
-    read = type(checkpoint).read_checked
-
-    def without_aliases(self, *arguments):
-        return {name: leaf for name, leaf in read(self, *arguments).items() if name != "model/aliases"}
-
-    monkeypatch.setattr(type(checkpoint), "read_checked", without_aliases)
-    assert export.mean_model(checkpoint).keys() == expected.keys() - ALIASES.keys()
-
-
 def test_parameters_have_the_types_of_the_model(tmp_path):
     def serve(world):
         model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.LayerNorm(4), nn.Linear(4, 3).bfloat16())

@@ -1,11 +1,9 @@
-import dataclasses
 import json
 import os
 
 import pytest
 import torch
 
-from mpicomp.checkpoint import folder as module
 from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.folder import Checkpoints, Manifest, open_checkpoint, rank_file
 from mpicomp.errors import CheckpointError
@@ -226,8 +224,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/checkpoints: Not a directory"):
         Checkpoints(tmp_path / "file" / "checkpoints").begin(1)
-
-
-def test_the_version_of_files_and_manifest_is_one():
-    assert module.VERSION == hdf5.VERSION
-    assert dataclasses.is_dataclass(Manifest)

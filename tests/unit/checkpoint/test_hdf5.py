@@ -84,26 +84,6 @@ def test_plain_h5py_reads_it(tmp_path):
         assert file["numbers/text"].asstr()[()] == "ä\n"
 
 
-def test_a_file_with_the_checksums_of_hdf5_is_read_and_its_damage_found(tmp_path):
-    """The form in which checkpoints were written before."""
-    path, x = tmp_path / "file.h5", torch.randn(3, 1000)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.attrs.update({"format": "mpicomp checkpoint", "version": 1})
-        for name, tensor in {"x": x, "half": x.bfloat16()}.items():
-            values = tensor.view(torch.int16).numpy().view(np.uint16) if name == "half" else tensor.numpy()
-            dataset = file.create_dataset(name, data=values, chunks=(1, 1000), fletcher32=True)
-            dataset.attrs["dtype"] = str(tensor.dtype).removeprefix("torch.")
-        file.create_dataset("steps", data=7).attrs["type"] = "int"
-        position = file["x"].id.get_chunk_info(1).byte_offset
-    found = hdf5.read(path)
-    assert found.keys() == {"half", "steps", "x"}
-    assert same(found["x"], x) and same(found["half"], x.bfloat16()) and found["steps"] == 7
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-    assert hdf5.unreadable(path) == ["x"]
-
-
 def test_many_leaves_of_any_shape_are_written(tmp_path):
     leaves = {f"group_{number % 7}/tensor_{number}": torch.randn(number % 5, number) for number in range(300)}
     leaves |= {f"numbers/{number}": number for number in range(50)} | {"long": torch.randn(3_000_000)}

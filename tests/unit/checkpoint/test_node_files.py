@@ -93,13 +93,6 @@ def test_every_reader_reads_both_layouts(runs):
     assert "node_00001.h5 /rank_00003" in shown[1]
 
 
-def test_a_manifest_of_nodes_is_refused_by_earlier_versions_and_the_other_one_is_as_it_was(runs):
-    texts = {files: (one.latest().path / "manifest.json").read_text() for files, one in runs.items()}
-    assert '"version": 2,' in texts["node"]
-    assert '"version": 1,' in texts["rank"]
-    assert '"nodes"' not in texts["rank"]
-
-
 def test_damage_is_named_with_the_file_and_its_ranks(runs, tmp_path):
     one = open_checkpoint(shutil.copytree(runs["node"].latest().path, tmp_path / "step_00000008"))
     file = one.path / "node_00001.h5"

@@ -16,12 +16,9 @@ from mpicomp.errors import ConfigError, DivergenceError, TopologyError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links
 from mpicomp.exchange.loopback.simulated_time import SimulatedScheduler
-from mpicomp.replica.meter import Meter
-from mpicomp.run.context import meter_leaves
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
 from mpicomp.run.setup import Setup
-from mpicomp.state import restore_
 
 HUB, GOSSIP = "configs/methods/dc_asgd.toml", "configs/methods/dc_gossip.toml"
 PAIRS = "configs/methods/ad_psgd.toml"
@@ -246,10 +243,3 @@ def test_simulation_keeps_its_infinite_links():
         "node_size": 1,
         "bytes_per_s_of_nodes": (),
     }
-
-
-def test_a_checkpoint_of_version_0_1_has_other_names_for_the_meter():
-    stored = {"meter/gradients": 7, "meter/loss": 3.5, "meter/seconds/0": 1.0, "meter/elapsed_s": 9.0, "model/x": 1}
-    meter = Meter(torch.zeros((), dtype=torch.float64), parts=("gradient",))
-    restore_(meter, meter_leaves(stored))
-    assert (meter.steps, float(meter.loss), meter.seconds, meter.total_seconds) == (7, 3.5, [1.0], 9.0)

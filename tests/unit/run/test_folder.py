@@ -155,20 +155,6 @@ def test_tied_weights_have_all_their_names_and_are_stored_once(folder):
     assert torch.equal(fresh.head.weight, stored.head.weight)
 
 
-def test_a_model_in_the_form_of_before_is_read(folder):
-    stored = model()
-    stored(torch.randn(8, 3))
-    with h5py.File(folder.model_path, "w", track_order=True) as file:
-        file.attrs.update({"format": "mpicomp model", "version": 1, "config": CONFIG.to_toml()})
-        for group, tensors in {"parameters": stored.named_parameters(), "buffers": stored.named_buffers()}.items():
-            for name, tensor in tensors:
-                file.create_dataset(f"{group}/{name}", data=tensor.detach().numpy())
-    fresh = model()
-    folder.load_model(fresh)
-    for name, tensor in stored.state_dict().items():
-        assert torch.equal(tensor, fresh.state_dict()[name]), name
-
-
 def test_a_model_on_a_full_disk_leaves_nothing(small_disk):  # noqa: F811
     folder = RunFolder(small_disk)
     with pytest.raises(CheckpointError, match=r"model.h5\.\w+: cannot be written: No space left on device"):

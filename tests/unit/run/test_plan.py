@@ -38,15 +38,13 @@ SMALL = ["data.kind=synthetic", "data.samples=200", "model.kind=mlp", "model.hid
 
 
 def model():
+    """Return a model whose gradient is always the same."""
     torch.manual_seed(1)
     own = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7))
-    return FlatModel(own, torch.optim.SGD(own.parameters(), lr=0.01))
-
-
-def gradient(local):
-    """What writes the same gradient into every model."""
+    local = FlatModel(own, torch.optim.SGD(own.parameters(), lr=0.01))
     g = torch.randn(local.x.shape, generator=torch.Generator().manual_seed(2))
-    return lambda: local.g.copy_(g)
+    local.gradient = lambda: local.g.copy_(g)
+    return local
 
 
 def in_simulated_time(algorithm, schedule, count):
@@ -55,10 +53,10 @@ def in_simulated_time(algorithm, schedule, count):
     def train(world):
         local, exchange = model(), world.exchange(schedule)
         state, delay = algorithm.init(local, exchange), GradientDelay(gradient_s=GRADIENT_S)
-        delay.sleep, compute = world.sleep, gradient(local)
+        delay.sleep = world.sleep
         for _ in range(count):
             for meanwhile in algorithm.phases(local, state, exchange):
-                compute()
+                local.gradient()
                 delay.keep(0.0, meanwhile)
         return world.now(), exchange.bytes_sent
 
@@ -69,7 +67,7 @@ def in_simulated_time(algorithm, schedule, count):
 def planned(algorithm, schedule, count, rank=0):
     local = model()
     exchange = SymmetricExchange(rank, schedule, LINKS, LINKS, lambda: 0.0)
-    seconds, _, nbytes = Steps(algorithm, local, exchange, gradient(local), GRADIENT_S).run(count)
+    seconds, _, nbytes = Steps(algorithm, local, exchange, GRADIENT_S).run(count)
     return seconds, nbytes
 
 
@@ -138,7 +136,7 @@ def test_what_a_rank_computes_is_part_of_its_step():
     clock = itertools.count()
     schedule, local = make_topology("ring", 4), model()
     exchange = SymmetricExchange(0, schedule, LINKS, LINKS, lambda: 1e-3 * next(clock))
-    steps = Steps(Choco(0.1, TOPK), local, exchange, gradient(local), GRADIENT_S)
+    steps = Steps(Choco(0.1, TOPK), local, exchange, GRADIENT_S)
     seconds, waited_s, _ = steps.run(1)
     without_s, _ = planned(Choco(0.1, TOPK), schedule, 1)
     assert seconds - waited_s >= GRADIENT_S + 2e-3

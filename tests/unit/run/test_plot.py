@@ -74,16 +74,6 @@ def test_language_models_show_their_perplexity(make):
     np.testing.assert_allclose(picture.axes[6].lines[0].get_ydata(), np.exp([2, 1, 2 / 3]))
 
 
-def test_records_of_earlier_versions_have_no_test_loss(make):
-    path = make("a")
-    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["test_loss"], record["test_perplexity"]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run,) = read_runs([path])
-    assert np.isnan(run.curves["test_loss"]).all() and np.isfinite(run.curves["accuracy"]).any()
-
-
 def test_zeros_do_not_spoil_the_scales(make, tmp_path):
     picture = figure(read_runs([make("ssgd", consensus=0.0)]))
     picture.savefig(tmp_path / "plot.png")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpicomp.errors import TopologyError
-from mpicomp.topology import Topology, complete, induced, is_connected, ring, star
+from mpicomp.topology import Topology, complete, induced, ring, star
 
 
 def test_a_ring_that_loses_a_rank_is_a_chain_with_its_weights():
@@ -12,7 +12,7 @@ def test_a_ring_that_loses_a_rank_is_a_chain_with_its_weights():
     assert np.allclose(left.mixing, np.array([[1, 1, 1], [1, 2, 0], [1, 0, 2]]) / 3)
     assert left.is_symmetric and left.is_doubly_stochastic
     assert [left.sources(rank) for rank in range(3)] == [[1, 2], [0], [0]]
-    assert is_connected(left)
+    assert left.is_connected
     assert left.name == "ring, 3 of 4 ranks"
 
 
@@ -23,7 +23,7 @@ def test_nothing_is_lost_where_no_rank_is():
 @pytest.mark.parametrize("ranks", [[0, 2], [1, 2, 3]])
 def test_a_graph_that_falls_apart_is_no_longer_connected(ranks):
     graph = ring(4) if len(ranks) == 2 else star(4)
-    assert not is_connected(induced(graph, ranks))
+    assert not induced(graph, ranks).is_connected
 
 
 def test_one_rank_keeps_its_own_model():

@@ -175,7 +175,7 @@ def test_random_regular_is_regular():
 
 def test_sparse_erdos_renyi_is_drawn_until_it_is_connected():
     for seed in range(20):
-        assert topologies.is_connected(topologies.erdos_renyi(8, probability=0.25, seed=seed))
+        assert topologies.erdos_renyi(8, probability=0.25, seed=seed).is_connected
 
 
 @pytest.mark.parametrize(
