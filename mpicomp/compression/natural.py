@@ -55,21 +55,21 @@ class Natural(Compressor):
     @timed("compress")
     def compress(self, x: Tensor, spec: Spec, state: Draws) -> Payload:
         """Return the exponents, rounded at random, and the signs; raise DivergenceError for NaN and infinity."""
-        is_finite = x.isfinite()
+        mantissa, exponent = torch.frexp(x if x.dtype == torch.float64 else x.to(torch.float32))
+        magnitude = mantissa.abs()  # from 0.5 to 1, 0 for 0; NaN or infinity for what is not finite
+        is_finite = magnitude < 1
         if x.is_cpu and not is_finite.all():
             raise DivergenceError(NOT_FINITE)
-        mantissa, exponent = torch.frexp(x if x.dtype == torch.float64 else x.to(torch.float32))  # 0.5 <= mantissa < 1
-        up = uniform(x, self.seed, state) < mantissa.abs() * 2 - 1
-        biased = (exponent - 1 + up + _BIAS).clamp_(0, 254) * (mantissa != 0)
+        up = uniform(x, self.seed, state) < magnitude * 2 - 1
+        biased = (exponent + up + (_BIAS - 1)).clamp_(0, 254) * (mantissa != 0)
         exponents = biased.masked_fill_(~is_finite, _NOT_FINITE).to(torch.uint8)
         return {"exponents": exponents, "signs": pack_bits(x < 0)}
 
     @timed("compress")
     def accumulate(self, payload: Payload, spec: Spec, out: Tensor, weight: float = 1.0) -> None:
-        """Compute ``out += weight * sign * 2**exponent``."""
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        """Compute ``out += weight * sign * 2**exponent``, infinite for what was not finite: 2**128 in float32."""
         for start, stop in blocks(spec.numel):
             biased = payload["exponents"][start:stop].to(torch.int32)
-            signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel, start, stop).to(wide)
-            values = torch.ldexp(signs, biased - _BIAS).mul_(biased != 0).masked_fill_(biased == _NOT_FINITE, torch.nan)
+            signs = 1 - 2 * unpack_bits(payload["signs"], spec.numel, start, stop).to(torch.float32)
+            values = torch.ldexp(signs, biased - _BIAS).mul_(biased != 0)
             out[start:stop].add_(values.to(out.dtype), alpha=weight)
