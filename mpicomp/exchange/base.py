@@ -80,6 +80,15 @@ Groups = tuple[tuple[int, ...], ...]
 class Node(Protocol):
     """The node of a rank, seen from this rank. Methods are collective on the ranks of the node, `exchange` on all.
 
+    The ranks of a node hold one model together. Rank i of a node owns shard i of the model's flat vectors:
+
+        mean_shard_(g)         shard i of g becomes its mean over the ranks of the node        a reduce-scatter
+        exchange(schedule)     rank i of a node and rank i of each neighbor node are neighbors
+        gather_shards_(x)      all ranks of the node get all shards of x                       an all-gather
+
+    So what a node sends crosses the slow links once, and not once for each of its ranks, and its ranks share the
+    compression. The sums inside are in float64 and in the order of ranks, so the bits do not depend on the transport.
+
     Attributes:
         number: of the node among all nodes.
         place: of the rank in its node, and the number of its shard.

@@ -1,7 +1,7 @@
 """How dense sums travel inside a node: what was asked for, what the ranks have, and what they agree on. No MPI.
 
 MPI adds up between nodes in any case. Inside a node `torch.distributed` may do it first, over NCCL between GPUs or over
-gloo on the CPU (`mpicomp.exchange.mpi.node`).
+gloo on the CPU (`mpicomp.exchange.mpi.node_group`).
 """
 
 from __future__ import annotations

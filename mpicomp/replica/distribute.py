@@ -33,7 +33,7 @@ from mpicomp.compression.wrap.by_rank import require_size
 from mpicomp.errors import ConfigError, TopologyError
 from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import install_excepthook, together
-from mpicomp.exchange.node import checked_groups, groups_by_host
+from mpicomp.exchange.node_groups import checked_groups, groups_by_host
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.exchange.placement import DeviceKind
 from mpicomp.exchange.watchdog import Watchdog

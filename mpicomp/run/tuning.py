@@ -17,7 +17,7 @@ from pathlib import Path
 from mpicomp.algorithms.gossip.automatic_step import HALF_LIFE
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError, MpicompError
-from mpicomp.exchange.node import groups_of_size
+from mpicomp.exchange.node_groups import groups_of_size
 from mpicomp.run.search import Axis, Values, search
 from mpicomp.run.trial import run_trial
 

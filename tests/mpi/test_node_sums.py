@@ -11,8 +11,8 @@ from support.libraries import LEFT_TO_OTHERS, skip_module_if_left
 
 from mpicomp.algorithms import SSGD
 from mpicomp.errors import ConfigError, ExchangeError
-from mpicomp.exchange.mpi import node as node_module
-from mpicomp.exchange.mpi.node import NodeGroup
+from mpicomp.exchange.mpi import node_group as node_module
+from mpicomp.exchange.mpi.node_group import NodeGroup
 from mpicomp.exchange.mpi.probe import attempt, try_sum
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.topology import ring

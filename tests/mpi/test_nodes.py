@@ -37,7 +37,7 @@ def test_nodes_train_as_over_the_loopback(four, name, groups):
 def test_long_shards_travel_in_blocks(four, monkeypatch):
     if four is None:
         return
-    monkeypatch.setattr("mpicomp.exchange.mpi.node_shards._BLOCK", 7)
+    monkeypatch.setattr("mpicomp.exchange.mpi.node._BLOCK", 7)
     found = four.all_gather(tuple(map(_plain, train_nodes(four, METHODS["choco"], [[0, 1], [2, 3]]))))
     expected = loopback.run(RANKS, train_nodes, METHODS["choco"], [[0, 1], [2, 3]]) if four.rank == 0 else []
     assert four.rank != 0 or found == [tuple(map(_plain, each)) for each in expected]

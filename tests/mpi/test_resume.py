@@ -12,7 +12,7 @@ from support.methods import ALL_REDUCE, DETERMINISTIC
 from mpicomp.algorithms import DPSGD
 from mpicomp.checkpoint.saver import Saver, find_checkpoint
 from mpicomp.errors import CheckpointError
-from mpicomp.exchange.node import nodes_of
+from mpicomp.exchange.node_groups import nodes_of
 
 METHODS = {**DETERMINISTIC, **ALL_REDUCE}
 OPTIMIZERS = {

@@ -17,7 +17,7 @@ from mpicomp.config.sections.base import Section, Values
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import together
-from mpicomp.exchange.node import groups_by_host, groups_of_size, nodes_of
+from mpicomp.exchange.node_groups import groups_by_host, groups_of_size, nodes_of
 from mpicomp.plugins import find, make
 from mpicomp.topology import TOPOLOGIES, make_topology
 from mpicomp.topology.base import Schedule

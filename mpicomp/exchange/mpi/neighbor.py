@@ -22,7 +22,7 @@ from mpicomp.exchange.base import all_reduce_nbytes, check_message
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor_memory import SHORTEST, TAG, NeighborMemory, Notice, new_notice
-from mpicomp.exchange.mpi.node import NodeGroup
+from mpicomp.exchange.mpi.node_group import NodeGroup
 from mpicomp.exchange.staging import make_staging
 from mpicomp.timing import Underway, timed
 from mpicomp.topology.base import Schedule, Topology

@@ -19,8 +19,8 @@ from mpicomp.exchange.mailbox.window import WindowCounter
 from mpicomp.exchange.mpi.communicator import Communicator
 from mpicomp.exchange.mpi.library import MPI
 from mpicomp.exchange.mpi.neighbor import NeighborExchange
-from mpicomp.exchange.mpi.node import NodeGroup
-from mpicomp.exchange.mpi.node_shards import MpiNode
+from mpicomp.exchange.mpi.node import MpiNode
+from mpicomp.exchange.mpi.node_group import NodeGroup
 from mpicomp.exchange.mpi.survivors import HAS_ULFM, FaultTolerantSurvivors, Survivors
 from mpicomp.exchange.mpi.wait import poll
 from mpicomp.exchange.node_sums import Backend, NodeSums, agree_on_node_sums, describe

@@ -14,7 +14,7 @@ from mpicomp.compression.message import Spec
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError, TopologyError
 from mpicomp.exchange.loopback import run
-from mpicomp.exchange.node import checked_groups, groups_of, groups_of_size
+from mpicomp.exchange.node_groups import checked_groups, groups_of, groups_of_size
 from mpicomp.replica.node_shard import cut, part_of
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train

@@ -1,14 +1,4 @@
-"""Nodes that hold one model together: which ranks form a node, and what they do with each other. No MPI here.
-
-Rank i of a node owns shard i of the model's flat vectors:
-
-    mean_shard_(g)         shard i of g becomes its mean over the ranks of the node        a reduce-scatter
-    exchange(schedule)     rank i of a node and rank i of each neighbor node are neighbors
-    gather_shards_(x)      all ranks of the node get all shards of x                       an all-gather
-
-So what a node sends crosses the slow links once, and not once for each of its ranks, and its ranks share the
-compression. The sums inside are in float64 and in the order of ranks, so that the bits do not depend on the transport.
-"""
+"""Which ranks form a node that holds one model (see `mpicomp.exchange.base.Node`). No MPI here."""
 
 from __future__ import annotations
 
