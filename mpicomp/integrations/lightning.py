@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.environments import MPIEnvironment
@@ -37,9 +37,10 @@ from mpicomp.compression.base import Compressor
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
+from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.exchange.placement import DeviceKind, claim_gpu, device_of
 from mpicomp.integrations.samplers import SameDraws
-from mpicomp.replica.distribute import distribute
+from mpicomp.replica.distribute import Buffers, distribute
 from mpicomp.replica.distributed import Distributed
 
 OWN = "mpicomp"
@@ -54,8 +55,8 @@ class GossipStrategy(ParallelStrategy):
     Where names differ, as with a metric of each rank in them, those of rank 0 hold, in writing and in reading.
 
     Args:
-        algorithm, topology, compressor: as for `mpicomp.distribute`.
-        options: further arguments of `mpicomp.distribute`, such as ``hang_timeout_s``.
+        algorithm, topology, compressor, buffers, allow_shared_gpu, groups, node_sums, hang_timeout_s: as for
+            `mpicomp.distribute`.
 
     Attributes:
         world: the ranks.
@@ -72,7 +73,16 @@ class GossipStrategy(ParallelStrategy):
     optimizers: list[Any]
 
     def __init__(
-        self, algorithm: Algorithm[Any], topology: Any, compressor: Compressor | None = None, **options: Any
+        self,
+        algorithm: Algorithm[Any],
+        topology: Any,
+        compressor: Compressor | None = None,
+        *,
+        buffers: Buffers = "averaged",
+        allow_shared_gpu: bool = False,
+        groups: Sequence[Sequence[int]] | Literal["host"] | None = None,
+        node_sums: NodeSums = "auto",
+        hang_timeout_s: float = 600.0,
     ) -> None:
         # Not Slurm's environment, whose signal handler would save a checkpoint on each rank in the middle of a step.
         super().__init__(cluster_environment=MPIEnvironment())
@@ -81,9 +91,17 @@ class GossipStrategy(ParallelStrategy):
         install_excepthook(self.world)
         rank_zero_only.rank = self.world.rank  # Lightning finds that of torchrun and Slurm only
         self._algorithm = algorithm
-        self._allow_shared_gpu: bool = options.get("allow_shared_gpu", False)
+        self._allow_shared_gpu = allow_shared_gpu
         self._distribute: Callable[..., Distributed] = partial(
-            distribute, algorithm=algorithm, topology=topology, compressor=compressor, **options
+            distribute,
+            algorithm=algorithm,
+            topology=topology,
+            compressor=compressor,
+            buffers=buffers,
+            allow_shared_gpu=allow_shared_gpu,
+            groups=groups,
+            node_sums=node_sums,
+            hang_timeout_s=hang_timeout_s,
         )
         self._averaged: ExitStack | None = None
         self._is_trained = False

@@ -34,7 +34,7 @@ from mpicomp.exchange.guard import install_excepthook, together
 from mpicomp.exchange.mpi.world import MpiWorld
 from mpicomp.exchange.node_sums import NodeSums
 from mpicomp.integrations.samplers import SameDraws
-from mpicomp.replica.distribute import distribute
+from mpicomp.replica.distribute import Buffers, distribute
 from mpicomp.replica.distributed import Distributed
 
 FOLDER = "gossip"
@@ -52,7 +52,7 @@ class GossipTrainer(Trainer):
 
     Args:
         model, args, ...: as for `Trainer`; ``args.output_dir`` is a folder that all ranks share.
-        algorithm, topology, compressor, allow_shared_gpu, groups, node_sums, hang_timeout_s: as for
+        algorithm, topology, compressor, buffers, allow_shared_gpu, groups, node_sums, hang_timeout_s: as for
             `mpicomp.distribute`.
 
     Attributes:
@@ -79,6 +79,7 @@ class GossipTrainer(Trainer):
         algorithm: Algorithm[Any],
         topology: Any,
         compressor: Compressor | None = None,
+        buffers: Buffers = "averaged",
         allow_shared_gpu: bool = False,
         groups: Sequence[Sequence[int]] | Literal["host"] | None = None,
         node_sums: NodeSums = "auto",
@@ -90,7 +91,7 @@ class GossipTrainer(Trainer):
         install_excepthook(world)
         with together(world):
             refuse(args)
-        how = {"algorithm": algorithm, "topology": topology, "compressor": compressor}
+        how = {"algorithm": algorithm, "topology": topology, "compressor": compressor, "buffers": buffers}
         where = {"allow_shared_gpu": allow_shared_gpu, "groups": groups, "node_sums": node_sums}
         self._how: dict[str, Any] = how | where | {"hang_timeout_s": hang_timeout_s}
         # From here on only rank 0 logs and writes. That there are others is told where it matters, and only there.
