@@ -320,6 +320,7 @@ class RunContext:
             test_loss=last.test_loss,
             evaluated_on=self.setup.dataset.evaluated_on,
             test_perplexity=last.test_perplexity,
+            is_simulated=world.is_simulated,
         )
         with replica.averaged() as model:
             if folder := self.written_folder:

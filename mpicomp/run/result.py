@@ -34,7 +34,7 @@ class Result:
         compressor: ``compression.kind``.
         ranks: the number of ranks.
         steps: steps done.
-        seconds: of training, without evaluation.
+        seconds: of training, without evaluation; the most of all ranks.
         train_loss: of the last steps.
         test_accuracy: of the averaged model, in [0, 1]; None where the data set has no accuracy.
         test_accuracy_local: of each rank's own model; None where it was not evaluated (`evaluates_own`). In
@@ -49,6 +49,7 @@ class Result:
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
         evaluated_on: ``"test"``, or ``"validation"``: accuracies and loss are of held-out training samples.
         test_perplexity: ``exp(test_loss)`` of a language model; None for others.
+        is_simulated: whether `seconds` are simulated.
 
     """
 
@@ -71,6 +72,7 @@ class Result:
     test_loss: float | None = None
     evaluated_on: str = "test"
     test_perplexity: float | None = None
+    is_simulated: bool = False
 
     @property
     def all_reduce_nbytes(self) -> int:
