@@ -175,11 +175,24 @@ def test_a_line_holds_what_a_user_asks_for(clock):
         "step     20",
         "loss  0.5000",
         "accuracy  91.23%",
-        "sent    20 MB (2 MB/s)",
+        "sent    20 MB (50 MB/s)",
         "consensus 1.23e-02",
         "0:40 left",
     ):
         assert text in line
+
+
+def test_the_rate_is_by_the_seconds_of_training_since_the_last_record(clock):
+    # They are 0.4 a record, real or simulated, whatever evaluations take and however fast a simulation is.
+    out = console()
+    progress = Progress(steps=100, epochs=None, console=out)
+    progress.start(["header"], begun=0.1)
+    for step in (20, 30):
+        clock.now += 100
+        progress.on_record(record(step))
+    first, second = lines(out)[1:]
+    assert "MB/s" not in first  # how much earlier starts have sent is not known
+    assert "sent    30 MB (25 MB/s)" in second
 
 
 def test_a_line_leaves_out_what_is_not_known():
