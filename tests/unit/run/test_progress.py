@@ -150,6 +150,15 @@ def test_the_summary_compares_with_an_all_reduce(tmp_path):
     assert f"Results: {tmp_path}" in text
 
 
+def test_the_summary_of_nodes_compares_what_is_sent_between_them(tmp_path):
+    # 2 * 1/2 * 4 bytes * 500 parameters of a rank's shard * 100 steps = 200 kB
+    text = "\n".join(summary(result(nodes=2), tmp_path))
+    assert (
+        "Each rank sent 60 kB between nodes; an uncompressed all-reduce between nodes would have sent 200 kB, 3.33 "
+        "times as much." in text
+    )
+
+
 def test_the_summary_tells_of_unequal_ranks(tmp_path):
     text = "\n".join(summary(result(bytes_sent=[30_000, 60_000, 90_000, 60_000]), tmp_path))
     assert "Each rank sent 60 kB on average (at most 90 kB);" in text
