@@ -109,7 +109,7 @@ class RunConfig:
             ConfigError: the file cannot be read, or has problems; lists all problems, one on each line.
 
         """
-        values = _read(Path(path))
+        values = read_values(Path(path))
         problems = _override_(values, overrides)
         return cls._from_values(values, problems, str(path))
 
@@ -315,7 +315,8 @@ def _shown(value: Any) -> str:
     return "absent" if value is None else shown(value)
 
 
-def _read(path: Path) -> Values:
+def read_values(path: Path) -> Values:
+    """Return the values of a file, unchecked; raise ConfigError if there is none, or it is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -319,6 +319,8 @@ class RunContext:
             test_loss=last.test_loss,
             evaluated_on=self.setup.dataset.evaluated_on,
             test_perplexity=last.test_perplexity,
+            is_simulated=world.is_simulated,
+            nodes=len(self.setup.groups) if self.setup.groups else None,
         )
         with replica.averaged() as model:
             if folder := self.written_folder:

@@ -327,7 +327,7 @@ def predict_ddp(computing: Computing, update_s: float, ranks: int, links: Links)
     network, end_s, sent = Network(ranks, links), 0.0, 0
     for complete_s, nbytes in computing.buckets:
         part = all_reduce_nbytes(torch.empty(nbytes, dtype=torch.uint8, device="meta"), ranks)
-        end_s = max(end_s, complete_s) + network.all_reduce_ns(part, ranks) / 1e9
+        end_s = max(end_s, complete_s) + network.all_reduce_ns(part, range(ranks)) / 1e9
         sent += part
     after_s = 2 * computing.copy_s + update_s
     computing_s = computing.gradient_s + after_s

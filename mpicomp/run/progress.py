@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mpicomp.replica.record import Record
+from mpicomp.replica.record import Record, training_seconds
 from mpicomp.run.result import readable_bytes, readable_time
 
 LINE_S = 5.0
@@ -46,8 +46,8 @@ class Progress:
         self._epochs = epochs
         self._console = console or stdout()
         self._live: Live | None = None
-        self._started = self._last_time = self._last_line = time.monotonic()
-        self._last_bytes = 0
+        self._started = self._last_line = time.monotonic()
+        self._last_bytes: int | None = 0
         self._begun = 0.0
         self._test = "not yet tested"
 
@@ -62,8 +62,10 @@ class Progress:
     def start(self, header: Sequence[str], begun: float = 0.0) -> None:
         """Print `header` and start the clock; `begun` is the fraction of the run that earlier starts have done."""
         self._begun = begun
+        if begun:
+            self._last_bytes = None  # those of earlier starts are not known
         self._print(*header)
-        self._started = self._last_time = self._last_line = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -85,7 +87,7 @@ class Progress:
         if now - self._last_line >= wait or self._done(record) >= 1:
             self._print(line)
             self._last_line = now
-        self._last_time, self._last_bytes = now, record.bytes_sent
+        self._last_bytes = record.bytes_sent
 
     def warn(self, line: str) -> None:
         """Print the warning `line` at once."""
@@ -118,13 +120,14 @@ class Progress:
         epoch = f"epoch {record.epoch:6.2f}  " if record.epoch is not None else ""
         step = f"step {record.step:6}  " if width >= MEDIUM or not epoch else ""
         loss = "      -" if record.loss is None else f"{record.loss:7.4{'f' if abs(record.loss) < 1e4 else 'g'}}"
-        rate = (record.bytes_sent - self._last_bytes) / max(now - self._last_time, 1e-9) / 1e6
         done = self._done(record)
         left = (now - self._started) * max(1 - done, 0) / max(done - self._begun, 1e-9)
         sent = f"sent {readable_bytes(record.bytes_sent):>8}"
-        sent += f" ({rate:.3g} MB/s)  " if width >= WIDE else "  "
+        seconds = training_seconds(record.seconds)  # simulated, in simulated time
+        if width >= WIDE and seconds > 0 and self._last_bytes is not None:
+            sent += f" ({(record.bytes_sent - self._last_bytes) / seconds / 1e6:.3g} MB/s)"
         trained = [count for count in record.gradients if count]
         ranks = f"gradients a rank {min(trained)}-{max(trained)}  " if trained and width >= WIDE else ""
         distance = record.consensus_distance
         consensus = f"consensus {distance:8.2e}  " if distance is not None and width >= WIDE else ""
-        return f"{epoch}{step}loss {loss}  {self._test}  {sent}{ranks}{consensus}{readable_time(left)} left"
+        return f"{epoch}{step}loss {loss}  {self._test}  {sent}  {ranks}{consensus}{readable_time(left)} left"

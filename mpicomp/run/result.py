@@ -34,7 +34,7 @@ class Result:
         compressor: ``compression.kind``.
         ranks: the number of ranks.
         steps: steps done.
-        seconds: of training, without evaluation.
+        seconds: of training, without evaluation; the most of all ranks.
         train_loss: of the last steps.
         test_accuracy: of the averaged model, in [0, 1]; None where the data set has no accuracy.
         test_accuracy_local: of each rank's own model; None where it was not evaluated (`evaluates_own`). In
@@ -49,6 +49,9 @@ class Result:
         test_loss: of the averaged model, the mean over the test samples; None where there are none.
         evaluated_on: ``"test"``, or ``"validation"``: accuracies and loss are of held-out training samples.
         test_perplexity: ``exp(test_loss)`` of a language model; None for others.
+        is_simulated: whether `seconds` are simulated.
+        nodes: how many nodes the graph joins (``topology.level = "node"``); None where it joins ranks. ``bytes_sent``
+            are those between nodes.
 
     """
 
@@ -71,11 +74,18 @@ class Result:
     test_loss: float | None = None
     evaluated_on: str = "test"
     test_perplexity: float | None = None
+    is_simulated: bool = False
+    nodes: int | None = None
 
     @property
     def all_reduce_nbytes(self) -> int:
-        """The bytes that a rank would have sent with an uncompressed ring all-reduce of the gradient in every step."""
-        return round(2 * (self.ranks - 1) / self.ranks * BYTES_PER_PARAMETER * self.parameters * self.steps)
+        """The bytes that a rank would have sent with an uncompressed ring all-reduce of the gradient in every step.
+
+        Where the graph joins nodes, those between nodes, with a ring of nodes for the shard of each rank.
+        """
+        members = self.nodes or self.ranks
+        shard = BYTES_PER_PARAMETER * self.parameters * members / self.ranks
+        return round(2 * (members - 1) / members * shard * self.steps)
 
 
 def to_json(report: Record | Result, indent: int | None = None) -> str:
@@ -153,12 +163,12 @@ def _traffic(result: Result) -> str:
     sent = spread["mean"]
     if not sent:
         return "Nothing was sent."
-    each = f"Each rank sent {readable_bytes(sent)}"
+    between = " between nodes" if result.nodes else ""
+    each = f"Each rank sent {readable_bytes(sent)}{between}"
     if not math.isclose(spread["min"], spread["max"]):
         each += f" on average (at most {readable_bytes(spread['max'])})"
-    return (
-        f"{each}; an uncompressed all-reduce would have sent {readable_bytes(dense)}, {dense / sent:.3g} times as much."
-    )
+    times = f"{dense / sent:.3g} times as much"
+    return f"{each}; an uncompressed all-reduce{between} would have sent {readable_bytes(dense)}, {times}."
 
 
 def readable_bytes(count: float) -> str:

@@ -41,6 +41,7 @@ class Steps:
 
     Attributes:
         ranks: the number of ranks.
+        steps_a_block: the steps in each block.
         seconds: of a step.
         parts: the seconds by part: gradient, compress, exchange, mix.
         alone_seconds: of the same step without communication, on all ranks at the same time.
@@ -51,6 +52,7 @@ class Steps:
     """
 
     ranks: int
+    steps_a_block: int
     seconds: float
     parts: dict[str, float]
     alone_seconds: float
@@ -63,7 +65,14 @@ class Steps:
 @click.argument("config_path", type=click.Path(path_type=Path), metavar="CONFIG.toml")
 @set_option
 @click.option("--blocks", default=10, show_default=True, type=click.IntRange(1), help="Medians are over so many.")
-@click.option("--block", "length", default=5, show_default=True, type=click.IntRange(1), help="Steps in each of them.")
+@click.option(
+    "--block",
+    "length",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps in each of them; rounded up to whole periods of the method and its graphs.",
+)
 @click.option(
     "--loopback",
     "sizes",
@@ -98,7 +107,7 @@ def step(
         device = device_of(only_gpu(config.run.device))
         timed = partial(_set_up_and_measure_guarded, config=config, blocks=blocks, length=length, debug=is_debug(ctx))
         results = [run(size, timed, device=device)[0] for size in sizes]
-        report = _report(device, config_path, overrides, blocks, length, "loopback", results)
+        report = _report(device, config_path, overrides, blocks, "loopback", results)
         _print(report, results)
         if json_path:
             write_json(json_path, report)
@@ -106,7 +115,7 @@ def step(
     with run_world(load, config_path, debug=is_debug(ctx)) as (world, config):
         result = _set_up_and_measure(world, config, blocks, length)
         if world.rank == 0:
-            report = _report(world.device, config_path, overrides, blocks, length, "MPI", [result])
+            report = _report(world.device, config_path, overrides, blocks, "MPI", [result])
             _print(report, [result])
             if json_path:
                 write_json(json_path, report)
@@ -131,8 +140,11 @@ def _set_up_and_measure(world: World, config: RunConfig, blocks: int, length: in
 
 
 def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: int) -> Steps:
-    """Measure the steps of `setup`; collective on all ranks."""
+    """Measure blocks of at least `length` steps of `setup`; collective on all ranks."""
     assert not isinstance(setup.algorithm, AsynchronousAlgorithm)
+    # A block of whole periods: in others, a method that sends in every 50th step mostly sends nothing.
+    period = getattr(setup.algorithm, "period", 1) * getattr(setup.schedule, "period", 1)
+    length = -(-length // period) * period
     node = world.node(setup.groups) if setup.groups else None
     gossip = Distributed(setup.model, setup.optimizer, setup.algorithm, setup.schedule, world, node)
     gossip.local.delay = config.gradient_delay(world)
@@ -159,6 +171,7 @@ def measure(world: World, config: RunConfig, setup: Setup, blocks: int, length: 
     medians = {key: statistics.median(row[key] for row in means) for key in means[0]}
     return Steps(
         ranks=world.size,
+        steps_a_block=length,
         seconds=medians["seconds"],
         parts={part: medians[part] for part in PARTS},
         alone_seconds=medians["alone"],
@@ -200,7 +213,6 @@ def _report(
     path: Path,
     overrides: Sequence[str],
     blocks: int,
-    length: int,
     ranks_are: str,
     results: Sequence[Steps],
 ) -> dict[str, Any]:
@@ -211,7 +223,6 @@ def _report(
         "ranks_are": ranks_are,
         "threads_a_rank": os.environ.get("OMP_NUM_THREADS"),
         "blocks": blocks,
-        "steps_a_block": length,
         "results": [asdict(result) for result in results],
     }
 
@@ -219,9 +230,10 @@ def _report(
 def _print(report: dict[str, Any], results: Sequence[Steps]) -> None:
     out = console()
     print_machine(out, report["machine"])
+    lengths = " or ".join(str(length) for length in dict.fromkeys(result.steps_a_block for result in results))
     out.print(
         f"{report['config']} {' '.join(report['set'])}: ranks by {report['ranks_are']}, medians of "
-        f"{report['blocks']} blocks of {report['steps_a_block']} steps; ms a step",
+        f"{report['blocks']} blocks of {lengths} steps; ms a step",
         soft_wrap=True,
         markup=False,
     )

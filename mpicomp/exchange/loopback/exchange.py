@@ -101,7 +101,7 @@ class LoopbackExchange:
         """Average `x` over all ranks, in place; summed in float64 in the order of ranks."""
         mean_over_ranks_(self._scheduler, self._threads[self.rank], x, self._threads)
         nbytes = all_reduce_nbytes(x, self.size)
-        self._scheduler.all_reduce(self._threads[self.rank], nbytes, self.size)
+        self._scheduler.all_reduce(self._threads[self.rank], nbytes, self._threads)
         self.bytes_sent += nbytes
 
     def _begin(self) -> None:

@@ -14,14 +14,17 @@ never idle, takes as long as all its bytes do:
     arrival  = received + latency
 
 So a rank that sends to four neighbors takes four times as long as one that sends to a single one, and a hub is as slow
-for its workers as its own link. An all-reduce in a ring is as fast as the slowest port. Between the ports the network
-has no limit. Packets are not modelled: a message arrives whole.
+for its workers as its own link. Between the ports the network has no limit. Packets are not modelled: a message arrives
+whole. An all-reduce in a ring of ranks on M nodes goes through each port once, since the ranks of a node follow one
+another, and is as fast as the slowest port:
+
+    seconds = (bytes that a rank sends) / (bandwidth of the slowest port) + 2 (M - 1) latency;  0 on one node
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpicomp.errors import ConfigError
@@ -79,10 +82,13 @@ class Network:
             arrivals[target] = max(end_ns, since_ns + lasts_ns) + round(1e9 * self.links.latency_s)
         return arrivals
 
-    def all_reduce_ns(self, nbytes: int, size: int) -> int:
-        """Return how long an all-reduce in a ring takes, by 2 (size - 1) steps in which each rank sends `nbytes`."""
-        slowest = self._bytes_per_s.index(min(self._bytes_per_s))
-        return self._transmission_ns(nbytes, slowest) + 2 * (size - 1) * round(1e9 * self.links.latency_s)
+    def all_reduce_ns(self, nbytes: int, ranks: Sequence[int]) -> int:
+        """Return how long an all-reduce in a ring of `ranks` takes, in which each of them sends `nbytes`."""
+        ports = {rank // self.links.node_size for rank in ranks}
+        if len(ports) == 1:
+            return 0
+        slowest = min(ports, key=lambda port: self._bytes_per_s[port])
+        return self._transmission_ns(nbytes, slowest) + 2 * (len(ports) - 1) * round(1e9 * self.links.latency_s)
 
     def free_ns(self) -> int:
         """Return when all ports are free."""

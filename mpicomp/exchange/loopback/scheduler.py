@@ -224,7 +224,7 @@ class Scheduler:
             self._await_core(thread)
             self._check_alive()
 
-    def all_reduce(self, rank: int, nbytes: int, size: int) -> None:
+    def all_reduce(self, rank: int, nbytes: int, among: Sequence[int]) -> None:
         """Do nothing: the sum has taken its time. In simulated time, this sleeps as long as an all-reduce takes."""
 
     def make_transport(self, rank: int, slots: Slots) -> LoopbackTransport | SimulatedTransport:

@@ -74,10 +74,10 @@ class SimulatedScheduler(Scheduler):
             self._arrivals[sender, rank][0] <= self._now_ns for sender in senders
         )
 
-    def all_reduce(self, rank: int, nbytes: int, size: int) -> None:
-        """Sleep for the time of an all-reduce over `size` ranks in which each rank sends `nbytes`."""
-        rings = min(self.size // size, self._network.links.node_size)  # over one port, of the ranks of a node
-        self._nap(rank, self._now_ns + self._network.all_reduce_ns(rings * nbytes, size), is_awaiting_mail=False)
+    def all_reduce(self, rank: int, nbytes: int, among: Sequence[int]) -> None:
+        """Sleep for the time of an all-reduce over the ranks `among` in which each of them sends `nbytes`."""
+        rings = min(self.size // len(among), self._network.links.node_size)  # over one port, of the ranks of a node
+        self._nap(rank, self._now_ns + self._network.all_reduce_ns(rings * nbytes, among), is_awaiting_mail=False)
 
     def await_mail(self, rank: int, until_ns: int) -> None:
         """Sleep until `until_ns`, or until something arrives at `rank`."""

@@ -99,7 +99,7 @@ class SymmetricExchange:
         self.bytes_sent += nbytes
         self._count()
         begin_ns = max(self._now_ns, self._network.free_ns())
-        self._wait_until(begin_ns + self._sums.all_reduce_ns(nbytes, self.size))
+        self._wait_until(begin_ns + self._sums.all_reduce_ns(nbytes, range(self.size)))
 
     def _pack(self, payload: Payload, layout: Layout) -> tuple[int, Payload]:
         if layout.nbytes not in self._wires:

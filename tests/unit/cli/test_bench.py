@@ -54,6 +54,27 @@ def test_steps_of_neighbor_methods_send_as_much_on_any_number_of_ranks(tmp_path)
     assert "bytes a rank" in result.output and report["ranks_are"] == "loopback"
 
 
+@pytest.mark.parametrize(
+    ("method", "overrides", "length"),
+    [
+        ("local_sgd", ["algorithm.period=4"], 8),
+        ("diloco", ["algorithm.period=7"], 7),
+        ("local_sgd", ["algorithm.period=2", "topology.kind=one_peer_exponential"], 8),
+    ],
+)
+def test_a_block_is_of_whole_periods(method, overrides, length, tmp_path):
+    path = tmp_path / "step.json"
+    arguments = ["bench", "step", f"configs/methods/{method}.toml", *CHOCO, "--loopback", "4", "--blocks", "2"]
+    more = [word for override in overrides for word in ("--set", override)]
+    result = CliRunner().invoke(main, [*arguments, *more, "--block", "5", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(path.read_text())["results"]
+    assert row["steps_a_block"] == length and f"2 blocks of {length} steps" in result.output
+    period = int(overrides[0].partition("=")[2])
+    once = row["nbytes"] * period
+    assert once == pytest.approx(round(once)) and once > 0
+
+
 def test_a_rank_alone_sends_nothing():
     arguments = ["bench", "step", "configs/methods/choco.toml", *CHOCO, "--blocks", "1", "--loopback", "1"]
     result = CliRunner().invoke(main, arguments)

@@ -56,6 +56,13 @@ def test_an_all_reduce_takes_its_bytes_and_the_latency_of_all_its_steps():
     assert result.seconds / result.steps == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("node_size", "hops"), [(2, 2), (4, 0)])
+def test_an_all_reduce_takes_time_between_nodes_only(node_size, hops):
+    result = simulate(METHODS / "ssgd.toml", 4, f"simulation.node_size={node_size}")
+    expected = GRADIENT_S + (transmission_s(result) + hops * LATENCY_S if hops else 0)
+    assert result.seconds / result.steps == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("gradient_s", [0.001, 1.0])
 def test_messages_with_overlap_travel_during_the_gradient(gradient_s):
     dense = ["compression.kind=identity", "compression.ratio=", "algorithm.overlap=true"]
@@ -117,6 +124,7 @@ def test_ports_may_differ_and_a_message_waits_for_the_slower_one():
     assert network.send(0, {1: 100, 2: 100}, now_ns=0) == {1: 2 * second, 2: 2 * second}
     assert network.send(2, {1: 100}, now_ns=0) == {1: 4 * second}  # rank 1 takes in 200 at 50
     assert network.send(1, {0: 100}, now_ns=0) == {0: 2 * second}
-    assert network.all_reduce_ns(100, 3) == 2 * second
+    assert network.all_reduce_ns(100, range(3)) == 2 * second
+    assert network.all_reduce_ns(100, [0, 2]) == second
     with pytest.raises(ConfigError, match=r"simulation.bytes_per_s has 2 entries for 3 nodes"):
         Network(3, Links(bytes_per_s_of_nodes=(100.0, 50.0)))

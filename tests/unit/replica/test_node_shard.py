@@ -130,6 +130,12 @@ def configured(name, *overrides):
     return RunConfig.load(f"configs/methods/{name}.toml", [*NODES, *overrides])
 
 
+def test_sums_between_nodes_send_what_the_result_compares_with():
+    result = run(6, lambda world: train(configured("ssgd"), world))[0]
+    assert result.nodes == 3
+    assert sum(result.bytes_sent) / 6 == pytest.approx(result.all_reduce_nbytes, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["choco", "adagossip", "gmc_plus", "local_sgd_choco", "powersgd", "motef", "lead"])
 def test_a_run_continues_bit_for_bit(name, tmp_path):
     stops = ["checkpoint.every_steps=10", "checkpoint.every_minutes=", "schedule.kind=constant", "schedule.warmup="]

@@ -13,13 +13,20 @@ from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.replica.record import Record
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.plot import figure, read_runs
+from mpicomp.run.result import Result
 
 
 @pytest.fixture
 def make(tmp_path):
-    def make_run(name, records=5, consensus=0.1):
+    def make_run(name, records=5, consensus=0.1, validation=0, is_simulated=False):
         folder = RunFolder.create(tmp_path / name)
-        folder.save_config(RunConfig.from_toml("optimizer.lr = 0.1\ntraining.steps = 3"))
+        folder.save_config(
+            RunConfig.from_toml(f"optimizer.lr = 0.1\ntraining.steps = 3\ndata.validation = {validation}")
+        )
+        if is_simulated:
+            folder.save_result(
+                Result("dpsgd", "ring", "identity", 2, 3, 1.0, 0.5, 0.9, [], [], 0.0, 5, 1.0, is_simulated=True)
+            )
         for i in range(1, records + 1):
             accuracy = 0.1 * i if i % 2 else None
             folder.on_record(Record(i, i / 2, 1 / i, 0.1, 10 * i, {"gradient": 0.5, "mix": 0.5}, consensus, accuracy))
@@ -72,6 +79,24 @@ def test_language_models_show_their_perplexity(make):
     labels = [picture.axes[row].get_ylabel() for row in (0, 3, 6, 9)]
     assert labels == ["training loss (nats)", "test loss (nats)", "test perplexity", "consensus distance"]
     np.testing.assert_allclose(picture.axes[6].lines[0].get_ydata(), np.exp([2, 1, 2 / 3]))
+
+
+def test_runs_say_what_their_accuracy_and_their_seconds_are(make):
+    def labels(*paths):
+        axes = figure(read_runs(paths)).axes
+        return axes[3].get_ylabel(), axes[8].get_xlabel()
+
+    plain, held_out, simulated = make("a"), make("b", validation=100), make("c", is_simulated=True)
+    assert labels(held_out) == ("validation accuracy", "seconds of training")
+    assert labels(simulated) == ("test accuracy", "simulated seconds of training")
+    mixed = (plain, held_out, simulated)
+    assert labels(*mixed) == ("test and validation accuracy", "real and simulated seconds of training")
+    (legend,) = figure(read_runs(mixed)).legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "a (test, real time)",
+        "b (validation, real time)",
+        "c (test, simulated time)",
+    ]
 
 
 def test_zeros_do_not_spoil_the_scales(make, tmp_path):

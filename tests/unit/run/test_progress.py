@@ -150,6 +150,15 @@ def test_the_summary_compares_with_an_all_reduce(tmp_path):
     assert f"Results: {tmp_path}" in text
 
 
+def test_the_summary_of_nodes_compares_what_is_sent_between_them(tmp_path):
+    # 2 * 1/2 * 4 bytes * 500 parameters of a rank's shard * 100 steps = 200 kB
+    text = "\n".join(summary(result(nodes=2), tmp_path))
+    assert (
+        "Each rank sent 60 kB between nodes; an uncompressed all-reduce between nodes would have sent 200 kB, 3.33 "
+        "times as much." in text
+    )
+
+
 def test_the_summary_tells_of_unequal_ranks(tmp_path):
     text = "\n".join(summary(result(bytes_sent=[30_000, 60_000, 90_000, 60_000]), tmp_path))
     assert "Each rank sent 60 kB on average (at most 90 kB);" in text
@@ -175,11 +184,24 @@ def test_a_line_holds_what_a_user_asks_for(clock):
         "step     20",
         "loss  0.5000",
         "accuracy  91.23%",
-        "sent    20 MB (2 MB/s)",
+        "sent    20 MB (50 MB/s)",
         "consensus 1.23e-02",
         "0:40 left",
     ):
         assert text in line
+
+
+def test_the_rate_is_by_the_seconds_of_training_since_the_last_record(clock):
+    # They are 0.4 a record, real or simulated, whatever evaluations take and however fast a simulation is.
+    out = console()
+    progress = Progress(steps=100, epochs=None, console=out)
+    progress.start(["header"], begun=0.1)
+    for step in (20, 30):
+        clock.now += 100
+        progress.on_record(record(step))
+    first, second = lines(out)[1:]
+    assert "MB/s" not in first  # how much earlier starts have sent is not known
+    assert "sent    30 MB (25 MB/s)" in second
 
 
 def test_a_line_leaves_out_what_is_not_known():
