@@ -313,6 +313,9 @@ class Replica(ABC):
         arrays, in nested dicts, lists and tuples (`mpicomp.checkpoint.nested`). If ranks name different folders, as
         with a time stamp in the name, rank 0's is the one.
 
+        The last `keep_last` checkpoints up to this one are kept; 0 keeps all. Otherwise those of higher steps in
+        `folder` are removed, because a training that saves at a lower step has gone back from them.
+
         Raises:
             ConfigError: a step has begun, the call is inside `averaged`, or the model is no longer the one that was
                 distributed.
