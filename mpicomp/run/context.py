@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import nn
 
 from mpicomp.checkpoint.folder import Checkpoint, Checkpoints
 from mpicomp.checkpoint.saver import check_fits
@@ -15,6 +17,7 @@ from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.loopback.world import LoopbackWorld
+from mpicomp.exchange.patience import patiently
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.record import Callback, Record, report
@@ -97,16 +100,16 @@ class RunContext:
         """
         checkpoint, world = self.checkpoint, self.world
         assert checkpoint is not None
-        stored: dict[str, Leaf] = {}
+        has_own = checkpoint.manifest.size == world.size
+        stored = patiently(world, lambda: checkpoint.read(world.rank) if has_own else {}, self.watchdog.moved)
         with together(world):
-            if checkpoint.manifest.size == world.size:
-                stored = checkpoint.read(world.rank)
+            if stored:
                 self._check_data(stored)  # first: changed texts often make another model
             check_fits(checkpoint, replica.identity(self.config.to_toml()), world.size, self.resize)
             if stored:
                 replica.load_state_dict(stored)
         if not stored:
-            stored = load_resized(replica, checkpoint)
+            stored = load_resized(replica, checkpoint, self.watchdog.moved)
             with together(world):
                 self._check_data(stored)
         restore_(meter, meter_leaves(stored))
@@ -322,9 +325,7 @@ class RunContext:
             test_perplexity=last.test_perplexity,
         )
         with replica.averaged() as model:
-            if folder := self.written_folder:
-                folder.save_model(model, config)
-                folder.save_result(result)
+            patiently(world, partial(self._save, model, result), self.watchdog.moved)
         end()
         if self.folder and self.progress:
             self.progress.finish(summary(result, self.folder.path))
@@ -340,6 +341,12 @@ class RunContext:
                     f"{guessing:.4g}. Lower {self._too_large}"
                 )
         return result
+
+    def _save(self, model: nn.Module, result: Result) -> None:
+        """Write the averaged model and the result, on rank 0."""
+        if folder := self.written_folder:
+            folder.save_model(model, self.config)
+            folder.save_result(result)
 
 
 def meter_leaves(stored: Mapping[str, Leaf]) -> dict[str, Leaf]:
