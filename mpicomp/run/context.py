@@ -282,8 +282,7 @@ class RunContext:
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
         """Remove the stop file, and show that the run has stopped with a checkpoint."""
-        if folder := self.written_folder:  # here, not at the next start, which may be asked to stop, too
-            folder.stop_path.unlink(missing_ok=True)
+        self._remove_stop_file()  # here, not at the next start, which may be asked to stop, too
         if self.progress:
             path = self.folder.path if self.folder else None
             self.progress.finish(stopped(step, steps, reason, path, same_ranks(self.world)))
@@ -327,6 +326,7 @@ class RunContext:
         with replica.averaged() as model:
             patiently(world, partial(self._save, model, result), self.watchdog.moved)
         end()
+        self._remove_stop_file()  # one that came too late must not stop a start that is to train longer
         if self.folder and self.progress:
             self.progress.finish(summary(result, self.folder.path))
             loss, dataset = result.test_loss, self.setup.dataset
@@ -341,6 +341,10 @@ class RunContext:
                     f"{guessing:.4g}. Lower {self._too_large}"
                 )
         return result
+
+    def _remove_stop_file(self) -> None:
+        if folder := self.written_folder:
+            folder.stop_path.unlink(missing_ok=True)
 
     def _save(self, model: nn.Module, result: Result) -> None:
         """Write the averaged model and the result, on rank 0."""

@@ -248,3 +248,17 @@ def test_a_run_that_stops_says_how_many_ranks_go_on(config, tmp_path):
     result = train(config, "--run-dir", tmp_path / "run", *endless)
     assert result.exit_code == 75, result.output
     assert f"Go on with: mpicomp train --resume {tmp_path / 'run'} --loopback 2" in result.output.replace("\n", "")
+
+
+def test_a_request_to_stop_that_comes_too_late_does_not_stop_the_next_start(ended, monkeypatch):
+    finish = RunContext.finish
+
+    def ask_and_finish(run, *arguments):
+        run.folder.stop_path.touch()
+        return finish(run, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunContext, "finish", ask_and_finish)
+        assert train("--resume", ended, "--set", "training.steps=14").exit_code == 0
+    result = train("--resume", ended, "--set", "training.steps=200")
+    assert result.exit_code == 0, result.output
