@@ -258,13 +258,19 @@ class RunContext:
             self.progress.start([], part_done)
 
     def record(self, record: Record) -> None:
-        """Write a record and show it, on rank 0.
+        """Write a record and show it, on rank 0; one that cannot be written waits for the next, or for the end.
 
         Raises:
             DivergenceError: the loss stays far above that of guessing.
 
         """
-        report(record, self.world.rank, [self.folder, self.progress, *self.callbacks])
+        if folder := self.written_folder:
+            try:
+                folder.on_record(record)
+            except ConfigError as error:  # a disk that is full for a minute need not end training
+                if folder.waiting_records == 1 and self.progress:
+                    self.progress.warn(f"{error}: training goes on, and records wait in memory until they can be")
+        report(record, self.world.rank, [self.progress, *self.callbacks])
         guessing = self.setup.dataset.loss_of_guessing
         if guessing is None or record.loss is None:
             return
@@ -281,8 +287,8 @@ class RunContext:
         return "optimizer.lr or algorithm.gamma" if hasattr(self.setup.algorithm, "gamma") else "optimizer.lr"
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
-        """Remove the stop file, and show that the run has stopped with a checkpoint."""
-        self._remove_stop_file()  # here, not at the next start, which may be asked to stop, too
+        """Remove the stop file, and show that the run has stopped with a checkpoint; collective on all ranks."""
+        self._tidy_up()  # here, not at the next start, which may be asked to stop, too
         if self.progress:
             path = self.folder.path if self.folder else None
             self.progress.finish(stopped(step, steps, reason, path, same_ranks(self.world)))
@@ -326,7 +332,7 @@ class RunContext:
         with replica.averaged() as model:
             patiently(world, partial(self._save, model, result), self.watchdog.moved)
         end()
-        self._remove_stop_file()  # one that came too late must not stop a start that is to train longer
+        self._tidy_up()  # a stop file that came too late must not stop a start that is to train longer
         if self.folder and self.progress:
             self.progress.finish(summary(result, self.folder.path))
             loss, dataset = result.test_loss, self.setup.dataset
@@ -342,9 +348,12 @@ class RunContext:
                 )
         return result
 
-    def _remove_stop_file(self) -> None:
-        if folder := self.written_folder:
-            folder.stop_path.unlink(missing_ok=True)
+    def _tidy_up(self) -> None:
+        """Remove the stop file, and write the records that still wait; raise ConfigError if that is not possible."""
+        with together(self.world):
+            if folder := self.written_folder:
+                folder.stop_path.unlink(missing_ok=True)
+                folder.write_records()
 
     def _save(self, model: nn.Module, result: Result) -> None:
         """Write the averaged model and the result, on rank 0."""
