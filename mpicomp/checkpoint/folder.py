@@ -262,12 +262,16 @@ class Checkpoints:
     def prune(self, keep_last: int, keep_every: int | None = None) -> list[Path]:
         """Remove old checkpoints, and return their folders.
 
-        The newest is kept, the `keep_last` >= 1 of the highest steps, and those at a multiple of `keep_every` steps.
+        The last `keep_last` >= 1 up to the newest are kept, and of those before it the ones at a multiple of
+        `keep_every` steps. Checkpoints of higher steps than the newest are all removed: the run has gone back from
+        them, and they would take the places of its own.
         """
         assert keep_last >= 1
+        published = self.paths()
         newest = self._newest()
-        old = [path for path in self.paths()[:-keep_last] if path != newest]
-        old = [path for path in old if not keep_every or _step(path) % keep_every]
+        end = published.index(newest) + 1 if newest else 0
+        old = [path for path in published[:end][:-keep_last] if not keep_every or _step(path) % keep_every]
+        old += published[end:]
         with _named(self.path):
             for path in old:
                 self._remove(path)

@@ -142,10 +142,10 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
     """Remove a file that the block cannot complete; turn an OSError into a CheckpointError that names it."""
     try:
         yield
-    except (CheckpointError, OSError) as error:
+    except Exception as error:
         with suppress(OSError):
             path.unlink()
-        if isinstance(error, CheckpointError):
+        if not isinstance(error, OSError):
             raise
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -206,19 +206,32 @@ def newer(path: Path, version: int) -> str:
 
 
 class _Disk(io.FileIO):
-    """A file for HDF5 that hides failed writes from it; `error` is the first error."""
+    """A file for HDF5 that hides from it what fails; `error` is the first error, after which it pretends to work."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`; after an error, pretend to."""
+        """Write all of `data`."""
         rest = memoryview(data)
-        try:
+        with self._hiding():
             while rest and self.error is None:
                 rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.error = error
         return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length to `size`, by default to where the file stands."""
+        size = self.tell() if size is None else size
+        with self._hiding():
+            if self.error is None:
+                super().truncate(size)
+        return size
+
+    @contextmanager
+    def _hiding(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
 
 
 def _header(form: str) -> dict[str, str | int | float]:

@@ -36,12 +36,10 @@ from mpicomp.checkpoint.writer import Writer
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree, together
+from mpicomp.exchange.patience import wait_in_rounds
 from mpicomp.state import Leaf
 from mpicomp.timing import traced
 from mpicomp.topology.base import Schedule
-
-PATIENCE_S = 0.25
-"""Seconds to wait for a writer at a time; a writer that lives is progress, however slow its file system is."""
 
 
 @dataclass(frozen=True)
@@ -147,21 +145,17 @@ class Saver:
 
     def _await_writers(self) -> None:
         """Wait until no rank writes."""
-        if not self._world.is_simulated:  # messages would take simulated time
-            while any(self._world.all_gather(self._writer.wait_for(PATIENCE_S))):
-                self._moved()
+        wait_in_rounds(self._world, self._writer.wait_for, self._moved)
 
     def _await_publication(self) -> None:
         """Wait until rank 0 has published what is to be published."""
-        if not self._world.is_simulated:
-            while self._world.broadcast(self._is_publishing()):
-                self._moved()
+        wait_in_rounds(self._world, self._is_publishing, self._moved)
 
-    def _is_publishing(self) -> bool:
-        """Wait a moment for the publication, on rank 0, and return whether it goes on."""
+    def _is_publishing(self, seconds: float) -> bool:
+        """Wait for the publication, on rank 0 and no longer than `seconds`, and return whether it goes on."""
         if self._publishing is None:
             return False
-        wait([self._publishing], PATIENCE_S)
+        wait([self._publishing], seconds)
         return not self._publishing.done()
 
     @traced("checkpoint", "")

@@ -104,3 +104,5 @@ def _write(
         return write(leaves)
     except CheckpointError as error:
         return error
+    except Exception as error:  # whatever it is, training need not end for it
+        return CheckpointError(f"the state cannot be written: {type(error).__name__}: {error}")

@@ -132,7 +132,7 @@ def diff(first: Path, second: Path, with_volatile: bool) -> None:
 @click.option("--keep-last", default=1, show_default=True, type=click.IntRange(min=1), help="How many of the newest.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at a multiple of it, too.")
 def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove old checkpoints from RUN_DIR; the newest is verified first."""
+    """Remove old checkpoints from RUN_DIR, and those from which it went back; the newest is verified first."""
     folder = _folder(run_dir)
     newest = _one(run_dir)
     if problems := newest.verify():

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkp
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import Node, World
 from mpicomp.exchange.guard import together
+from mpicomp.exchange.patience import patiently
 from mpicomp.replica.buffers import averaged_buffers
 from mpicomp.replica.consistency import require_same_buffers, require_same_tensors
 from mpicomp.replica.flat import FlatModel
@@ -313,6 +315,9 @@ class Replica(ABC):
         arrays, in nested dicts, lists and tuples (`mpicomp.checkpoint.nested`). If ranks name different folders, as
         with a time stamp in the name, rank 0's is the one.
 
+        The last `keep_last` checkpoints up to this one are kept; 0 keeps all. Otherwise those of higher steps in
+        `folder` are removed, because a training that saves at a lower step has gone back from them.
+
         Raises:
             ConfigError: a step has begun, the call is inside `averaged`, or the model is no longer the one that was
                 distributed.
@@ -360,7 +365,8 @@ class Replica(ABC):
             self.require_between_steps("resume()")
             self._require_own_model("resume()")
             check_fits(checkpoint, self.identity(), self.world.size)
-            stored = checkpoint.read(self.world.rank)
+        stored = patiently(self.world, partial(checkpoint.read, self.world.rank))
+        with together(self.world):
             prefix = "extra/"
             extra = nested.unpack(
                 {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)}

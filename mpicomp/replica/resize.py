@@ -18,16 +18,17 @@ Methods take means over ranks, so an old error counts ``old ranks / new ranks`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from mpicomp.checkpoint.folder import Checkpoint
-from mpicomp.errors import CheckpointError, MpicompError
+from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import World
-from mpicomp.exchange.guard import agree
+from mpicomp.exchange.guard import together
+from mpicomp.exchange.patience import patiently
 from mpicomp.replica.replica import Replica
 from mpicomp.replica.state import seed_random
 from mpicomp.state import Leaf, resize_rules
@@ -72,8 +73,10 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
     return combined
 
 
-def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
+def load_resized(gossip: Replica, checkpoint: Checkpoint, moved: Callable[[], None] = lambda: None) -> dict[str, Leaf]:
     """Give every rank the state that `combine` makes, and return it; collective on all ranks.
+
+    `moved` is called again and again while rank 0 reads.
 
     Raises:
         CheckpointError: a file is damaged or missing, or is of another model or algorithm; messages are under way, or
@@ -92,22 +95,13 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint) -> dict[str, Leaf]:
             "(algorithm.overlap = true): start as many, --resize cannot deal them to others"
         )
     own = gossip.state_dict()
-    leaves, error = None, None
-    if gossip.world.rank == 0:
-        try:
-            leaves = combine(checkpoint, rules, gossip.world.size)
-        except MpicompError as failure:
-            error = failure
-    agree(gossip.world, error)
+    rank, size = gossip.world.rank, gossip.world.size
+    leaves = patiently(gossip.world, lambda: combine(checkpoint, rules, size) if rank == 0 else None, moved)
     combined = _broadcast(gossip.world, leaves)
     combined.update({path: own[path] for path, rule in rules.items() if path in combined and _keeps(own[path], rule)})
-    error = None
-    try:
+    with together(gossip.world):
         gossip.load_state_dict(combined)
-    except MpicompError as failure:
-        error = failure
-    agree(gossip.world, error)
-    seed_random(gossip.steps, gossip.world.rank)
+    seed_random(gossip.steps, rank)
     return combined
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
 
 from mpicomp.checkpoint.folder import Checkpoint, Checkpoints
 from mpicomp.checkpoint.saver import check_fits
@@ -13,6 +16,7 @@ from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import FailureDetector, World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.loopback.world import LoopbackWorld
+from mpicomp.exchange.patience import patiently
 from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.replica.meter import Meter
 from mpicomp.replica.record import Callback, Record, report
@@ -95,16 +99,16 @@ class RunContext:
         """
         checkpoint, world = self.checkpoint, self.world
         assert checkpoint is not None
-        stored: dict[str, Leaf] = {}
+        has_own = checkpoint.manifest.size == world.size
+        stored = patiently(world, lambda: checkpoint.read(world.rank) if has_own else {}, self.watchdog.moved)
         with together(world):
-            if checkpoint.manifest.size == world.size:
-                stored = checkpoint.read(world.rank)
+            if stored:
                 self._check_data(stored)  # first: changed texts often make another model
             check_fits(checkpoint, replica.identity(self.config.to_toml()), world.size, self.resize)
             if stored:
                 replica.load_state_dict(stored)
         if not stored:
-            stored = load_resized(replica, checkpoint)
+            stored = load_resized(replica, checkpoint, self.watchdog.moved)
             with together(world):
                 self._check_data(stored)
         restore_(meter, {path.removeprefix(METER): leaf for path, leaf in stored.items() if path.startswith(METER)})
@@ -253,13 +257,19 @@ class RunContext:
             self.progress.start([], part_done)
 
     def record(self, record: Record) -> None:
-        """Write a record and show it, on rank 0.
+        """Write a record and show it, on rank 0; one that cannot be written waits for the next, or for the end.
 
         Raises:
             DivergenceError: the loss stays far above that of guessing.
 
         """
-        report(record, self.world.rank, [self.folder, self.progress, *self.callbacks])
+        if folder := self.written_folder:
+            try:
+                folder.on_record(record)
+            except ConfigError as error:  # a disk that is full for a minute need not end training
+                if folder.waiting_records == 1 and self.progress:
+                    self.progress.warn(f"{error}: training goes on, and records wait in memory until they can be")
+        report(record, self.world.rank, [self.progress, *self.callbacks])
         guessing = self.setup.dataset.loss_of_guessing
         if guessing is None or record.loss is None:
             return
@@ -276,9 +286,8 @@ class RunContext:
         return "optimizer.lr or algorithm.gamma" if hasattr(self.setup.algorithm, "gamma") else "optimizer.lr"
 
     def stop(self, step: int, steps: int, reason: Reason) -> None:
-        """Remove the stop file, and show that the run has stopped with a checkpoint."""
-        if folder := self.written_folder:  # here, not at the next start, which may be asked to stop, too
-            folder.stop_path.unlink(missing_ok=True)
+        """Remove the stop file, and show that the run has stopped with a checkpoint; collective on all ranks."""
+        self._tidy_up()  # here, not at the next start, which may be asked to stop, too
         if self.progress:
             path = self.folder.path if self.folder else None
             self.progress.finish(stopped(step, steps, reason, path, same_ranks(self.world)))
@@ -323,10 +332,9 @@ class RunContext:
             nodes=len(self.setup.groups) if self.setup.groups else None,
         )
         with replica.averaged() as model:
-            if folder := self.written_folder:
-                folder.save_model(model, config)
-                folder.save_result(result)
+            patiently(world, partial(self._save, model, result), self.watchdog.moved)
         end()
+        self._tidy_up()  # a stop file that came too late must not stop a start that is to train longer
         if self.folder and self.progress:
             self.progress.finish(summary(result, self.folder.path))
             loss, dataset = result.test_loss, self.setup.dataset
@@ -341,3 +349,16 @@ class RunContext:
                     f"{guessing:.4g}. Lower {self._too_large}"
                 )
         return result
+
+    def _tidy_up(self) -> None:
+        """Remove the stop file, and write the records that still wait; raise ConfigError if that is not possible."""
+        with together(self.world):
+            if folder := self.written_folder:
+                folder.stop_path.unlink(missing_ok=True)
+                folder.write_records()
+
+    def _save(self, model: nn.Module, result: Result) -> None:
+        """Write the averaged model and the result, on rank 0."""
+        if folder := self.written_folder:
+            folder.save_model(model, self.config)
+            folder.save_result(result)

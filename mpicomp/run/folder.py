@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from mpicomp.config.config import RunConfig
 from mpicomp.data.dataset import Dataset
 from mpicomp.errors import CheckpointError, ConfigError
 from mpicomp.exchange.watchdog import Member
-from mpicomp.files import replacing
+from mpicomp.files import Lines, replacing
 from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.replica.record import Record
 from mpicomp.replica.state import aliases
@@ -210,10 +211,30 @@ class RunFolder:
             for path in self.path.glob(_CLAIM.format("*")):
                 path.unlink(missing_ok=True)
 
+    @cached_property
+    def _record_lines(self) -> Lines:
+        return Lines(self.metrics_path)
+
+    @property
+    def waiting_records(self) -> int:
+        """How many records wait in memory until they can be written."""
+        return len(self._record_lines.waiting)
+
     def on_record(self, record: Record) -> None:
-        """Append a record; when this returns it is in the file, even if the run is killed afterwards."""
-        with _writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(to_json(record) + "\n")
+        """Append a record; when this returns it is in the file, even if the run is killed afterwards.
+
+        Raises:
+            ConfigError: it cannot be written, for example because the disk is full. It waits in memory, and is written
+                with the next one, or by `write_records`.
+
+        """
+        with _writing(self.metrics_path):
+            self._record_lines.append(to_json(record))
+
+    def write_records(self) -> None:
+        """Write the records that wait in memory; raise ConfigError if they still cannot be written."""
+        with _writing(self.metrics_path):
+            self._record_lines.write()
 
     def records(self) -> list[dict[str, Any]]:
         """Read all records; an incomplete last line, as a killed run may leave it, is left out.
@@ -242,6 +263,7 @@ class RunFolder:
         Damaged lines are dropped, too, so that they block no restart. Returns how many there were, without the last
         line, which a killed run may have cut off.
         """
+        self.write_records()
         records, damaged = self.sound_records()
         kept = [record for record in records if record["step"] <= step]
         with _writing(self.metrics_path), replacing(self.metrics_path) as path:

@@ -279,6 +279,9 @@ class BatchScript:
             ]
         return [
             "",
+            "# A file that asked an earlier job to stop, and came too late for it, is not for this one.",
+            'rm -f "$run_dir/stop"',
+            "",
             "# Near the limit, or at `scancel --batch --signal=USR1 JOB`: a file asks for a checkpoint. It does",
             "# so under every launcher and at any time; a signal would end a rank that is still starting.",
             'trap \'interrupted=1; mkdir -p "$run_dir"; touch "$run_dir/stop"\' USR1',

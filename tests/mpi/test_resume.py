@@ -157,6 +157,19 @@ def test_random_generators_go_on(world, shared_tmp_path):
     assert (draw(), draw()) == expected
 
 
+def test_after_going_back_the_abandoned_checkpoints_give_way(world, shared_tmp_path):
+    gossip, closure = make(world, DPSGD())
+    for step in range(4):
+        gossip.step(closure(step))
+        gossip.save(shared_tmp_path, keep_last=4)
+    gossip, closure = make(world, DPSGD())
+    gossip.resume(shared_tmp_path, step=1)
+    gossip.step(closure(1))
+    gossip.save(shared_tmp_path, keep_last=2)
+    assert sorted(path.name for path in shared_tmp_path.glob("step_*")) == ["step_00000001", "step_00000002"]
+    assert gossip.resume(shared_tmp_path) == {} and gossip.steps == 2
+
+
 def test_nothing_to_resume(world, shared_tmp_path):
     assert make(world, DPSGD())[0].resume(shared_tmp_path / "none") is None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from statistics import fmean
 from typing import cast
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mpicomp.algorithms.asynchronous.base import AsynchronousAlgorithm
 from mpicomp.errors import ConfigError, ExchangeError, RankLost, TopologyError
-from mpicomp.exchange.guard import together
+from mpicomp.exchange.patience import patiently
 from mpicomp.exchange.watchdog import Waiting
 from mpicomp.replica.asynchronous_replica import PEERS_S, AsynchronousReplica
 from mpicomp.replica.gradient_delay import SLICE_S
@@ -53,8 +54,8 @@ def train_asynchronously(run: RunContext) -> Result | None:
         )
     stored: Mapping[str, Leaf] = {}
     if run.checkpoint and run.checkpoint.manifest.size == run.world.size:
-        with together(run.world):
-            stored = run.checkpoint.read(run.world.rank, {MEMBERSHIP})
+        read = partial(run.checkpoint.read, run.world.rank, {MEMBERSHIP})
+        stored = patiently(run.world, read, run.watchdog.moved)
     membership = ElasticMembership.of(stored, run.world.size)
     if membership.lost:
         setup.schedule, setup.trainers = membership.graph(config.topology.build(membership.size)), membership.size

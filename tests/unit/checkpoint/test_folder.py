@@ -122,13 +122,17 @@ def test_prune(tmp_path, keep_last, keep_every, kept):
     assert not any(path.exists() for path in removed)
 
 
-def test_prune_keeps_what_was_published_last(tmp_path):
+@pytest.mark.parametrize(("keep_last", "keep_every", "kept"), [(1, None, [25]), (2, None, [20, 25]), (1, 20, [20, 25])])
+def test_after_going_back_the_new_course_is_kept_and_the_abandoned_one_removed(tmp_path, keep_last, keep_every, kept):
     checkpoints = Checkpoints(tmp_path)
-    for step in (10, 40, 50, 20):  # the run went on from step 10
+    for step in (10, 20, 30, 40, 50):
         save(checkpoints, step)
-    checkpoints.prune(1)
-    assert [one.manifest.step for one in checkpoints.all()] == [20, 50]
-    check(checkpoints.latest(), 20)
+    checkpoints.go_back_to(open_checkpoint(tmp_path / "step_00000020"))
+    assert len(checkpoints.all()) == 5  # until the new course has one of its own, another may be chosen
+    save(checkpoints, 25)
+    checkpoints.prune(keep_last, keep_every)
+    assert [one.manifest.step for one in checkpoints.all()] == kept
+    check(checkpoints.latest(), 25)
 
 
 class Crash(BaseException):

@@ -1,6 +1,7 @@
 import hashlib
 import math
 import os
+import resource
 import zlib
 from pathlib import Path
 
@@ -147,6 +148,25 @@ def test_a_full_disk_leaves_nothing_and_is_named(small_disk):  # noqa: F811
     assert list(small_disk.iterdir()) == []
     assert open_descriptors() == descriptors
     hdf5.write(small_disk / "file.h5", {"x": torch.randn(100)}, {})
+
+
+@pytest.fixture
+def file_limit():
+    """Set the largest size of a file for a test (RLIMIT_FSIZE); Python ignores the signal that goes with it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("nbytes", [0, 100, 1000, 4000, 100_000, 500_000])
+def test_a_limit_on_the_size_of_files_leaves_nothing_and_is_named(tmp_path, file_limit, nbytes):
+    leaves = {"x": torch.randn(30_000), "y": torch.randn(100_000), "n": 3}
+    file_limit(nbytes)
+    with pytest.raises(CheckpointError, match=r"file.h5: cannot be written: File too large"):
+        hdf5.write(tmp_path / "file.h5", leaves, {})
+    with pytest.raises(CheckpointError, match=r"file.h5: cannot be written: File too large"):
+        hdf5.write_group(tmp_path / "file.h5", "/rank_00000", leaves, {}, is_first=True, is_last=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fails_in_the_end_leaves_nothing(tmp_path, monkeypatch):

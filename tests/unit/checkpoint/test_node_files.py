@@ -9,14 +9,14 @@ import torch
 from click.testing import CliRunner
 from support.runs import assert_same_checkpoint
 
-from mpicomp.checkpoint import hdf5, saver
+from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.export import mean_model
 from mpicomp.checkpoint.folder import Checkpoints, open_checkpoint
 from mpicomp.checkpoint.saver import RunIdentity, Saver
 from mpicomp.cli import main
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError
-from mpicomp.exchange import loopback
+from mpicomp.exchange import loopback, patience
 from mpicomp.replica.resize import combine
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
@@ -122,7 +122,7 @@ def test_a_slow_writer_is_progress(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(saver, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.05)
     monkeypatch.setattr(hdf5, "write", slowly(write))
     monkeypatch.setattr(Checkpoints, "publish", slowly(publish))
 

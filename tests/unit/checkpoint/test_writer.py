@@ -76,3 +76,11 @@ def test_a_failure_is_returned_and_the_next_file_is_written(small_disk, write): 
     write.copy({"x": torch.randn(100)})
     write.start(to(small_disk / "b.h5"))
     assert isinstance(write.wait(), hdf5.Digest)
+
+
+def test_a_failure_of_any_kind_is_returned(write):
+    write.copy({"x": torch.ones(3)})
+    write.start(lambda leaves: leaves["y"])
+    failure = write.wait()
+    assert isinstance(failure, CheckpointError)
+    assert "the state cannot be written: KeyError: 'y'" in str(failure)

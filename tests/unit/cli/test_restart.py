@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+import threading
+import time
 
 import pytest
 from click.testing import CliRunner
 
+from mpicomp.checkpoint import hdf5
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.cli import main
+from mpicomp.exchange import patience
+from mpicomp.exchange.watchdog import Watchdog
 from mpicomp.run import lock
 from mpicomp.run.context import RunContext
 from mpicomp.run.folder import RunFolder
@@ -147,6 +152,33 @@ def test_going_back_holds_even_if_the_new_start_dies_at_once(ended, monkeypatch)
     assert "Going on after step 4" in train("--resume", ended).output
 
 
+@pytest.mark.parametrize(("ranks", "options"), [(2, []), (3, ["--resize"])])
+@pytest.mark.parametrize(
+    ("module", "name"), [(hdf5, "_sha256"), (RunFolder, "save_model")], ids=["reading", "writing the model"]
+)
+def test_slow_files_are_no_hang(ended, monkeypatch, ranks, options, module, name):
+    slow, moved_meanwhile = [], set()
+    quick, moved = getattr(module, name), Watchdog.moved
+
+    def slowly(*arguments):
+        slow.append(1)
+        time.sleep(0.5)
+        slow.pop()
+        return quick(*arguments)
+
+    def note(watchdog, step=None):
+        if slow:
+            moved_meanwhile.add(threading.get_ident())
+        moved(watchdog, step)
+
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, name, slowly)
+    monkeypatch.setattr(Watchdog, "moved", note)
+    result = train("--resume", ended, *options, "--set", "training.steps=14", ranks=ranks)
+    assert result.exit_code == 0, result.output
+    assert len(moved_meanwhile) == ranks
+
+
 def test_a_sound_checkpoint_goes_on_beside_a_damaged_manifest(ended):
     (step(ended, 12) / "manifest.json").write_text("{")
     assert_refused(ended, "manifest.json: is damaged", "--resume", ended, "--set", "training.steps=14", code=6)
@@ -216,3 +248,17 @@ def test_a_run_that_stops_says_how_many_ranks_go_on(config, tmp_path):
     result = train(config, "--run-dir", tmp_path / "run", *endless)
     assert result.exit_code == 75, result.output
     assert f"Go on with: mpicomp train --resume {tmp_path / 'run'} --loopback 2" in result.output.replace("\n", "")
+
+
+def test_a_request_to_stop_that_comes_too_late_does_not_stop_the_next_start(ended, monkeypatch):
+    finish = RunContext.finish
+
+    def ask_and_finish(run, *arguments):
+        run.folder.stop_path.touch()
+        return finish(run, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunContext, "finish", ask_and_finish)
+        assert train("--resume", ended, "--set", "training.steps=14").exit_code == 0
+    result = train("--resume", ended, "--set", "training.steps=200")
+    assert result.exit_code == 0, result.output

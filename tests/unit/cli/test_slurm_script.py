@@ -116,6 +116,13 @@ def test_a_signal_makes_the_stop_file_and_waits_for_the_training(tmp_path):
     assert (tmp_path / "runs/c/stop").exists()
 
 
+def test_the_stop_file_of_an_earlier_job_does_not_stop_this_one(tmp_path):
+    (tmp_path / "runs/c").mkdir(parents=True)
+    (tmp_path / "runs/c/stop").touch()
+    assert play(batch(), tmp_path, 0)[0] == 0
+    assert not (tmp_path / "runs/c/stop").exists()
+
+
 def test_a_task_of_an_array_has_a_folder_and_settings_of_its_own(tmp_path):
     script = batch(vary={"run.seed": ["1", "2"], "compression.ratio": ["0.1"]}, overrides=["run.device=cpu"])
     assert "#SBATCH --array=0-1" in script.text()

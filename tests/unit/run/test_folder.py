@@ -1,16 +1,20 @@
 """The folder of a run: what is refused, and that what is written comes back."""
 
+import contextlib
+import itertools
 import json
 
 import h5py
 import pytest
 import torch
+from support.runs import mpicomp_here
 from support.tied import Tied
 from support.tmpfs import small_disk  # noqa: F401
 from torch import nn
 
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import CheckpointError, ConfigError
+from mpicomp.files import Lines
 from mpicomp.replica.record import Record
 from mpicomp.run import folder as run_folder
 from mpicomp.run.folder import RunFolder
@@ -86,6 +90,63 @@ def test_a_record_that_was_cut_off_is_left_out(folder):
     with folder.metrics_path.open("a") as file:
         file.write('{"step": 2, "ep')
     assert [r["step"] for r in folder.records()] == [1]
+
+
+def test_records_wait_for_a_disk_that_is_full(small_disk):  # noqa: F811
+    folder = RunFolder.create(small_disk / "run")
+    folder.on_record(record(1))
+    with (small_disk / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    steps = itertools.count(2)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        for step in steps:  # the last page of the file takes some
+            folder.on_record(record(step))
+    assert folder.waiting_records == 1
+    for count in (2, 3):
+        with pytest.raises(ConfigError, match="No space left"):
+            folder.on_record(record(next(steps)))
+        assert folder.waiting_records == count
+    (small_disk / "other").unlink()
+    last = next(steps)
+    folder.on_record(record(last))
+    assert folder.waiting_records == 0
+    assert [each["step"] for each in folder.records()] == list(range(1, last + 1))
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A run in which the records of steps 4 to 6 cannot be written, and later ones neither if `lasts`."""
+    text = '[data]\nkind = "synthetic"\n[model]\nkind = "logistic"\n[optimizer]\nlr = 0.1\n[run]\nlog_every = 1\n'
+    (tmp_path / "small.toml").write_text(text)
+    write = Lines.write
+
+    def train(lasts):
+        def fail(lines):
+            steps = [json.loads(line)["step"] for line in lines.waiting]
+            if steps and steps[-1] >= 4 and (lasts or steps[-1] <= 6):
+                raise OSError(28, "No space left on device")
+            write(lines)
+
+        monkeypatch.setattr(Lines, "write", fail)
+        options = ["--loopback", 2, "--set", "training.steps=9", "--set", "training.batch_size=8"]
+        return mpicomp_here("train", tmp_path / "small.toml", "--run-dir", tmp_path / "run", *options)
+
+    return train
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(small_run, tmp_path):
+    done = small_run(lasts=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("metrics.jsonl: cannot be written: No space left on device: training goes on") == 1
+    assert [each["step"] for each in RunFolder(tmp_path / "run").records()] == list(range(1, 10))
+
+
+def test_records_that_cannot_be_written_to_the_end_are_an_error(small_run, tmp_path):
+    done = small_run(lasts=True)
+    assert done.returncode == ConfigError.exit_code, done.stdout
+    assert "error: " in done.stdout and (tmp_path / "run" / "model.h5").exists()
+    assert [each["step"] for each in RunFolder(tmp_path / "run").records()] == [1, 2, 3]
 
 
 def test_damaged_records_are_named(folder):
