@@ -275,11 +275,13 @@ class GossipStrategy(ParallelStrategy):
             self.on_validation_end()  # what is saved is the model of this rank
             device = self.lightning_module.device
             self.lightning_module.to(self._root_device)  # from where Lightning moves it at the end of fit()
-            gossip.save(ranks_folder(filepath), extra={"precision": self.precision_plugin.state_dict()})
+            extra = {"precision": self.precision_plugin.state_dict()}
+            gossip.save(ranks_folder(filepath), extra, replace=True)  # as the file is replaced
             self.lightning_module.to(device)
             if is_validating:
                 self.on_validation_start()
-            # A file that is to be replaced names its own states, which are still there if this one is not written.
+            # A file that is to be replaced names its own states. If this one is not written, they are still there,
+            # unless they are of a later step.
             checkpoint[OWN] = {"step": gossip.steps}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

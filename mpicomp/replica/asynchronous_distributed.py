@@ -189,13 +189,15 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         self._require_trainer()
         super().begin()
 
-    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
+    def save(
+        self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2, replace: bool = False
+    ) -> None:
         """Store a checkpoint, as `Replica.save`; all ranks must call it, at any step, for the same `folder`.
 
         Its step is the mean over ranks. Hubs in `serve` and ranks in `finish` take part.
         """
         self._meet(_SAVE)
-        self._save((str(folder), keep_last), lambda: extra or {})
+        self._save((str(folder), keep_last, replace), lambda: extra or {})
 
     def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
         """Restore a checkpoint, as `Replica.resume`; all ranks must call it, hubs before `serve`."""
@@ -383,19 +385,19 @@ class AsynchronousDistributed(AsynchronousReplica, Distributed):
         agree(self.world, error)
         return next(iter(calls), _SERVES)
 
-    def _save(self, arguments: tuple[str, int] | None, extra: Extra) -> None:
+    def _save(self, arguments: tuple[str, int, bool] | None, extra: Extra) -> None:
         """Store a checkpoint in the folder that the training ranks have given."""
         self.drain()
         wishes = {wish for wish in self.world.all_gather(arguments) if wish is not None}
         error = None
         if len(wishes) > 1:
             error = ConfigError(
-                "save() with different folders or keep_last on the ranks: "
+                "save() with different folders, keep_last or replace on the ranks: "
                 f"{sorted(wishes)}. All ranks must name the same folder"
             )
         agree(self.world, error)
-        folder, keep_last = next(iter(wishes))
-        super().save(folder, extra(), keep_last)
+        folder, keep_last, replace = next(iter(wishes))
+        super().save(folder, extra(), keep_last, replace)
 
     def steps_of_all(self) -> int:
         """Return the mean number of steps per rank; collective on all ranks."""

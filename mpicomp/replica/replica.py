@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mpicomp.algorithms import AnyAlgorithm
 from mpicomp.algorithms.base import Algorithm
 from mpicomp.checkpoint import nested
+from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange.base import Node, World
@@ -101,6 +102,7 @@ class Replica(ABC):
         self.averages_buffers = True
         self.steps = 0
         self._far: list[float] = []
+        self._folders: set[Path] = set()  # of checkpoints that are of this training
         self._connect()
         if isinstance(algorithm, Algorithm):
             is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
@@ -307,7 +309,9 @@ class Replica(ABC):
         self.link.bytes_sent = int(stored["exchange/bytes_sent"])
         load_random(self.world.device, stored)
 
-    def save(self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2) -> None:
+    def save(
+        self, folder: Path | str, extra: Mapping[str, Any] | None = None, keep_last: int = 2, replace: bool = False
+    ) -> None:
         """Store a checkpoint of all ranks in `folder`, which they share, and wait for it; collective on all ranks.
 
         `resume` returns `extra` to this rank, with the same structure and types: for example the state of a scheduler,
@@ -316,11 +320,11 @@ class Replica(ABC):
         with a time stamp in the name, rank 0's is the one.
 
         The last `keep_last` checkpoints up to this one are kept; 0 keeps all. Otherwise those of higher steps in
-        `folder` are removed, because a training that saves at a lower step has gone back from them.
+        `folder` are removed, if this training has gone back from them (`resume`), or with `replace`.
 
         Raises:
-            ConfigError: a step has begun, the call is inside `averaged`, or the model is no longer the one that was
-                distributed.
+            ConfigError: a step has begun, the call is inside `averaged`, the model is no longer the one that was
+                distributed, or `folder` has a checkpoint of a higher step, of another training.
             DivergenceError: a parameter is NaN or infinite; nothing was written.
             CheckpointError: `extra` or the state of the optimizer has a value that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
@@ -335,6 +339,8 @@ class Replica(ABC):
                 self.require_between_steps("save()")
                 self._require_own_model("save()")
                 self.local.check()
+                if keep_last and not replace:
+                    self._require_own_folder(folder, step)
                 if not self.local.x.isfinite().all():
                     raise DivergenceError("save() has written nothing, because the model is not finite")
                 own = nested.pack({} if extra is None else extra, "extra")
@@ -343,8 +349,22 @@ class Replica(ABC):
             saver.start(step, leaves, in_place=True)
             is_sound = saver.finish()
             saver.close()
+        if keep_last:
+            self._folders.add(folder.resolve())
         if not is_sound:
             raise CheckpointError("; ".join(self.world.broadcast(problems)))
+
+    def _require_own_folder(self, folder: Path, step: int) -> None:
+        """Raise ConfigError if `folder` has a later checkpoint of a training that this one does not continue."""
+        if self.world.rank or folder.resolve() in self._folders:
+            return
+        newest = Checkpoints(folder).newest_step()
+        if newest is not None and newest > step:
+            raise ConfigError(
+                f"save() at step {step} in {folder} would remove the checkpoint of step {newest}, which is of another "
+                "training: call gossip.resume(folder) before the loop to continue that, save in another folder, or "
+                "pass replace=True"
+            )
 
     def resume(self, folder: Path | str, step: int | None = None) -> dict[str, Any] | None:
         """Restore the newest checkpoint in `folder` and return its `extra`, or None if there is none; collective.
@@ -372,6 +392,7 @@ class Replica(ABC):
                 {path.removeprefix(prefix): leaf for path, leaf in stored.items() if path.startswith(prefix)}
             )
             self.load_state_dict(stored)
+        self._folders.add(checkpoint.path.parent.resolve())
         return extra
 
 

@@ -1,15 +1,13 @@
 """What a replica gives away: the averaged model, and checkpoints with what is the caller's own."""
 
-import json
-
 import pytest
 import torch
 from support import small, tied
 from torch import nn
 
 from mpicomp.algorithms import Choco, EfficientAdam
-from mpicomp.checkpoint import export, hdf5
-from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
+from mpicomp.checkpoint import export
+from mpicomp.checkpoint.folder import MANIFEST, Checkpoints
 from mpicomp.compression import TopK
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
 from mpicomp.exchange import loopback
@@ -221,35 +219,33 @@ def test_a_damaged_checkpoint_is_no_obstacle_to_the_next_one(tmp_path):
     assert loopback.run(2, serve) == [1, 1]
 
 
-def test_a_checkpoint_of_the_time_when_extra_was_flat_is_resumed(tmp_path):
-    """Its leaves of `extra` were not packed, and there were no aliases."""
+def test_a_training_does_not_replace_the_later_checkpoints_of_another(tmp_path):
+    """A script that forgets `resume` would remove what it has trained."""
 
     def serve(world):
         gossip, closure = small.make(world, CHOCO)
-        gossip.step(closure(0))
-        gossip.save(tmp_path, extra={})
+        for step in range(3):
+            gossip.step(closure(step))
+        gossip.save(tmp_path)
+        anew, closure = small.make(world, CHOCO)
+        anew.step(closure(0))
+        with pytest.raises(
+            ConfigError, match=r"save\(\) at step 1 in .* a checkpoint of step 3 .*gossip.resume\(folder\)"
+        ):
+            anew.save(tmp_path)
+        anew.save(tmp_path, keep_last=0)  # keeps all
+        kept = sorted(path.name for path in tmp_path.glob("step_*"))
         world.barrier()
-        if world.rank == 0:
-            as_before(tmp_path, {"extra/note": "text", "extra/rate": 0.5})
-        world.barrier()
-        return small.make(world, CHOCO)[0].resume(tmp_path)
+        other, closure = small.make(world, CHOCO)
+        other.step(closure(0))
+        other.resume(tmp_path, step=3)
+        other.resume(tmp_path, step=1)
+        other.step(closure(1))
+        other.save(tmp_path)  # has gone back
+        return kept, sorted(path.name for path in tmp_path.glob("step_*"))
 
-    assert loopback.run(2, serve) == [{"note": "text", "rate": 0.5}] * 2
-
-
-def as_before(folder, extra):
-    """Rewrite the newest checkpoint without what is new, and with `extra` as leaves."""
-    checkpoint = Checkpoints(folder).latest()
-    digests = {}
-    for rank in range(checkpoint.manifest.size):
-        leaves = checkpoint.read(rank)
-        del leaves["model/aliases"], leaves["extra/structure"]
-        digests[rank_file(rank)] = hdf5.write(checkpoint.path / rank_file(rank), {**leaves, **extra}, {})
-    path = checkpoint.path / MANIFEST
-    values = json.loads(path.read_text())
-    for key in ("format", "version", "sha256", "files"):
-        del values[key]
-    path.write_text(Manifest(**values, files=digests).to_json())
+    for kept, after in loopback.run(2, serve):
+        assert kept == ["step_00000001", "step_00000003"] and after == ["step_00000001", "step_00000002"]
 
 
 def test_a_scheduler_that_is_made_after_resume_is_named(tmp_path):
