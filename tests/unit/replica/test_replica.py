@@ -230,7 +230,7 @@ def test_a_training_does_not_replace_the_later_checkpoints_of_another(tmp_path):
         anew, closure = small.make(world, CHOCO)
         anew.step(closure(0))
         with pytest.raises(
-            ConfigError, match=r"save\(\) at step 1 in .* a checkpoint of step 3 .*gossip.resume\(folder\)"
+            ConfigError, match=r"save\(\) at step 1 in .* would remove the checkpoint of step 3"
         ):
             anew.save(tmp_path)
         anew.save(tmp_path, keep_last=0)  # keeps all
