@@ -154,6 +154,14 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
         for group, hyper in zip(current, groups, strict=True)
     ]
     local.optimizer.load_state_dict({"state": state, "param_groups": merged})
+    states = local.optimizer.state
+    for i, (_, parameter) in enumerate(_optimized(local)):
+        kept = states.get(parameter, {})
+        for key, value in state.get(i, {}).items():
+            loaded = kept.get(key)
+            # torch converts all but "step" to the type of the parameter: float32 momentum of bfloat16 parameters, say.
+            if key != "step" and isinstance(value, Tensor) and isinstance(loaded, Tensor):
+                kept[key] = value.to(loaded.device)
 
 
 def algorithm_leaves(state: Any) -> dict[str, Leaf]:
@@ -270,17 +278,20 @@ def _modules_with_extra_state(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a hyper-parameter with numbers in the place of tensors, such as ``lr=torch.tensor(0.1)``."""
+    """Return a hyper-parameter with numbers in the place of tensors and NumPy's, as in ``lr=torch.tensor(0.1)``."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return value.item() if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0) else value
 
 
 def _like(current: Any, value: Any) -> Any:
     """Return a stored hyper-parameter as the optimizer has it: a tensor where the `current` one is a tensor."""
     if isinstance(current, tuple | list) and isinstance(value, tuple) and len(current) == len(value):
         return tuple(map(_like, current, value))
-    return torch.as_tensor(value).to(current) if isinstance(current, Tensor) else value
+    if isinstance(current, np.generic):
+        converted = type(current)(value)
+        return converted if converted.item() == value else value  # a scheduler may have put a longer number there
+    return torch.as_tensor(value, dtype=current.dtype, device=current.device) if isinstance(current, Tensor) else value
 
 
 def _tuple(value: Any) -> Any:
