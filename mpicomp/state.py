@@ -8,6 +8,7 @@ does not fit is an error that names the path.
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,6 +50,9 @@ IN_FLIGHT = {"resize": "refused"}
 
 OWN = {"resize": "own"}
 """A field that is particular to a rank: new ranks keep the value from `init`."""
+
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
+"""In the text of a function, or of an object that has none of its own: it differs between processes."""
 
 Leaf = Tensor | int | float | str | bool
 

@@ -1,6 +1,8 @@
 """What a replica gives away: the averaged model, and checkpoints with what is the caller's own."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from support import small, tied
 from torch import nn
 
-from mpicomp.algorithms import Choco, EfficientAdam
+from mpicomp.algorithms import DPSGD, Choco, EfficientAdam
 from mpicomp.checkpoint import export, hdf5
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoints, Manifest, rank_file
 from mpicomp.compression import TopK
@@ -301,6 +303,32 @@ def test_a_state_of_the_optimizer_that_belongs_to_no_parameter_is_refused(tmp_pa
         gossip.local.optimizer.state["count"] = {"steps": 1}
         with pytest.raises(CheckpointError, match=r"keeps state\['count'\], which belongs to no parameter"):
             gossip.save(tmp_path)
+
+    loopback.run(2, serve)
+
+
+@dataclass(frozen=True)
+class Filtered(DPSGD):
+    """A method of a user with a function and an object, whose texts have addresses."""
+
+    of: Callable[[float], float] = abs
+    by: object = None
+
+
+def test_an_algorithm_whose_text_has_addresses_is_resumed(tmp_path):
+    def make(world, of):
+        return small.make(world, Filtered(of=of, by=object()), ring)[0]
+
+    def halved(x):
+        return x / 2
+
+    def serve(world):
+        gossip = make(world, lambda x: 2 * x)
+        gossip.save(tmp_path)
+        assert " at 0x" in repr(gossip.algorithm)
+        assert make(world, lambda x: 2 * x).resume(tmp_path) == {}
+        with pytest.raises(CheckpointError, match=r"is of the algorithm Filtered.*lambda.*this run has .*halved"):
+            make(world, halved).resume(tmp_path)
 
     loopback.run(2, serve)
 
