@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
 from mpicomp.algorithms.base import Algorithm
+from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
 from mpicomp.errors import CheckpointError, ConfigError, DivergenceError
@@ -24,6 +25,7 @@ from mpicomp.replica.consistency import require_same_buffers, require_same_tenso
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.state import (
+    WEIGHT,
     algorithm_leaves,
     extra_state_leaves,
     load_algorithm_,
@@ -285,8 +287,16 @@ class Replica(ABC):
             **algorithm_leaves(self.state),
             "exchange/steps": self.steps,
             "exchange/bytes_sent": self.link.bytes_sent,
+            **self._weight(),
             **random_leaves(self.world.device),
         }
+
+    def _weight(self) -> dict[str, Leaf]:
+        """Return the leaf with what this rank counts in sums, for other numbers of ranks; none if all count alike."""
+        if self.node is not None or not isinstance(self.algorithm, AggregatedAlgorithm):
+            return {}
+        weights = self.algorithm.rank_weights(self.world.size)
+        return {WEIGHT: weights[self.world.rank]} if weights else {}
 
     def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
         """Restore the state that `state_dict` has returned on this rank.

@@ -10,6 +10,7 @@ optimizer/groups                     JSON: the hyper-parameters of each group
 optimizer/state/<key>/<name>         what the optimizer keeps for the parameter <name>
 algorithm/<field>                    public copies, residuals, moments, positions in random streams
 exchange/steps, exchange/bytes_sent  the steps and the bytes of the exchange
+exchange/weight                      what the rank counts in the sums of the method, if not as much as each other
 random/python, random/numpy, ...     the states of the random generators of the process
 
 Batches, random compressors and the graph of a step depend only on (seed, step, rank), so they have no state.
@@ -36,6 +37,8 @@ from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.state import TORCH_GENERATOR, Leaf, flatten, restore_
 
 EXTRA_STATE = "extra_state/"
+OPTIMIZER_STATE = "optimizer/state/"
+WEIGHT = "exchange/weight"
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
@@ -121,7 +124,7 @@ def optimizer_leaves(local: FlatModel) -> dict[str, Leaf]:
         raise CheckpointError(f"a hyper-parameter of the optimizer cannot be stored: {error}") from error
     for name, parameter in _optimized(local):
         for key, value in local.optimizer.state.get(parameter, {}).items():
-            path = f"optimizer/state/{key}/{name}"
+            path = f"{OPTIMIZER_STATE}{key}/{name}"
             if value is not None and not isinstance(value, Leaf):
                 raise CheckpointError(f"{path} is a {type(value).__name__}, which cannot be stored")
             if value is not None:
@@ -144,8 +147,8 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
     index = {name: i for i, (name, _) in enumerate(_optimized(local))}
     state: dict[int, dict[str, Leaf]] = {}
     for path, value in stored.items():
-        if path.startswith("optimizer/state/"):
-            key, name = path.removeprefix("optimizer/state/").split("/", 1)
+        if path.startswith(OPTIMIZER_STATE):
+            key, name = path.removeprefix(OPTIMIZER_STATE).split("/", 1)
             if name not in index:
                 raise CheckpointError(f"the checkpoint holds {path}, but the optimizer has no parameter {name}")
             state.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
