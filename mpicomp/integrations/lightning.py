@@ -257,6 +257,7 @@ class GossipStrategy(ParallelStrategy):
             self.on_validation_end()  # what is saved is the model of this rank
             device = self.lightning_module.device
             self.lightning_module.to(self._root_device)  # from where Lightning moves it at the end of fit()
+            gossip.local.forget_gradients()  # Lightning saves wherever it is in an accumulation, and stores none
             gossip.save(ranks_folder(filepath), extra={"precision": self.precision_plugin.state_dict()})
             self.lightning_module.to(device)
             if is_validating:

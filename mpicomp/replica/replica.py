@@ -324,8 +324,8 @@ class Replica(ABC):
         with a time stamp in the name, rank 0's is the one.
 
         Raises:
-            ConfigError: a step has begun, the call is inside `averaged`, or the model is no longer the one that was
-                distributed.
+            ConfigError: a step has begun, or backward passes have left gradients for it; the call is inside
+                `averaged`; or the model is no longer the one that was distributed.
             DivergenceError: a parameter is NaN or infinite; nothing was written.
             CheckpointError: `extra` or the state of the optimizer has a value that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
@@ -339,6 +339,12 @@ class Replica(ABC):
             with together(self.world), self.naming_divergence():
                 self.require_between_steps("save()")
                 self._require_own_model("save()")
+                if self.local.has_gradients:
+                    raise ConfigError(
+                        "save() in the middle of an accumulation: backward passes have run since the last step, and a "
+                        "checkpoint holds no gradients, so these would be missing in the first step after resume(). "
+                        "Call it after gossip.optimizer.step(), or after zero_grad() if nothing needs them"
+                    )
                 self.local.check()
                 if not self.local.x.isfinite().all():
                     raise DivergenceError("save() has written nothing, because the model is not finite")

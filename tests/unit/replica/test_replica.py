@@ -557,6 +557,30 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
     assert len(list(tmp_path.glob("step*"))) == 1
 
 
+@pytest.mark.parametrize("clear", ["step", "zero_grad", "model.zero_grad", "closure"])
+def test_a_checkpoint_without_the_gradients_of_an_accumulation_is_refused(tmp_path, clear):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO, ring)
+        gossip.save(tmp_path)
+        clears = {
+            "step": gossip.optimizer.step,
+            "zero_grad": gossip.optimizer.zero_grad,
+            "model.zero_grad": gossip.local.model.zero_grad,
+            "closure": lambda: gossip.step(closure(3)),
+        }
+        for step in range(2):
+            closure(step)().backward()
+            if world.rank == 0:
+                gossip.optimizer.zero_grad()  # one rank with gradients is enough
+            with pytest.raises(ConfigError, match=r"save\(\) in the middle of an accumulation: .*after zero_grad\(\)"):
+                gossip.save(tmp_path)
+        clears[clear]()
+        gossip.save(tmp_path)
+        gossip.save(tmp_path)
+
+    loopback.run(2, serve)
+
+
 def test_weights_swapped_in_are_saved_and_those_swapped_out_stay(tmp_path):
     def serve(world):
         gossip, _ = small.make(world, CHOCO)
