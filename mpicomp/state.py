@@ -8,6 +8,7 @@ does not fit is an error that names the path.
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +21,8 @@ State = Any
 """A dataclass of tensors and numbers that changes from step to step, or None for a compressor without memory.
 
 The metadata of a field control what a checkpoint does with it. A field without metadata is stored, and a run that
-continues with another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's).
+continues with another number of ranks takes the mean over the old ranks (of numbers and counters, rank 0's). That suits
+error memories, too: methods average the messages of ranks, so the mean is what the errors will add to the model.
 
 A field that ``waits`` has one entry for each of the model, and those of frozen parameters have no part in a step
 (`waiting`).
@@ -29,13 +31,10 @@ A field that ``waits`` has one entry for each of the model, and those of frozen 
 SCRATCH = {"scratch": True}
 """A field without meaning between steps; it is not stored."""
 
-ERROR_MEMORY = {"resize": "sum"}
-"""A field that holds what was not sent yet: the sum over the old ranks is divided among the new ones."""
-
 PUBLIC_COPY = {"resize": "model"}
 """A field made of copies of models: on new ranks it is the mean model, as after a dense exchange of it."""
 
-ERROR_OF_GRADIENTS = {**ERROR_MEMORY, "waits": True}
+ERROR_OF_GRADIENTS = {"waits": True}
 """An error memory (n,) of what makes steps of the model, as gradients do: that of frozen parameters waits."""
 
 MOMENT = {"waits": True}
@@ -49,6 +48,12 @@ IN_FLIGHT = {"resize": "refused"}
 
 OWN = {"resize": "own"}
 """A field that is particular to a rank: new ranks keep the value from `init`."""
+
+COUNTS = {"resize": "counts"}
+"""What a rank counts in the consensus model (SGP's weight): new ranks keep the value from `init`."""
+
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
+"""In the text of a function, or of an object that has none of its own: it differs between processes."""
 
 Leaf = Tensor | int | float | str | bool
 

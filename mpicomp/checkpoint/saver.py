@@ -37,7 +37,7 @@ from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree, together
 from mpicomp.exchange.patience import wait_in_rounds
-from mpicomp.state import Leaf
+from mpicomp.state import ADDRESS, Leaf
 from mpicomp.timing import traced
 from mpicomp.topology.base import Schedule
 
@@ -313,13 +313,22 @@ def find_checkpoint(world: World, folder: Path, step: int | None = None) -> Chec
 
 
 def check_fits(checkpoint: Checkpoint, identity: RunIdentity, size: int, resize: bool = False) -> None:
-    """Raise CheckpointError, naming both sides, unless `identity` on `size` ranks may go on from `checkpoint`."""
+    """Raise CheckpointError, naming both sides, unless `identity` on `size` ranks may go on from `checkpoint`.
+
+    On another number of ranks the graph is another one, and so are the volumes and ratios of ranks that a configured
+    run gives its algorithm: of that the kind is compared, and the rest by `RunConfig.check_continues`.
+    """
     manifest = checkpoint.manifest
+    is_resized = manifest.size != size
     for what in ("algorithm", "model", "topology"):
-        theirs, own = getattr(manifest, what), getattr(identity, what)
-        if theirs != own and not (what == "topology" and manifest.size != size):
+        theirs, own = (ADDRESS.sub("", getattr(each, what)) for each in (manifest, identity))
+        if is_resized and what == "topology":
+            continue
+        if is_resized and what == "algorithm" and manifest.config:
+            theirs, own = (text.partition("(")[0] for text in (theirs, own))
+        if theirs != own:
             raise CheckpointError(f"{checkpoint.path}: is of the {what} {theirs}, this run has {own}")
-    if manifest.size != size and not resize:
+    if is_resized and not resize:
         raise CheckpointError(
             f"{checkpoint.path}: was written by {manifest.size} ranks, this run has {size}, and the memory of "
             f"compression errors belongs to ranks: start as many, or divide it anew with --resize"

@@ -275,6 +275,7 @@ class GossipStrategy(ParallelStrategy):
             self.on_validation_end()  # what is saved is the model of this rank
             device = self.lightning_module.device
             self.lightning_module.to(self._root_device)  # from where Lightning moves it at the end of fit()
+            gossip.local.forget_gradients()  # Lightning saves wherever it is in an accumulation, and stores none
             extra = {"precision": self.precision_plugin.state_dict()}
             gossip.save(ranks_folder(filepath), extra, replace=True)  # as the file is replaced
             self.lightning_module.to(device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from mpicomp.exchange.base import Groups, World
 from mpicomp.exchange.guard import agree
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.model_checks import listed, plain_name
+from mpicomp.state import ADDRESS
 from mpicomp.topology.base import Schedule, Topology
 
 EVERY_STEPS = 50
@@ -37,9 +37,6 @@ HOW_COMPUTED = ("foreach", "fused", "capturable", "differentiable")
 
 SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 """The types of tensors in the state of optimizers that are compared."""
-
-ADDRESS = re.compile(" at 0x[0-9a-f]+")
-"""In the text of an object that has none of its own: it differs between processes."""
 
 
 class Sums(NamedTuple):

@@ -106,6 +106,7 @@ class FlatModel:
         self._loaded_over: Tensor | None = None
         self._parameters = [p for _, p in named]
         self._with_gradient: set[Tensor] = set()
+        self._has_backward = False  # a backward pass since the last step
         self._shown: list[Tensor | None] = [None] * len(named)
         self._values = [x.view(shape) for x, shape in zip(self.spec.split(self.x), self.spec.shapes, strict=True)]
         self._gradients = [g.view(shape) for g, shape in zip(self.spec.split(self.g), self.spec.shapes, strict=True)]
@@ -227,6 +228,7 @@ class FlatModel:
         """Set all gradients to zero in place."""
         self.g.zero_()
         self._with_gradient.clear()
+        self.forget_gradients()
         self._renew_views()
         self._show_gradients(slice(0, self.spec.numel))
 
@@ -241,7 +243,18 @@ class FlatModel:
         self._show_gradients(slice(0, self.spec.numel))
         for p in self._parameters:  # changes of `x` are none of theirs to autograd: it would accept a graph from before
             torch.autograd.graph.increment_version(p)
+        self.forget_gradients()
         self._steps += 1
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether backward passes since the last step have left gradients for the next one; waits for the device."""
+        gradients = (p.grad for p in self._parameters if p.grad is not None) if self._has_backward else ()
+        return any(grad.is_sparse or bool(grad.any()) for grad in gradients)
+
+    def forget_gradients(self) -> None:
+        """Let gradients so far be of no use to the next step, for `has_gradients`; they stay where they are."""
+        self._has_backward = False
 
     def frozen(self) -> Frozen:
         """Return the values of all frozen parameters, for `restore_frozen`."""
@@ -408,6 +421,7 @@ class FlatModel:
 
     def _after_gradient(self, p: Tensor) -> None:
         self._with_gradient.add(p)
+        self._has_backward = True
         self._between_layers()
 
     def _before_loading(self, *_: object) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mpicomp.algorithms import AnyAlgorithm
 from mpicomp.algorithms.base import Algorithm
+from mpicomp.algorithms.sums.base import AggregatedAlgorithm
 from mpicomp.checkpoint import nested
 from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.checkpoint.saver import RunIdentity, Saver, check_fits, find_checkpoint, topology_name
@@ -27,6 +28,7 @@ from mpicomp.replica.consistency import require_same_buffers, require_same_tenso
 from mpicomp.replica.flat import FlatModel
 from mpicomp.replica.node_shard import NodeShard
 from mpicomp.replica.state import (
+    WEIGHT,
     algorithm_leaves,
     extra_state_leaves,
     load_algorithm_,
@@ -289,8 +291,16 @@ class Replica(ABC):
             **algorithm_leaves(self.state),
             "exchange/steps": self.steps,
             "exchange/bytes_sent": self.link.bytes_sent,
+            **self._weight(),
             **random_leaves(self.world.device),
         }
+
+    def _weight(self) -> dict[str, Leaf]:
+        """Return the leaf with what this rank counts in sums, for other numbers of ranks; none if all count alike."""
+        if self.node is not None or not isinstance(self.algorithm, AggregatedAlgorithm):
+            return {}
+        weights = self.algorithm.rank_weights(self.world.size)
+        return {WEIGHT: weights[self.world.rank]} if weights else {}
 
     def load_state_dict(self, stored: Mapping[str, Leaf]) -> None:
         """Restore the state that `state_dict` has returned on this rank.
@@ -323,8 +333,9 @@ class Replica(ABC):
         `folder` are removed, if this training has gone back from them (`resume`), or with `replace`.
 
         Raises:
-            ConfigError: a step has begun, the call is inside `averaged`, the model is no longer the one that was
-                distributed, or `folder` has a checkpoint of a higher step, of another training.
+            ConfigError: a step has begun, or backward passes have left gradients for it; the call is inside `averaged`;
+                the model is no longer the one that was distributed; or `folder` has a checkpoint of a higher step, of
+                another training.
             DivergenceError: a parameter is NaN or infinite; nothing was written.
             CheckpointError: `extra` or the state of the optimizer has a value that cannot be stored, and nothing was
                 written; or the checkpoint could not be written. Earlier checkpoints are intact.
@@ -338,6 +349,12 @@ class Replica(ABC):
             with together(self.world), self.naming_divergence():
                 self.require_between_steps("save()")
                 self._require_own_model("save()")
+                if self.local.has_gradients:
+                    raise ConfigError(
+                        "save() in the middle of an accumulation: backward passes have run since the last step, and a "
+                        "checkpoint holds no gradients, so these would be missing in the first step after resume(). "
+                        "Call it after gossip.optimizer.step(), or after zero_grad() if nothing needs them"
+                    )
                 self.local.check()
                 if keep_last and not replace:
                     self._require_own_folder(folder, step)

@@ -4,7 +4,7 @@ All new ranks start from the same state. Rank 0 makes it from the files of all o
 
     parameters, batch-norm statistics      the mean (the consensus model)
     momentum, second moments               the mean
-    error memory                           the sum over the old ranks, divided evenly, so that the sum is kept
+    error memory                           the mean: methods average messages, so it is what the errors add to the model
     public copies                          the consensus model, which every rank gets in one dense exchange
     state particular to a rank             made anew, as at the start
     state that only servers hold           copied unchanged to every new server
@@ -13,12 +13,14 @@ All new ranks start from the same state. Rank 0 makes it from the files of all o
     bytes sent                             the sum, divided evenly
     random generators of the process       seeded anew from (steps, rank)
 
-Methods take means over ranks, so an old error counts ``old ranks / new ranks`` times as much afterwards.
+An old rank counts in these means as it did in those of the method: by its samples if ``weights = "volume"``; in the
+consensus model of SGP by its push-sum weight. A rank that never had a gradient for a parameter lacks the state that the
+optimizer keeps for it; the mean is then over the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
 import torch
@@ -30,11 +32,14 @@ from mpicomp.exchange.base import World
 from mpicomp.exchange.guard import together
 from mpicomp.exchange.patience import patiently
 from mpicomp.replica.replica import Replica
-from mpicomp.replica.state import seed_random
+from mpicomp.replica.state import OPTIMIZER_STATE, WEIGHT, seed_random
 from mpicomp.state import Leaf, resize_rules
 
 PARAMETERS = "model/parameters"
 SENT = "exchange/bytes_sent"
+
+OWN_RULES = ("own", "counts")
+"""The rules of what a rank keeps as it was at the start."""
 
 
 def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dict[str, Leaf]:
@@ -42,8 +47,8 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
 
     Args:
         checkpoint: of another number of ranks.
-        rules: by path: ``"sum"``, ``"model"``, ``"servers"`` or ``"own"``, which is left as it is; other paths take the
-            mean.
+        rules: by path: ``"model"``, ``"servers"``, ``"own"`` or ``"counts"``, which are left as they are; other paths
+            take the mean.
         ranks: the new number of ranks.
 
     Raises:
@@ -53,24 +58,39 @@ def combine(checkpoint: Checkpoint, rules: Mapping[str, str], ranks: int) -> dic
     old = range(checkpoint.manifest.size)
     checkpoint.check(old)
     combined = checkpoint.read_checked(0)
+    held = {rank: {entry.name for entry in checkpoint.entries(rank)} for rank in old}
+    for rank in old[1:]:
+        more = [name for name in held[rank] - combined.keys() if name.startswith(OPTIMIZER_STATE)]
+        combined.update(checkpoint.read_checked(rank, more))
+    weights = _numbers(checkpoint, WEIGHT, held)
+    counts = [path for path, rule in rules.items() if rule == "counts"]
+    of_model = _numbers(checkpoint, counts[0], held) if counts else weights
     for path, leaf in combined.items():
         if rules.get(path) == "servers":
-            held = (cast(Tensor, checkpoint.read_checked(rank, [path])[path]) for rank in old)
-            combined[path] = max(held, key=Tensor.numel)
-        elif rules.get(path) == "own":
+            errors = (cast(Tensor, checkpoint.read_checked(rank, [path])[path]) for rank in old)
+            combined[path] = max(errors, key=Tensor.numel)
+        elif rules.get(path) in OWN_RULES:
             continue  # each rank keeps its own, which may differ in shape
         elif isinstance(leaf, Tensor) and leaf.is_floating_point() and not path.startswith("random/"):
-            total = leaf.to(torch.float64)
-            for rank in old[1:]:
-                total += cast(Tensor, checkpoint.read_checked(rank, [path])[path])
-            divisor = ranks if rules.get(path) == "sum" else len(old)
-            combined[path] = (total / divisor).to(leaf.dtype)
+            found = of_model if path == PARAMETERS else weights
+            holders = [rank for rank in old if path in held[rank]]
+            total = torch.zeros_like(leaf, dtype=torch.float64)
+            for rank in holders:
+                total.add_(cast(Tensor, checkpoint.read_checked(rank, [path])[path]), alpha=found[rank])
+            combined[path] = (total / sum(found[rank] for rank in holders)).to(leaf.dtype)
     for path, rule in rules.items():
         if rule == "model":
             combined[path] = cast(Tensor, combined[PARAMETERS]).clone()
     sent = [cast(int, checkpoint.read_checked(rank, [SENT])[SENT]) for rank in old]
     combined[SENT] = sum(sent) // ranks
     return combined
+
+
+def _numbers(checkpoint: Checkpoint, path: str, held: Mapping[int, Collection[str]]) -> list[float]:
+    """Return the number that each old rank has stored at `path`; 1 for one that has none."""
+    return [
+        float(checkpoint.read_checked(rank, [path])[path]) if path in names else 1.0 for rank, names in held.items()
+    ]
 
 
 def load_resized(gossip: Replica, checkpoint: Checkpoint, moved: Callable[[], None] = lambda: None) -> dict[str, Leaf]:
@@ -107,7 +127,7 @@ def load_resized(gossip: Replica, checkpoint: Checkpoint, moved: Callable[[], No
 
 def _keeps(leaf: Leaf, rule: str) -> bool:
     """Return whether a rank keeps its initial value of this leaf."""
-    return rule == "own" or (rule == "servers" and isinstance(leaf, Tensor) and not leaf.numel())
+    return rule in OWN_RULES or (rule == "servers" and isinstance(leaf, Tensor) and not leaf.numel())
 
 
 def _broadcast(world: World, leaves: dict[str, Leaf] | None) -> dict[str, Leaf]:

@@ -10,6 +10,7 @@ optimizer/groups                     JSON: the hyper-parameters of each group
 optimizer/state/<key>/<name>         what the optimizer keeps for the parameter <name>
 algorithm/<field>                    public copies, residuals, moments, positions in random streams
 exchange/steps, exchange/bytes_sent  the steps and the bytes of the exchange
+exchange/weight                      what the rank counts in the sums of the method, if not as much as each other
 random/python, random/numpy, ...     the states of the random generators of the process
 
 Batches, random compressors and the graph of a step depend only on (seed, step, rank), so they have no state.
@@ -36,6 +37,8 @@ from mpicomp.replica.model_checks import named_parameters, plain_name
 from mpicomp.state import TORCH_GENERATOR, Leaf, flatten, restore_
 
 EXTRA_STATE = "extra_state/"
+OPTIMIZER_STATE = "optimizer/state/"
+WEIGHT = "exchange/weight"
 
 
 def model_leaves(local: FlatModel) -> dict[str, Leaf]:
@@ -121,7 +124,7 @@ def optimizer_leaves(local: FlatModel) -> dict[str, Leaf]:
         raise CheckpointError(f"a hyper-parameter of the optimizer cannot be stored: {error}") from error
     for name, parameter in _optimized(local):
         for key, value in local.optimizer.state.get(parameter, {}).items():
-            path = f"optimizer/state/{key}/{name}"
+            path = f"{OPTIMIZER_STATE}{key}/{name}"
             if value is not None and not isinstance(value, Leaf):
                 raise CheckpointError(f"{path} is a {type(value).__name__}, which cannot be stored")
             if value is not None:
@@ -144,8 +147,8 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
     index = {name: i for i, (name, _) in enumerate(_optimized(local))}
     state: dict[int, dict[str, Leaf]] = {}
     for path, value in stored.items():
-        if path.startswith("optimizer/state/"):
-            key, name = path.removeprefix("optimizer/state/").split("/", 1)
+        if path.startswith(OPTIMIZER_STATE):
+            key, name = path.removeprefix(OPTIMIZER_STATE).split("/", 1)
             if name not in index:
                 raise CheckpointError(f"the checkpoint holds {path}, but the optimizer has no parameter {name}")
             state.setdefault(index[name], {})[key] = value.clone() if isinstance(value, Tensor) else value
@@ -154,6 +157,14 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
         for group, hyper in zip(current, groups, strict=True)
     ]
     local.optimizer.load_state_dict({"state": state, "param_groups": merged})
+    states = local.optimizer.state
+    for i, (_, parameter) in enumerate(_optimized(local)):
+        kept = states.get(parameter, {})
+        for key, value in state.get(i, {}).items():
+            loaded = kept.get(key)
+            # torch converts all but "step" to the type of the parameter: float32 momentum of bfloat16 parameters, say.
+            if key != "step" and isinstance(value, Tensor) and isinstance(loaded, Tensor):
+                kept[key] = value.to(loaded.device)
 
 
 def algorithm_leaves(state: Any) -> dict[str, Leaf]:
@@ -270,17 +281,20 @@ def _modules_with_extra_state(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a hyper-parameter with numbers in the place of tensors, such as ``lr=torch.tensor(0.1)``."""
+    """Return a hyper-parameter with numbers in the place of tensors and NumPy's, as in ``lr=torch.tensor(0.1)``."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    return value.item() if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0) else value
 
 
 def _like(current: Any, value: Any) -> Any:
     """Return a stored hyper-parameter as the optimizer has it: a tensor where the `current` one is a tensor."""
     if isinstance(current, tuple | list) and isinstance(value, tuple) and len(current) == len(value):
         return tuple(map(_like, current, value))
-    return torch.as_tensor(value).to(current) if isinstance(current, Tensor) else value
+    if isinstance(current, np.generic):
+        converted = type(current)(value)
+        return converted if converted.item() == value else value  # a scheduler may have put a longer number there
+    return torch.as_tensor(value, dtype=current.dtype, device=current.device) if isinstance(current, Tensor) else value
 
 
 def _tuple(value: Any) -> Any:

@@ -178,6 +178,32 @@ def test_another_number_of_ranks_goes_on_with_resize(finished, ranks):
     assert records(finished)[-1]["loss"] < 2 * records(finished)[-20]["loss"]
 
 
+AGGREGATED = ["ef_sgd", "dgc", "gmc", "sparse_loco", "efficient_adam", "onebit_adam", "fedadam_ssm"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        *(
+            pytest.param(method, (), marks=[pytest.mark.long] * (method != "ef_sgd"), id=method)
+            for method in AGGREGATED
+        ),
+        pytest.param("choco", ("compression.allocation=dagc",), id="choco-dagc"),
+        pytest.param("ef_sgd", ("compression.allocation=dagc", "algorithm.weights=volume"), id="ef_sgd-dagc-volume"),
+    ],
+)
+def test_what_ranks_have_by_their_samples_is_made_anew_for_other_ranks(tmp_path, method, settings):
+    """The weights of ranks and their ratios are part of the algorithm that a run has, but not of its identity."""
+    every = ("data.kind=synthetic", "training.batch_size=8", "training.steps=6", "schedule.warmup=0", *settings)
+    given = [word for setting in every for word in ("--set", setting)]
+    folder = tmp_path / "run"
+    run = mpicomp_here("train", f"configs/methods/{method}.toml", *given, "--run-dir", folder, "--loopback", 3)
+    assert run.returncode == 0, run.stdout
+    run = resume(folder, "--resize", "--loopback", 4, "--set", "training.steps=12")
+    assert run.returncode == 0, run.stdout
+    assert Checkpoints(folder / "checkpoints").latest().manifest.size == 4
+
+
 def test_a_folder_that_takes_no_more_is_reported_and_training_goes_on(tmp_path):
     folder = tmp_path / "run"
     command = ["train", *RUN, "--set", "training.steps=900", "--set", "checkpoint.every_steps=100"]

@@ -167,6 +167,16 @@ def test_a_restart_goes_on_bit_for_bit(world, shared_tmp_path, algorithm, optimi
     assert restarted.state["exchange/steps"] == 4 * BATCHES
 
 
+def test_checkpoints_in_the_middle_of_an_accumulation_are_saved(world, shared_tmp_path):
+    """As Lightning does it, without gradients; `gossip.save` in a script refuses that."""
+    keep_all = ModelCheckpoint(shared_tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    one = trainer(
+        shared_tmp_path, keep_all, max_epochs=1, accumulate_grad_batches=2, val_check_interval=3, num_sanity_val_steps=0
+    )
+    fit(one, Small(), world.size)
+    assert [ranks_folder(shared_tmp_path / f"step={step}.ckpt").is_dir() for step in (1, 3)] == [True, True]
+
+
 def test_validation_checkpoints_and_the_trained_model_are_the_averaged_one(world, shared_tmp_path):
     observer, keep = Observer(), ModelCheckpoint(shared_tmp_path, "{epoch}", save_top_k=-1)
     one = trainer(shared_tmp_path, observer, keep, max_epochs=2, num_sanity_val_steps=0)

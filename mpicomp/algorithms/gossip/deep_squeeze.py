@@ -26,7 +26,7 @@ In a script:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from mpicomp.algorithms.gossip.base import Gossip, lost_weight
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.exchange.base import Exchange
-from mpicomp.state import ERROR_MEMORY, State
+from mpicomp.state import State
 
 
 @dataclass
@@ -58,7 +58,7 @@ class DeepSqueezeState:
 
     """
 
-    e: Tensor = field(metadata=ERROR_MEMORY)
+    e: Tensor
     compressor: State
     automatic: AutomaticStep | None
     step: int = 0

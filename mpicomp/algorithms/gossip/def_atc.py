@@ -53,7 +53,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.state import ERROR_MEMORY, PUBLIC_COPY, State
+from mpicomp.state import PUBLIC_COPY, State
 from mpicomp.topology.base import Schedule
 
 
@@ -71,7 +71,7 @@ class DEFATCState:
 
     x_hat: Tensor = field(metadata=PUBLIC_COPY)
     s: Tensor = field(metadata=PUBLIC_COPY)
-    e: Tensor = field(metadata=ERROR_MEMORY)
+    e: Tensor
     compressor: State
 
 

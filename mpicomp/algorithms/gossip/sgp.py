@@ -64,7 +64,7 @@ from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Field, Layout
 from mpicomp.errors import TopologyError
 from mpicomp.exchange.base import Exchange, Pending
-from mpicomp.state import OWN, PUBLIC_COPY, SCRATCH, State
+from mpicomp.state import COUNTS, OWN, PUBLIC_COPY, SCRATCH, State
 from mpicomp.topology.base import Schedule, Topology
 from mpicomp.topology.spectral import require_connected
 
@@ -101,7 +101,7 @@ class SGPState:
 
     """
 
-    w: Tensor = field(metadata=OWN)
+    w: Tensor = field(metadata=COUNTS)
     copies: Copies | None
     numerator: Tensor = field(metadata=SCRATCH)
     compressor: State

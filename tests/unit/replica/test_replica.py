@@ -1,11 +1,15 @@
 """What a replica gives away: the averaged model, and checkpoints with what is the caller's own."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
 from support import small, tied
 from torch import nn
 
-from mpicomp.algorithms import Choco, EfficientAdam
+from mpicomp.algorithms import DPSGD, Choco, EfficientAdam
 from mpicomp.checkpoint import export
 from mpicomp.checkpoint.folder import MANIFEST, Checkpoints
 from mpicomp.compression import TopK
@@ -229,9 +233,7 @@ def test_a_training_does_not_replace_the_later_checkpoints_of_another(tmp_path):
         gossip.save(tmp_path)
         anew, closure = small.make(world, CHOCO)
         anew.step(closure(0))
-        with pytest.raises(
-            ConfigError, match=r"save\(\) at step 1 in .* would remove the checkpoint of step 3"
-        ):
+        with pytest.raises(ConfigError, match=r"save\(\) at step 1 in .* would remove the checkpoint of step 3"):
             anew.save(tmp_path)
         anew.save(tmp_path, keep_last=0)  # keeps all
         kept = sorted(path.name for path in tmp_path.glob("step_*"))
@@ -300,21 +302,115 @@ def test_a_state_of_the_optimizer_that_belongs_to_no_parameter_is_refused(tmp_pa
     loopback.run(2, serve)
 
 
-def test_a_learning_rate_may_be_a_tensor(tmp_path):
+@dataclass(frozen=True)
+class Filtered(DPSGD):
+    """A method of a user with a function and an object, whose texts have addresses."""
+
+    of: Callable[[float], float] = abs
+    by: object = None
+
+
+def test_an_algorithm_whose_text_has_addresses_is_resumed(tmp_path):
+    def make(world, of):
+        return small.make(world, Filtered(of=of, by=object()), ring)[0]
+
+    def halved(x):
+        return x / 2
+
+    def serve(world):
+        gossip = make(world, lambda x: 2 * x)
+        gossip.save(tmp_path)
+        assert " at 0x" in repr(gossip.algorithm)
+        assert make(world, lambda x: 2 * x).resume(tmp_path) == {}
+        with pytest.raises(CheckpointError, match=r"is of the algorithm Filtered.*lambda.*this run has .*halved"):
+            make(world, halved).resume(tmp_path)
+
+    loopback.run(2, serve)
+
+
+@pytest.mark.parametrize("of", [torch.tensor, lambda lr: torch.tensor(lr, dtype=torch.float64), np.float32])
+def test_a_learning_rate_may_be_a_tensor_or_a_number_of_numpy(tmp_path, of):
     def serve(world):
         def make(lr):
             model = nn.Linear(2, 2)
-            optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(lr), betas=(0.8, 0.9))
+            optimizer = torch.optim.Adam(model.parameters(), lr=of(lr), betas=(0.8, 0.9), foreach=False)
             return distribute(model, optimizer, CHOCO, ring, world=world)
 
-        make(0.25).save(tmp_path)
+        make(0.1).save(tmp_path)
         other = make(0.5)
         other.resume(tmp_path)
         (group,) = other.optimizer.param_groups
         return group["lr"], group["betas"]
 
     for lr, betas in loopback.run(2, serve):
-        assert torch.equal(lr, torch.tensor(0.25)) and betas == (0.8, 0.9)
+        assert lr.dtype == of(0.1).dtype and lr.item() == of(0.1).item() and betas == (0.8, 0.9)
+
+
+class MixedStates(torch.optim.Optimizer):
+    """SGD with states of other types than the parameters, as optimizers for short types keep them."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.tensor(0.0),
+                    "long": torch.zeros(p.shape, dtype=torch.float64),
+                    "short": torch.zeros(p.shape, dtype=torch.bfloat16),
+                    "bytes": torch.zeros(p.shape, dtype=torch.uint8),
+                    "count": torch.tensor(0),
+                }
+            kept = self.state[p]
+            kept["step"] += 1
+            kept["count"] += 1
+            kept["long"].mul_(0.9).add_(p.grad.double())
+            kept["short"].mul_(0.9).add_(p.grad.bfloat16())
+            kept["bytes"] += (p.grad > 0).byte()
+            p.sub_((self.param_groups[0]["lr"] * (kept["long"] + kept["short"])).to(p.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "optimizer",
+    [MixedStates, torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW, lambda ps: [torch.optim.NAdam(list(ps))]],
+)
+def test_the_optimizers_state_keeps_its_types(tmp_path, optimizer, dtype):
+    """torch's `load_state_dict` converts all but ``step`` to the type of the parameter."""
+
+    def serve(world):
+        def make():
+            model = nn.Linear(3, 2).to(dtype)
+            return model, distribute(model, optimizer(model.parameters()), CHOCO, ring, world=world)
+
+        def step(model, gossip, number):
+            inputs = batch_of(number, world.rank).to(dtype)
+            gossip.step(lambda: model(inputs).float().square().sum())
+
+        model, gossip = make()
+        for number in range(4):
+            step(model, gossip, number)
+        gossip.save(tmp_path)
+        other, resumed = make()
+        resumed.resume(tmp_path)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            kept, loaded = gossip.local.optimizer.state[p], resumed.local.optimizer.state[q]
+            assert {key: (t.dtype, t.device) for key, t in loaded.items()} == {
+                key: (t.dtype, t.device) for key, t in kept.items()
+            }
+            assert all(torch.equal(loaded[key], value) for key, value in kept.items())
+        for number in range(4, 8):
+            step(model, gossip, number)
+            step(other, resumed, number)
+        return torch.equal(gossip.local.x, resumed.local.x)
+
+    assert loopback.run(2, serve) == [True] * 2
+
+
+def batch_of(step, rank):
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
 def test_a_refused_model_may_be_distributed_otherwise():
@@ -454,6 +550,30 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
 
     loopback.run(2, serve)
     assert len(list(tmp_path.glob("step*"))) == 1
+
+
+@pytest.mark.parametrize("clear", ["step", "zero_grad", "model.zero_grad", "closure"])
+def test_a_checkpoint_without_the_gradients_of_an_accumulation_is_refused(tmp_path, clear):
+    def serve(world):
+        gossip, closure = small.make(world, CHOCO, ring)
+        gossip.save(tmp_path)
+        clears = {
+            "step": gossip.optimizer.step,
+            "zero_grad": gossip.optimizer.zero_grad,
+            "model.zero_grad": gossip.local.model.zero_grad,
+            "closure": lambda: gossip.step(closure(3)),
+        }
+        for step in range(2):
+            closure(step)().backward()
+            if world.rank == 0:
+                gossip.optimizer.zero_grad()  # one rank with gradients is enough
+            with pytest.raises(ConfigError, match=r"save\(\) in the middle of an accumulation: .*after zero_grad\(\)"):
+                gossip.save(tmp_path)
+        clears[clear]()
+        gossip.save(tmp_path)
+        gossip.save(tmp_path)
+
+    loopback.run(2, serve)
 
 
 def test_weights_swapped_in_are_saved_and_those_swapped_out_stay(tmp_path):

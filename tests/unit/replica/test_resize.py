@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import networkx as nx
 import pytest
 import torch
 from support import small
+from torch import nn
 
 from mpicomp.algorithms import (
     DEFATC,
+    DGC,
+    DPSGD,
     EFSGD,
     GMC,
     LEAD,
@@ -12,12 +17,14 @@ from mpicomp.algorithms import (
     AdaGossip,
     Choco,
     DeepSqueeze,
+    DeMo,
     DiLoCo,
     EfficientAdam,
     LocalSGD,
     MoTEF,
     NoLoCo,
     PowerGossip,
+    PowerSGD,
     SparseLoCo,
     StreamingDiLoCo,
 )
@@ -25,8 +32,9 @@ from mpicomp.checkpoint.folder import Checkpoints
 from mpicomp.compression import Natural, RandomK, TopK
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange import loopback
+from mpicomp.replica.distribute import distribute
 from mpicomp.replica.resize import load_resized
-from mpicomp.topology import from_graph, ring, star
+from mpicomp.topology import directed_ring, from_graph, ring, star
 
 
 def trained(world, folder, algorithm, topology=None, steps=6):
@@ -71,6 +79,9 @@ def copied(state):
         StreamingDiLoCo(4, fragments=2, delay=3, outer_momentum=0.5),
         NoLoCo(2),
         SparseLoCo(TopK(0.2), period=2),
+        PowerSGD(),
+        DeMo(chunk=4, k=2),
+        NoLoCo(2, compressor=TopK(0.2)),
         EFSGD(TopK(0.2), error_average=0.5, smallest_ratio=0.1, ratio_period=4, gain_window=4, least_gain=0.1),
     ],
 )
@@ -85,7 +96,8 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
         return sum(state[path].double() for state in old) / len(old)
 
     for fresh, state, losses in new:
-        for path in ("model/parameters", "model/buffers/1.running_mean", "optimizer/state/momentum_buffer/0.weight"):
+        always = "model/parameters", "model/buffers/1.running_mean"
+        for path in (*always, *(path for path in old[0] if path.startswith("optimizer/state/momentum_buffer/0"))):
             assert torch.allclose(state[path].double(), mean(path), atol=1e-6)
         assert state["model/buffers/1.num_batches_tracked"] == 6
         for copy in (f"{at}x_hat", f"{at}s", f"{at}copies/x_hat"):
@@ -106,9 +118,88 @@ def test_what_becomes_of_the_state(tmp_path, algorithm, size):
             assert state[f"{at}compressor/stream"] == fresh[f"{at}compressor/stream"]
             assert state[f"{at}compressor/step"] == messages
         assert sum(losses[-5:]) < sum(losses[:5])
-    for e in {f"{at}e", f"{at}feedback/residual"} & old[0].keys():
-        kept = sum(state[e].double() for _, state, _ in new)
-        assert torch.allclose(kept, sum(state[e].double() for state in old), atol=1e-6)
+        for e in {f"{at}e", f"{at}error", f"{at}momentum", f"{at}feedback/residual"} & state.keys():
+            assert mean(e).any() and torch.allclose(state[e].double(), mean(e), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        EFSGD(TopK(0.05)),
+        EFSGD(TopK(0.05), weights="volume", volumes=(500, 30, 10)),
+        DGC(TopK(0.05), momentum=0.5, weights="volume", volumes=(500, 30, 10)),
+        GMC(TopK(0.05), momentum=0.5, weights="volume", volumes=(500, 30, 10)),
+        SparseLoCo(TopK(0.05), period=2, weights="volume", volumes=(500, 30, 10)),
+        EfficientAdam(TopK(0.05), weights="volume", volumes=(500, 30, 10)),
+    ],
+    ids=lambda a: f"{a.name}-{a.weights}",
+)
+def test_what_errors_will_add_to_the_model_stays_on_any_number_of_ranks(tmp_path, algorithm, size):
+    """It is the sum of ``w_k e_k`` over the ranks k, each with what it counts in the sum of the messages."""
+
+    def effect(states, weights):
+        path = "algorithm/v" if isinstance(algorithm, DGC) else next(name for name in states[0] if "residual" in name)
+        return sum(w * state[path].double() for w, state in zip(weights, states, strict=True))
+
+    old = loopback.run(3, trained, tmp_path, algorithm)
+    other = replace(algorithm, volumes=tuple(range(1, size + 1)) if algorithm.volumes else ())
+    new = [state for _, state, _ in loopback.run(size, resized, tmp_path, other)]
+    before = effect(old, algorithm.rank_weights(3) or [1 / 3] * 3)
+    assert before.any()
+    assert torch.allclose(effect(new, other.rank_weights(size) or [1 / size] * size), before, atol=1e-7)
+
+
+def test_push_sum_weights_count_in_the_mean_model(tmp_path):
+    """SGP keeps the sum of the numerators ``w z``, so their mean is the model that the ranks would come to."""
+    graph = from_graph(nx.DiGraph([(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (0, 3)]), weights="push")
+    old = loopback.run(4, trained, tmp_path, SGP(), graph)
+    weights = [float(state["algorithm/w"]) for state in old]
+    assert max(weights) > 1.1
+    path = "model/parameters"
+    kept = sum(w * state[path].double() for w, state in zip(weights, old, strict=True)) / 4
+    for _, state, _ in loopback.run(2, resized, tmp_path, SGP(), directed_ring):
+        assert torch.allclose(state[path].double(), kept, atol=1e-7)
+        assert state["algorithm/w"] == 1
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.rarely = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x, both):
+        return self.always(x) + (self.rarely(x) if both else 0)
+
+
+@pytest.mark.parametrize("users", [(0,), (1, 2), (2,)])
+def test_momentum_that_only_some_ranks_have_is_the_mean_over_these(tmp_path, users):
+    def make(world):
+        torch.manual_seed(0)
+        model = TwoBranches()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, distribute(model, optimizer, DPSGD(), ring, world=world)
+
+    def first(world):
+        model, gossip = make(world)
+        for step in range(3):
+            inputs = torch.full((3, 4), 1.0 + world.rank + step)
+            gossip.step(lambda x=inputs: model(x, world.rank in users).square().mean())
+        gossip.save(tmp_path)
+        return copied(gossip.state_dict())
+
+    def go_on(world):
+        _, gossip = make(world)
+        load_resized(gossip, Checkpoints(tmp_path).latest())
+        return copied(gossip.state_dict())
+
+    old = loopback.run(3, first)
+    for path, holders in {"always.weight": (0, 1, 2), "rarely.weight": users, "rarely.bias": users}.items():
+        name = f"optimizer/state/momentum_buffer/{path}"
+        assert [rank for rank in range(3) if name in old[rank]] == list(holders)
+        mean = sum(old[rank][name].double() for rank in holders) / len(holders)
+        for state in loopback.run(2, go_on):
+            assert torch.allclose(state[name].double(), mean, atol=1e-6)
 
 
 def test_messages_under_way_cannot_be_dealt_to_other_ranks(tmp_path):
