@@ -134,7 +134,8 @@ class Replica(ABC):
         if len(self._far) == RUNAWAY_LOOKS and self._far[-1] > self._far[0]:
             raise DivergenceError(
                 f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "
-                f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is"
+                f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is, "
+                "or weights are clamped, pruned or normalized after every step of DEF-ATC"
             )
 
     @contextmanager
