@@ -120,7 +120,8 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         epsilon: added to the root, > 0.
         bias_correction: whether v is divided by ``1 - beta^t``.
         gamma_clip: the largest step of an entry; infinity switches the clip off.
-        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own, and `gamma` must be
+            a number.
         overlap: as in `Choco`.
         start: as in `Choco`.
 
@@ -143,6 +144,12 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         for key in ("beta", "quasi_global_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
+        if self.gamma == "auto" and self.quasi_global_momentum:
+            raise ConfigError(
+                f"algorithm.gamma = 'auto' with algorithm.quasi_global_momentum = {self.quasi_global_momentum} "
+                "diverged wherever it was tried. Give algorithm.gamma a number, such as 2e-3, or leave out "
+                "quasi_global_momentum and set optimizer.momentum"
+            )
         if not self.gamma_clip > 0:
             raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
 
@@ -157,11 +164,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             ConfigError: quasi-global momentum on top of the optimizer's own.
 
         """
-        if self.quasi_global_momentum and local.momentum:
-            raise ConfigError(
-                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
-                f"momentum: optimizer.momentum must be 0, not {local.momentum}"
-            )
+        self._require_no_momentum(local)
         x = local.x
         parts = len(local.groups) if self.quasi_global_momentum else 0
         return AdaGossipState(
@@ -175,6 +178,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
 
     def phases(self, local: Local, state: AdaGossipState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        self._require_no_momentum(local)
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
             yield pending.test
@@ -207,6 +211,15 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             raise ConfigError(
                 f"algorithm.quasi_global_momentum = {self.quasi_global_momentum}: it is made of single steps that are "
                 "mixed, and local steps are not. Set it to 0, and optimizer.momentum instead."
+            )
+
+    def _require_no_momentum(self, local: Local) -> None:
+        """Raise ConfigError if there is quasi-global momentum on top of the optimizer's, which a scheduler may set."""
+        if self.quasi_global_momentum and local.momentum:
+            raise ConfigError(
+                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
+                f"momentum: optimizer.momentum must be 0, not {local.momentum:g}. If a scheduler sets it, leave that "
+                "out: OneCycleLR(..., cycle_momentum=False)"
             )
 
     def _gamma(self, state: AdaGossipState) -> float:

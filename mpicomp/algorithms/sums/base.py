@@ -226,12 +226,15 @@ def require_sgd(name: str, local: Local) -> None:
 
 
 def require_no_momentum(name: str, local: Local) -> None:
-    """Raise ConfigError if the optimizer has momentum: the method has its own, ahead of the compression."""
+    """Raise ConfigError if the optimizer has momentum: the method has its own, ahead of the compression.
+
+    Called in every step, because a scheduler may turn momentum on, as OneCycleLR does by default.
+    """
     if local.momentum:
         raise ConfigError(
             f"optimizer.momentum = {local.momentum:g} (or its betas): {name} has a momentum of its own, ahead of the "
             "compression, and would count it twice. Use optimizer.kind = 'sgd' with momentum 0, and "
-            "algorithm.momentum."
+            "algorithm.momentum. If a scheduler sets it, leave that out: OneCycleLR(..., cycle_momentum=False)."
         )
 
 

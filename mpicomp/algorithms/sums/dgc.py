@@ -154,6 +154,7 @@ class DGC(GradientSum[DGCState]):
 
     def phases(self, local: Local, state: DGCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        require_no_momentum("DGC", local)
         u, v, own, spec = state.u, state.v, state.scratch, local.spec
         compressor = self.compressor_at(state.steps)
         delayed = self.start_delayed_sum(local, state, exchange)

@@ -114,6 +114,8 @@ class EFSGD(ErrorMemorySum[EFSGDState]):
 
     def phases(self, local: Local, state: EFSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        if self.momentum:
+            require_no_momentum("EF-SGD", local)
         delayed = self.start_delayed_sum(local, state, exchange)
         yield delayed.test if delayed else None
         u = local.g  # u_k

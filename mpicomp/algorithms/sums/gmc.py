@@ -132,6 +132,7 @@ class GMC(ErrorMemorySum[GMCState]):
 
     def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        require_no_momentum("GMC", local)
         feedback, x, previous = ErrorFeedback(self.compressor), local.x, state.previous
         delayed = self.start_delayed_sum(local, state, exchange)
         detached = self._detached_point(local, state) if self.detachment else None

@@ -7,7 +7,7 @@ import torch
 from support import small
 from support.methods import DETERMINISTIC
 
-from mpicomp.algorithms import DPSGD, EFSGD, GMC, Choco, EfficientAdam
+from mpicomp.algorithms import DGC, DPSGD, EFSGD, GMC, AdaGossip, Choco, DeMo, EfficientAdam, PowerSGD
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError
 from mpicomp.exchange import loopback
@@ -161,6 +161,30 @@ def test_schedulers_take_either_optimizer_and_do_not_warn(algorithm, which):
 
     for rates in loopback.run(2, serve):
         assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        EFSGD(TopK(0.2), momentum=0.9),
+        GMC(TopK(0.2)),
+        DGC(TopK(0.2)),
+        DeMo(k=2),
+        PowerSGD(rank=1, momentum=0.9),
+        AdaGossip(0.1, quasi_global_momentum=0.9),
+    ],
+    ids=lambda a: a.name,
+)
+def test_a_scheduler_must_not_turn_on_a_momentum_beside_that_of_the_method(algorithm):
+    def serve(world, cycle_momentum):
+        gossip, closure = small.make(world, algorithm)
+        optimizer = gossip.local.optimizer
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=cycle_momentum)
+        gossip.step(closure(0))
+
+    loopback.run(2, serve, False)
+    with pytest.raises(ConfigError, match=r"optimizer.momentum .*OneCycleLR\(..., cycle_momentum=False\)"):
+        loopback.run(2, serve, True)
 
 
 def test_hooks_run_around_the_whole_step_and_around_the_local_one():
