@@ -73,6 +73,7 @@ from mpicomp.algorithms.gossip.choco import (
     renew_copies,
     send_difference,
 )
+from mpicomp.algorithms.sums.base import require_minimizing
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
@@ -161,10 +162,12 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         """Return the public copies as `start` says, and moments of zero.
 
         Raises:
-            ConfigError: quasi-global momentum on top of the optimizer's own.
+            ConfigError: quasi-global momentum on top of the optimizer's own, or an optimizer that is to maximize.
 
         """
         self._require_no_momentum(local)
+        if self.quasi_global_momentum:
+            require_minimizing("AdaGossip with quasi_global_momentum", local)
         x = local.x
         parts = len(local.groups) if self.quasi_global_momentum else 0
         return AdaGossipState(

@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.base import require_minimizing, require_momentum, require_no_momentum
 from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
@@ -128,6 +128,7 @@ class GMC(ErrorMemorySum[GMCState]):
         """Return an error of zero, and the model as that of the step before: there is no momentum yet."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("GMC", local)
+        require_minimizing("GMC", local)
         return GMCState(self.init_memory(local, exchange), local.x.clone(), self.init_delayed(local))
 
     def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
