@@ -102,9 +102,11 @@ class Replica(ABC):
         self._connect()
         if isinstance(algorithm, Algorithm):
             is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
-            self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
             if algorithm.keeps_anchor:
                 self.local.keep_anchor(algorithm.name)
+        else:
+            is_own_step = not algorithm.owners(world.size, self.local.spec)  # no hub takes it
+        self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
         self.local.register()
 
     def steps_of_all(self) -> int:
