@@ -108,9 +108,11 @@ class Replica(ABC):
         self._connect()
         if isinstance(algorithm, Algorithm):
             is_own_step = not (algorithm.ranks_stay_equal or algorithm.updates_with_sum or node)
-            self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
             if algorithm.keeps_anchor:
                 self.local.keep_anchor(algorithm.name)
+        else:
+            is_own_step = not algorithm.owners(world.size, self.local.spec)  # no hub takes it
+        self.local.skips_absent = is_own_step  # of a sum, all ranks must take the same step
         self.local.register()
 
     def steps_of_all(self) -> int:
@@ -140,7 +142,8 @@ class Replica(ABC):
         if len(self._far) == RUNAWAY_LOOKS and self._far[-1] > self._far[0]:
             raise DivergenceError(
                 f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "
-                f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is"
+                f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is, "
+                "or weights are clamped, pruned or normalized after every step of DEF-ATC"
             )
 
     @contextmanager

@@ -774,7 +774,7 @@ for _name, _make in {
     _optimizer_row(_name, _make)
 
 
-@refused("maximize = True: EfficientAdam takes its steps by itself")
+@refused("maximize = True: EfficientAdam makes a part of its steps by itself, or all of them")
 def adam_of_the_method_is_to_maximize(world, _):
     model = small()
     _, _, gossip = begun(world, EfficientAdam(TopK(0.3)), model, SGD(model.parameters(), lr=0.1, maximize=True))

@@ -33,12 +33,14 @@ small problem the trajectories are those of that code (recorded, compared in flo
 top-k were of related code), with ``start = "zero"``.
 
 ``quasi_global_momentum`` (mu > 0) replaces the optimizer's momentum by the realized displacement of the model
-(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets ``g_i + mu m_i``
-in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr``, where x_i^t is the model before step t. m
-keeps its meaning when lr changes. But what the displacement holds of the mixing does not become less with lr: so m
-stays as it is while lr is below a hundredth of the largest so far, or a rate that rises again would find m too large.
-Groups of parameters with rates of their own are judged by the largest of their own. That code divides by every rate,
-and takes ``--qgm`` with Nesterov's momentum, whose m_i is then not the displacement; that is not offered here.
+(Lin et al. 2021, arXiv 2102.04761, with full replacement as in the authors' code): the optimizer gets
+``g_i + mu min(1, 4 lr' / lr) m_i`` in the place of g_i, and after mixing ``m_i = (x_i^t - x_i^{t+1}) / lr`` and
+``lr' = lr``, where x_i^t is the model before step t. m keeps its meaning when lr changes. But what the displacement
+holds of the mixing does not become less with lr, so that a rate that rises would find m too large. Therefore m moves
+the model by at most four times the displacement of which it was formed, and m and lr' stay as they are while lr is
+below a hundredth of the largest so far. Groups of parameters with rates of their own are judged by these. That code
+divides by every rate, and takes ``--qgm`` with Nesterov's momentum, whose m_i is then not the displacement; that is not
+offered here.
 
 Wire: as CHOCO-SGD; v is never sent. Memory: ``xhat``, ``s``, ``v`` and one scratch vector (and ``m``).
 Aketi, Hashemi, Roy 2024, arXiv 2404.05919.
@@ -71,12 +73,19 @@ from mpicomp.algorithms.gossip.choco import (
     renew_copies,
     send_difference,
 )
+from mpicomp.algorithms.sums.base import require_minimizing
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import OWN
 from mpicomp.topology.base import Schedule
+
+LARGEST_RISE = 4.0
+"""How many times the displacement of which it was formed a momentum may move the model, where the rate has risen.
+
+A linear warm-up doubles the rate at most.
+"""
 
 
 @dataclass
@@ -87,6 +96,7 @@ class AdaGossipState(ChocoState):
         v: (n,) running second raw moment of the gossip error.
         momentum: (n,) the realized displacement per learning rate, or None without quasi-global momentum.
         largest_lr: of each part of `Local.groups`, the largest learning rate so far; empty without such a momentum.
+        rates: of each part, the learning rate at which the momentum was formed, 0 before; empty without.
         t: the number of mixings done.
         scale: with gamma = "auto", the root of the mean of vtilde when it was last looked at.
 
@@ -95,6 +105,7 @@ class AdaGossipState(ChocoState):
     v: Tensor
     momentum: Tensor | None
     largest_lr: list[float]
+    rates: list[float]
     t: int = 0
     scale: float = field(default=0.0, metadata=OWN)
 
@@ -110,7 +121,8 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         epsilon: added to the root, > 0.
         bias_correction: whether v is divided by ``1 - beta^t``.
         gamma_clip: the largest step of an entry; infinity switches the clip off.
-        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own.
+        quasi_global_momentum: mu in [0, 1); above 0 the optimizer must have no momentum of its own, and `gamma` must be
+            a number.
         overlap: as in `Choco`.
         start: as in `Choco`.
 
@@ -133,6 +145,12 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         for key in ("beta", "quasi_global_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
+        if self.gamma == "auto" and self.quasi_global_momentum:
+            raise ConfigError(
+                f"algorithm.gamma = 'auto' with algorithm.quasi_global_momentum = {self.quasi_global_momentum} "
+                "diverged wherever it was tried. Give algorithm.gamma a number, such as 2e-3, or leave out "
+                "quasi_global_momentum and set optimizer.momentum"
+            )
         if not self.gamma_clip > 0:
             raise ConfigError(f"algorithm.gamma_clip = {self.gamma_clip} must be > 0; inf switches it off")
 
@@ -144,25 +162,26 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         """Return the public copies as `start` says, and moments of zero.
 
         Raises:
-            ConfigError: quasi-global momentum on top of the optimizer's own.
+            ConfigError: quasi-global momentum on top of the optimizer's own, or an optimizer that is to maximize.
 
         """
-        if self.quasi_global_momentum and local.momentum:
-            raise ConfigError(
-                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
-                f"momentum: optimizer.momentum must be 0, not {local.momentum}"
-            )
+        self._require_no_momentum(local)
+        if self.quasi_global_momentum:
+            require_minimizing("AdaGossip with quasi_global_momentum", local)
         x = local.x
+        parts = len(local.groups) if self.quasi_global_momentum else 0
         return AdaGossipState(
             **initial_copies(self.start, self.compressor, local, exchange),
             automatic=automatic_step(self.gamma, self.compressor, local, exchange),
             v=torch.zeros_like(x),
             momentum=torch.zeros_like(x) if self.quasi_global_momentum else None,
-            largest_lr=[0.0] * len(local.groups) if self.quasi_global_momentum else [],
+            largest_lr=[0.0] * parts,
+            rates=[0.0] * parts,
         )
 
     def phases(self, local: Local, state: AdaGossipState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        self._require_no_momentum(local)
         if self.overlap:
             own, pending = send_difference(self.compressor, local, state, exchange)
             yield pending.test
@@ -195,6 +214,15 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
             raise ConfigError(
                 f"algorithm.quasi_global_momentum = {self.quasi_global_momentum}: it is made of single steps that are "
                 "mixed, and local steps are not. Set it to 0, and optimizer.momentum instead."
+            )
+
+    def _require_no_momentum(self, local: Local) -> None:
+        """Raise ConfigError if there is quasi-global momentum on top of the optimizer's, which a scheduler may set."""
+        if self.quasi_global_momentum and local.momentum:
+            raise ConfigError(
+                f"algorithm.quasi_global_momentum = {self.quasi_global_momentum} takes the place of the optimizer's "
+                f"momentum: optimizer.momentum must be 0, not {local.momentum:g}. If a scheduler sets it, leave that "
+                "out: OneCycleLR(..., cycle_momentum=False)"
             )
 
     def _gamma(self, state: AdaGossipState) -> float:
@@ -230,11 +258,16 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         """
         rates: list[float] = []
         if state.momentum is not None:
-            local.g.add_(state.momentum, alpha=self.quasi_global_momentum)
             rates = divisors(local, state.largest_lr)
-            for (part, _), lr in zip(local.groups, rates, strict=True):
-                if lr:
-                    state.momentum[part].copy_(local.x[part])
+            if len(state.rates) != len(rates):  # the groups were arranged anew
+                state.rates[:] = [float(group["lr"]) for _, group in local.groups]
+            for i, (part, group) in enumerate(local.groups):
+                lr, most = float(group["lr"]), LARGEST_RISE * state.rates[i]
+                m = state.momentum[part]
+                local.g[part].add_(m, alpha=self.quasi_global_momentum * (most / lr if lr > most else 1.0))
+                if rates[i]:
+                    m.copy_(local.x[part])
+                    state.rates[i] = rates[i]
         local.update()
         return rates
 

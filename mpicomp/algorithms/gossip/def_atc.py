@@ -26,6 +26,12 @@ shortens every local step by that factor.
 The model is a combination of public copies, so these start as the common initial model, and e_i as 0. The paper starts
 with x_i = xhat_i = e_i = 0; a public copy of 0 beside another model would replace it by its first message.
 
+In every step the model comes back to public copies, without what was not sent, which e_i brings later. So what is
+written into the model after every step comes into e_i every time, until it is sent, and then moves xhat_i by many times
+as much. Weights that are clamped, pruned or normalized after every step make the method diverge where messages leave
+out most of the model, as top-k of 5 % does: use CHOCO-SGD, whose model keeps what was not sent. The e_i of a frozen
+parameter waits until it is thawed.
+
 The paper mixes in any subspace; here it is that of equal models. The paper's symbols are psi for y, phi for xhat, z for
 e, mu for lr. The recursion follows a summary of the paper, not its text.
 
@@ -53,7 +59,7 @@ from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.state import PUBLIC_COPY, State
+from mpicomp.state import ERROR_OF_GRADIENTS, PUBLIC_COPY, State
 from mpicomp.topology.base import Schedule
 
 
@@ -71,7 +77,7 @@ class DEFATCState:
 
     x_hat: Tensor = field(metadata=PUBLIC_COPY)
     s: Tensor = field(metadata=PUBLIC_COPY)
-    e: Tensor
+    e: Tensor = field(metadata=ERROR_OF_GRADIENTS)
     compressor: State
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Algorithm, Local, S, require_fraction, require_positive
-from mpicomp.algorithms.sums.base import require_sgd
+from mpicomp.algorithms.sums.base import require_minimizing, require_sgd
 from mpicomp.compression.base import blocks
 from mpicomp.errors import ConfigError
 from mpicomp.kernels.reference import sqrt
@@ -53,11 +53,7 @@ class OwnAdam(Algorithm[S]):
                 "only the learning rates and the weight decay. Set it to 0; the method's own are algorithm.beta1 and "
                 "algorithm.beta2."
             )
-        if any(group.get("maximize") for _, group in local.groups):
-            raise ConfigError(
-                f"optimizer.maximize = True: {self.name} takes its steps by itself, and downhill. Change the sign of "
-                "the loss"
-            )
+        require_minimizing(self.name, local)
 
     def corrections(self, of_m: int, of_v: int) -> tuple[float, float]:
         """Return what to divide m and sqrt(v) by, moments of so many gradients; 1 without bias correction."""

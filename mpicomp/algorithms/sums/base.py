@@ -35,9 +35,9 @@ the hub of a star one vector more while the sum is under way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -120,20 +120,37 @@ class GradientSumState(Protocol):
     steps: int
 
 
-def decay_momentum(local: Local, momentum: float) -> Tensor | None:
-    """Return a momentum of the weight decay of zero, (n,); None if there is no momentum or no weight decay."""
-    decays = momentum and any(group.get("weight_decay", 0.0) for _, group in local.groups)
-    return torch.zeros_like(local.x) if decays else None
+def decay_momentum(name: str, local: Local, momentum: float) -> Tensor | None:
+    """Return a momentum of the weight decay of zero, (n,); None if there is no momentum or no weight decay in `g`.
+
+    Raises:
+        ConfigError: there is one, and the optimizer changes the sign of what it gets.
+
+    """
+    if not momentum or not any(_decay_of_gradient(group) for _, group in local.groups):
+        return None
+    require_minimizing(name, local)
+    return torch.zeros_like(local.x)
+
+
+def _decay_of_gradient(group: Mapping[str, Any]) -> float:
+    """Return the weight decay that the optimizer makes a part of the gradient: 0 if it is decoupled, as AdamW's.
+
+    AdamW has a mark in its groups; groups of Muon and Adafactor, whose decay is always decoupled, have keys of theirs.
+    """
+    if group.get("decoupled_weight_decay") or "ns_steps" in group or "beta2_decay" in group:
+        return 0.0
+    return float(group.get("weight_decay", 0.0))
 
 
 def add_decay_momentum_(local: Local, b: Tensor, momentum: float, nesterov: bool = False) -> None:
     """Give weight decay a momentum, ahead of the optimizer, which adds ``weight_decay x`` to ``local.g`` by itself.
 
     ``b = momentum b + weight_decay x``, and ``g = g + b``, or with Nesterov's ``g = g + weight_decay x + momentum b``.
-    Ranks hold equal models, so b is the same on all.
+    Ranks hold equal models, so b is the same on all. It stays zero where the decay is no part of the gradient (AdamW).
     """
     for part, group in local.groups:
-        decay = group.get("weight_decay", 0.0)
+        decay = _decay_of_gradient(group)
         mine = b[part].mul_(momentum)
         if nesterov:
             local.g[part].add_(mine.add_(local.x[part], alpha=decay), alpha=momentum)
@@ -225,13 +242,25 @@ def require_sgd(name: str, local: Local) -> None:
         )
 
 
+def require_minimizing(name: str, local: Local) -> None:
+    """Raise ConfigError if the optimizer is to maximize: it would change the sign of what the method adds to `g`."""
+    if any(group.get("maximize") for _, group in local.groups):
+        raise ConfigError(
+            f"optimizer.maximize = True: {name} makes a part of its steps by itself, or all of them, and downhill. "
+            "Change the sign of the loss"
+        )
+
+
 def require_no_momentum(name: str, local: Local) -> None:
-    """Raise ConfigError if the optimizer has momentum: the method has its own, ahead of the compression."""
+    """Raise ConfigError if the optimizer has momentum: the method has its own, ahead of the compression.
+
+    Called in every step, because a scheduler may turn momentum on, as OneCycleLR does by default.
+    """
     if local.momentum:
         raise ConfigError(
             f"optimizer.momentum = {local.momentum:g} (or its betas): {name} has a momentum of its own, ahead of the "
             "compression, and would count it twice. Use optimizer.kind = 'sgd' with momentum 0, and "
-            "algorithm.momentum."
+            "algorithm.momentum. If a scheduler sets it, leave that out: OneCycleLR(..., cycle_momentum=False)."
         )
 
 

@@ -114,6 +114,7 @@ class DeMo(Algorithm[DeMoState]):
 
     def phases(self, local: Local, state: DeMoState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        require_no_momentum("DeMo", local)
         yield None
         g, spec, largest = local.g, local.spec, _Largest(self.chunk, self.k)
         for part, group in local.groups:

@@ -149,11 +149,12 @@ class DGC(GradientSum[DGCState]):
         x = local.x
         compressor = self.compressor.init(local.spec, x.device, exchange.rank)
         delayed = self.init_delayed(local, [self.warmup_steps * stage for stage in range(self._stages + 1)])
-        decay = decay_momentum(local, self.momentum)
+        decay = decay_momentum("DGC", local, self.momentum)
         return DGCState(torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x), decay, compressor, delayed)
 
     def phases(self, local: Local, state: DGCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        require_no_momentum("DGC", local)
         u, v, own, spec = state.u, state.v, state.scratch, local.spec
         compressor = self.compressor_at(state.steps)
         delayed = self.start_delayed_sum(local, state, exchange)

@@ -23,6 +23,7 @@ optimizer can make any direction of the sum; where the rate is constant, nothing
 adds no gradient to p_k, and what it sends is lost.
 
 Weight decay is not compressed: the optimizer adds it on all ranks alike, and b gives it the momentum of the gradients.
+Decoupled weight decay, as AdamW's, is no part of a gradient and has no b.
 Without compression this is SGD with momentum and weight decay on the mean gradient. The papers have none; the code for
 DEF (Xu et al., ``anxuthu/DEF``) adds it to g_k, ahead of the compression, which is the same up to errors. With weight
 decay made a part of g_k, the trajectories are those of that code (recorded, compared to 2e-6).
@@ -110,10 +111,13 @@ class EFSGD(ErrorMemorySum[EFSGDState]):
         feedback = self.init_memory(local, exchange)
         velocity = torch.zeros_like(local.x) if self.momentum else None
         rates = [float(group["lr"]) for _, group in local.groups]
-        return EFSGDState(feedback, rates, velocity, decay_momentum(local, self.momentum), self.init_delayed(local))
+        decay = decay_momentum("EF-SGD", local, self.momentum)
+        return EFSGDState(feedback, rates, velocity, decay, self.init_delayed(local))
 
     def phases(self, local: Local, state: EFSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        if self.momentum:
+            require_no_momentum("EF-SGD", local)
         delayed = self.start_delayed_sum(local, state, exchange)
         yield delayed.test if delayed else None
         u = local.g  # u_k

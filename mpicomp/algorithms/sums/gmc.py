@@ -1,7 +1,8 @@
 """GMC and GMC+: compressed gradients with the global momentum, the last step of the model that all ranks share.
 
     x~ = x_t - lambda lr e_k                               detached point of GMC+; lambda = 0 is GMC
-    p_k = e_k - (beta / lr) (x_t - x_{t-1})                global momentum, in the unit of a gradient
+    p_k = e_k - (beta / lr) (x_t - x_{t-1})                global momentum, in the unit of a gradient; beta = 0 where
+                                                           lr is below a hundredth of the largest so far
     g_k = grad F_k(x~);  p_k = p_k + g_k
     q_k = C(p_k);  e_k = p_k - q_k
     x_{t+1} = x_t - lr sum_k w_k q_k                       by the optimizer, on all ranks alike
@@ -13,7 +14,9 @@ learning rate; C the compressor and q_k what is sent; w_k what rank k counts in 
 Without compression this is heavy-ball momentum on the mean gradient (tested to 1e-12). What is compressed contains the
 step that all ranks have made together, where DGC and EF-SGD with momentum know the own gradients only: that is to help
 most where the data of the ranks differ. A change of the learning rate keeps the size of the last step and not its unit
-(heavy-ball convention; torch's SGD scales it), and leaves e as it is.
+(heavy-ball convention; torch's SGD scales it), and leaves e as it is. So what e holds of the momentum would be worth
+too much when a small lr rises again: while lr is below a hundredth of the largest so far, there is no momentum,
+beta = 0. Groups of parameters with rates of their own are judged by the largest of their own.
 
 ``overlap`` (see `mpicomp.algorithms.sums.base`) delays the gradient alone. The momentum is formed when the sum of the
 last message has come and has moved the model, so it is the newest step of the model that the message contains, and the
@@ -64,7 +67,8 @@ import torch
 from torch import Tensor
 
 from mpicomp.algorithms.base import Local, Phases
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.gossip.base import divisors
+from mpicomp.algorithms.sums.base import require_minimizing, require_momentum, require_no_momentum
 from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
@@ -79,6 +83,7 @@ class GMCState:
     Attributes:
         feedback: the error memory (n,), and the state of the compressor.
         previous: (n,) the model of the step before; with overlap, room for the last step of the model.
+        largest_lr: of each part of ``Local.groups``, the largest learning rate so far.
         delayed: (nbytes,) uint8, the message of the last step; None without overlap.
         steps: messages formed.
 
@@ -86,6 +91,7 @@ class GMCState:
 
     feedback: ErrorMemory
     previous: Tensor
+    largest_lr: list[float]
     delayed: Tensor | None = field(metadata=IN_FLIGHT)
     steps: int = 0
 
@@ -128,10 +134,13 @@ class GMC(ErrorMemorySum[GMCState]):
         """Return an error of zero, and the model as that of the step before: there is no momentum yet."""
         self.rank_weights(exchange.size)  # raises what is wrong with them
         require_no_momentum("GMC", local)
-        return GMCState(self.init_memory(local, exchange), local.x.clone(), self.init_delayed(local))
+        require_minimizing("GMC", local)
+        largest_lr = [0.0] * len(local.groups)
+        return GMCState(self.init_memory(local, exchange), local.x.clone(), largest_lr, self.init_delayed(local))
 
     def phases(self, local: Local, state: GMCState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        require_no_momentum("GMC", local)
         feedback, x, previous = ErrorFeedback(self.compressor), local.x, state.previous
         delayed = self.start_delayed_sum(local, state, exchange)
         detached = self._detached_point(local, state) if self.detachment else None
@@ -159,8 +168,8 @@ class GMC(ErrorMemorySum[GMCState]):
         return point
 
     def _add_momentum_(self, local: Local, state: GMCState) -> None:
-        """``p_k = p_k - (beta / lr) (x - previous)``; the content of `previous` is lost."""
+        """``p_k = p_k - (beta / lr) (x - previous)``, where lr is not too small; the content of `previous` is lost."""
         step = state.previous.sub_(local.x)
-        for part, group in local.groups:
-            if group["lr"]:  # a schedule that begins at zero has made no step yet
-                state.feedback.residual[part].add_(step[part], alpha=self.momentum / group["lr"])
+        for (part, _), lr in zip(local.groups, divisors(local, state.largest_lr), strict=True):
+            if lr:
+                state.feedback.residual[part].add_(step[part], alpha=self.momentum / lr)

@@ -113,6 +113,8 @@ class PowerSGD(Algorithm[PowerSGDState]):
 
     def phases(self, local: Local, state: PowerSGDState, exchange: Exchange) -> Phases:
         """Do one step in the order of the module's docstring."""
+        if self.momentum:
+            require_no_momentum("PowerSGD", local)
         yield None
         g, right, aggregator, low_rank = local.g, state.right, Aggregator(exchange), self._low_rank(local.spec)
         left = g.new_empty(low_rank.left_numel)

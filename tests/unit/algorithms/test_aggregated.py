@@ -142,6 +142,25 @@ class TestTranscriptions:
         close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
 
     @pytest.mark.parametrize("overlap", [False, True])
+    def test_gmc_has_no_momentum_below_a_hundredth_of_the_largest_rate(self, graph, overlap):
+        """As in a warm restart: over such a rate it would be large, and move the model by the rate after it."""
+        n = graph.size
+        x, before, last, e = np.zeros(DIM), np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM))
+        rates = [0.0, *[LR] * 6, *[LR / 1000] * 3, *[LR] * 6]
+        for lr in rates:
+            g = gradients(everywhere(x, n))
+            if overlap:
+                before, x = x, x - lr * last
+            p = e + g - (0.6 / lr * (x - before) if lr > LR / 100 else 0)
+            q = top_k(p, KEPT)
+            e, last = p - q, q.mean(axis=0)
+            if not overlap:
+                before, x = x, x - lr * last
+        trained = train(GMC(TOP, momentum=0.6, overlap=overlap), graph, len(rates), lr=rates)
+        close(trained.x, everywhere(x, n), 1e-10)
+        close(np.stack([state.feedback.residual for state in trained.states]), e, 1e-10)
+
+    @pytest.mark.parametrize("overlap", [False, True])
     def test_gmc_with_the_error_memory_of_loco(self, graph, overlap):
         n = graph.size
         x, before, last, e = np.zeros(DIM), np.zeros(DIM), np.zeros(DIM), np.zeros((n, DIM))

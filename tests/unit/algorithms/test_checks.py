@@ -148,6 +148,12 @@ def test_methods_that_send_errors_later_refuse_what_amplifies_them(make, compres
         make(compressor)
 
 
+def test_quasi_global_momentum_needs_a_given_gamma():
+    AdaGossip("auto")
+    with pytest.raises(ConfigError, match=r"algorithm.gamma = 'auto' with .* Give algorithm.gamma a number"):
+        AdaGossip("auto", quasi_global_momentum=0.9)
+
+
 def test_quasi_global_momentum_takes_the_place_of_the_optimizers():
     with pytest.raises(ConfigError, match=r"optimizer.momentum must be 0, not 0.9"):
         train(AdaGossip(0.1, quasi_global_momentum=0.9), ring(2), 1, momentum=0.9)

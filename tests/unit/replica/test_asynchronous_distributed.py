@@ -95,6 +95,26 @@ def test_the_loop_is_the_closure(method):
     assert equal(simulate(4, by_loop), simulate(4, by_closure, method))
 
 
+@pytest.mark.parametrize("algorithm", [ADPSGD(), DCGossip(0.5, TopK(0.3))], ids=lambda a: a.name)
+def test_a_parameter_without_a_gradient_is_left_alone(algorithm):
+    """As in plain PyTorch: no weight decay moves it."""
+
+    def serve(world):
+        model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+        for p in model.parameters():
+            nn.init.ones_(p)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        gossip = distribute(model, optimizer, algorithm, ring, world=world)
+        for _ in range(5):
+            gossip.step(lambda: model[0](torch.ones(3)).sum())
+        gossip.finish()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for used, _, *unused in run(2, serve):
+        assert (used < 1).all()
+        assert all((p == 1).all() for p in unused)
+
+
 def test_it_is_the_algorithm_itself(method):
     """Drive `AsynchronousAlgorithm.step` and `serve` by hand, as `mpicomp train` does, to the same bits."""
     algorithm, graph = method

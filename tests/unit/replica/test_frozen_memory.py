@@ -5,7 +5,19 @@ import torch
 from torch import nn
 
 import mpicomp
-from mpicomp.algorithms import DGC, EFSGD, GMC, DeMo, EfficientAdam, OneBitAdam, PowerSGD, SparseLoCo
+from mpicomp.algorithms import (
+    DEFATC,
+    DGC,
+    EFSGD,
+    GMC,
+    DeMo,
+    DiLoCo,
+    EfficientAdam,
+    LocalSGD,
+    OneBitAdam,
+    PowerSGD,
+    SparseLoCo,
+)
 from mpicomp.compression import SignNorm, TopK
 from mpicomp.exchange.loopback import run
 from mpicomp.state import waiting
@@ -26,6 +38,9 @@ METHODS = {
     "efficient_adam": EfficientAdam(TOP, downlink=TOP),
     "onebit_adam": OneBitAdam(TOP, downlink=TOP, freeze_step=2),
     "sparse_loco": SparseLoCo(TOP, period=1),
+    "def_atc": DEFATC(0.1, TOP),
+    "local_sgd_def_atc": LocalSGD(3, DEFATC(0.1, TOP)),
+    "diloco_def_atc": DiLoCo(3, inner=DEFATC(0.1, TOP)),
 }
 LR = 0.05
 FIRST = slice(0, 7 * 8)  # the entries of the first layer

@@ -1,16 +1,19 @@
 """The loop of a script of one's own, ``backward(); gossip.optimizer.step()``, is the closure form, bit for bit."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from support import small
 from support.methods import DETERMINISTIC
 
-from mpicomp.algorithms import DPSGD, EFSGD, GMC, Choco, EfficientAdam
+import mpicomp
+from mpicomp.algorithms import DGC, DPSGD, EFSGD, GMC, AdaGossip, Choco, DeMo, EfficientAdam, PowerSGD
 from mpicomp.compression import TopK
 from mpicomp.errors import ConfigError
 from mpicomp.exchange import loopback
+from mpicomp.topology import ring
 
 STEPS = 6
 
@@ -161,6 +164,76 @@ def test_schedulers_take_either_optimizer_and_do_not_warn(algorithm, which):
 
     for rates in loopback.run(2, serve):
         assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        EFSGD(TopK(0.2), momentum=0.9),
+        GMC(TopK(0.2)),
+        DGC(TopK(0.2)),
+        DeMo(k=2),
+        PowerSGD(rank=1, momentum=0.9),
+        AdaGossip(0.1, quasi_global_momentum=0.9),
+    ],
+    ids=lambda a: a.name,
+)
+def test_a_scheduler_must_not_turn_on_a_momentum_beside_that_of_the_method(algorithm):
+    def serve(world, cycle_momentum):
+        gossip, closure = small.make(world, algorithm)
+        optimizer = gossip.local.optimizer
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=cycle_momentum)
+        gossip.step(closure(0))
+
+    loopback.run(2, serve, False)
+    with pytest.raises(ConfigError, match=r"optimizer.momentum .*OneCycleLR\(..., cycle_momentum=False\)"):
+        loopback.run(2, serve, True)
+
+
+def steps(world, algorithm, optimizer, slope=1.0):
+    """Return the parameters after some steps, where every gradient is `slope`."""
+    model = small.network()
+    gossip = mpicomp.distribute(model, optimizer(model.parameters()), algorithm, ring, world=world)
+    for _ in range(4):
+        gossip.step(lambda: slope * sum(p.sum() for p in model.parameters()))
+    return gossip.local.x.clone()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "decay"),
+    [
+        (EFSGD(momentum=0.9), 0.1),
+        (DGC(), 0.1),
+        (GMC(), 0.0),
+        (AdaGossip(0.1, quasi_global_momentum=0.9), 0.0),
+    ],
+    ids=lambda a: getattr(a, "name", ""),
+)
+def test_an_optimizer_that_maximizes_must_not_change_the_sign_of_what_the_method_adds(algorithm, decay):
+    uphill = partial(torch.optim.SGD, lr=0.1, maximize=True)
+    with pytest.raises(ConfigError, match=r"optimizer.maximize = True: .* Change the sign of the loss"):
+        loopback.run(2, steps, algorithm, partial(uphill, weight_decay=decay))
+    if decay:  # without, there is nothing to add
+        (up, _), (down, _) = (
+            loopback.run(2, steps, algorithm, *case)
+            for case in ((uphill, -1.0), (partial(uphill, maximize=False), 1.0))
+        )
+        assert torch.equal(up, down)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.AdamW, betas=(0.0, 0.99)),
+        partial(torch.optim.Adafactor),
+    ],
+    ids=["adamw", "adafactor"],
+)
+def test_decoupled_weight_decay_gets_no_momentum(optimizer):
+    """Without gradients it alone moves the model."""
+    decaying = partial(optimizer, lr=0.1, weight_decay=0.1)
+    (x, _), (plain, _) = (loopback.run(2, steps, EFSGD(momentum=m), decaying, 0.0) for m in (0.9, 0.0))
+    assert torch.equal(x, plain)
 
 
 def test_hooks_run_around_the_whole_step_and_around_the_local_one():
