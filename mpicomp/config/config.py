@@ -49,6 +49,7 @@ from mpicomp.config.sections import (
 from mpicomp.config.toml import parse, parse_value
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Groups, World
+from mpicomp.exchange.loopback.world import LoopbackWorld
 from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.topology.base import Schedule
 
@@ -158,6 +159,8 @@ class RunConfig:
         """Return the `GradientDelay` of this rank, from ``[slow]`` and ``[simulation]``."""
         delay = self.slow.build(world.rank, self.run.seed, self.simulation if world.is_simulated else None)
         delay.sleep = world.sleep
+        if isinstance(world, LoopbackWorld) and world.is_simulated:
+            delay.rest = world.rest
         return delay
 
     def check(self, size: int, groups: Groups | None = None) -> tuple[Schedule, AnyAlgorithm]:

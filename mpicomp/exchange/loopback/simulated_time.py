@@ -29,7 +29,7 @@ class SimulatedScheduler(Scheduler):
     def __init__(self, size: int, links: Links) -> None:
         super().__init__(size, cores=1)
         self._network = Network(size, links)
-        self._arrivals: defaultdict[tuple[Sender, int], deque[int]] = defaultdict(deque)
+        self._arrivals: list[defaultdict[Sender, deque[int]]] = [defaultdict(deque) for _ in range(size)]
         self._now_ns = 0
         self._events: list[tuple[int, int, int, int]] = []
         self._decided = 0
@@ -57,13 +57,15 @@ class SimulatedScheduler(Scheduler):
         """Send each target its message."""
         nbytes = {target: message.nbytes for target, message in messages.items()}
         for target, arrival_ns in self._network.send(sender[1], nbytes, self._now_ns).items():
-            self._arrivals[sender, target].append(arrival_ns)
+            self._arrivals[target][sender].append(arrival_ns)
+            with self._lock:
+                self._notify(self._threads[target], arrival_ns)
         super().post(sender, messages)
 
     def take(self, rank: int, senders: Sequence[Sender]) -> list[Message]:
         """Wait for the arrival of the next message from each of `senders` and return them."""
         messages = super().take(rank, senders)
-        arrived_ns = max((self._arrivals[sender, rank].popleft() for sender in senders), default=0)
+        arrived_ns = max((self._arrivals[rank][sender].popleft() for sender in senders), default=0)
         if arrived_ns > self._now_ns:
             self._nap(rank, arrived_ns, is_awaiting_mail=False)
         return messages
@@ -71,13 +73,20 @@ class SimulatedScheduler(Scheduler):
     def is_there(self, rank: int, senders: Sequence[Sender]) -> bool:
         """Return whether `take` would return without waiting."""
         return super().is_there(rank, senders) and all(
-            self._arrivals[sender, rank][0] <= self._now_ns for sender in senders
+            self._arrivals[rank][sender][0] <= self._now_ns for sender in senders
         )
 
     def all_reduce(self, rank: int, nbytes: int, among: Sequence[int]) -> None:
         """Sleep for the time of an all-reduce over the ranks `among` in which each of them sends `nbytes`."""
         rings = min(self.size // len(among), self._network.links.node_size)  # over one port, of the ranks of a node
         self._nap(rank, self._now_ns + self._network.all_reduce_ns(rings * nbytes, among), is_awaiting_mail=False)
+
+    def rest(self, rank: int, seconds: float) -> float:
+        """Sleep until a message arrives at `rank`, for `seconds` at most, and return what is left of them."""
+        end_ns = self._now_ns + round(1e9 * seconds)
+        coming = [times[0] for times in self._arrivals[rank].values() if times and times[0] > self._now_ns]
+        self._nap(rank, min([end_ns, *coming]), is_awaiting_mail=True)
+        return (end_ns - self._now_ns) / 1e9
 
     def await_mail(self, rank: int, until_ns: int) -> None:
         """Sleep until `until_ns`, or until something arrives at `rank`."""

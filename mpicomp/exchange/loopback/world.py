@@ -96,6 +96,11 @@ class LoopbackWorld:
         """Do nothing for `seconds`; the core is free for another rank meanwhile."""
         self._scheduler.sleep(self.rank, seconds)
 
+    def rest(self, seconds: float) -> float:
+        """Sleep until a message arrives, in simulated time, for `seconds` at most, and return what is left of them."""
+        assert isinstance(self._scheduler, SimulatedScheduler)
+        return self._scheduler.rest(self.rank, seconds)
+
     def mean_(self, x: Tensor) -> None:
         """Average `x` over all ranks, in place, in float64 and in the order of ranks."""
         mean_over_ranks_(self._scheduler, self.rank, x, range(self.size))

@@ -4,14 +4,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpicomp.checkpoint.folder import Checkpoints
+from mpicomp.compression.identity import Identity
+from mpicomp.compression.message import Spec
 from mpicomp.config.config import RunConfig
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.loopback import run
 from mpicomp.exchange.loopback.network import Links, Network
+from mpicomp.exchange.sums.aggregate import Aggregator
+from mpicomp.replica.gradient_delay import GradientDelay
 from mpicomp.run.folder import RunFolder
 from mpicomp.run.loop import train
+from mpicomp.topology import ring
 
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 GRADIENT_S, LATENCY_S, BYTES_PER_S = 0.1, 0.003, 1e5
@@ -128,3 +134,19 @@ def test_ports_may_differ_and_a_message_waits_for_the_slower_one():
     assert network.all_reduce_ns(100, [0, 2]) == second
     with pytest.raises(ConfigError, match=r"simulation.bytes_per_s has 2 entries for 3 nodes"):
         Network(3, Links(bytes_per_s_of_nodes=(100.0, 50.0)))
+
+
+def test_what_travels_in_several_hops_goes_on_during_a_gradient():
+    """A sum over a ring of 4: six hops of a millisecond, which ranks relay during a gradient of ten."""
+    spec = Spec.flat(8, torch.float32)
+
+    def serve(world):
+        delay = GradientDelay(gradient_s=0.01)
+        delay.sleep, delay.rest = world.sleep, world.rest
+        x, mean = torch.full((8,), float(world.rank)), torch.empty(8)
+        pending = Aggregator(world.exchange(ring(4))).start(Identity().compress(x, spec, None), Identity(), spec)
+        delay.keep(0.0, pending.test)
+        pending.wait(mean)
+        return world.now(), mean.tolist()
+
+    assert run(4, serve, simulated=Links(latency_s=1e-3)) == [(0.01, [1.5] * 8)] * 4
