@@ -162,8 +162,9 @@ def load_optimizer_(local: FlatModel, stored: Mapping[str, Leaf]) -> None:
         kept = states.get(parameter, {})
         for key, value in state.get(i, {}).items():
             loaded = kept.get(key)
-            # torch converts all but "step" to the type of the parameter: float32 momentum of bfloat16 parameters, say.
-            if key != "step" and isinstance(value, Tensor) and isinstance(loaded, Tensor):
+            if key == "step" or not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
+                continue
+            if value.dtype != loaded.dtype:  # torch gives it the parameter's: bfloat16 to float32 momentum, say
                 kept[key] = value.to(loaded.device)
 
 

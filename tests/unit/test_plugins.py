@@ -15,9 +15,10 @@ from mpicomp import models
 from mpicomp.algorithms import ALGORITHMS
 from mpicomp.cli import main
 from mpicomp.compression import COMPRESSORS, TopK
-from mpicomp.config.config import RunConfig, tomllib
+from mpicomp.config.config import RunConfig
 from mpicomp.config.schedule import SCHEDULES
 from mpicomp.config.sections import OPTIMIZERS
+from mpicomp.config.toml import parse
 from mpicomp.data import datasets
 from mpicomp.data.partition import PARTITIONS, partition
 from mpicomp.errors import ConfigError
@@ -295,7 +296,7 @@ def test_the_entry_points_of_the_page_are_those_of_its_module(tmp_path, monkeypa
     files = dict(re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
     (tmp_path / "waves.py").write_text(files["waves.py"])
     monkeypatch.syspath_prepend(tmp_path)
-    groups = tomllib.loads(files["pyproject.toml"])["project"]["entry-points"]
+    groups = parse(files["pyproject.toml"], "pyproject.toml")["project"]["entry-points"]
     assert groups.keys() <= set(GROUPS.values())
     try:
         for group, entries in groups.items():
