@@ -213,6 +213,13 @@ def require_fraction(**values: float) -> None:
             raise ConfigError(f"algorithm.{key} = {value} must be in [0, 1)")
 
 
+def require_share(**values: float) -> None:
+    """Raise ConfigError for the first of `values` (keys of the section ``algorithm``) that is not in (0, 1]."""
+    for key, value in values.items():
+        if not 0 < value <= 1:
+            raise ConfigError(f"algorithm.{key} = {value} must be in (0, 1]")
+
+
 def require_positive(**values: float) -> None:
     """Raise ConfigError for the first of `values` (keys of the section ``algorithm``) that is not finite and > 0."""
     for key, value in values.items():

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Meanwhile
+from mpicomp.algorithms.base import Algorithm, Local, Meanwhile, require_fraction, require_positive
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError, TopologyError
@@ -225,10 +225,8 @@ class DelayCompensation:
     def __post_init__(self) -> None:
         if not 0 <= self.lambda0 < math.inf:
             raise ConfigError(f"algorithm.lambda0 = {self.lambda0} must be a finite number >= 0")
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"algorithm.decay = {self.decay} must be in [0, 1)")
-        if not 0 < self.epsilon < math.inf:
-            raise ConfigError(f"algorithm.epsilon = {self.epsilon} must be a finite number > 0")
+        require_fraction(decay=self.decay)
+        require_positive(epsilon=self.epsilon)
 
     def init(self, like: Tensor) -> Tensor | None:
         """Return the mean square (n,) for gradients such as `like` (n,), if one is needed."""

@@ -60,7 +60,14 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import Local, Phases, require_bounded_errors, require_fixed_symmetric, require_positive
+from mpicomp.algorithms.base import (
+    Local,
+    Phases,
+    require_bounded_errors,
+    require_fixed_symmetric,
+    require_fraction,
+    require_positive,
+)
 from mpicomp.algorithms.gossip.automatic_step import MEASURED_EVERY, Gamma, check_gamma
 from mpicomp.algorithms.gossip.base import RegroupingGossip, divisors
 from mpicomp.algorithms.gossip.choco import (
@@ -142,9 +149,7 @@ class AdaGossip(RegroupingGossip[AdaGossipState]):
         check_gamma(self.gamma)
         require_positive(epsilon=self.epsilon)
         require_bounded_errors("AdaGossip", self.compressor)
-        for key in ("beta", "quasi_global_momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"algorithm.{key} = {getattr(self, key)} must be in [0, 1)")
+        require_fraction(beta=self.beta, quasi_global_momentum=self.quasi_global_momentum)
         if self.gamma == "auto" and self.quasi_global_momentum:
             raise ConfigError(
                 f"algorithm.gamma = 'auto' with algorithm.quasi_global_momentum = {self.quasi_global_momentum} "

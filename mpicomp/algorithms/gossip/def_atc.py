@@ -53,11 +53,16 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import Local, require_bounded_errors, require_fixed_symmetric, require_positive
+from mpicomp.algorithms.base import (
+    Local,
+    require_bounded_errors,
+    require_fixed_symmetric,
+    require_positive,
+    require_share,
+)
 from mpicomp.algorithms.gossip.base import Gossip
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
-from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import ERROR_OF_GRADIENTS, PUBLIC_COPY, State
 from mpicomp.topology.base import Schedule
@@ -99,8 +104,7 @@ class DEFATC(Gossip[DEFATCState]):
     def __post_init__(self) -> None:
         require_positive(gamma=self.gamma)
         require_bounded_errors("DEF-ATC", self.compressor)
-        if not 0 < self.damping <= 1:
-            raise ConfigError(f"algorithm.damping = {self.damping} must be in (0, 1]")
+        require_share(damping=self.damping)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""

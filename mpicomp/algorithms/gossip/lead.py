@@ -59,6 +59,7 @@ from mpicomp.algorithms.base import (
     require_fixed_symmetric,
     require_no_feedback,
     require_positive,
+    require_share,
 )
 from mpicomp.algorithms.gossip.base import divisors
 from mpicomp.algorithms.gossip.choco import compression_error
@@ -119,8 +120,7 @@ class LEAD(Algorithm[LEADState]):
                 "errors would add up. Use compression.kind = 'natural' or 'qsgd', or 'randk' with "
                 "compression.unbiased = true; or algorithm.kind = 'motef', for any compressor."
             )
-        if not 0 < self.copy_weight <= 1:
-            raise ConfigError(f"algorithm.copy_weight = {self.copy_weight} must be in (0, 1]")
+        require_share(copy_weight=self.copy_weight)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""

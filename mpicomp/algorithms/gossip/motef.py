@@ -42,7 +42,14 @@ import torch
 from torch import Tensor
 
 from mpicomp import kernels
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_bounded_errors, require_fixed_symmetric
+from mpicomp.algorithms.base import (
+    Algorithm,
+    Local,
+    Phases,
+    require_bounded_errors,
+    require_fixed_symmetric,
+    require_share,
+)
 from mpicomp.algorithms.gossip.automatic_step import AutomaticStep, Gamma, check_gamma
 from mpicomp.algorithms.gossip.choco import (
     ChocoState,
@@ -56,7 +63,6 @@ from mpicomp.algorithms.gossip.choco import (
 from mpicomp.compression.base import Compressor
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Layout, Payload
-from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
 from mpicomp.state import OWN, SCRATCH, State
 from mpicomp.topology.base import Schedule
@@ -108,8 +114,7 @@ class MoTEF(Algorithm[MoTEFState]):
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         require_bounded_errors("MoTEF", self.compressor)
-        if not 0 < self.gradient_weight <= 1:
-            raise ConfigError(f"algorithm.gradient_weight = {self.gradient_weight} must be in (0, 1]")
+        require_share(gradient_weight=self.gradient_weight)
 
     def check(self, schedule: Schedule) -> None:
         """Raise TopologyError unless `schedule` is one undirected graph with symmetric weights."""

@@ -48,7 +48,7 @@ from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Layout, Payload, Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.exchange.sums.aggregate import Aggregator, PendingAverage, plan
+from mpicomp.exchange.sums.aggregate import Aggregator, PendingAverage, star_or_ring_of
 from mpicomp.topology.base import Schedule
 
 S = TypeVar("S")
@@ -57,8 +57,16 @@ Weights = Literal["equal", "volume"]
 """What a rank counts in the sum: ``1 / size``, or its part of the samples."""
 
 
+class SummingAlgorithm(Algorithm[S]):
+    """A method that adds up something of all ranks, over a star or a ring."""
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise TopologyError unless `schedule` is a star or a ring."""
+        star_or_ring_of(schedule)
+
+
 @dataclass(frozen=True)
-class AggregatedAlgorithm(Algorithm[S]):
+class AggregatedAlgorithm(SummingAlgorithm[S]):
     """A method that adds up compressed gradients.
 
     Attributes:
@@ -85,10 +93,6 @@ class AggregatedAlgorithm(Algorithm[S]):
                 f"algorithm.volumes: rank {empty[0]} has {self.volumes[empty[0]]} samples, and so no weight: give it "
                 "some, or set algorithm.weights = 'equal'"
             )
-
-    def check(self, schedule: Schedule) -> None:
-        """Raise TopologyError unless `schedule` is a star or a ring."""
-        plan(schedule)
 
     def rank_weights(self, size: int) -> list[float] | None:
         """Return what each of `size` ranks counts, ``volumes[i] / sum(volumes)``; None for ``1 / size``.
@@ -262,9 +266,3 @@ def require_no_momentum(name: str, local: Local) -> None:
             "compression, and would count it twice. Use optimizer.kind = 'sgd' with momentum 0, and "
             "algorithm.momentum. If a scheduler sets it, leave that out: OneCycleLR(..., cycle_momentum=False)."
         )
-
-
-def require_momentum(momentum: float) -> None:
-    """Raise ConfigError unless `momentum` is in [0, 1)."""
-    if not 0 <= momentum < 1:
-        raise ConfigError(f"algorithm.momentum = {momentum} must be in [0, 1)")

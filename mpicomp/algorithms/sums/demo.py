@@ -49,19 +49,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum, require_sgd
+from mpicomp.algorithms.base import Local, Phases, require_fraction
+from mpicomp.algorithms.sums.base import SummingAlgorithm, require_no_momentum, require_sgd
 from mpicomp.compression.base import Wrapper
 from mpicomp.compression.block_topk import Blocks, LargestOfBlocks
 from mpicomp.compression.message import Payload, Spec
 from mpicomp.compression.wrap.feedback import ErrorFeedback, FeedbackState
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.exchange.sums.aggregate import Aggregator, plan
+from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.kernels.reference import LARGEST_BLOCK
 from mpicomp.state import ERROR_OF_GRADIENTS
 from mpicomp.timing import timed
-from mpicomp.topology.base import Schedule
 
 _LONGEST_SIDE = math.isqrt(LARGEST_BLOCK)
 
@@ -79,7 +78,7 @@ class DeMoState:
 
 
 @dataclass(frozen=True)
-class DeMo(Algorithm[DeMoState]):
+class DeMo(SummingAlgorithm[DeMoState]):
     """Sign descent on the largest cosine coefficients of the momenta of all ranks.
 
     Attributes:
@@ -100,11 +99,7 @@ class DeMo(Algorithm[DeMoState]):
             raise ConfigError(f"algorithm.chunk = {self.chunk} must be in 1...{_LONGEST_SIDE}: the side of a chunk")
         if self.k < 1:
             raise ConfigError(f"algorithm.k = {self.k} must be at least 1: coefficients of a chunk that are sent")
-        require_momentum(self.momentum)
-
-    def check(self, schedule: Schedule) -> None:
-        """Raise TopologyError unless `schedule` is a star or a ring."""
-        plan(schedule)
+        require_fraction(momentum=self.momentum)
 
     def init(self, local: Local, exchange: Exchange) -> DeMoState:
         """Return a momentum of zero, once the optimizer is found to be SGD, and to have none."""

@@ -50,12 +50,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Phases, require_positive
+from mpicomp.algorithms.base import Local, Phases, require_fraction, require_positive
 from mpicomp.algorithms.sums.base import (
     GradientSum,
     add_decay_momentum_,
     decay_momentum,
-    require_momentum,
     require_no_momentum,
 )
 from mpicomp.compression.base import Compressor
@@ -122,7 +121,7 @@ class DGC(GradientSum[DGCState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_momentum(self.momentum)
+        require_fraction(momentum=self.momentum)
         if self.clip not in get_args(Clip):
             raise ConfigError(f"algorithm.clip = {self.clip!r} must be one of {', '.join(map(repr, get_args(Clip)))}")
         require_positive(clip_norm=self.clip_norm)

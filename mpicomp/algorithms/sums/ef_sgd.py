@@ -53,11 +53,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Phases
+from mpicomp.algorithms.base import Local, Phases, require_fraction
 from mpicomp.algorithms.sums.base import (
     add_decay_momentum_,
     decay_momentum,
-    require_momentum,
     require_no_momentum,
 )
 from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
@@ -101,7 +100,7 @@ class EFSGD(ErrorMemorySum[EFSGDState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_momentum(self.momentum)
+        require_fraction(momentum=self.momentum)
 
     def init(self, local: Local, exchange: Exchange) -> EFSGDState:
         """Return an error memory and a momentum of zero."""

@@ -66,9 +66,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Local, Phases
+from mpicomp.algorithms.base import Local, Phases, require_fraction
 from mpicomp.algorithms.gossip.base import divisors
-from mpicomp.algorithms.sums.base import require_minimizing, require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.base import require_minimizing, require_no_momentum
 from mpicomp.algorithms.sums.error_memory import ErrorMemory, ErrorMemorySum
 from mpicomp.compression.wrap.feedback import ErrorFeedback
 from mpicomp.errors import ConfigError
@@ -111,7 +111,7 @@ class GMC(ErrorMemorySum[GMCState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_momentum(self.momentum)
+        require_fraction(momentum=self.momentum)
         if not 0 <= self.detachment <= 1:
             raise ConfigError(f"algorithm.detachment = {self.detachment} must be in [0, 1]")
 

@@ -42,15 +42,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases
+from mpicomp.algorithms.base import Local, Phases, require_fraction
 from mpicomp.algorithms.low_rank import LowRank, orthogonal
-from mpicomp.algorithms.sums.base import require_momentum, require_no_momentum
+from mpicomp.algorithms.sums.base import SummingAlgorithm, require_no_momentum
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.exchange.sums.aggregate import Aggregator, plan
+from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.state import ERROR_OF_GRADIENTS, MOMENT
-from mpicomp.topology.base import Schedule
 
 
 @dataclass
@@ -70,7 +69,7 @@ class PowerSGDState:
 
 
 @dataclass(frozen=True)
-class PowerSGD(Algorithm[PowerSGDState]):
+class PowerSGD(SummingAlgorithm[PowerSGDState]):
     """SGD on a low-rank approximation of the mean gradient.
 
     Attributes:
@@ -94,11 +93,7 @@ class PowerSGD(Algorithm[PowerSGDState]):
             raise ConfigError(f"algorithm.rank = {self.rank} must be at least 1")
         if not self.min_compression_rate >= 0:
             raise ConfigError(f"algorithm.min_compression_rate = {self.min_compression_rate} must be at least 0")
-        require_momentum(self.momentum)
-
-    def check(self, schedule: Schedule) -> None:
-        """Raise TopologyError unless `schedule` is a star or a ring."""
-        plan(schedule)
+        require_fraction(momentum=self.momentum)
 
     def init(self, local: Local, exchange: Exchange) -> PowerSGDState:
         """Return an error of zero, and random Q, the same on all ranks."""

@@ -61,13 +61,13 @@ from torch import Tensor
 from mpicomp import kernels
 from mpicomp.algorithms.base import Local, Phases
 from mpicomp.algorithms.sums.adam import OwnAdam
+from mpicomp.algorithms.sums.base import SummingAlgorithm
 from mpicomp.algorithms.sums.count_sketch import CountSketch
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.exchange.sums.aggregate import Aggregator, plan
+from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.kernels.reference import sqrt
 from mpicomp.state import SCRATCH
-from mpicomp.topology.base import Schedule
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SketchedAMSGradState:
 
 
 @dataclass(frozen=True)
-class SketchedAMSGrad(OwnAdam[SketchedAMSGradState]):
+class SketchedAMSGrad(OwnAdam[SketchedAMSGradState], SummingAlgorithm[SketchedAMSGradState]):
     """AMSGrad on count sketches of the gradients of all ranks.
 
     Attributes:
@@ -120,10 +120,6 @@ class SketchedAMSGrad(OwnAdam[SketchedAMSGradState]):
             )
         if self.rows < 1 or self.rows % 2 == 0:
             raise ConfigError(f"algorithm.rows = {self.rows} must be an odd number: the median is one of its rows")
-
-    def check(self, schedule: Schedule) -> None:
-        """Raise TopologyError unless `schedule` is a star or a ring."""
-        plan(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> SketchedAMSGradState:
         """Return moments and errors of zero, once the optimizer is found to fit."""

@@ -45,15 +45,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpicomp.algorithms.base import Algorithm, Local, Phases, require_fraction, require_period, require_positive
+from mpicomp.algorithms.base import Local, Phases, require_fraction, require_period, require_positive
 from mpicomp.algorithms.outer_step import outer_step_
+from mpicomp.algorithms.sums.base import SummingAlgorithm
 from mpicomp.compression.identity import Identity
 from mpicomp.compression.message import Spec
 from mpicomp.errors import ConfigError
 from mpicomp.exchange.base import Exchange
-from mpicomp.exchange.sums.aggregate import Aggregator, plan
+from mpicomp.exchange.sums.aggregate import Aggregator
 from mpicomp.state import SCRATCH
-from mpicomp.topology.base import Schedule
 
 
 @dataclass
@@ -78,7 +78,7 @@ class StreamingDiLoCoState:
 
 
 @dataclass(frozen=True)
-class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
+class StreamingDiLoCo(SummingAlgorithm[StreamingDiLoCoState]):
     """Local steps of any optimizer, and outer steps of one fragment after the other behind them.
 
     Attributes:
@@ -124,10 +124,6 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
     def keeps_anchor(self) -> bool:
         """Yes, the slow model."""
         return True
-
-    def check(self, schedule: Schedule) -> None:
-        """Raise TopologyError unless `schedule` is a star or a ring."""
-        plan(schedule)
 
     def init(self, local: Local, exchange: Exchange) -> StreamingDiLoCoState:
         """Return the slow model, which is that of the start, and a momentum of zero.

@@ -70,7 +70,7 @@ class Aggregator:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._plan = plan(exchange.schedule)
+        self._plan = star_or_ring_of(exchange.schedule)
 
     @property
     def is_server(self) -> bool:
@@ -132,7 +132,7 @@ class Aggregator:
             _SUM.accumulate(answer, spec, x)
 
 
-def plan(schedule: Schedule) -> Star | Ring:
+def star_or_ring_of(schedule: Schedule) -> Star | Ring:
     """Return how to sum over `schedule`; raise TopologyError unless it is a star or a ring."""
     found = star_or_ring(schedule) if isinstance(schedule, Topology) else None
     if found is None:
