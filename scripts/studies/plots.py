@@ -1,4 +1,4 @@
-"""The plot of a study's searches: how wide the range of good settings is."""
+"""The plots of a study: how wide the range of good settings is, and what is reached with how much."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import numpy as np
 from definition import Study
+from matplotlib.figure import Figure
 from outcomes import Outcome
 from tables import Finished
 from tune import Choice
+
+EPOCHS, BYTES, ACCURACY, LOSS, SECONDS = 0, 2, 3, 4, 5
+"""The places in a row of a curve (see `outcomes`)."""
+
+AMOUNTS = ((EPOCHS, 1.0, "epochs"), (BYTES, 1e6, "MB sent a rank"), (SECONDS, 1.0, "simulated seconds"))
+"""What curves are drawn over: place, unit and name."""
 
 SHOWN = 10
 """Points of accuracy below the best run that are shown; what is worse, or diverged, lies on the lower edge."""
 
 
-def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
+def draw_searches(study: Study, finished: Sequence[Finished]) -> Path | None:
     """Draw the validation accuracy of the short runs over each setting, the others as chosen; None without settings."""
     keys = list(dict.fromkeys(axis.key for cell, *_ in finished for axis in cell.method.axes))
     settings = list(dict.fromkeys(cell.setting.name for cell, *_ in finished if cell.study.decide_by != "loss"))
@@ -49,7 +57,48 @@ def draw(study: Study, finished: Sequence[Finished]) -> Path | None:
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": len(keys)}  # where it hides no line
     figure.legend(entries.values(), entries, frameon=False, **below)
     figure.tight_layout()
-    path = study.folder / "search.svg"
+    return _save(figure, study.folder / "search.svg")
+
+
+def draw_curves(study: Study, finished: Sequence[Finished]) -> Path | None:
+    """Draw what the runs of the table have reached, mean over seeds, over epochs, bytes and simulated seconds.
+
+    None for a study whose time is not simulated, or that has no target to be reached.
+    """
+    settings = list(dict.fromkeys(row.cell.setting.name for row in finished))
+    if not (study.simulate and study.target and settings):
+        return None
+    by_loss = study.decide_by == "loss"
+    of, unit, label = (LOSS, 1.0, "test loss (nats)") if by_loss else (ACCURACY, 100.0, "test accuracy (%)")
+    plt.style.use(Path(__file__).parents[1] / "figures.mplstyle")
+    figure, rows = plt.subplots(
+        len(settings), len(AMOUNTS), figsize=(10, 3 * len(settings)), squeeze=False, sharey="row"
+    )
+    for setting, row in zip(settings, rows, strict=True):
+        best = []
+        for cell, _, outcomes, *_ in (found for found in finished if found.cell.setting.name == setting):
+            curves = [outcome["curve"] for outcome in outcomes if not outcome["diverged"]]
+            if curves:
+                mean = np.mean(np.array(curves, dtype=float), axis=0)
+                best.append(unit * mean[-1, of])
+                for (place, scale, _), axes in zip(AMOUNTS, row, strict=True):
+                    color = f"C{study.methods.index(cell.method)}"
+                    axes.plot(mean[:, place] / scale, unit * mean[:, of], label=cell.method.title, color=color)
+        for (place, _, name), axes in zip(AMOUNTS, row, strict=True):
+            axes.axhline(study.target, color="0.8", zorder=0)
+            axes.set(xlabel=name, xscale="linear" if place == EPOCHS else "log")
+        if best:
+            row[0].set(
+                ylim=(min(best) - 0.05, study.target + 0.65) if by_loss else (study.target - SHOWN, max(best) + 0.5)
+            )
+        row[0].set(ylabel=label, title=_title(study, setting))
+    entries = dict(zip(*reversed(rows[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
+    figure.tight_layout()
+    return _save(figure, study.folder / "curves.svg")
+
+
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
     return path

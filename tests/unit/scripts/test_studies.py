@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "studies"))
 
 import outcomes as study_outcomes  # noqa: E402
+import plots  # noqa: E402
 import tables  # noqa: E402
 from definition import Study, StudyError  # noqa: E402
 from outcomes import OutOfTime, Runs  # noqa: E402
@@ -217,6 +218,17 @@ def test_a_method_in_step_is_timed_over_other_links_by_a_few_steps(study, monkey
     head, _, line = tables.table(study, setting, [row])
     place = head.split(" | ").index("seconds to 60 %, fast")
     assert line.split(" | ")[place] == "3 ± 0"  # 30 steps of a tenth of a second
+
+
+def test_curves_are_drawn_for_a_study_of_simulated_time_with_a_target(study):
+    setting, method = next(study.cells())
+    choice = Choice({"algorithm.gamma": 0.2}, True, [], outcome(0.6), outcome(0.6), [])
+    row = tables.Finished(Cell(Runs(study, math.inf), setting, method), choice, [outcome(0.61), {"diverged": True}])
+    assert plots.draw_curves(study, [row]) is None
+    text = "simulate = true\ntarget = 60\n" + (study.folder / "study.toml").read_text()
+    (study.folder / "study.toml").write_text(text)
+    picture = plots.draw_curves(Study.read(study.folder), [row]).read_text()
+    assert all(text in picture for text in (method.title, "simulated seconds", "MB sent a rank", "test accuracy"))
 
 
 def test_other_links_need_simulated_time(study):
