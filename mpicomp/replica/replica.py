@@ -143,7 +143,7 @@ class Replica(ABC):
             raise DivergenceError(
                 f"the public copies have left the models behind (compression_error {error:.3g} at step {self.steps} on "
                 f"rank {self.world.rank}): algorithm.gamma is too large for this compressor, or optimizer.lr is, "
-                "or weights are clamped, pruned or normalized after every step of DEF-ATC"
+                "or, with DEF-ATC, weights are clamped, pruned or normalized after every step"
             )
 
     @contextmanager
