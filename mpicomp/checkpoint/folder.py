@@ -31,13 +31,16 @@ from pathlib import Path
 from typing import Any
 
 from mpicomp.checkpoint import damage, hdf5
-from mpicomp.checkpoint.hdf5 import FORMAT, VERSION, Digest
+from mpicomp.checkpoint.hdf5 import FORMAT, Digest
 from mpicomp.errors import CheckpointError
 from mpicomp.exchange.base import Groups
 from mpicomp.files import replacing
 from mpicomp.state import Leaf
 
 MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
+"""The version of manifests that are written. Those of version 1 are read, too; they name no nodes."""
+
 LATEST = "latest"
 
 _NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
@@ -110,7 +113,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``; its key ``sha256`` is the hash of all other values."""
-        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        values = {"format": FORMAT, "version": MANIFEST_VERSION, **dataclasses.asdict(self)}
         return json.dumps({**values, "sha256": _sha256(values)}, indent=2) + "\n"
 
     @classmethod
@@ -120,13 +123,13 @@ class Manifest:
             values: dict[str, Any] = json.loads(text)
             if values["format"] != FORMAT:
                 raise CheckpointError(f"{path}: is not the manifest of a checkpoint of mpicomp")
-            if (version := int(values["version"])) > VERSION:
-                raise CheckpointError(hdf5.newer(path, version))
+            if (version := int(values["version"])) > MANIFEST_VERSION:
+                raise CheckpointError(hdf5.newer(path, version, MANIFEST_VERSION))
             if values.pop("sha256") != _sha256(values):
                 raise CheckpointError(f"{path}: is damaged, or was edited: it is not what its SHA-256 was computed of")
             del values["format"], values["version"]
             files = {name: Digest(**digest) for name, digest in values.pop("files").items()}
-            nodes = tuple(map(tuple, values.pop("nodes")))
+            nodes = tuple(map(tuple, values.pop("nodes", ())))
             manifest = cls(**values, files=files, nodes=nodes)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error

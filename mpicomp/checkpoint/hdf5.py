@@ -200,9 +200,9 @@ def unreadable(path: Path) -> list[str]:
     return damaged
 
 
-def newer(path: Path, version: int) -> str:
+def newer(path: Path, version: int, known: int = VERSION) -> str:
     """Return the error message for a file of a newer version than this program knows."""
-    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {VERSION}): update it"
+    return f"{path}: was written by a newer mpicomp (format version {version}, this program reads {known}): update it"
 
 
 class _Disk(io.FileIO):

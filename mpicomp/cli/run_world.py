@@ -43,7 +43,10 @@ def _load_together(world: World, load: Callable[[], RunConfig], source: object) 
         config = load()
     text = config.to_toml()
     differs = text != world.broadcast(text)
-    agree(world, ConfigError(f"{source}: {world.host} reads another one than rank 0") if differs else None)
+    agree(
+        world,
+        ConfigError(f"{source}: what {world.host} reads there differs from what rank 0 reads") if differs else None,
+    )
     return config
 
 

@@ -126,8 +126,8 @@ DAMAGES = {
         "rank_00001.h5: is damaged (SHA-256)",
     ),
     "a newer format": (
-        lambda step: change(step / "manifest.json", lambda text: text.replace('"version": 1', '"version": 2')),
-        "was written by a newer mpicomp (format version 2",
+        lambda step: change(step / "manifest.json", lambda text: text.replace('"version": 2', '"version": 3')),
+        "was written by a newer mpicomp (format version 3",
     ),
     "no JSON": (lambda step: (step / "manifest.json").write_text("{"), "manifest.json: is damaged"),
     "of another step": (lambda step: step.rename(step.with_name("step_00000501")), "is the manifest of step 500"),

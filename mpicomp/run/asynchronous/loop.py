@@ -106,7 +106,7 @@ class _Training:
         self._loss = 0.0  # of the last record
         self._begin(start, held)
         run.start(self._logged, self._part_done)
-        if stored:
+        if "data/reported" in stored:  # checkpoints of before 2026-11-30 lack it, and begin to count anew
             self._restore_records(stored)
         self._meter.skip()
 

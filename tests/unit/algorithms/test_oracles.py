@@ -115,38 +115,30 @@ class TestTranscriptions:
         close(train(method, graph, 20).x, x, 1e-10)
 
     @pytest.mark.parametrize("overlap", [True, False])
-    def test_a_small_rate_leaves_the_quasi_global_momentum(self, graph, overlap):
-        """Below a hundredth of the largest so far, as in a warm restart: mixing over such a rate would be too large."""
-        rates = [0.0, *[LR] * 6, LR / 100, *[LR / 1000] * 4, 0.0, *[LR] * 6]
+    @pytest.mark.parametrize(
+        "rates",
+        [
+            [0.0, *[LR] * 6, LR / 100, *[LR / 1000] * 4, 0.0, *[LR] * 6],
+            [*[LR / 1000] * 4, *[LR / 5] * 3, *[LR * 2 / 5] * 3, *[LR] * 3],
+        ],
+        ids=["a warm restart", "a warm-up by epochs"],
+    )
+    def test_rates_that_rise_do_not_let_the_quasi_global_momentum_explode(self, graph, overlap, rates):
+        """Below a hundredth of the largest rate it stays; it moves the model by at most 4 times what it is made of."""
         x, hat, v, m = (np.zeros((graph.size, DIM)) for _ in range(4))
-        formed = 0.0
+        largest = formed = 0.0
         for t, lr in enumerate(rates, start=1):
+            largest = max(largest, lr)
             y = x - lr * gradients(x) - 0.5 * min(lr, 4 * formed) * m
             hat = hat + top_k((x if overlap else y) - hat, KEPT)
             r = graph.mixing @ hat - hat
             v = 0.9 * v + 0.1 * r * r
             new = y + np.minimum(0.05 / (np.sqrt(v / (1 - 0.9**t)) + 1e-4), 1) * r
-            x, m, formed = (new, (x - new) / lr, lr) if lr and lr >= LR / 100 else (new, m, formed)
+            x, m, formed = (new, (x - new) / lr, lr) if lr and lr >= largest / 100 else (new, m, formed)
         method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5, overlap=overlap)
         trained = train(method, graph, len(rates), lr=rates)
         close(trained.x, x, 1e-10)
         assert flatten(trained.states[0])["largest_lr/0"] == LR  # a restart does not forget it
-
-    @pytest.mark.parametrize("overlap", [True, False])
-    def test_a_rate_that_rises_bounds_the_quasi_global_momentum(self, graph, overlap):
-        """As in a warm-up by epochs: m moves the model by at most four times the displacement that it is made of."""
-        rates = [*[LR / 1000] * 4, *[LR / 5] * 3, *[LR * 2 / 5] * 3, *[LR] * 3]
-        x, hat, v, m = (np.zeros((graph.size, DIM)) for _ in range(4))
-        formed = 0.0
-        for t, lr in enumerate(rates, start=1):
-            y = x - lr * gradients(x) - 0.5 * min(lr, 4 * formed) * m
-            hat = hat + top_k((x if overlap else y) - hat, KEPT)
-            r = graph.mixing @ hat - hat
-            v = 0.9 * v + 0.1 * r * r
-            new = y + np.minimum(0.05 / (np.sqrt(v / (1 - 0.9**t)) + 1e-4), 1) * r
-            x, m, formed = new, (x - new) / lr, lr
-        method = AdaGossip(0.05, TOP, beta=0.9, epsilon=1e-4, quasi_global_momentum=0.5, overlap=overlap)
-        close(train(method, graph, len(rates), lr=rates).x, x, 1e-10)
 
     def test_deep_squeeze(self, graph):
         x, e = np.zeros((graph.size, DIM)), np.zeros((graph.size, DIM))

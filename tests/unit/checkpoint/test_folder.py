@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from mpicomp.checkpoint import hdf5
+from mpicomp.checkpoint import folder, hdf5
 from mpicomp.checkpoint.folder import Checkpoints, Manifest, open_checkpoint, rank_file
 from mpicomp.errors import CheckpointError
 
@@ -228,3 +228,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/checkpoints: Not a directory"):
         Checkpoints(tmp_path / "file" / "checkpoints").begin(1)
+
+
+def test_a_manifest_of_version_1_names_no_nodes(tmp_path):
+    path = save(Checkpoints(tmp_path), 10).path / "manifest.json"
+    values = json.loads(path.read_text())
+    values["version"] = 1
+    del values["nodes"], values["sha256"]
+    path.write_text(json.dumps({**values, "sha256": folder._sha256(values)}))
+    assert Checkpoints(tmp_path).latest().manifest.nodes == ()
