@@ -42,11 +42,10 @@ def _load_together(world: World, load: Callable[[], RunConfig], source: object) 
     with together(world):
         config = load()
     text = config.to_toml()
-    differs = text != world.broadcast(text)
-    agree(
-        world,
-        ConfigError(f"{source}: what {world.host} reads there differs from what rank 0 reads") if differs else None,
-    )
+    error = None
+    if text != world.broadcast(text):
+        error = ConfigError(f"{source}: what {world.host} reads there differs from what rank 0 reads")
+    agree(world, error)
     return config
 
 
